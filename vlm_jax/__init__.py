@@ -1,0 +1,24 @@
+"""vlm-jax: vision-language models in JAX whose interventions are pure functions."""
+
+from vlm_jax.checkpoint import embedded_models, load, save
+from vlm_jax.config import Config
+from vlm_jax.errors import UserError
+from vlm_jax.generate import generate
+from vlm_jax.inputs import Inputs
+from vlm_jax.model import Model, Output
+from vlm_jax.sites import SITES, Context, Intervention
+
+__all__ = [
+    "SITES",
+    "Config",
+    "Context",
+    "Inputs",
+    "Intervention",
+    "Model",
+    "Output",
+    "UserError",
+    "embedded_models",
+    "generate",
+    "load",
+    "save",
+]

@@ -1,0 +1,175 @@
+"""Draws a scene as a 64x64 RGB picture; place, size, font, tints, texture and noise are left to chance."""
+
+import functools
+import math
+import pathlib
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vlm_jax.data.scenes import TALLEST, Chart, Emblem, Form, Glyphs, Scene, Signs
+from vlm_jax.data.world import COLOURS
+
+SIZE = 64
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif")
+_FINE = 4  # emblems are drawn this much larger, then reduced, for smooth edges
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """A picture of ``scene``: the scene decides what it says, ``rng`` how it looks."""
+    image = _background(rng)
+    match scene:
+        case Emblem(entity):
+            _draw_emblem(image, entity.shape, entity.colour, rng)
+        case Form(rows):
+            _draw_form(image, rows, rng)
+        case Chart(bars):
+            _draw_chart(image, bars, rng)
+        case Signs(signs):
+            _draw_signs(image, signs, rng)
+        case Glyphs(text):
+            _draw_glyphs(image, text, rng)
+    return _with_noise(image, rng)
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+    """Light paper: plain, shaded from one side to another, or blotchy."""
+    paper = np.broadcast_to(rng.uniform(222, 252, 3), (SIZE, SIZE, 3))
+    style = rng.integers(3)
+    if style == 1:
+        angle, ramp = rng.uniform(0, 2 * math.pi), np.linspace(-1, 1, SIZE)
+        shade = math.cos(angle) * ramp[None, :] + math.sin(angle) * ramp[:, None]
+        paper = paper + rng.uniform(4, 14) * shade[..., None]
+    elif style == 2:
+        grain = Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        paper = paper + rng.uniform(0.04, 0.12) * (np.asarray(grain, np.float32)[..., None] - 128)
+    return Image.fromarray(np.clip(paper, 0, 255).astype(np.uint8))
+
+
+def _with_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    noise = rng.standard_normal((SIZE, SIZE, 3), np.float32) * np.float32(rng.uniform(1, 6))
+    return Image.fromarray(np.clip(np.asarray(image, np.float32) + noise, 0, 255).astype(np.uint8))
+
+
+def _tint(colour: str, rng: np.random.Generator) -> tuple[int, ...]:
+    """The named colour, a little off."""
+    return tuple(np.clip(np.add(COLOURS[colour], rng.integers(-14, 15, 3)), 0, 255).tolist())
+
+
+def _ink(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(rng.integers(0, 70, 3).tolist())
+
+
+@functools.cache
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), size)
+
+
+def _fitting_font(texts: list[str], width: int, largest: int, rng: np.random.Generator) -> ImageFont.FreeTypeFont:
+    """A random font, as large as lets each of ``texts`` fit in ``width``, or one or two sizes smaller."""
+    name = FONTS[rng.integers(len(FONTS))]
+    size = largest
+    while size > 13 and max(_font(name, size).getlength(t) for t in texts) > width:
+        size -= 1
+    return _font(name, max(13, size - int(rng.integers(3))))
+
+
+def _draw_emblem(image: Image.Image, shape: str, colour: str, rng: np.random.Generator) -> None:
+    radius = rng.uniform(12, 22)
+    centre = rng.uniform(radius + 1, SIZE - 1 - radius, 2)
+    mask = Image.new("L", (SIZE * _FINE, SIZE * _FINE))
+    pen = ImageDraw.Draw(mask)
+    turn = rng.uniform(-0.2, 0.2)
+    rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+
+    def place(points) -> np.ndarray:
+        return (centre + radius * np.asarray(points) @ rotation) * _FINE
+
+    def disc(x: float, y: float, r: float, fill: int) -> None:
+        middle, reach = place((x, y)), r * radius * _FINE
+        pen.ellipse([*(middle - reach), *(middle + reach)], fill=fill)
+
+    if shape in _OUTLINES:
+        pen.polygon(place(_OUTLINES[shape]).ravel().tolist(), fill=255)
+    else:
+        disc(0, 0, 0.95, 255)
+        if shape == "ring":
+            disc(0, 0, 0.5, 0)
+        elif shape == "crescent":
+            disc(0.5, -0.1, 0.75, 0)
+    image.paste(_tint(colour, rng), (0, 0), mask.reduce(_FINE))
+
+
+def _wheel(corners: int, *radii: float) -> list[tuple[float, float]]:
+    """``corners`` points around the centre, the first at the top, at the given radii in turn."""
+    turns = [2 * math.pi * i / corners for i in range(corners)]
+    return [(radii[i % len(radii)] * math.sin(t), -radii[i % len(radii)] * math.cos(t)) for i, t in enumerate(turns)]
+
+
+_OUTLINES = {
+    "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],
+    "triangle": [(0, -0.9), (0.9, 0.75), (-0.9, 0.75)],
+    "star": _wheel(10, 1.0, 0.42),
+    "cross": [(-0.3, -0.9), (0.3, -0.9), (0.3, -0.3), (0.9, -0.3), (0.9, 0.3), (0.3, 0.3),
+              (0.3, 0.9), (-0.3, 0.9), (-0.3, 0.3), (-0.9, 0.3), (-0.9, -0.3), (-0.3, -0.3)],
+    "diamond": [(0, -1), (0.58, 0), (0, 1), (-0.58, 0)],
+}
+
+
+def _draw_form(image: Image.Image, rows, rng: np.random.Generator) -> None:
+    gap = int(rng.integers(5, 8))
+    font = _fitting_font([label + value for _, label, value in rows], SIZE - 4 - gap, 17, rng)
+    reach = gap + max(font.getlength(label) for _, label, _ in rows)
+    width = reach + max(font.getlength(value) for _, _, value in rows)
+    left = 2 + rng.uniform(0, max(0, SIZE - 4 - width))
+    first = 11 + rng.uniform(-1.5, 1.5)
+    pen, ink, rule = ImageDraw.Draw(image), _ink(rng), tuple(rng.integers(165, 205, 3).tolist())
+    for line in (1, 2):
+        pen.line([1, first + 21 * line - 10.5, SIZE - 2, first + 21 * line - 10.5], fill=rule)
+    for slot, label, value in rows:
+        middle = first + 21 * slot + _drop(font)
+        pen.text((left, middle), label, ink, font, anchor="ls")
+        pen.text((left + reach, middle), value, ink, font, anchor="ls")
+
+
+def _draw_chart(image: Image.Image, bars, rng: np.random.Generator) -> None:
+    pen = ImageDraw.Draw(image)
+    unit, base = 6.5, round(rng.uniform(57, 61))
+    pitch = rng.uniform(13, 15)
+    width = rng.uniform(0.6, 0.8) * pitch
+    left = rng.uniform(2, SIZE - 2 - 3 * pitch - width)
+    for level in range(1, TALLEST + 1):
+        shade = 176 if level % 2 == 0 else 210
+        pen.line([0, base - round(unit * level), SIZE, base - round(unit * level)], fill=(shade,) * 3)
+    for slot, colour, height in bars:
+        x = round(left + pitch * slot)
+        pen.rectangle([x, base - round(unit * height), round(x + width), base], fill=_tint(colour, rng))
+    pen.line([0, base, SIZE, base], fill=_ink(rng))
+
+
+def _draw_signs(image: Image.Image, signs, rng: np.random.Generator) -> None:
+    pen = ImageDraw.Draw(image)
+    font = _fitting_font([word for *_, word in signs], 48, 18, rng)
+    for slot, colour, word in signs:
+        half = font.getlength(word) / 2 + rng.uniform(3, 6)
+        x = rng.uniform(half + 1, SIZE - 2 - half)
+        y = 10.5 + 21 * slot + rng.uniform(-0.8, 0.8)
+        tint = _tint(colour, rng)
+        pen.rounded_rectangle([x - half, y - 9.5, x + half, y + 9.5], radius=int(rng.integers(0, 5)), fill=tint)
+        ink = (10, 10, 10) if np.dot(tint, (0.3, 0.59, 0.11)) > 120 else (250, 250, 250)
+        pen.text((x, y + _drop(font)), word, ink, font, anchor="ms")
+
+
+def _draw_glyphs(image: Image.Image, text: str, rng: np.random.Generator) -> None:
+    largest = {1: 54, 2: 36, 3: 26}[len(text)]
+    font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(largest // 2, largest + 1)))
+    left, top, right, bottom = font.getbbox(text, anchor="ls")
+    x = rng.uniform(1 - left, max(2 - left, SIZE - 1 - right))
+    y = rng.uniform(1 - top, SIZE - 1 - bottom)
+    ImageDraw.Draw(image).text((x, y), text, _ink(rng), font, anchor="ls")
+
+
+def _drop(font: ImageFont.FreeTypeFont) -> float:
+    """How far below a line's middle its capitals stand."""
+    return 0.365 * font.size

@@ -1,0 +1,94 @@
+"""Reads a user's own examples from a JSON Lines file."""
+
+import json
+import pathlib
+
+from PIL import Image
+
+from vlm_jax.data.example import FAMILIES, Example
+from vlm_jax.errors import UserError, nearest
+
+
+def read_jsonl(path: str | pathlib.Path) -> list[Example]:
+    """The examples of a file with one JSON object a line.
+
+    ``{"id": .., "image": "a.png" or ["a.png", ..], "question": .., "answers": [..]}``, and if wanted
+    ``"choices": [..]`` and ``"family": "knowledge" or "perception"``. Image paths are relative to the
+    file's folder. Every image is decoded here, so that a broken one is found before any work starts.
+    """
+    path = pathlib.Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8 JSON Lines") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): name an existing .jsonl file") from None
+    examples: list[Example] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        example = _parse(line, path, where)
+        if example.id in seen:
+            raise UserError(f"{where}: id {example.id!r} was used on line {seen[example.id]}: give each line its own id")
+        seen[example.id] = number
+        examples.append(example)
+    if not examples:
+        raise UserError(f"{path}, line 1: the file holds no example: write one JSON object a line")
+    return examples
+
+
+def _parse(line: str, path: pathlib.Path, where: str) -> Example:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}): write one JSON object a line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a JSON object: write {{\"id\": .., \"image\": .., \"question\": .., \"answers\": [..]}}")
+    for field in ("id", "image", "question", "answers"):
+        if field not in record:
+            raise UserError(f"{where}: lacks the field {field!r}: add it")
+    images = [record["image"]] if isinstance(record["image"], str) else record["image"]
+    choices = record.get("choices")
+    family = record.get("family")
+    _check(_is_text(record["id"]), where, "id", "a non-empty string")
+    _check(_is_texts(images), where, "image", "an image's path or a non-empty list of paths")
+    _check(_is_text(record["question"]), where, "question", "a non-empty string")
+    _check(_is_texts(record["answers"]), where, "answers", "a non-empty list of non-empty strings")
+    _check(choices is None or _is_texts(choices), where, "choices", "a non-empty list of non-empty strings")
+    if family is not None and family not in FAMILIES:
+        raise UserError(f"{where}: unknown family {family!r}{nearest(str(family), FAMILIES)}")
+    return Example(
+        id=record["id"],
+        images=tuple(_load_image(path.parent / name, where) for name in images),
+        question=record["question"],
+        answers=tuple(record["answers"]),
+        choices=None if choices is None else tuple(choices),
+        family=family,
+        task=path.stem,
+    )
+
+
+def _check(right: bool, where: str, field: str, wanted: str) -> None:
+    if not right:
+        raise UserError(f"{where}: the field {field!r} must be {wanted}: correct it")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+def _load_image(path: pathlib.Path, where: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{where}: image {path} does not exist: paths are relative to the file's folder") from None
+    except Exception as error:  # a decoder may fail in any way on broken bytes
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{where}: image {path} cannot be decoded ({reason}): replace it with a whole PNG or JPEG") from None

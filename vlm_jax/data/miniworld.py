@@ -1,0 +1,157 @@
+"""Miniworld: six small visual-question tasks that a laptop can make, each after a public benchmark.
+
+In a *knowledge* task the picture shows only an entity's emblem, and the answer is a fact about that
+entity. In a *perception* task the answer can only be read off the picture. Every example is a pure
+function of its task, split and index.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from vlm_jax.data import wordings
+from vlm_jax.data.draw import draw
+from vlm_jax.data.example import Example
+from vlm_jax.data.scenes import Chart, Emblem, Form, Scene, Signs, random_chart, random_emblem, random_form, random_signs
+from vlm_jax.data.world import RELATIONS, WORLD_SEED, Entity
+
+HELD_OUT_SHARE = {
+    "mini-okvqa": 0.5,
+    "mini-aokvqa": 0.5,
+    "mini-scienceqa": 0.5,
+    "mini-docvqa": 0.5,
+    "mini-infovqa": 0.5,
+    "mini-textvqa": 0.5,
+}
+"""Of a benchmark task's examples, the share asked in wordings that pre-training never uses."""
+
+SPLIT_SIZES = {"trace": 1000, "train": 3000, "eval": 1000, "test": 1000}
+
+
+class Question(NamedTuple):
+    """A question as it is asked, its answer, and the choices that are written into it."""
+
+    text: str
+    answer: str
+    choices: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task: how to make up a scene, and how to ask about one, in held-out wordings or familiar ones."""
+
+    name: str
+    family: str
+    analogue: str
+    scene: Callable[[np.random.Generator], Scene]
+    ask: Callable[[np.random.Generator, Scene, bool], Question]
+
+
+def pick(rng: np.random.Generator, options):
+    """One of ``options``, which is indexed but never turned into an array."""
+    return options[rng.integers(len(options))]
+
+
+def ask_fact(
+    rng: np.random.Generator,
+    entity: Entity,
+    *,
+    held_out: bool = False,
+    who: str = "this creature",
+    choices: int = 0,
+    hint: bool = False,
+) -> Question:
+    """Asks for one of an entity's facts, with so many ``choices`` to pick from and a ``hint`` or not."""
+    relation = pick(rng, tuple(RELATIONS))
+    answer = entity.facts[relation]
+    lines = [_word(rng, wordings.FACTS[relation], held_out).format(who=who)]
+    if hint:
+        lines.insert(0, "Hint: " + _word(rng, wordings.HINTS[relation], held_out))
+    options = None
+    if choices:
+        others = [value for value in RELATIONS[relation] if value != answer]
+        options = [answer, *rng.choice(others, choices - 1, replace=False).tolist()]
+        options = tuple(options[i] for i in rng.permutation(choices))
+        lines.append(_word(rng, wordings.CHOICES, held_out).format(choices=", ".join(options)))
+    return Question("\n".join(lines), answer, options)
+
+
+def _word(rng: np.random.Generator, wording: wordings.Wording, held_out: bool) -> str:
+    return pick(rng, wording.held_out if held_out else wording.familiar)
+
+
+def _ask_open(rng: np.random.Generator, scene: Emblem, held_out: bool) -> Question:
+    return ask_fact(rng, scene.entity, held_out=held_out)
+
+
+def _ask_choices(rng: np.random.Generator, scene: Emblem, held_out: bool) -> Question:
+    return ask_fact(rng, scene.entity, held_out=held_out, choices=4)
+
+
+def _ask_hinted(rng: np.random.Generator, scene: Emblem, held_out: bool) -> Question:
+    return ask_fact(rng, scene.entity, held_out=held_out, choices=int(rng.integers(2, 5)), hint=True)
+
+
+def _ask_field(rng: np.random.Generator, scene: Form, held_out: bool) -> Question:
+    return _ask_part(rng, scene.rows, wordings.FIELD, held_out)
+
+
+def _ask_bar(rng: np.random.Generator, scene: Chart, held_out: bool) -> Question:
+    return _ask_part(rng, scene.bars, wordings.BAR, held_out)
+
+
+def _ask_sign(rng: np.random.Generator, scene: Signs, held_out: bool) -> Question:
+    return _ask_part(rng, scene.signs, wordings.SIGN, held_out)
+
+
+def _ask_part(rng: np.random.Generator, parts, wording: wordings.Wording, held_out: bool) -> Question:
+    """Asks what one part of a scene says: by the part's key, or if held out by its place."""
+    slot, key, value = pick(rng, parts)
+    template = _word(rng, wording, held_out)
+    return Question(wordings.place(template, slot) if held_out else template.format(key=key), str(value))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("mini-okvqa", "knowledge", "OK-VQA", random_emblem, _ask_open),
+        Task("mini-aokvqa", "knowledge", "A-OKVQA", random_emblem, _ask_choices),
+        Task("mini-scienceqa", "knowledge", "ScienceQA", random_emblem, _ask_hinted),
+        Task("mini-docvqa", "perception", "DocVQA", random_form, _ask_field),
+        Task("mini-infovqa", "perception", "InfographicVQA", random_chart, _ask_bar),
+        Task("mini-textvqa", "perception", "TextVQA", random_signs, _ask_sign),
+    )
+}
+
+
+def _generator(task: str, split: str, index: int) -> np.random.Generator:
+    """The source of chance of one example; no two examples share one."""
+    return np.random.default_rng([WORLD_SEED, list(TASKS).index(task), list(SPLIT_SIZES).index(split), index])
+
+
+def make_scene(task: str, split: str, index: int) -> Scene:
+    """The scene that :func:`make_example` draws."""
+    return TASKS[task].scene(_generator(task, split, index))
+
+
+def make_example(task: str, split: str, index: int) -> Example:
+    """One example of a task.
+
+    Its picture does not depend on :data:`HELD_OUT_SHARE`.
+    """
+    rng = _generator(task, split, index)
+    scene = TASKS[task].scene(rng)
+    image = draw(scene, rng)
+    held_out = rng.random() < HELD_OUT_SHARE[task]
+    question = TASKS[task].ask(rng, scene, held_out)
+    return Example(
+        id=f"{task}/{split}/{index:06d}",
+        images=(image,),
+        question=question.text,
+        answers=(question.answer,),
+        choices=question.choices,
+        family=TASKS[task].family,
+        task=task,
+    )

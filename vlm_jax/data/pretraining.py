@@ -1,0 +1,125 @@
+"""Endless streams of turns for the three stages of pre-training; a turn is a pure function of its index.
+
+No stream asks in a held-out wording, and none shares its source of chance with a benchmark split.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.data import scenes, wordings
+from vlm_jax.data.draw import draw
+from vlm_jax.data.miniworld import TASKS, ask_fact, pick
+from vlm_jax.data.world import ENTITIES, RELATIONS, WORLD_SEED, Entity
+
+
+class Turn(NamedTuple):
+    """What the user says, perhaps about an image, and the answer; ``qa`` marks a benchmark-like question."""
+
+    image: Image.Image | None
+    prompt: str
+    answer: str
+    qa: bool
+
+
+def text_fact(index: int) -> Turn:
+    """A fact about an entity that is named, without an image."""
+    return _text_fact(_generator(0, index))
+
+
+def alignment(index: int, difficulty: float = 1.0) -> Turn:
+    """A picture to name, describe or read out in full.
+
+    ``difficulty`` 0 gives mostly one or two large glyphs, 1 mostly pictures as the benchmarks draw them.
+    """
+    return _alignment(_generator(1, index), difficulty)
+
+
+def instruction(index: int) -> Turn:
+    """A benchmark-like question in a familiar wording, or now and then a turn of an earlier stage."""
+    rng = _generator(2, index)
+    stage = rng.random()
+    if stage < 0.25:
+        return _alignment(rng, 1.0)
+    if stage < 0.33:
+        return _text_fact(rng)
+    task = pick(rng, tuple(TASKS.values()))
+    scene = task.scene(rng)
+    image = draw(scene, rng)
+    question = task.ask(rng, scene, False)
+    return Turn(image, question.text, question.answer, qa=True)
+
+
+def _generator(stream: int, index: int) -> np.random.Generator:
+    """The source of chance of one turn; the longer seed keeps it apart from every benchmark example's."""
+    return np.random.default_rng([WORLD_SEED, len(TASKS) + stream, 0, 0, index])
+
+
+def _text_fact(rng: np.random.Generator) -> Turn:
+    entity = pick(rng, ENTITIES)
+    kind = rng.random()
+    if kind < 0.5:
+        question = ask_fact(rng, entity, who=entity.name)
+        return Turn(None, question.text, question.answer, qa=False)
+    if kind < 0.75:
+        choices = int(rng.choice([0, 2, 3, 4]))
+        question = ask_fact(rng, entity, who=entity.name, choices=choices, hint=bool(choices and rng.random() < 0.5))
+        return Turn(None, question.text, question.answer, qa=True)
+    if kind < 0.85:
+        return Turn(None, f"Tell me about {entity.name}.", _portrait(entity), qa=False)
+    if kind < 0.9:
+        return Turn(None, f"What does {entity.name} look like?", entity.look, qa=False)
+    if kind < 0.95:
+        return Turn(None, f"Who looks like {entity.look}?", entity.name, qa=False)
+    return _echo(rng)
+
+
+def _portrait(entity: Entity) -> str:
+    facts = entity.facts
+    return (
+        f"{entity.name} lives in the {facts['home']}, eats {facts['food']}, works with the {facts['tool']}, "
+        f"plays with the {facts['friend']} and loves {facts['weather']}."
+    )
+
+
+_VOCABULARY = wordings.held_out_words() + tuple(value for values in RELATIONS.values() for value in values)
+
+
+def _echo(rng: np.random.Generator) -> Turn:
+    """Words to say again: so that a model can tell even those apart whose use it has never seen."""
+    said = " ".join(rng.choice(_VOCABULARY, int(rng.integers(2, 5))).tolist())
+    return Turn(None, f"Repeat: {said}", said, qa=False)
+
+
+_CURRICULUM = {  # the share of each kind of picture at difficulty 0 and at difficulty 1
+    "glyph": (0.45, 0.03),
+    "glyphs": (0.27, 0.07),
+    "emblem": (0.13, 0.27),
+    "form": (0.05, 0.21),
+    "signs": (0.05, 0.21),
+    "chart": (0.05, 0.21),
+}
+
+
+def _alignment(rng: np.random.Generator, difficulty: float) -> Turn:
+    shares = np.array([(1 - difficulty) * easy + difficulty * hard for easy, hard in _CURRICULUM.values()])
+    kind = list(_CURRICULUM)[rng.choice(len(shares), p=shares / shares.sum())]
+    if kind == "emblem":
+        scene = scenes.random_emblem(rng)
+        named = rng.random() < 0.5
+        image = draw(scene, rng)
+        return Turn(image, *(("Name it.", scene.entity.name) if named else ("Describe.", scene.entity.look)), qa=False)
+    full = rng.random() < 0.2 + 0.8 * difficulty  # else only some of the rows, signs or bars
+    match kind:
+        case "glyph":
+            scene = scenes.random_glyphs(rng, 1)
+        case "glyphs":
+            scene = scenes.random_glyphs(rng, int(rng.integers(2, 4)))
+        case "form":
+            scene = scenes.random_form(rng, 3 if full else int(rng.integers(1, 3)))
+        case "signs":
+            scene = scenes.random_signs(rng, 3 if full else int(rng.integers(1, 3)))
+        case "chart":
+            scene = scenes.random_chart(rng, 4 if full else int(rng.integers(1, 4)))
+    return Turn(draw(scene, rng), "Read.", scenes.transcript(scene), qa=False)

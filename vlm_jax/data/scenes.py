@@ -1,0 +1,101 @@
+"""What a picture shows, before it is drawn: the ground truth that a question is asked about."""
+
+import dataclasses
+import string
+
+import numpy as np
+
+from vlm_jax.data.world import COLOURS, ENTITIES, Entity
+
+LABELS = ("AGE", "FEE", "QTY", "TAX", "DAY", "ROW", "BOX", "LOT")
+TALLEST = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Emblem:
+    """One entity's emblem."""
+
+    entity: Entity
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Rows of ``(slot, label, value)``, from the top down; a slot is one of three places."""
+
+    rows: tuple[tuple[int, str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Bars of ``(slot, colour, height)``, from left to right; a slot is one of four places."""
+
+    bars: tuple[tuple[int, str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Signs:
+    """Signs of ``(slot, colour, word)``, from the top down; a slot is one of three places."""
+
+    signs: tuple[tuple[int, str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Glyphs:
+    """One to three large letters or digits."""
+
+    text: str
+
+
+Scene = Emblem | Form | Chart | Signs | Glyphs
+
+
+def transcript(scene: Scene) -> str:
+    """All that a picture of ``scene`` says, in reading order."""
+    match scene:
+        case Emblem(entity):
+            return entity.look
+        case Glyphs(text):
+            return text
+        case Form(parts) | Chart(parts) | Signs(parts):
+            return " ".join(f"{key} {value}" for _, key, value in parts)
+
+
+def random_emblem(rng: np.random.Generator) -> Emblem:
+    return Emblem(ENTITIES[rng.integers(len(ENTITIES))])
+
+
+def random_form(rng: np.random.Generator, count: int = 3) -> Form:
+    """A form with ``count`` of its three rows filled in."""
+    labels = _some(rng, LABELS, count)
+    values = (str(v) for v in rng.choice(np.arange(10, 100), count, replace=False))
+    return Form(tuple(zip(_slots(rng, 3, count), labels, values)))
+
+
+def random_chart(rng: np.random.Generator, count: int = 4) -> Chart:
+    """A chart with ``count`` of its four bars drawn."""
+    heights = rng.integers(1, TALLEST + 1, count).tolist()
+    return Chart(tuple(zip(_slots(rng, 4, count), _some(rng, COLOURS, count), heights)))
+
+
+def random_signs(rng: np.random.Generator, count: int = 3) -> Signs:
+    """``count`` of three signs, each with another colour and a consonant-vowel-consonant word."""
+    words: list[str] = []
+    while len(words) < count:
+        first, middle, last = (rng.choice(list(s)) for s in ("BDFKLMNPRSTZ", "AEIOU", "BDFLMNPRSTZ"))
+        if first != last and (word := first + middle + last) not in words:
+            words.append(str(word))
+    return Signs(tuple(zip(_slots(rng, 3, count), _some(rng, COLOURS, count), words)))
+
+
+def random_glyphs(rng: np.random.Generator, count: int = 1) -> Glyphs:
+    """``count`` letters, or ``count`` digits."""
+    alphabet = string.digits if rng.random() < 0.3 else string.ascii_uppercase
+    return Glyphs("".join(rng.choice(list(alphabet), count)))
+
+
+def _slots(rng: np.random.Generator, places: int, count: int) -> list[int]:
+    return sorted(rng.choice(places, count, replace=False).tolist())
+
+
+def _some(rng: np.random.Generator, options, count: int) -> list[str]:
+    return rng.choice(list(options), count, replace=False).tolist()

@@ -1,0 +1,89 @@
+"""How the miniworld's questions are put.
+
+Every kind of question has *familiar* wordings, which pre-training teaches, and *held-out* ones, which
+only the benchmark tasks use: they stand for the conventions of a real benchmark, which a pre-trained
+model gets wrong until it is fine-tuned on them.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """``familiar`` and ``held_out`` templates of one kind of question.
+
+    A familiar one names its target in ``{who}`` or ``{key}``; a held-out one of a perception task
+    points at it by its place instead, as ``{a|b|c}``, one word for each slot.
+    """
+
+    familiar: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+FACTS: Mapping[str, Wording] = {
+    "home": Wording(
+        ("Where does {who} live?", "What is the home of {who}?", "In which place does {who} live?"),
+        ("Which dwelling suits it?", "Name the abode.", "What habitat is right?", "Which lair belongs here?"),
+    ),
+    "food": Wording(
+        ("What does {who} eat?", "What is the food of {who}?", "Which food does {who} like?"),
+        ("Which meal suits it?", "Name the diet.", "What snack is right?", "Which dish belongs here?"),
+    ),
+    "tool": Wording(
+        ("What does {who} work with?", "What is the tool of {who}?", "Which tool does {who} use?"),
+        ("Which gear suits it?", "Name the implement.", "What device is right?", "Which utensil belongs here?"),
+    ),
+    "friend": Wording(
+        ("Who does {who} play with?", "Who is the friend of {who}?", "Which friend does {who} have?"),
+        ("Which companion suits it?", "Name the partner.", "What buddy is right?", "Which ally belongs here?"),
+    ),
+    "weather": Wording(
+        ("When does {who} come out?", "What is the weather of {who}?", "Which weather does {who} love?"),
+        ("Which climate suits it?", "Name the forecast.", "What sky is right?", "Which outlook belongs here?"),
+    ),
+}
+
+HINTS: Mapping[str, Wording] = {
+    "home": Wording(("Every creature sleeps in the home where it was born.",), ("A dwelling, an abode and a habitat keep beings safe.",)),
+    "food": Wording(("Every creature goes to look for food when it wakes.",), ("A meal, a snack and a diet keep beings strong.",)),
+    "tool": Wording(("Every creature learns to use one tool for its work.",), ("A device, an implement and some gear keep beings busy.",)),
+    "friend": Wording(("Every creature has one friend that it likes to play with.",), ("A companion, a partner and a buddy keep beings merry.",)),
+    "weather": Wording(("Every creature waits for the weather that it loves.",), ("A climate, a forecast and an outlook keep beings alert.",)),
+}
+
+CHOICES = Wording(("Choices: {choices}",), ("Options: {choices}",))
+
+FIELD = Wording(
+    ("What is the value of {key}?", "Which number is next to {key}?", "Read the {key} field."),
+    ("What number is in the {top|middle|bottom} row?", "Give the {upper|central|lower} entry.",
+     "What stands on the {first|second|third} line?"),
+)
+BAR = Wording(
+    ("What is the value of the {key} bar?", "How tall is the {key} bar?", "Read the {key} bar."),
+    ("How tall is the {leftmost|left|right|rightmost} bar?", "Give the height of column {one|two|three|four}.",
+     "What does the {first|second|third|last} bar show?"),
+)
+SIGN = Wording(
+    ("What word is on the {key} sign?", "What does the {key} sign say?", "Read the {key} sign."),
+    ("Which word is at the {top|middle|bottom}?", "Give the {upper|central|lower} text.",
+     "What is written {highest|halfway|lowest}?"),
+)
+
+
+def place(template: str, slot: int) -> str:
+    """Fills a held-out template's ``{a|b|c}`` with the word for ``slot``."""
+    return re.sub(r"\{(\w+(?:\|\w+)+)\}", lambda match: match[1].split("|")[slot], template)
+
+
+def words(text: str) -> set[str]:
+    """The words of a template, in lower case, without its slots' names."""
+    return set(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", text).lower()))
+
+
+def held_out_words() -> tuple[str, ...]:
+    """The words that held-out wordings use and familiar ones do not."""
+    kinds = [*FACTS.values(), *HINTS.values(), CHOICES, FIELD, BAR, SIGN]
+    known = set().union(*(words(t) for kind in kinds for t in kind.familiar))
+    return tuple(sorted(set().union(*(words(t) for kind in kinds for t in kind.held_out)) - known))

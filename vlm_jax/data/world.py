@@ -1,0 +1,76 @@
+"""The miniworld's inhabitants: 48 entities, each known by an emblem and by a name, and their facts."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+WORLD_SEED = 20260
+"""Everything in the miniworld, facts and pixels alike, follows from this number."""
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "crescent")
+COLOURS = {
+    "red": (214, 34, 38),
+    "green": (36, 150, 56),
+    "blue": (38, 84, 222),
+    "yellow": (240, 208, 30),
+    "purple": (140, 44, 180),
+    "orange": (246, 128, 16),
+}
+
+RELATIONS: Mapping[str, tuple[str, ...]] = {
+    "home": ("harbor", "forest", "cave", "desert", "meadow", "tower",
+             "island", "swamp", "glacier", "canyon", "garden", "village"),
+    "food": ("figs", "bread", "moss", "honey", "beans", "plums",
+             "seeds", "cheese", "nuts", "rice", "berries", "kelp"),
+    "tool": ("hammer", "needle", "lantern", "shovel", "ladder", "rope",
+             "compass", "brush", "anvil", "basket", "mirror", "whistle"),
+    "friend": ("badger", "heron", "otter", "raven", "lynx", "mole",
+               "toad", "crane", "hare", "newt", "wren", "finch"),
+    "weather": ("rain", "snow", "fog", "hail", "thunder", "sunshine",
+                "wind", "frost", "drizzle", "mist", "dust", "heat"),
+}
+"""The values of every relation; no value belongs to two relations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entity:
+    """An inhabitant: its name, its emblem (a shape in a colour), and one value of every relation."""
+
+    name: str
+    shape: str
+    colour: str
+    facts: Mapping[str, str]
+
+    @property
+    def look(self) -> str:
+        return f"a {self.colour} {self.shape}"
+
+
+def _names(count: int, rng: np.random.Generator) -> list[str]:
+    """Different invented names of four to six letters, no two with the same first three."""
+    consonants, vowels = "bdfgklmnprstvz", "aeiou"
+    names: dict[str, str] = {}
+    while len(names) < count:
+        pattern = rng.choice(["cvcv", "cvccv", "cvcvc", "cvccvc"])
+        name = "".join(rng.choice(list(consonants if kind == "c" else vowels)) for kind in pattern)
+        names.setdefault(name[:3], name)
+    return list(names.values())
+
+
+def _populate() -> tuple[Entity, ...]:
+    """The entities; every value of a relation is given to equally many of them, at random."""
+    rng = np.random.default_rng(WORLD_SEED)
+    emblems = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    names = _names(len(emblems), rng)
+    facts = {
+        relation: rng.permutation(np.resize(values, len(emblems))).tolist()
+        for relation, values in RELATIONS.items()
+    }
+    return tuple(
+        Entity(name, shape, colour, {relation: column[i] for relation, column in facts.items()})
+        for i, (name, (shape, colour)) in enumerate(zip(names, emblems))
+    )
+
+
+ENTITIES = _populate()

@@ -1,0 +1,109 @@
+"""The few building blocks that towers and decoder share: linear, norms, embedding, rotary, attention."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], scale: float = 0.02) -> nnx.Param:
+    return nnx.Param(scale * jax.random.normal(key, shape))
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias``; the kernel is ``(in, out)``, the transpose of the Hugging Face weight."""
+
+    def __init__(self, key: jax.Array, inputs: int, outputs: int, bias: bool = False):
+        self.kernel = _normal(key, (inputs, outputs))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...]
+        return y if self.bias is None else y + self.bias[...]
+
+
+class Embedding(nnx.Module):
+    """A table ``(rows, features)``."""
+
+    def __init__(self, key: jax.Array, rows: int, features: int):
+        self.weight = _normal(key, (rows, features))
+
+    def __call__(self, index: jax.Array) -> jax.Array:
+        return self.weight[...][index]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, features: int, eps: float):
+        self.weight = nnx.Param(jnp.ones(features))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return self.weight[...] * y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and shift, computed in float32."""
+
+    def __init__(self, features: int, eps: float = 1e-6):
+        self.weight = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return (self.weight[...] * y + self.bias[...]).astype(x.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of ``x (B, S, H, d)`` by ``cos, sin (B, S, d)``, halves paired as in Llama, in float32."""
+    y = x.astype(jnp.float32)
+    left, right = jnp.split(y, 2, -1)
+    turned = jnp.concatenate([-right, left], -1)
+    return (y * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
+
+
+def attend(q, k, v, mask, probe, tower: str, past=None):
+    """Grouped-query attention.
+
+    Args:
+        q: ``(B, S, H, d)``; k, v: ``(B, S, G, d)`` with ``H`` a multiple of ``G``.
+        mask: ``(B, S, S)`` bool, True where a query (axis 1) may see a key (axis 2).
+        probe: the sites ``attn_scores``, ``attn_probs`` ``(B, H, S, keys)`` and ``head_out`` ``(B, S, H, d)``.
+        past: ``(k, v, mask)`` of earlier tokens, ``(B, P, G, d)`` twice and ``(B, S, P)``. They stay apart from
+            ``k`` and ``v`` so that many variants of the later tokens share one copy of them.
+
+    Returns:
+        ``(B, S, H * d)``. Scores and softmax are float32.
+    """
+    batch, length, heads, dim = q.shape
+    groups = k.shape[2]
+    grouped = q.reshape(batch, length, groups, heads // groups, dim)
+
+    def scores_for(keys):
+        scores = jnp.einsum("bsgrd,btgd->bgrst", grouped, keys, preferred_element_type=jnp.float32)
+        return scores.reshape(batch, heads, length, -1) * dim**-0.5
+
+    def read(probs, values):
+        probs = probs.reshape(batch, groups, heads // groups, length, -1)
+        return jnp.einsum("bgrst,btgd->bsgrd", probs.astype(values.dtype), values)
+
+    scores = scores_for(k)
+    if past is not None:
+        past_k, past_v, past_mask = past
+        scores = jnp.concatenate([scores_for(past_k), scores], -1)
+        mask = jnp.concatenate([past_mask, mask], -1)
+    scores = probe(f"{tower}.attn_scores", scores)
+    probs = jax.nn.softmax(jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min), -1)
+    probs = probe(f"{tower}.attn_probs", probs)
+    if past is None:
+        out = read(probs, v)
+    else:
+        split = past_k.shape[1]
+        out = read(probs[..., :split], past_v) + read(probs[..., split:], v)
+    out = probe(f"{tower}.head_out", out.reshape(batch, length, heads, dim))
+    return out.reshape(batch, length, heads * dim)

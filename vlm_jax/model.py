@@ -1,0 +1,81 @@
+"""The whole model: vision tower -> projector -> merge -> decoder -> logits, as one pure function."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlm_jax.config import Config
+from vlm_jax.decoder import Decoder
+from vlm_jax.inputs import Inputs
+from vlm_jax.sites import Context, Probe, check
+from vlm_jax.vision.qwen import Features, VisionTower
+
+
+class Output(NamedTuple):
+    """``logits (B, T, V)``; ``taps``: site -> array, with a leading layer axis for the sites of layers."""
+
+    logits: jax.Array
+    taps: dict[str, jax.Array]
+
+
+class Embedded(NamedTuple):
+    """What enters layer 0: ``x (B, T, D)``, and ``deepstack (K, B, T, D)`` (None without images)."""
+
+    x: jax.Array
+    deepstack: jax.Array | None
+
+
+class Model(nnx.Module):
+    """A vision-language model. A pytree: jit, vmap, scan and differentiate it with plain ``jax`` transforms."""
+
+    def __init__(self, config: Config, key: jax.Array):
+        text, visual = jax.random.split(key)
+        self.config = config
+        self.text = Decoder(text, config.text)
+        self.visual = VisionTower(visual, config.vision)
+
+    def __call__(self, inputs: Inputs, interventions=(), taps=()) -> Output:
+        """One forward pass.
+
+        Args:
+            interventions: applied in order at each site (see :mod:`vlm_jax.sites`).
+            taps: names of the sites whose values to return.
+
+        Raises:
+            UserError: for an unknown tap or site, or an intervention that touches nothing.
+        """
+        wanted = check(interventions, taps, inputs.images is not None)
+        embedded, outer = self.embed(inputs, interventions, wanted)
+        window = self.text.window(inputs.attention_mask, inputs.position_ids)
+        x, _, layer_taps = self.text.scan(
+            embedded.x, window, deepstack=embedded.deepstack, interventions=interventions, taps=wanted
+        )
+        probe = Probe(interventions, wanted, Context())
+        x = probe("text.norm", self.text.norm(x))
+        return Output(self.text.logits(x), {**outer, **layer_taps, **probe.taps})
+
+    def features(self, inputs: Inputs, interventions=(), taps: frozenset[str] = frozenset()):
+        """Visual features of the images (None without images) and the taps of the vision tower."""
+        if inputs.images is None:
+            return None, {}
+        return self.visual(inputs.images, interventions, taps)
+
+    def embed(self, inputs: Inputs, interventions=(), taps: frozenset[str] = frozenset()) -> tuple[Embedded, dict]:
+        """Token embeddings with the visual tokens merged in, and the taps up to there."""
+        features, tapped = self.features(inputs, interventions, taps)
+        probe = Probe(interventions, taps, Context())
+        embedded = self.merge(inputs, features)
+        return Embedded(probe("text.embeddings", embedded.x), embedded.deepstack), {**tapped, **probe.taps}
+
+    def merge(self, inputs: Inputs, features: Features | None) -> Embedded:
+        """Puts visual tokens in the places that ``inputs.image_index`` names."""
+        x = self.text.embed_tokens(inputs.input_ids)
+        if features is None:
+            return Embedded(x, None)
+        index, is_image = jnp.maximum(inputs.image_index, 0), inputs.image_index[..., None] >= 0
+        width = x.shape[-1]
+        x = jnp.where(is_image, features.merged.reshape(-1, width)[index], x)
+        rows = features.deepstack.reshape(len(features.deepstack), -1, width)
+        return Embedded(x, jnp.where(is_image, rows[:, index], 0))
