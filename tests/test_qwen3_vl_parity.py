@@ -1,18 +1,24 @@
-"""Qwen3-VL against transformers: every tap and the logits, in float32, within 1e-4.
+"""Qwen3-VL against transformers: every tap and the logits, in float32, within 1e-4; and its checkpoints.
 
 ``compare`` is the one judge. The controls break the oracle in the ways a port is most likely to be wrong, and the
 same ``compare`` must then object - at the site that was broken, and at none before it.
 """
 
+import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from hf_oracle import MERGE, make_batch, oracle_sites, tiny_config, tiny_model
+from hf_oracle import make_batch, oracle_sites, tiny_config, tiny_model
+from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
+
+import vlm_jax
+from vlm_jax.errors import UserError
 
 TOLERANCE = 1e-4
 
@@ -22,10 +28,11 @@ RAGGED = [
     [17],
     [(2, 10), 9],
 ]
+LONG = [[300, (12, 18), 140], [3, (6, 14), 2]]  # 496 tokens, and far more padding than text beside them
 BATCHES = {
     "left": make_batch(RAGGED, "left"),
     "right": make_batch(RAGGED, "right"),
-    "long": make_batch([[300, (12, 18), 140], [3, (6, 14), 2]], "left", seed=1),
+    "long": make_batch(LONG, "left", seed=1),
     "text": make_batch([[11], [19]], "left", seed=2),
 }
 # Other sizes for the tied model: three queries per key head, an uneven M-RoPE split, a second theta.
@@ -48,8 +55,6 @@ MODELS = {"untied": (tiny_config(tied=False), 0), "tied": (TIED, 1)}
 
 def port(folder):
     """vlm_jax's answer to a batch: ``{site: array}`` for the sites asked for."""
-    import vlm_jax
-
     model, _ = vlm_jax.load(folder)
 
     def answer(batch, sites):
@@ -64,7 +69,7 @@ def compare(hf_model, ours, batch):
     """The largest absolute difference at each site."""
     want = oracle_sites(hf_model, batch)
     got = ours(batch, sorted(want))
-    return {site: max_error(site, got[site], array) for site, array in want.items()}
+    return {site: max_error(site, got[site], want[site]) for site in want}
 
 
 def max_error(site, got, want):
@@ -96,7 +101,7 @@ def ports(folders):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_oracle_is_a_hard_case(oracles, name):
-    """Parity says little about a model whose attention is uniform, whose DeepStack is faint or whose rows agree."""
+    """Parity says little about a model whose attention is uniform, whose sites are faint or whose DeepStack is zero."""
     sites = oracle_sites(oracles[name], BATCHES["left"])
     probs = sites["text.attn_probs"][:, :, :, -1]  # the last query of a left-padded row sees the whole row
     lengths = BATCHES["left"]["attention_mask"].sum(-1)
@@ -107,14 +112,33 @@ def test_oracle_is_a_hard_case(oracles, name):
 
     taps = len(oracles[name].config.vision_config.deepstack_visual_indexes)
     image_rows = sites["text.deepstack"][:, BATCHES["left"]["mm_token_type_ids"] == 1]
-    assert np.abs(image_rows[:taps]).min(-1).max() > 0 and not image_rows[taps:].any()
+    assert image_rows[:taps].any(-1).all() and not image_rows[taps:].any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_oracle_is_well_conditioned(oracles, name):
+    """If rounding alone moved the oracle by the tolerance, correct ports would fail and the margin mean nothing."""
+    double = copy.deepcopy(oracles[name]).double()
+    batch = make_batch(LONG[:1], seed=1)  # unpadded: transformers' eager mask overflows in float64
+    exact = oracle_sites(double, batch | {"pixel_values": batch["pixel_values"].astype(np.float64)})
+    rounding = compare(oracles[name], lambda *_: {site: x.astype(np.float32) for site, x in exact.items()}, batch)
+    assert max(rounding.values()) < TOLERANCE / 3, rounding
 
 
 @pytest.mark.parametrize(
-    "name, batch", [("untied", "left"), ("untied", "right"), ("untied", "long"), ("untied", "text"), ("tied", "left")]
+    "name, batch", [("untied", "left"), ("untied", "right"), ("untied", "long"), ("tied", "left"), ("tied", "right")]
 )
 def test_every_site_matches(oracles, ports, name, batch):
     errors = compare(oracles[name], ports[name], BATCHES[batch])
+    assert max(errors.values()) < TOLERANCE, far(errors)
+
+
+@pytest.mark.parametrize("deepstack", [False, True], ids=["others", "deepstack"])
+def test_every_site_matches_without_images(oracles, ports, deepstack):
+    want = oracle_sites(oracles["untied"], BATCHES["text"])
+    want = {site: array for site, array in want.items() if (site == "text.deepstack") == deepstack}
+    got = ports["untied"](BATCHES["text"], sorted(want))
+    errors = {site: max_error(site, got[site], array) for site, array in want.items()}
     assert max(errors.values()) < TOLERANCE, far(errors)
 
 
@@ -122,7 +146,7 @@ def far(errors):
     return {site: error for site, error in errors.items() if error >= TOLERANCE}
 
 
-# Controls. Each takes (monkeypatch, model) and breaks the oracle.
+# Controls. Each breaks the oracle: the copy of the model it is given, and through ``patch`` transformers itself.
 
 
 def deepstack_zeroed(patch, model):
@@ -141,18 +165,18 @@ def deepstack_one_text_layer_late(patch, model):
 
 def deepstack_tapped_one_block_late(patch, model):
     visual = model.model.visual
-    patch.setattr(visual, "deepstack_visual_indexes", [i + 1 for i in visual.deepstack_visual_indexes])
+    visual.deepstack_visual_indexes = [i + 1 for i in visual.deepstack_visual_indexes]
 
 
 def merger_gelu_tanh(patch, model):
     visual = model.model.visual
     for merger in (visual.merger, *visual.deepstack_merger_list):
-        patch.setattr(merger, "act_fn", nn.GELU(approximate="tanh"))
+        merger.act_fn = nn.GELU(approximate="tanh")
 
 
 def vision_gelu_exact(patch, model):
     for block in model.model.visual.blocks:
-        patch.setattr(block.mlp, "act_fn", nn.GELU())
+        block.mlp.act_fn = nn.GELU()
 
 
 def vision_attention_causal(patch, model):
@@ -179,7 +203,7 @@ def vision_rope_swaps_h_and_w(patch, model):
 
 
 def vision_rope_theta(patch, model):
-    patch_theta(patch, model.model.visual.rotary_pos_emb)
+    other_theta(model.model.visual.rotary_pos_emb)
 
 
 def positions_nearest(patch, model):
@@ -193,7 +217,7 @@ def positions_nearest(patch, model):
 
 
 def positions_half_pixel(patch, model):
-    patch.setattr(model.model.visual, "interpolation_align_corners", False)
+    model.model.visual.interpolation_align_corners = False
 
 
 def mrope_sections_in_blocks(patch, model):
@@ -215,28 +239,27 @@ def mrope_swaps_h_and_w(patch, model):
 
 
 def text_rope_theta(patch, model):
-    patch_theta(patch, model.model.language_model.rotary_emb)
+    other_theta(model.model.language_model.rotary_emb)
 
 
-def patch_theta(patch, rotary):
-    # theta ** -x to a power is another theta's.
-    patch.setattr(rotary, "inv_freq", rotary.inv_freq**1.1)
+def other_theta(rotary):
+    rotary.inv_freq = rotary.inv_freq**1.1  # the frequencies of theta**1.1
 
 
 def query_norm_skipped(patch, model):
     for layer in model.model.language_model.layers:
-        patch.setattr(layer.self_attn, "q_norm", nn.Identity())
+        layer.self_attn.q_norm = nn.Identity()
 
 
 def key_norm_skipped(patch, model):
     for layer in model.model.language_model.layers:
-        patch.setattr(layer.self_attn, "k_norm", nn.Identity())
+        layer.self_attn.k_norm = nn.Identity()
 
 
 def rms_norm_epsilon(patch, model):
     for module in model.model.language_model.modules():
         if isinstance(module, hf.Qwen3VLTextRMSNorm):
-            patch.setattr(module, "variance_epsilon", 1e-6)
+            module.variance_epsilon = 1e-6
 
 
 def images_swapped_between_rows(patch, model):
@@ -289,24 +312,28 @@ def port_once(oracles, ports):
     return lambda batch, names: sites
 
 
-def assert_caught(errors, control):
-    first, upstream = CONTROLS[control]
+@pytest.fixture(params=CONTROLS, ids=lambda control: control.__name__)
+def broken(request, oracles, monkeypatch):
+    model = copy.deepcopy(oracles["untied"])
+    request.param(monkeypatch, model)
+    return model, *CONTROLS[request.param]
+
+
+def assert_caught(broken, ours):
+    model, first, upstream = broken
+    errors = compare(model, ours, BATCHES["left"])
     assert errors["logits"] > 1e-3, errors
     assert all(errors[site] > TOLERANCE for site in first), errors
     assert upstream is None or errors[upstream] < TOLERANCE, errors
 
 
-@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.__name__)
-def test_control_changes_the_oracle(oracles, intact_oracle, monkeypatch, control):
+def test_control_changes_the_oracle(broken, intact_oracle):
     """A control that leaves the oracle as it was would prove nothing about ``compare``."""
-    control(monkeypatch, oracles["untied"])
-    assert_caught(compare(oracles["untied"], intact_oracle, BATCHES["left"]), control)
+    assert_caught(broken, intact_oracle)
 
 
-@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.__name__)
-def test_control_is_caught(oracles, port_once, monkeypatch, control):
-    control(monkeypatch, oracles["untied"])
-    assert_caught(compare(oracles["untied"], port_once, BATCHES["left"]), control)
+def test_control_is_caught(broken, port_once):
+    assert_caught(broken, port_once)
 
 
 def test_token_types_are_optional(ports):
@@ -314,3 +341,99 @@ def test_token_types_are_optional(ports):
     without = {name: array for name, array in batch.items() if name != "mm_token_type_ids"}
     want, got = (ports["untied"](arrays, ["logits"])["logits"] for arrays in (batch, without))
     np.testing.assert_array_equal(got, want)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bit_equal(folders, tmp_path, name):
+    model, processor = vlm_jax.load(folders[name])
+    assert processor is None  # the folder has no tokeniser
+    vlm_jax.save(model, tmp_path)
+    want, got = (load_file(folder / "model.safetensors") for folder in (folders[name], tmp_path))
+    assert got.keys() == want.keys()
+    for key in want:
+        assert got[key].dtype == want[key].dtype and got[key].tobytes() == want[key].tobytes(), key
+
+
+def test_transformers_reads_what_is_saved(oracles, folders, tmp_path):
+    vlm_jax.save(vlm_jax.load(folders["tied"])[0], tmp_path)
+    model, loading = Qwen3VLForConditionalGeneration.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    want, got = (oracle_sites(m, BATCHES["left"])["logits"] for m in (oracles["tied"], model.eval()))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(folders["untied"], tmp_path / "copy")
+
+
+def edit(path, change):
+    """Rewrites a JSON file by ``change``, which alters the parsed value in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_config_as_released(ports, folder):
+    """The published config.json predates ``rope_parameters`` and calls the vision tower by the whole model's name."""
+
+    def as_released(config):
+        rope = config["text_config"].pop("rope_parameters")
+        config["text_config"]["rope_theta"] = rope.pop("rope_theta")
+        config["text_config"]["rope_scaling"] = rope
+        config["vision_config"].pop("rope_parameters")
+        config["vision_config"]["model_type"] = "qwen3_vl"
+
+    edit(folder / "config.json", as_released)
+    want, got = (answer(BATCHES["left"], ["logits"])["logits"] for answer in (ports["untied"], port(folder)))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_sharded_checkpoint(oracles, ports, tmp_path):
+    oracles["untied"].save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    want, got = (answer(BATCHES["left"], ["logits"])["logits"] for answer in (ports["untied"], port(tmp_path)))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_every_wrong_tensor_is_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    missing = ["model.visual.merger.norm.weight", "model.language_model.layers.3.self_attn.k_norm.weight"]
+    extra = ["model.language_model.layers.6.mlp.up_proj.weight", "model.visual.deepstack_merger_list.3.norm.bias"]
+    misshapen = ["model.language_model.layers.0.mlp.down_proj.weight", "model.visual.pos_embed.weight"]
+    for key in missing:
+        del tensors[key]
+    for key in extra:
+        tensors[key] = np.zeros(3, np.float32)
+    for key in misshapen:  # the right number of elements, so that only a look at the shape can tell
+        tensors[key] = np.ascontiguousarray(tensors[key].T)
+    save_file(tensors, folder / "model.safetensors")
+    message = load_error(folder)
+    assert [key for key in missing + extra + misshapen if key not in message] == []
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.001], ids=["data", "header"])
+def test_truncated_checkpoint(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    assert "model.safetensors" in load_error(folder)
+
+
+def test_unsupported_architecture(folder):
+    def llama(config):
+        config.update(architectures=["LlamaForCausalLM"], model_type="llama")
+
+    edit(folder / "config.json", llama)
+    assert "llama" in load_error(folder).lower()
+
+
+def load_error(folder):
+    with pytest.raises(UserError) as error:
+        vlm_jax.load(folder)
+    return str(error.value)

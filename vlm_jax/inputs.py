@@ -95,19 +95,33 @@ class Inputs:
         index[visual] = np.concatenate([image * images.stride + np.arange(count) for image, count in enumerate(counts)])
         return cls(ids, mask, positions, images, index)
 
-    def take(self, rows) -> "Inputs":
-        """The batch of some ``rows`` (NumPy arrays only), with just their images."""
+    def take(self, rows, images: int | None = None) -> "Inputs":
+        """The batch of some ``rows`` (NumPy arrays only), with just their images, padded to ``images`` of them."""
         rows = np.asarray(rows)
         text = Inputs(self.input_ids[rows], self.attention_mask[rows], self.position_ids[:, rows])
         if self.images is None:
             return text
-        index, stride = self.image_index[rows], self.images.stride
-        used, place = np.unique(index[index >= 0] // stride, return_inverse=True)
-        if not len(used):
+        index, stride = self.image_index[rows].copy(), self.images.stride
+        there = index >= 0
+        used, place = np.unique(index[there] // stride, return_inverse=True)
+        index[there] = place * stride + index[there] % stride
+        missing = max(0, (images or 0) - len(used))
+        if not len(used) + missing:
             return text
-        moved = index.copy()
-        moved[index >= 0] = place * stride + index[index >= 0] % stride
-        return text.replace(images=jax.tree.map(lambda a: a[used], self.images), image_index=moved)
+
+        def pick(array):
+            return np.pad(array[used], [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+        return text.replace(images=jax.tree.map(pick, self.images), image_index=index)
+
+    def cut(self, length: int) -> "Inputs":
+        """The first ``length`` tokens of every row."""
+        return self.replace(
+            input_ids=self.input_ids[:, :length],
+            attention_mask=self.attention_mask[:, :length],
+            position_ids=self.position_ids[:, :, :length],
+            image_index=None if self.image_index is None else self.image_index[:, :length],
+        )
 
 
 def rope_index(mask: np.ndarray, visual: np.ndarray, grids: np.ndarray, merge: int) -> np.ndarray:

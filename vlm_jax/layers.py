@@ -17,7 +17,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...]
+        # On CPU the gradient of a flat matmul is several times faster than that of a batched one.
+        y = (x.reshape(-1, x.shape[-1]) @ self.kernel[...]).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -82,15 +83,19 @@ def attend(q, k, v, mask, probe, tower: str, past=None):
     """
     batch, length, heads, dim = q.shape
     groups = k.shape[2]
-    grouped = q.reshape(batch, length, groups, heads // groups, dim)
+    repeats = heads // groups
+    # One matmul per key-value head, with (repeats x tokens) rows: several times faster than einsum's own choice.
+    grouped = q.reshape(batch, length, groups, repeats, dim).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, groups, repeats * length, dim)
 
     def scores_for(keys):
-        scores = jnp.einsum("bsgrd,btgd->bgrst", grouped, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bgnd,bgtd->bgnt", grouped, keys.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
         return scores.reshape(batch, heads, length, -1) * dim**-0.5
 
     def read(probs, values):
-        probs = probs.reshape(batch, groups, heads // groups, length, -1)
-        return jnp.einsum("bgrst,btgd->bsgrd", probs.astype(values.dtype), values)
+        probs = probs.reshape(batch, groups, repeats * length, -1).astype(values.dtype)
+        out = jnp.einsum("bgnt,bgtd->bgnd", probs, values.transpose(0, 2, 1, 3))
+        return out.reshape(batch, heads, length, dim).transpose(0, 2, 1, 3)
 
     scores = scores_for(k)
     if past is not None:
@@ -105,5 +110,5 @@ def attend(q, k, v, mask, probe, tower: str, past=None):
     else:
         split = past_k.shape[1]
         out = read(probs[..., :split], past_v) + read(probs[..., split:], v)
-    out = probe(f"{tower}.head_out", out.reshape(batch, length, heads, dim))
+    out = probe(f"{tower}.head_out", out)
     return out.reshape(batch, length, heads * dim)

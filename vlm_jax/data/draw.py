@@ -107,6 +107,7 @@ def _wheel(corners: int, *radii: float) -> list[tuple[float, float]]:
     return [(radii[i % len(radii)] * math.sin(t), -radii[i % len(radii)] * math.cos(t)) for i, t in enumerate(turns)]
 
 
+# fmt: off
 _OUTLINES = {
     "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],
     "triangle": [(0, -0.9), (0.9, 0.75), (-0.9, 0.75)],
@@ -115,6 +116,7 @@ _OUTLINES = {
               (0.3, 0.9), (-0.3, 0.9), (-0.3, 0.3), (-0.9, 0.3), (-0.9, -0.3), (-0.3, -0.3)],
     "diamond": [(0, -1), (0.58, 0), (0, 1), (-0.58, 0)],
 }
+# fmt: on
 
 
 def _draw_form(image: Image.Image, rows, rng: np.random.Generator) -> None:
@@ -154,16 +156,16 @@ def _draw_signs(image: Image.Image, signs, rng: np.random.Generator) -> None:
     for slot, colour, word in signs:
         half = font.getlength(word) / 2 + rng.uniform(3, 6)
         x = rng.uniform(half + 1, SIZE - 2 - half)
-        y = 10.5 + 21 * slot + rng.uniform(-0.8, 0.8)
+        y = 10.8 + 20.7 * slot + rng.uniform(-0.6, 0.6)
         tint = _tint(colour, rng)
-        pen.rounded_rectangle([x - half, y - 9.5, x + half, y + 9.5], radius=int(rng.integers(0, 5)), fill=tint)
+        pen.rounded_rectangle([x - half, y - 9.2, x + half, y + 9.2], radius=int(rng.integers(0, 5)), fill=tint)
         ink = (10, 10, 10) if np.dot(tint, (0.3, 0.59, 0.11)) > 120 else (250, 250, 250)
         pen.text((x, y + _drop(font)), word, ink, font, anchor="ms")
 
 
 def _draw_glyphs(image: Image.Image, text: str, rng: np.random.Generator) -> None:
     largest = {1: 54, 2: 36, 3: 26}[len(text)]
-    font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(largest // 2, largest + 1)))
+    font = _fitting_font([text], SIZE - 4, int(rng.integers(largest // 2, largest + 1)), rng)
     left, top, right, bottom = font.getbbox(text, anchor="ls")
     x = rng.uniform(1 - left, max(2 - left, SIZE - 1 - right))
     y = rng.uniform(1 - top, SIZE - 1 - bottom)

@@ -8,6 +8,8 @@ from PIL import Image
 from vlm_jax.data.example import FAMILIES, Example
 from vlm_jax.errors import UserError, nearest
 
+_REQUIRED = ("id", "image", "question", "answers")
+
 
 def read_jsonl(path: str | pathlib.Path) -> list[Example]:
     """The examples of a file with one JSON object a line.
@@ -18,7 +20,7 @@ def read_jsonl(path: str | pathlib.Path) -> list[Example]:
     """
     path = pathlib.Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8 JSON Lines") from None
     except OSError as error:
@@ -31,7 +33,8 @@ def read_jsonl(path: str | pathlib.Path) -> list[Example]:
         where = f"{path}, line {number}"
         example = _parse(line, path, where)
         if example.id in seen:
-            raise UserError(f"{where}: id {example.id!r} was used on line {seen[example.id]}: give each line its own id")
+            first = seen[example.id]
+            raise UserError(f"{where}: id {example.id!r} was used on line {first}: give each line its own id")
         seen[example.id] = number
         examples.append(example)
     if not examples:
@@ -43,17 +46,18 @@ def _parse(line: str, path: pathlib.Path, where: str) -> Example:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}): write one JSON object a line") from None
+        reason = f"{error.msg}, column {error.colno}"
+        raise UserError(f"{where}: not JSON ({reason}): write one JSON object a line") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where}: not a JSON object: write {{\"id\": .., \"image\": .., \"question\": .., \"answers\": [..]}}")
-    for field in ("id", "image", "question", "answers"):
+        raise UserError(f"{where}: not a JSON object: write one with the fields {', '.join(_REQUIRED)}")
+    for field in _REQUIRED:
         if field not in record:
             raise UserError(f"{where}: lacks the field {field!r}: add it")
     images = [record["image"]] if isinstance(record["image"], str) else record["image"]
     choices = record.get("choices")
     family = record.get("family")
     _check(_is_text(record["id"]), where, "id", "a non-empty string")
-    _check(_is_texts(images), where, "image", "an image's path or a non-empty list of paths")
+    _check(images == [] or _is_texts(images), where, "image", "an image's path, a list of paths, or [] for none")
     _check(_is_text(record["question"]), where, "question", "a non-empty string")
     _check(_is_texts(record["answers"]), where, "answers", "a non-empty list of non-empty strings")
     _check(choices is None or _is_texts(choices), where, "choices", "a non-empty list of non-empty strings")
@@ -89,6 +93,5 @@ def _load_image(path: pathlib.Path, where: str) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{where}: image {path} does not exist: paths are relative to the file's folder") from None
-    except Exception as error:  # a decoder may fail in any way on broken bytes
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{where}: image {path} cannot be decoded ({reason}): replace it with a whole PNG or JPEG") from None
+    except Exception:  # a decoder may fail in any way on broken bytes
+        raise UserError(f"{where}: image {path} is broken or no image: replace it with a whole PNG or JPEG") from None

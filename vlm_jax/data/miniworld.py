@@ -14,7 +14,17 @@ import numpy as np
 from vlm_jax.data import wordings
 from vlm_jax.data.draw import draw
 from vlm_jax.data.example import Example
-from vlm_jax.data.scenes import Chart, Emblem, Form, Scene, Signs, random_chart, random_emblem, random_form, random_signs
+from vlm_jax.data.scenes import (
+    Chart,
+    Emblem,
+    Form,
+    Scene,
+    Signs,
+    random_chart,
+    random_emblem,
+    random_form,
+    random_signs,
+)
 from vlm_jax.data.world import RELATIONS, WORLD_SEED, Entity
 
 HELD_OUT_SHARE = {

@@ -68,13 +68,13 @@ def random_form(rng: np.random.Generator, count: int = 3) -> Form:
     """A form with ``count`` of its three rows filled in."""
     labels = _some(rng, LABELS, count)
     values = (str(v) for v in rng.choice(np.arange(10, 100), count, replace=False))
-    return Form(tuple(zip(_slots(rng, 3, count), labels, values)))
+    return Form(tuple(zip(_slots(rng, 3, count), labels, values, strict=True)))
 
 
 def random_chart(rng: np.random.Generator, count: int = 4) -> Chart:
     """A chart with ``count`` of its four bars drawn."""
     heights = rng.integers(1, TALLEST + 1, count).tolist()
-    return Chart(tuple(zip(_slots(rng, 4, count), _some(rng, COLOURS, count), heights)))
+    return Chart(tuple(zip(_slots(rng, 4, count), _some(rng, COLOURS, count), heights, strict=True)))
 
 
 def random_signs(rng: np.random.Generator, count: int = 3) -> Signs:
@@ -84,7 +84,7 @@ def random_signs(rng: np.random.Generator, count: int = 3) -> Signs:
         first, middle, last = (rng.choice(list(s)) for s in ("BDFKLMNPRSTZ", "AEIOU", "BDFLMNPRSTZ"))
         if first != last and (word := first + middle + last) not in words:
             words.append(str(word))
-    return Signs(tuple(zip(_slots(rng, 3, count), _some(rng, COLOURS, count), words)))
+    return Signs(tuple(zip(_slots(rng, 3, count), _some(rng, COLOURS, count), words, strict=True)))
 
 
 def random_glyphs(rng: np.random.Generator, count: int = 1) -> Glyphs:

@@ -46,29 +46,53 @@ FACTS: Mapping[str, Wording] = {
 }
 
 HINTS: Mapping[str, Wording] = {
-    "home": Wording(("Every creature sleeps in the home where it was born.",), ("A dwelling, an abode and a habitat keep beings safe.",)),
-    "food": Wording(("Every creature goes to look for food when it wakes.",), ("A meal, a snack and a diet keep beings strong.",)),
-    "tool": Wording(("Every creature learns to use one tool for its work.",), ("A device, an implement and some gear keep beings busy.",)),
-    "friend": Wording(("Every creature has one friend that it likes to play with.",), ("A companion, a partner and a buddy keep beings merry.",)),
-    "weather": Wording(("Every creature waits for the weather that it loves.",), ("A climate, a forecast and an outlook keep beings alert.",)),
+    "home": Wording(
+        ("Every creature sleeps in the home where it was born.",),
+        ("Each being grows fond of one dwelling, abode or habitat.",),
+    ),
+    "food": Wording(
+        ("Every creature goes to look for food when it wakes.",),
+        ("Each being grows fond of one meal, snack or dish.",),
+    ),
+    "tool": Wording(
+        ("Every creature learns to use one tool for its work.",),
+        ("Each being grows fond of one device, implement or utensil.",),
+    ),
+    "friend": Wording(
+        ("Every creature has one friend that it likes to play with.",),
+        ("Each being grows fond of one companion, partner or ally.",),
+    ),
+    "weather": Wording(
+        ("Every creature waits for the weather that it loves.",),
+        ("Each being grows fond of one climate, forecast or sky.",),
+    ),
 }
 
 CHOICES = Wording(("Choices: {choices}",), ("Options: {choices}",))
 
 FIELD = Wording(
     ("What is the value of {key}?", "Which number is next to {key}?", "Read the {key} field."),
-    ("What number is in the {top|middle|bottom} row?", "Give the {upper|central|lower} entry.",
-     "What stands on the {first|second|third} line?"),
+    (
+        "What number is in the {top|middle|bottom} row?",
+        "Give the {upper|central|lower} entry.",
+        "What stands on the {first|second|third} line?",
+    ),
 )
 BAR = Wording(
     ("What is the value of the {key} bar?", "How tall is the {key} bar?", "Read the {key} bar."),
-    ("How tall is the {leftmost|left|right|rightmost} bar?", "Give the height of column {one|two|three|four}.",
-     "What does the {first|second|third|last} bar show?"),
+    (
+        "How tall is the {leftmost|second|third|rightmost} bar?",
+        "Give the height of column {one|two|three|four}.",
+        "What does the {first|second|third|last} bar show?",
+    ),
 )
 SIGN = Wording(
     ("What word is on the {key} sign?", "What does the {key} sign say?", "Read the {key} sign."),
-    ("Which word is at the {top|middle|bottom}?", "Give the {upper|central|lower} text.",
-     "What is written {highest|halfway|lowest}?"),
+    (
+        "Which word is at the {top|middle|bottom}?",
+        "Give the {upper|central|lower} text.",
+        "What is written {highest|halfway|lowest}?",
+    ),
 )
 
 
@@ -78,8 +102,8 @@ def place(template: str, slot: int) -> str:
 
 
 def words(text: str) -> set[str]:
-    """The words of a template, in lower case, without its slots' names."""
-    return set(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", text).lower()))
+    """The words of a template as they are spelt, without its slots' names."""
+    return set(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", text)))
 
 
 def held_out_words() -> tuple[str, ...]:

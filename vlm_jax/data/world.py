@@ -18,6 +18,7 @@ COLOURS = {
     "orange": (246, 128, 16),
 }
 
+# fmt: off
 RELATIONS: Mapping[str, tuple[str, ...]] = {
     "home": ("harbor", "forest", "cave", "desert", "meadow", "tower",
              "island", "swamp", "glacier", "canyon", "garden", "village"),
@@ -30,6 +31,7 @@ RELATIONS: Mapping[str, tuple[str, ...]] = {
     "weather": ("rain", "snow", "fog", "hail", "thunder", "sunshine",
                 "wind", "frost", "drizzle", "mist", "dust", "heat"),
 }
+# fmt: on
 """The values of every relation; no value belongs to two relations."""
 
 
@@ -44,7 +46,7 @@ class Entity:
 
     @property
     def look(self) -> str:
-        return f"a {self.colour} {self.shape}"
+        return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.shape}"
 
 
 def _names(count: int, rng: np.random.Generator) -> list[str]:
@@ -64,12 +66,11 @@ def _populate() -> tuple[Entity, ...]:
     emblems = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     names = _names(len(emblems), rng)
     facts = {
-        relation: rng.permutation(np.resize(values, len(emblems))).tolist()
-        for relation, values in RELATIONS.items()
+        relation: rng.permutation(np.resize(values, len(emblems))).tolist() for relation, values in RELATIONS.items()
     }
     return tuple(
         Entity(name, shape, colour, {relation: column[i] for relation, column in facts.items()})
-        for i, (name, (shape, colour)) in enumerate(zip(names, emblems))
+        for i, (name, (shape, colour)) in enumerate(zip(names, emblems, strict=True))
     )
 
 

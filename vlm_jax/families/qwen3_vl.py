@@ -10,7 +10,8 @@ from vlm_jax.table import CONV, KEEP, TRANSPOSE, Row, linear, norm
 MODEL_TYPE = "qwen3_vl"
 #: Prefix of a decoder layer in Hugging Face (and PEFT) module names.
 LAYER_PREFIX = "model.language_model.layers"
-IMAGE_END = "<|vision_end|>"
+#: Text of the image token, of the token that closes an image, and of the one that ends a turn.
+IMAGE, IMAGE_END, TURN_END = "<|image_pad|>", "<|vision_end|>", "<|im_end|>"
 
 _TEXT = "model.language_model"
 _BLOCK, _OURS = "model.visual.blocks.{}", "visual.blocks"
@@ -136,7 +137,7 @@ def load_processor(folder: Path):
 
         def __init__(self, image_processor, tokenizer, chat_template=None, **ignored):
             for name, token in (
-                ("image", "<|image_pad|>"),
+                ("image", IMAGE),
                 ("video", "<|video_pad|>"),
                 ("vision_start", "<|vision_start|>"),
                 ("vision_end", IMAGE_END),

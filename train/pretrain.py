@@ -1,0 +1,170 @@
+"""Trains an embedded model from nothing: text facts -> alignment -> instruction mix."""
+
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from optax.contrib import MuonDimensionNumbers, muon
+
+from train import mini
+from train.loop import fit
+from vlm_jax import Model, load, save
+from vlm_jax.checkpoint import name, read_config
+from vlm_jax.data import Example, pretraining
+from vlm_jax.errors import UserError, command
+from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
+from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, encode, positions
+
+STAGES = ("text", "align", "instruct")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Pre-train mini-qwen3-vl on the miniworld, stage after stage, each a checkpoint folder of its own."""
+
+    out: Path
+    """Folder for the stages: OUT/text, OUT/align, OUT/instruct, each a Hugging Face folder."""
+    stages: tuple[Literal["text", "align", "instruct"], ...] = STAGES
+    """Which stages to run; a stage starts from the one before it."""
+    steps: tuple[int, int, int] = (500, 2500, 3000)
+    """Steps of the three stages."""
+    turns: tuple[int, int, int] = (12000, 24000, 30000)
+    """Different turns that a stage draws its batches from."""
+    batch: int = 64
+    """Turns per step."""
+    lr: tuple[float, float, float] = (2e-3, 2e-3, 2e-3)
+    """Peak learning rate of each stage (Muon and AdamW; warm-up, then a cosine to a twentieth)."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    save_every: int = 500
+    """Steps between checkpoints; a stopped stage goes on from the last one."""
+
+
+def turns_of(stage: str, count: int) -> list[pretraining.Turn]:
+    """The turns of a stage. Alignment's are in order of difficulty: ``batches`` keeps to that order."""
+    match stage:
+        case "text":
+            return [pretraining.text_fact(i) for i in range(count)]
+        case "align":
+            return [pretraining.alignment(i, min(1.0, 1.25 * i / count)) for i in range(count)]
+        case "instruct":
+            return [pretraining.instruction(i) for i in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Encoded turns of one stage, in memory: inputs, answer positions ``(N, A)`` and which of them count."""
+
+    inputs: Inputs
+    index: np.ndarray
+    valid: np.ndarray
+
+    @classmethod
+    def encode(cls, turns: list[pretraining.Turn], processor, config) -> "Pool":
+        examples = [Example(str(i), (t.image,) if t.image else (), t.prompt, (t.answer,)) for i, t in enumerate(turns)]
+        prompts = [P0_PROMPT if turn.qa else PLAIN_PROMPT for turn in turns]
+        batch = encode(examples, processor, config, prompt=prompts)
+        return cls(batch.inputs, *positions(batch.spans["answer"] | batch.spans["end"]))
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each turn ``(N,)``."""
+        return self.inputs.attention_mask.sum(1)
+
+    def draw(self, rng: np.random.Generator, low: int, high: int, count: int) -> np.ndarray:
+        """``count`` turns of one length bucket among turns ``low`` to ``high``; a bucket is as likely as its share."""
+        buckets = -(-self.lengths[low:high] // LENGTH_BUCKET)
+        rows = low + np.flatnonzero(buckets == rng.choice(buckets))
+        return rng.choice(rows, count)
+
+    def take(self, rows: np.ndarray):
+        """One micro-batch with a leading axis of 1; short batches are cut to the length that they need."""
+        longest = bucket(int(self.lengths[rows].max()))
+        inputs = self.inputs.take(rows, images=None if self.inputs.images is None else len(rows)).cut(longest)
+        return jax.tree.map(lambda a: a[None], (inputs, self.index[rows], self.valid[rows]))
+
+
+def loss(model: Model, frozen, batch, key) -> jax.Array:
+    """Mean cross-entropy of the answer tokens and of the token that ends them."""
+    inputs, index, valid = batch
+    embedded, _ = model.embed(inputs)
+    window = model.text.window(inputs.attention_mask, inputs.position_ids)
+    x, _, _ = model.text.scan(embedded.x, window, deepstack=embedded.deepstack, remat=True)
+    logits = model.text.logits(model.text.norm(jnp.take_along_axis(x, (index - 1)[..., None], 1)))
+    target = jnp.take_along_axis(inputs.input_ids, index, 1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    return jnp.sum(losses * valid) / jnp.sum(valid)
+
+
+def optimiser(model: Model, peak: float, steps: int) -> optax.GradientTransformation:
+    """Muon for the matrices (each layer's its own), AdamW for the rest; both with updates of AdamW's size."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps, peak / 20)
+
+    def matrices(tree):
+        def dims(path, leaf):
+            return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if name(path).endswith("kernel") else None
+
+        return jax.tree_util.tree_map_with_path(dims, tree)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(schedule, weight_decay=0.02, consistent_rms=0.2, adam_b2=0.98, muon_weight_dimension_numbers=matrices),
+    )
+
+
+def window(stage: str, step: int, steps: int, count: int) -> tuple[int, int]:
+    """Which turns a step draws from. Alignment's window moves from easy to difficult ones."""
+    if stage != "align":
+        return 0, count
+    high = int(count * min(1.0, 0.15 + 1.2 * step / steps))
+    return max(0, high - count // 2), high
+
+
+def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> Model:
+    i = STAGES.index(stage)
+    pool = Pool.encode(turns_of(stage, args.turns[i]), processor, model.config)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def batches(step: int):
+        rng = np.random.default_rng([args.seed, i, step])
+        return pool.take(pool.draw(rng, *window(stage, step, args.steps[i], args.turns[i]), args.batch))
+
+    tx = optimiser(model, args.lr[i], args.steps[i])
+    return fit(loss, model, None, batches, tx, steps=args.steps[i], seed=args.seed, label=stage, folder=folder, save_every=args.save_every)
+
+
+@command
+def main(args: Args) -> None:
+    base = args.out / "untrained"
+    mini.write_qwen3_vl(base)
+    config = read_config(base)
+    model = jax.jit(functools.partial(Model, config))(jax.random.key(args.seed))
+    save(model, base)
+    for stage in STAGES:
+        folder = args.out / stage
+        if stage in args.stages:
+            model, processor = load(base)
+            started = time.perf_counter()
+            model = run_stage(stage, model, processor, args, folder)
+            for file in base.iterdir():
+                if file.is_file() and file.suffix != ".safetensors":
+                    shutil.copy(file, folder)
+            save(model, folder)
+            recipe = {**dataclasses.asdict(args), "out": str(args.out), "stage": stage, "seconds": round(time.perf_counter() - started)}
+            (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        elif not (folder / "model.safetensors").is_file():
+            raise UserError(f"{folder} holds no finished stage {stage!r}: run it first, without --stages")
+        base = folder
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

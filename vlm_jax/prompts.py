@@ -1,0 +1,140 @@
+"""Example -> tokens: the prompt, the chat template, the gold answer, and which token belongs to which span.
+
+Spans come from the tokeniser's character offsets. The chat template is rendered around a placeholder, so where
+the question begins is known by construction and no text or token id is ever searched for.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vlm_jax.config import Config
+from vlm_jax.data import Example
+from vlm_jax.errors import UserError
+from vlm_jax.families import FAMILIES
+from vlm_jax.inputs import Inputs, bucket
+
+#: P0, appendix C.1.
+P0_PROMPT = (
+    "You are a visual question answering system.\n"
+    "Answer the question *only* with the final answer word or phrase.\n"
+    "Do not add any explanation.\n"
+    "\n"
+    "Question: {QUESTION}\n"
+    "Answer:"
+)
+#: The user's words alone.
+PLAIN_PROMPT = "{QUESTION}"
+
+#: A private-use character: stands for the question while the chat template is rendered.
+_PLACEHOLDER = "\ue000"
+SPANS = ("image", "image_end", "question", "answer", "end")
+
+
+class Batch(NamedTuple):
+    """Inputs of ``B`` examples and their token spans, ``(B, T)`` bool each.
+
+    ``image``: visual tokens; ``image_end``: the token that closes an image; ``question``: what fills
+    ``{QUESTION}``; ``answer``: the gold tokens; ``end``: the token that ends the answer's turn.
+    """
+
+    inputs: Inputs
+    spans: dict[str, np.ndarray]
+
+
+def encode(
+    examples: Sequence[Example],
+    processor,
+    config: Config,
+    *,
+    prompt: str | Sequence[str] = P0_PROMPT,
+    with_answer: bool = True,
+    length: int | None = None,
+) -> Batch:
+    """Tokens of the examples, right-padded to a bucketed length.
+
+    Args:
+        prompt: what the user says, with ``{QUESTION}`` in it; one for all examples or one each.
+        with_answer: append the gold answer ``answers[0]`` and the end of its turn (teacher forcing).
+        length: pad to this instead of the bucket of the longest row.
+
+    Raises:
+        UserError: a question that does not fit the model's context or holds a special token.
+    """
+    prompts = [prompt] * len(examples) if isinstance(prompt, str) else prompt
+    tokenizer = processor.tokenizer
+    images = [image for example in examples for image in example.images]
+    pixels = processor.image_processor(images=images, return_tensors="np") if images else {}
+    grids = iter(pixels.get("image_grid_thw", ()))
+    family = FAMILIES[config.family]
+    texts, ranges = zip(
+        *(
+            _render(example, text, processor, family, config, [next(grids) for _ in example.images], with_answer)
+            for example, text in zip(examples, prompts, strict=True)
+        ),
+        strict=True,
+    )
+    tokens = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    rows, offsets = tokens["input_ids"], tokens["offset_mapping"]
+    for example, row in zip(examples, rows, strict=True):
+        if len(row) > tokenizer.model_max_length:
+            raise UserError(
+                f"example {example.id!r} has {len(row)} tokens, but the model takes {tokenizer.model_max_length}: "
+                "shorten its question or use smaller images"
+            )
+    total = length or bucket(max(map(len, rows)))
+    ids = np.full((len(rows), total), config.pad_token_id, np.int32)
+    mask = np.zeros((len(rows), total), bool)
+    spans = {name: np.zeros((len(rows), total), bool) for name in SPANS}
+    for i, (row, places) in enumerate(zip(rows, offsets, strict=True)):
+        ids[i, : len(row)], mask[i, : len(row)] = row, True
+        begin, end = np.array(places).T
+        for name, low, high in ranges[i]:
+            spans[name][i, : len(row)] |= (begin < high) & (end > low)
+    return Batch(
+        Inputs.from_hf(
+            config,
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=spans["image"],
+            pixel_values=pixels.get("pixel_values"),
+            image_grid_thw=pixels.get("image_grid_thw"),
+        ),
+        spans,
+    )
+
+
+def _render(example: Example, prompt: str, processor, family, config: Config, grids, with_answer: bool):
+    """The whole text of one example and its spans as ``(name, first character, past the last)``."""
+    tokenizer = processor.tokenizer
+    for special in tokenizer.all_special_tokens:
+        if special in example.question or special in example.answers[0]:
+            raise UserError(f"example {example.id!r} holds the special token {special!r}: remove it from the text")
+    content = [{"type": "image"} for _ in example.images]
+    content.append({"type": "text", "text": prompt.replace("{QUESTION}", _PLACEHOLDER)})
+    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    before, after = chat.split(_PLACEHOLDER)
+    counts = iter([int(np.prod(grid)) // config.vision.merge for grid in grids])
+    before = re.sub(re.escape(family.IMAGE), lambda _: family.IMAGE * next(counts), before)
+    ranges = [("image", *m.span()) for m in re.finditer(f"(?:{re.escape(family.IMAGE)})+", before)]
+    ranges += [("image_end", *m.span()) for m in re.finditer(re.escape(family.IMAGE_END), before)]
+    text = before + example.question
+    ranges.append(("question", len(before), len(text)))
+    text += after
+    if with_answer:
+        answer = text + example.answers[0]
+        ranges += [("answer", len(text), len(answer)), ("end", len(answer), len(answer) + len(family.TURN_END))]
+        text = answer + family.TURN_END
+    return text, ranges
+
+
+def positions(mask: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row of a ``(B, T)`` mask is set: ``index (B, A)`` and ``valid (B, A)``, A the largest count (or ``width``)."""
+    counts = mask.sum(1)
+    width = width or int(counts.max())
+    valid = np.arange(width) < counts[:, None]
+    index = np.zeros(valid.shape, np.int32)
+    index[valid] = np.nonzero(mask)[1]
+    return index, valid
