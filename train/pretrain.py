@@ -99,7 +99,7 @@ def loss(model: Model, frozen, batch, key) -> jax.Array:
     embedded, _ = model.embed(inputs)
     window = model.text.window(inputs.attention_mask, inputs.position_ids)
     x, _, _ = model.text.scan(embedded.x, window, deepstack=embedded.deepstack, remat=True)
-    logits = model.text.logits(model.text.norm(jnp.take_along_axis(x, (index - 1)[..., None], 1)))
+    logits = model.text.logits(model.text.norm(jnp.take_along_axis(x, jnp.maximum(index - 1, 0)[..., None], 1)))
     target = jnp.take_along_axis(inputs.input_ids, index, 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     return jnp.sum(losses * valid) / jnp.sum(valid)

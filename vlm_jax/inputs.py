@@ -87,6 +87,12 @@ class Inputs:
                 f"the prompts hold {visual.sum()} image tokens but the {len(grids)} images make {counts.sum()}: "
                 "pass the arrays of one processor call unchanged"
             )
+        patches = 0 if pixel_values is None else len(pixel_values)
+        if patches != grids.prod(1).sum():
+            raise UserError(
+                f"pixel_values has {patches} patches but image_grid_thw describes {grids.prod(1).sum()}: "
+                "pass the arrays of one processor call unchanged"
+            )
         positions = rope_index(mask, visual, grids, merge)
         if not len(grids):
             return cls(ids, mask, positions)
@@ -141,6 +147,8 @@ def rope_index(mask: np.ndarray, visual: np.ndarray, grids: np.ndarray, merge: i
             frames, height, width = next(pending) // np.array([1, merge, merge])
             block = np.stack(np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij"))
             block = block.reshape(3, -1) + current
+            if not visual[row, where[at : at + block.shape[1]]].all():
+                raise UserError(f"row {row} breaks off an image of {block.shape[1]} tokens: keep each image's tokens together")
             positions[:, row, where[at : at + block.shape[1]]] = block
             current, at = current + max(height, width), at + block.shape[1]
     return positions

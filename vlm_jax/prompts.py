@@ -5,7 +5,8 @@ the question begins is known by construction and no text or token id is ever sea
 """
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ PLAIN_PROMPT = "{QUESTION}"
 
 #: A private-use character: stands for the question while the chat template is rendered.
 _PLACEHOLDER = "\ue000"
+#: Examples that are encoded together: bounds the memory their images take.
+_WINDOW = 512
 SPANS = ("image", "image_end", "question", "answer", "end")
 
 
@@ -128,6 +131,35 @@ def _render(example: Example, prompt: str, processor, family, config: Config, gr
         ranges += [("answer", len(text), len(answer)), ("end", len(answer), len(answer) + len(family.TURN_END))]
         text = answer + family.TURN_END
     return text, ranges
+
+
+def batches(
+    examples: Sequence[Example], processor, config: Config, size: int, *, align: int = 0, **how
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of ``size`` rows in which a thousand examples meet a handful of shapes.
+
+    Args:
+        align: also keep questions together that begin within the same ``align`` tokens (0: wherever they begin).
+        how: passed to :func:`encode`.
+
+    Yields:
+        The examples' indices and their batch. A short batch is filled up by repeating its last row, so the batch may
+        have more rows than there are indices.
+    """
+    for first in range(0, len(examples), _WINDOW):
+        whole = encode(examples[first : first + _WINDOW], processor, config, **how)
+        lengths, begins = whole.inputs.attention_mask.sum(1), whole.spans["question"].argmax(1)
+        groups = defaultdict(list)
+        for row, (length, begin) in enumerate(zip(lengths, begins, strict=True)):
+            groups[bucket(int(length)), int(begin) // align if align else 0].append(row)
+        for (length, _), rows in sorted(groups.items()):
+            for at in range(0, len(rows), size):
+                part = rows[at : at + size]
+                filled = part + part[-1:] * (size - len(part))
+                images = None if whole.inputs.images is None else size * max(len(e.images) for e in examples)
+                inputs = whole.inputs.take(filled, images).cut(length)
+                spans = {name: span[filled, :length] for name, span in whole.spans.items()}
+                yield [first + row for row in part], Batch(inputs, spans)
 
 
 def positions(mask: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,89 @@
+"""Accuracy of a model on a task, zero-shot or with a LoRA adapter.
+
+    python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import vlm_jax
+from eval.metrics import exact_match
+from interventions.adapters import load_peft
+from vlm_jax import Model
+from vlm_jax.data import Example, load_task
+from vlm_jax.errors import command
+from vlm_jax.prompts import batches
+from vlm_jax.runs import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Score a model's greedy answers to P0's prompt by exact match (case, outer punctuation and spacing ignored)."""
+
+    model: str = "mini-qwen3-vl"
+    """Embedded model, Hugging Face folder or hub id."""
+    task: str = "mini-okvqa"
+    """Task name, family (knowledge, perception) or JSONL file."""
+    adapter: Path | None = None
+    """PEFT folder of a LoRA adapter to evaluate with."""
+    split: str = "test"
+    """Split of a named task: trace, train, eval or test."""
+    limit: int | None = 300
+    """Samples to evaluate."""
+    batch: int = 64
+    """Samples per compiled call."""
+    max_new_tokens: int = 12
+    """Longest answer, in tokens."""
+    out: Path = Path("runs/accuracy")
+    """Run folder: results.json, samples.jsonl."""
+
+
+def answer(model: Model, processor, examples: list[Example], interventions=(), *, batch=64, max_new_tokens=12, label="") -> list[str]:
+    """The model's greedy answers, in the order of the examples."""
+    answers: list[str] = [""] * len(examples)
+    with tqdm(total=len(examples), desc=f"answer {label}".strip(), unit="sample", leave=False) as bar:
+        for rows, encoded in batches(examples, processor, model.config, batch, with_answer=False):
+            tokens = np.asarray(vlm_jax.generate(model, encoded.inputs, max_new_tokens, interventions))[: len(rows)]
+            for row, text in zip(rows, processor.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+                answers[row] = text.strip()
+            bar.update(len(rows))
+    return answers
+
+
+def score(examples: list[Example], answers: list[str]) -> tuple[dict, list[dict]]:
+    """Accuracy with its standard error, per task and in all; and a record per sample."""
+    records = [
+        {"id": e.id, "task": e.task, "family": e.family, "question": e.question, "answers": list(e.answers), "prediction": a, "correct": exact_match(a, e.answers)}
+        for e, a in zip(examples, answers, strict=True)
+    ]
+
+    def accuracy(part: list[dict]) -> dict:
+        mean = sum(r["correct"] for r in part) / len(part)
+        return {"accuracy": mean, "stderr": math.sqrt(mean * (1 - mean) / len(part)), "samples": len(part)}
+
+    tasks = sorted({r["task"] for r in records})
+    return {**accuracy(records), "tasks": {t: accuracy([r for r in records if r["task"] == t]) for t in tasks}}, records
+
+
+@command
+def main(args: Args) -> None:
+    examples = load_task(args.task, split=args.split, limit=args.limit)
+    model, processor = vlm_jax.load(args.model)
+    interventions = () if args.adapter is None else (load_peft(model, args.adapter),)
+    run = Run.open(args.out, args, model.config)
+    answers = answer(model, processor, examples, interventions, batch=args.batch, max_new_tokens=args.max_new_tokens, label=args.task)
+    results, records = score(examples, answers)
+    run.save_lines("samples.jsonl", records)
+    run.save_json("results.json", {"task": args.task, "metric": "exact_match", **results})
+    for name, part in results["tasks"].items():
+        print(f"{name or args.task:20s} {part['accuracy']:.3f} ± {part['stderr']:.3f}  ({part['samples']} samples)")
+    print(f"{'all':20s} {results['accuracy']:.3f} ± {results['stderr']:.3f}  ({results['samples']} samples); written to {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,119 @@
+"""Run folders: one configuration, one manifest, files that appear whole, and stages that are not done twice."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm_jax.config import Config
+from vlm_jax.errors import UserError
+
+_PACKAGES = ("vlm-jax", "jax", "jaxlib", "flax", "optax", "transformers", "tokenizers", "numpy", "pillow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An open run folder."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path, args: Any, config: Config | None = None, *, ignore: tuple[str, ...] = ("out",)) -> "Run":
+        """Starts a run, or goes on with it where ``folder`` holds one of the same configuration.
+
+        Args:
+            args: the command's frozen dataclass; the fields in ``ignore`` do not make a run another run.
+
+        Raises:
+            UserError: if the folder holds another run (the differences are named) or anything else.
+        """
+        wanted = {k: v for k, v in _plain(args).items() if k not in ignore}
+        file = folder / "config.json"
+        if file.is_file():
+            try:
+                found = json.loads(file.read_text())
+            except json.JSONDecodeError:
+                raise UserError(f"{file} is not a run's config.json: choose another --out") from None
+            differ = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+            if differ:
+                shown = ", ".join(f"{k} {found.get(k)!r} there, {wanted.get(k)!r} here" for k in differ)
+                raise UserError(f"{folder} holds another run ({shown}): choose another --out or delete it")
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not a run folder: choose another --out or delete it")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run = cls(folder)
+            if not file.is_file():
+                run.save_json("manifest.json", _manifest(config))
+                run.save_json("config.json", wanted)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
+        return run
+
+    def path(self, name: str) -> Path:
+        """A path in the folder, its parents made."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write(self, name: str, writer: Callable[[Path], None]) -> Path:
+        """Lets ``writer`` fill a temporary file, then puts it in place whole."""
+        path = self.path(name)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+        os.close(handle)
+        try:
+            writer(Path(temporary))
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return path
+
+    def save_json(self, name: str, value: Any) -> Path:
+        return self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
+
+    def save_lines(self, name: str, records: list[dict]) -> Path:
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        return self.write(name, lambda path: path.write_text(text))
+
+    def save_arrays(self, name: str, **arrays: Any) -> Path:
+        return self.write(name, lambda path: np.savez(path, **arrays))
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The JSON value of stage ``name``, made now or read from an earlier, interrupted run."""
+        path = self.folder / name
+        if not path.is_file():
+            self.save_json(name, make())
+        return json.loads(path.read_text())
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON has them."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    return json.loads(json.dumps(value, default=str))
+
+
+def _manifest(config: Config | None) -> dict:
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "family": config and config.family,
+        "model_config": config and json.loads(config.hf),
+        "image_backend": "pil",
+        "versions": {package: version(package) for package in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": {"devices": [str(d) for d in jax.devices()], "cores": os.cpu_count(), "arch": platform.machine()},
+    }
