@@ -1,6 +1,6 @@
 """Accuracy of a model on a task, zero-shot or with a LoRA adapter.
 
-    python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
+python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
 """
 
 import dataclasses
@@ -43,7 +43,9 @@ class Args:
     """Run folder: results.json, samples.jsonl."""
 
 
-def answer(model: Model, processor, examples: list[Example], interventions=(), *, batch=64, max_new_tokens=12, label="") -> list[str]:
+def answer(
+    model: Model, processor, examples: list[Example], interventions=(), *, batch=64, max_new_tokens=12, label=""
+) -> list[str]:
     """The model's greedy answers, in the order of the examples."""
     answers: list[str] = [""] * len(examples)
     with tqdm(total=len(examples), desc=f"answer {label}".strip(), unit="sample", leave=False) as bar:
@@ -58,7 +60,15 @@ def answer(model: Model, processor, examples: list[Example], interventions=(), *
 def score(examples: list[Example], answers: list[str]) -> tuple[dict, list[dict]]:
     """Accuracy with its standard error, per task and in all; and a record per sample."""
     records = [
-        {"id": e.id, "task": e.task, "family": e.family, "question": e.question, "answers": list(e.answers), "prediction": a, "correct": exact_match(a, e.answers)}
+        {
+            "id": e.id,
+            "task": e.task,
+            "family": e.family,
+            "question": e.question,
+            "answers": list(e.answers),
+            "prediction": a,
+            "correct": exact_match(a, e.answers),
+        }
         for e, a in zip(examples, answers, strict=True)
     ]
 
@@ -76,13 +86,15 @@ def main(args: Args) -> None:
     model, processor = vlm_jax.load(args.model)
     interventions = () if args.adapter is None else (load_peft(model, args.adapter),)
     run = Run.open(args.out, args, model.config)
-    answers = answer(model, processor, examples, interventions, batch=args.batch, max_new_tokens=args.max_new_tokens, label=args.task)
+    answers = answer(
+        model, processor, examples, interventions, batch=args.batch, max_new_tokens=args.max_new_tokens, label=args.task
+    )
     results, records = score(examples, answers)
     run.save_lines("samples.jsonl", records)
     run.save_json("results.json", {"task": args.task, "metric": "exact_match", **results})
-    for name, part in results["tasks"].items():
+    for name, part in [*results["tasks"].items(), ("all", results)]:
         print(f"{name or args.task:20s} {part['accuracy']:.3f} ± {part['stderr']:.3f}  ({part['samples']} samples)")
-    print(f"{'all':20s} {results['accuracy']:.3f} ± {results['stderr']:.3f}  ({results['samples']} samples); written to {args.out}")
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

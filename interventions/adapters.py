@@ -90,8 +90,15 @@ def load_peft(model: Model, folder: Path) -> LoRA:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a readable PEFT folder ({error}): name one that holds adapter_config.json") from None
-    if config.get("peft_type") != "LORA" or config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise UserError(
+            f"{folder} is not a readable PEFT folder ({error}): name one that holds adapter_config.json"
+        ) from None
+    if (
+        config.get("peft_type") != "LORA"
+        or config.get("use_rslora")
+        or config.get("rank_pattern")
+        or config.get("alpha_pattern")
+    ):
         raise UserError(f"{folder}: only plain LoRA adapters of one rank are supported")
     start = f"base_model.model.{FAMILIES[model.config.family].LAYER_PREFIX}."
     known = [name for names in TEXT_LINEARS.values() for name in names]
@@ -101,21 +108,37 @@ def load_peft(model: Model, folder: Path) -> LoRA:
         linear, _, half = rest.removesuffix(".weight").rpartition(".")
         fits = name.startswith(start) and layer.isdigit() and linear in known and half in ("lora_A", "lora_B")
         if not fits or int(layer) >= model.config.text.num_hidden_layers:
-            raise UserError(f"{folder}: the model has no module for the adapter tensor {name!r}; was it made for another model?")
+            raise UserError(
+                f"{folder}: the model has no module for the adapter tensor {name!r}; was it made for another model?"
+            )
         shape = _shape(model, linear)
         if tensor.shape != ((config["r"], shape[0]) if half == "lora_A" else (shape[1], config["r"])):
             raise UserError(f"{folder}: {name} has shape {tensor.shape}, which does not fit the model")
         halves[int(layer), linear, half] = jnp.asarray(tensor.T)
         placed.append((int(layer), linear))
-    missing = [f"{layer}.{linear}" for layer, linear in placed for h in ("lora_A", "lora_B") if (layer, linear, h) not in halves]
+    missing = [
+        f"{layer}.{linear}"
+        for layer, linear in placed
+        for h in ("lora_A", "lora_B")
+        if (layer, linear, h) not in halves
+    ]
     if missing or not placed:
-        raise UserError(f"{folder}: an adapter needs lora_A and lora_B of every module, some are missing ({', '.join(missing)})")
+        raise UserError(
+            f"{folder}: an adapter needs lora_A and lora_B of every module, some are missing ({', '.join(missing)})"
+        )
     placed = _layers_by_linear(set(placed))
     weights = {
-        f"text.{name}": tuple(jnp.stack([halves[layer, name, half] for layer in layers]) for half in ("lora_A", "lora_B"))
+        f"text.{name}": tuple(
+            jnp.stack([halves[layer, name, half] for layer in layers]) for half in ("lora_A", "lora_B")
+        )
         for name, layers in placed.items()
     }
-    return LoRA(weights, _slots(model, placed), jnp.float32(config["lora_alpha"] / config["r"]), dropout=config.get("lora_dropout", 0.0))
+    return LoRA(
+        weights,
+        _slots(model, placed),
+        jnp.float32(config["lora_alpha"] / config["r"]),
+        dropout=config.get("lora_dropout", 0.0),
+    )
 
 
 def _layers_by_linear(pairs: Iterable[tuple[int, str]]) -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def heatmap(path: Path, panels: dict[str, np.ndarray], label: str = "mean restoration rate (RR)") -> None:

@@ -59,7 +59,9 @@ def read_names(path: Path, depth: int) -> list[str]:
     try:
         names = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"placement file {path} cannot be read as JSON ({error}): write a list such as [\"L2-attn\"]") from None
+        raise UserError(
+            f'placement file {path} cannot be read as JSON ({error}): write a list such as ["L2-attn"]'
+        ) from None
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise UserError(f'placement file {path} must hold a list of module names such as ["L2-attn", "L7-mlp"]')
     return check_names(names, depth)

@@ -1,6 +1,6 @@
 """P0: causal tracing of every layer's attention and MLP (section 2.2, equations 1-6).
 
-    python -m interventions.trace --task mini-okvqa --limit 64 --out runs/trace
+python -m interventions.trace --task mini-okvqa --limit 64 --out runs/trace
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _PREFIX_BUCKET = 8
 
 
 class Trace(NamedTuple):
-    """Per sample: ``p_clean``, ``p_corrupt``, ``te`` ``(B,)``; ``ie``, ``rr`` ``(B, L, 2)``, last axis attention, mlp."""
+    """Per sample: ``p_clean, p_corrupt, te (B,)`` and ``ie, rr (B, L, 2)``, last axis attention, mlp."""
 
     p_clean: Any
     p_corrupt: Any
@@ -103,7 +103,7 @@ def embedding_std(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _gold(text, x, inputs: Inputs, index, valid, start: int = 0) -> jax.Array:
-    """Equation 1: the geometric mean ``(B,)`` of the gold tokens' probabilities, from the hidden states ``(B, S, D)``."""
+    """Equation 1: the geometric mean ``(B,)`` of the gold tokens' probabilities, from ``x (B, S, D)``."""
     before = jnp.maximum(index - 1 - start, 0)  # unused entries of ``index`` would lie outside of ``x``
     read = jnp.take_along_axis(x, before[..., None], 1)
     logp = jax.nn.log_softmax(text.logits(text.norm(read)).astype(jnp.float32), -1)
@@ -226,7 +226,7 @@ def summarise(traced: TaskTrace, min_te: float, seed: int = 0) -> dict:
     trace = traced.trace
     used = trace.te >= min_te
     if not used.any():
-        raise UserError(f"no sample has TE >= {min_te}: the noise changes nothing; raise --noise-scale")
+        raise UserError(f"no sample has TE >= {min_te}: raise --noise-scale, or choose samples that the model answers")
     rr = trace.rr[used]
     if len(rr) > 1:
         interval = bootstrap((rr,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=seed, vectorized=True)
@@ -284,10 +284,13 @@ def main(args: Args) -> None:
     run.save_arrays("trace.npz", **trace._asdict(), ids=np.array(traced.ids))
     heatmap(run.path("heatmap.png"), {args.task: np.array(list(summary["rr_mean"].values())).reshape(-1, 2)})
     run.save_json("summary.json", summary)
-    print(f"{args.task}: {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, p_clean {summary['p_clean']:.3f}, "
-          f"p_corrupt {summary['p_corrupt']:.3f}")
+    print(
+        f"{args.task}: {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "
+        f"p_clean {summary['p_clean']:.3f}, p_corrupt {summary['p_corrupt']:.3f}"
+    )
     for name in summary["ranking"][:10]:
-        print(f"  {name:10s} RR {summary['rr_mean'][name]:+.3f}  [{summary['rr_low'][name]:+.3f}, {summary['rr_high'][name]:+.3f}]")
+        mean, low, high = (summary[key][name] for key in ("rr_mean", "rr_low", "rr_high"))
+        print(f"  {name:10s} RR {mean:+.3f}  [{low:+.3f}, {high:+.3f}]")
     print(f"written to {args.out}")
 
 

@@ -81,7 +81,6 @@ def fit(
             leaves, treedef = jax.tree.flatten(state)
             state = treedef.unflatten(manager.restore(latest, args=ocp.args.StandardRestore(leaves)))
             first = latest
-    log = open(folder / "metrics.jsonl", "a") if folder is not None else None
     started = time.perf_counter()
     with tqdm(range(first, steps), desc=label, initial=first, total=steps, unit="step", mininterval=1.0) as bar:
         for step in bar:
@@ -90,17 +89,17 @@ def fit(
             if (step + 1) % log_every == 0 or step + 1 == steps:
                 metrics = {name: float(value) for name, value in metrics.items()}
                 if not jnp.isfinite(metrics["loss"]):
-                    raise UserError(f"{label}: the loss is {metrics['loss']} at step {step + 1}: lower the learning rate")
+                    raise UserError(
+                        f"{label}: the loss is {metrics['loss']} at step {step + 1}: lower the learning rate"
+                    )
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-                if log:
+                if folder is not None:
                     record = {"step": step + 1, **metrics, "seconds": round(time.perf_counter() - started, 2)}
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
+                    with open(folder / "metrics.jsonl", "a") as log:
+                        log.write(json.dumps(record) + "\n")
             if manager is not None:
                 manager.save(step + 1, args=ocp.args.StandardSave(jax.tree.leaves(state)))
     if manager is not None:
         manager.wait_until_finished()
         manager.close()
-    if log:
-        log.close()
     return state.trainable

@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> list[str]:
-    """Text whose words deserve tokens of their own; capitals and digits stay single, since the world spells with them."""
+    """Text whose words deserve tokens of their own. Capitals and digits stay single: the world spells with them."""
     kinds = [*wordings.FACTS.values(), *wordings.HINTS.values(), wordings.CHOICES]
     kinds += [wordings.FIELD, wordings.BAR, wordings.SIGN]
     lines = [template.replace("|", " ") for kind in kinds for template in (*kind.familiar, *kind.held_out)] * 30

@@ -139,7 +139,18 @@ def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> 
         return pool.take(pool.draw(rng, *window(stage, step, args.steps[i], args.turns[i]), args.batch))
 
     tx = optimiser(model, args.lr[i], args.steps[i])
-    return fit(loss, model, None, batches, tx, steps=args.steps[i], seed=args.seed, label=stage, folder=folder, save_every=args.save_every)
+    return fit(
+        loss,
+        model,
+        None,
+        batches,
+        tx,
+        steps=args.steps[i],
+        seed=args.seed,
+        label=stage,
+        folder=folder,
+        save_every=args.save_every,
+    )
 
 
 @command
@@ -159,7 +170,12 @@ def main(args: Args) -> None:
                 if file.is_file() and file.suffix != ".safetensors":
                     shutil.copy(file, folder)
             save(model, folder)
-            recipe = {**dataclasses.asdict(args), "out": str(args.out), "stage": stage, "seconds": round(time.perf_counter() - started)}
+            recipe = {
+                **dataclasses.asdict(args),
+                "out": str(args.out),
+                "stage": stage,
+                "seconds": round(time.perf_counter() - started),
+            }
             (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
         elif not (folder / "model.safetensors").is_file():
             raise UserError(f"{folder} holds no finished stage {stage!r}: run it first, without --stages")

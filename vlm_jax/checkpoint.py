@@ -37,16 +37,20 @@ def resolve(source: str | os.PathLike) -> Path:
     if str(source) in embedded_models():
         return MINI / str(source)
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise UserError(f"unknown model {str(source)!r}: no such folder or embedded model{nearest(str(source), embedded_models())}")
+        raise UserError(
+            f"unknown model {str(source)!r}: no such folder or embedded model{nearest(str(source), embedded_models())}"
+        )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"cannot fetch {str(source)!r} from the hub ({type(error).__name__}): check the id and the network, or give "
-            f"a local folder or an embedded model ({', '.join(embedded_models())})"
+            f"cannot fetch {str(source)!r} from the hub ({type(error).__name__}): check the id and the network, "
+            f"or give a local folder or an embedded model ({', '.join(embedded_models())})"
         ) from None
 
 
@@ -103,7 +107,7 @@ def save(model: Model, folder: str | os.PathLike) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     leaves = {name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
-    for row, count in _rows(model.config):
+    for row, _ in _rows(model.config):
         value = leaves[row.path]
         slices = value if row.stacked else [value]
         for i, part in enumerate(slices):
@@ -146,8 +150,10 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, tuple]:
         try:
             handle = stack.enter_context(safe_open(path, framework="flax"))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read as safetensors ({error}): it may be cut short, fetch it again") from None
-        tensors |= {key: handle for key in handle.keys()}
+            raise UserError(
+                f"{path} cannot be read as safetensors ({error}): it may be cut short, fetch it again"
+            ) from None
+        tensors |= dict.fromkeys(handle.keys(), handle)
     return tensors
 
 

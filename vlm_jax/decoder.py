@@ -105,7 +105,18 @@ class Decoder(nnx.Module):
         rope = self.rope(position_ids[:, :, start:])
         return Window(rope, visible[:, :, start:], visible[:, :, :start] if start else None, start)
 
-    def scan(self, x, window: Window, *, layers=(0, None), past=None, deepstack=None, interventions=(), taps=frozenset(), remat=False):
+    def scan(
+        self,
+        x,
+        window: Window,
+        *,
+        layers=(0, None),
+        past=None,
+        deepstack=None,
+        interventions=(),
+        taps=frozenset(),
+        remat=False,
+    ):
         """Runs layers ``layers[0]`` to ``layers[1]`` on ``x (B, S, D)``.
 
         Args:

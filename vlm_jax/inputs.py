@@ -148,7 +148,9 @@ def rope_index(mask: np.ndarray, visual: np.ndarray, grids: np.ndarray, merge: i
             block = np.stack(np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij"))
             block = block.reshape(3, -1) + current
             if not visual[row, where[at : at + block.shape[1]]].all():
-                raise UserError(f"row {row} breaks off an image of {block.shape[1]} tokens: keep each image's tokens together")
+                raise UserError(
+                    f"row {row} breaks off an image of {block.shape[1]} tokens: keep each image's tokens together"
+                )
             positions[:, row, where[at : at + block.shape[1]]] = block
             current, at = current + max(height, width), at + block.shape[1]
     return positions
@@ -182,7 +184,7 @@ def patch_images(pixel_values: np.ndarray, grids: np.ndarray, config: VisionConf
 
 
 def merge_order(height: int, width: int, merge: int) -> np.ndarray:
-    """Row and column of every patch ``(height * width, 2)``, in the processor's order: one merge block after another."""
+    """Row and column of every patch ``(height * width, 2)``, in the processor's order: merge block by merge block."""
     grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1)
     blocks = grid.reshape(height // merge, merge, width // merge, merge, 2)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)

@@ -163,7 +163,7 @@ def batches(
 
 
 def positions(mask: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Where each row of a ``(B, T)`` mask is set: ``index (B, A)`` and ``valid (B, A)``, A the largest count (or ``width``)."""
+    """Where each row of a ``(B, T)`` mask is set: ``index``, ``valid`` ``(B, A)``, A the largest count or ``width``."""
     counts = mask.sum(1)
     width = width or int(counts.max())
     valid = np.arange(width) < counts[:, None]

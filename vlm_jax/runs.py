@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ class Run:
     folder: Path
 
     @classmethod
-    def open(cls, folder: Path, args: Any, config: Config | None = None, *, ignore: tuple[str, ...] = ("out",)) -> "Run":
+    def open(
+        cls, folder: Path, args: Any, config: Config | None = None, *, ignore: tuple[str, ...] = ("out",)
+    ) -> "Run":
         """Starts a run, or goes on with it where ``folder`` holds one of the same configuration.
 
         Args:
@@ -48,6 +51,9 @@ class Run:
                 raise UserError(f"{folder} holds another run ({shown}): choose another --out or delete it")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not a run folder: choose another --out or delete it")
+        if jax.config.jax_compilation_cache_dir is None:
+            # What one run compiled, the next one loads.
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vlm-jax"))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             run = cls(folder)
@@ -86,6 +92,11 @@ class Run:
 
     def save_arrays(self, name: str, **arrays: Any) -> Path:
         return self.write(name, lambda path: np.savez(path, **arrays))
+
+    def timed(self, stage: str, begun: float) -> None:
+        """Notes in ``seconds.json`` how long a stage took, over all the sessions of a run."""
+        seconds = json.loads(file.read_text()) if (file := self.folder / "seconds.json").is_file() else {}
+        self.save_json("seconds.json", {**seconds, stage: round(time.perf_counter() - begun, 1)})
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value of stage ``name``, made now or read from an earlier, interrupted run."""

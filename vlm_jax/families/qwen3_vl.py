@@ -18,7 +18,11 @@ _BLOCK, _OURS = "model.visual.blocks.{}", "visual.blocks"
 
 
 def _merger(hf: str, ours: str) -> tuple[Row, ...]:
-    return (*norm(f"{hf}.norm", f"{ours}.norm"), *linear(f"{hf}.linear_fc1", f"{ours}.linear_fc1"), *linear(f"{hf}.linear_fc2", f"{ours}.linear_fc2"))
+    return (
+        *norm(f"{hf}.norm", f"{ours}.norm"),
+        *linear(f"{hf}.linear_fc1", f"{ours}.linear_fc1"),
+        *linear(f"{hf}.linear_fc2", f"{ours}.linear_fc2"),
+    )
 
 
 #: Every tensor of a checkpoint: Hugging Face key, path in our model, how they relate.

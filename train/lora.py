@@ -1,0 +1,321 @@
+"""P0's study in one command: trace, place LoRA, train it there and nowhere else, evaluate beside the baselines.
+
+python -m train.lora --placement task_diff --out runs/demo
+"""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Annotated
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+import vlm_jax
+from eval.accuracy import answer, score
+from eval.tables import table1
+from interventions.adapters import init_lora, load_peft, lowest_layer, parameters, save_peft
+from interventions.figures import heatmap
+from interventions.kinds import LoRA
+from interventions.placement import (
+    PLACEMENTS,
+    check_k,
+    default_k,
+    normalised,
+    random_k,
+    read_names,
+    shared,
+    task_diff,
+)
+from interventions.trace import Trace, TraceOptions, module_names, summarise, trace_examples
+from train.loop import fit
+from vlm_jax import Model
+from vlm_jax.data import Example, load_task
+from vlm_jax.errors import UserError, command, nearest
+from vlm_jax.inputs import Inputs
+from vlm_jax.prompts import encode, positions
+from vlm_jax.runs import Run
+
+FAMILIES = ("knowledge", "perception")
+#: P0 trains with 2e-4 at width 2560. Adam's best rate falls with the width (muP), so narrower models get more.
+_LR, _LR_WIDTH = 2e-4, 2560
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Trace knowledge and perception tasks, place LoRA where they differ, train, evaluate, print P0's Table 1."""
+
+    model: str = "mini-qwen3-vl"
+    """Embedded model, Hugging Face folder or hub id."""
+    placement: str = "task_diff"
+    """Where LoRA goes: all, random, shared, task_diff, or a JSON file with module names such as ["L2-attn"]."""
+    baselines: bool = True
+    """Also train LoRA on all modules and on k random ones, to compare with."""
+    k: int | None = None
+    """Modules to place LoRA in; by default P0's share of them (10 of 72), which is 2 of the mini model's 16."""
+    train: str = "300"
+    """Training examples per task family, or a task name or JSONL file to train on."""
+    eval: str = "300"
+    """Evaluation examples per task family, or a task name or JSONL file to evaluate on."""
+    trace: str = "96"
+    """Examples to trace per task family, or a task name or JSONL file to trace."""
+    r: int = 64
+    """Rank of LoRA."""
+    alpha: float = 16.0
+    """LoRA is scaled by alpha / r."""
+    dropout: float = 0.05
+    """Dropout of LoRA's inputs."""
+    epochs: int = 3
+    batch: int = 4
+    """Examples per micro-batch."""
+    accumulation: int = 2
+    """Micro-batches per step."""
+    lr: float | None = None
+    """Peak learning rate, falling linearly to 0; by default P0's 2e-4 at width 2560, times 2560 / width."""
+    seed: int = 0
+    """Seed of adapters, data order, dropout and tracing noise."""
+    random_seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = (42, 43, 44)
+    """Seeds of the random placements, whose scores are averaged."""
+    noise_scale: float = 2.0
+    """s of equation 5: noise has standard deviation s * sigma_E."""
+    min_te: float = 0.01
+    """Samples whose TE is below this do not enter RR_mean."""
+    out: Path = Path("runs/lora")
+    """Run folder; a stopped run goes on from the stages it has finished."""
+
+
+@flax.struct.dataclass
+class Frozen:
+    """What training reads and never changes: the model, where the adapter sits, how it is scaled."""
+
+    model: Model
+    slot: dict[str, jax.Array]
+    scale: jax.Array
+    dropout: float = flax.struct.field(pytree_node=False)
+    lowest: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Trunk:
+    """Examples as training reads them: the residual stream ``x (N, T, D)`` that enters the lowest adapted layer,
+    which no adapter changes and which is therefore computed once; DeepStack ``(N, K, T, D)``; gold tokens."""
+
+    x: jax.Array
+    deepstack: jax.Array | None
+    attention_mask: jax.Array
+    position_ids: jax.Array
+    index: jax.Array
+    valid: jax.Array
+    target: jax.Array
+
+
+def loss(weights, frozen: Frozen, batch: Trunk, key: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the gold tokens and the end of their turn. Layers below ``frozen.lowest`` are not run."""
+    text = frozen.model.text
+    lora = LoRA(weights, frozen.slot, frozen.scale, key, frozen.dropout)
+    window = text.window(batch.attention_mask, batch.position_ids.swapaxes(0, 1))
+    deepstack = None if batch.deepstack is None else batch.deepstack.swapaxes(0, 1)
+    x, _, _ = text.scan(
+        batch.x, window, layers=(frozen.lowest, None), deepstack=deepstack, interventions=(lora,), remat=True
+    )
+    logits = text.logits(text.norm(jnp.take_along_axis(x, jnp.maximum(batch.index - 1, 0)[..., None], 1)))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.target)
+    return jnp.sum(losses * batch.valid) / jnp.sum(batch.valid)
+
+
+@functools.partial(jax.jit, static_argnames="lowest")
+def _trunk(model: Model, inputs: Inputs, index, valid, *, lowest: int) -> Trunk:
+    embedded, _ = model.embed(inputs)
+    x, deepstack = embedded
+    if lowest:
+        window = model.text.window(inputs.attention_mask, inputs.position_ids)
+        x, _, _ = model.text.scan(x, window, layers=(0, lowest), deepstack=deepstack)
+    # DeepStack ends below the adapters as a rule; then there is nothing of it to keep.
+    deepstack = None if deepstack is None or lowest >= len(deepstack) else deepstack.swapaxes(0, 1)
+    target = jnp.take_along_axis(inputs.input_ids, index, 1)
+    return Trunk(x, deepstack, inputs.attention_mask, inputs.position_ids.swapaxes(0, 1), index, valid, target)
+
+
+def trunk(model: Model, processor, examples: list[Example], lowest: int, size: int = 32) -> Trunk:
+    """The training examples' frozen part, in host memory."""
+    batch = encode(examples, processor, model.config)
+    index, valid = positions(batch.spans["answer"] | batch.spans["end"])
+    rows = np.arange(-(-len(examples) // size) * size).clip(max=len(examples) - 1).reshape(-1, size)
+    images = None if batch.inputs.images is None else size * max(len(e.images) for e in examples)
+    parts = [_trunk(model, batch.inputs.take(r, images), index[r], valid[r], lowest=lowest) for r in rows]
+    return jax.tree.map(lambda *a: np.concatenate(a)[: len(examples)], *jax.device_get(parts))
+
+
+@functools.cache
+def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
+    """AdamW with a linear schedule (P0, appendix D). Cached, so that equal trainings share one compiled step."""
+    return optax.adamw(optax.linear_schedule(lr, 0.0, steps), weight_decay=0.0)
+
+
+def train_lora(model: Model, processor, names: list[str], examples: list[Example], args: Args, label: str) -> LoRA:
+    """LoRA on the named modules, trained on the examples."""
+    lora = init_lora(model, names, r=args.r, alpha=args.alpha, dropout=args.dropout, key=jax.random.key(args.seed))
+    lowest = lowest_layer(lora)
+    data = trunk(model, processor, examples, lowest)
+    step_size = args.batch * args.accumulation
+    per_epoch = max(1, len(examples) // step_size)
+    steps = per_epoch * args.epochs
+
+    def batches(step: int) -> Trunk:
+        rng = np.random.default_rng([args.seed, step // per_epoch])
+        order = np.resize(rng.permutation(len(examples)), per_epoch * step_size)
+        rows = order.reshape(per_epoch, args.accumulation, args.batch)[step % per_epoch]
+        return jax.tree.map(lambda a: a[rows], data)
+
+    frozen = Frozen(model, lora.slot, lora.scale, args.dropout, lowest)
+    lr = args.lr if args.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
+    tx = optimiser(lr, steps)
+    weights = fit(loss, lora.weights, frozen, batches, tx, steps=steps, seed=args.seed, label=label)
+    return lora.replace(weights=weights)
+
+
+def examples_of(source: str, split: str) -> dict[str, list[Example]]:
+    """Examples by family, from a number per family, a task name or a JSONL file."""
+    if source.lstrip("-").isdigit():
+        return {family: load_task(family, split=split, limit=int(source)) for family in FAMILIES}
+    found: dict[str, list[Example]] = {}
+    for example in load_task(source, split=split):
+        if example.family is None:
+            raise UserError(
+                f'{source}: example {example.id!r} has no "family": add "knowledge" or "perception" to every line'
+            )
+        found.setdefault(example.family, []).append(example)
+    return {family: found[family] for family in FAMILIES if family in found}
+
+
+def conditions(
+    args: Args, model: Model, rr_mean: dict[str, np.ndarray], families: list[str]
+) -> dict[str, list[dict[str, list[str]]]]:
+    """Condition -> one placement (family -> module names) per seed, in the order of P0's Table 1."""
+    depth = model.config.text.num_hidden_layers
+    k = check_k(args.k if args.k is not None else default_k(depth), depth)
+    every = {family: module_names(depth) for family in families}
+    randoms = [{family: random_k(depth, k, seed) for family in families} for seed in args.random_seeds]
+    found = {"LLM-all": [every], f"Random-{k}": randoms} if args.baselines else {}
+    match args.placement:
+        case "all":
+            found["LLM-all"] = [every]
+        case "random":
+            found[f"Random-{k}"] = randoms
+        case "shared":
+            found[f"Top-{k}-shared"] = [{family: shared(rr_mean[family], k) for family in families}]
+        case "task_diff":
+            other = dict(zip(FAMILIES, reversed(FAMILIES), strict=True))
+            found[f"Top-{k}-task-diff"] = [
+                {family: task_diff(rr_mean[family], rr_mean[other[family]], k) for family in families}
+            ]
+        case path:
+            found[Path(path).stem] = [{family: read_names(Path(path), depth) for family in families}]
+    return found
+
+
+def check_placement(args: Args, depth: int) -> None:
+    """Refuses a placement that cannot be, before anything is computed or written."""
+    check_k(args.k if args.k is not None else default_k(depth), depth)
+    if args.placement not in PLACEMENTS:
+        if not args.placement.endswith(".json"):
+            raise UserError(
+                f"unknown placement {args.placement!r}{nearest(args.placement, PLACEMENTS)} (or give a .json file)"
+            )
+        read_names(Path(args.placement), depth)
+    for name in ("r", "epochs", "batch", "accumulation"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}: give at least 1")
+    if not args.random_seeds:
+        raise UserError("--random-seeds is empty: give at least one seed")
+
+
+@command
+def main(args: Args) -> None:
+    started = time.perf_counter()
+    train, test = examples_of(args.train, "train"), examples_of(args.eval, "test")
+    families = [family for family in train if family in test]
+    if not families:
+        raise UserError(f"--train has {' and '.join(train)}, --eval has {' and '.join(test)}: they share no family")
+    needs_trace = args.placement in ("shared", "task_diff")
+    traced = examples_of(args.trace, "trace") if needs_trace else {}
+    missing = [f for f in (FAMILIES if args.placement == "task_diff" else families) if needs_trace and f not in traced]
+    if missing:
+        raise UserError(
+            f"placement {args.placement!r} needs traced examples of {' and '.join(missing)}: --trace has none"
+        )
+    model, processor = vlm_jax.load(args.model)
+    check_placement(args, model.config.text.num_hidden_layers)
+    run = Run.open(args.out, args, model.config)
+
+    options = TraceOptions(noise_scale=args.noise_scale, min_te=args.min_te, seed=args.seed)
+    rr_mean = {}
+    for family, examples in traced.items():
+        rr_mean[family] = trace_family(run, model, processor, family, examples, options)
+    if set(rr_mean) == set(FAMILIES):
+        a, b = (normalised(rr_mean[family]) for family in FAMILIES)
+        heatmap(run.path("trace/heatmap.png"), rr_mean)
+        heatmap(
+            run.path("trace/difference.png"), {"knowledge - perception": a - b}, label="difference of normalised RR"
+        )
+
+    def evaluate(name: str, family: str, interventions=()) -> dict:
+        def make():
+            begun = time.perf_counter()
+            predictions = answer(model, processor, test[family], interventions, label=family)
+            results, records = score(test[family], predictions)
+            run.save_lines(f"samples/{name}/{family}.jsonl", records)
+            run.timed(f"evaluate {name} {family}", begun)
+            return results
+
+        return run.once(f"scores/{name}/{family}.json", make)
+
+    rows = [{"condition": "Baseline", "parameters": None, "placement": None}]
+    rows[0] |= {family: [evaluate("Baseline", family)] for family in families}
+    for condition, placements in conditions(args, model, rr_mean, families).items():
+        row = {"condition": condition, "placement": placements, **{family: [] for family in families}}
+        row["parameters"] = {f: float(np.mean([parameters(model, p[f], args.r) for p in placements])) for f in families}
+        for number, placement in enumerate(placements):
+            name = condition if len(placements) == 1 else f"{condition}/{args.random_seeds[number]}"
+            for family in families:
+                folder = run.path(f"adapters/{name}/{family}")
+                if not folder.is_dir():
+                    begun = time.perf_counter()
+                    lora = train_lora(model, processor, placement[family], train[family], args, f"{name} {family}")
+                    save_peft(lora, model, folder)
+                    run.timed(f"train {name} {family}", begun)
+                row[family].append(evaluate(name, family, (load_peft(model, folder),)))
+        rows.append(row)
+    run.save_json("results.json", {"rows": rows})
+    table = table1(rows, families)
+    run.write("table.md", lambda path: path.write_text(table))
+    print(f"\nAccuracy (exact match) on held-out examples after LoRA training; ± is the standard error.\n\n{table}")
+    print(f"{time.perf_counter() - started:.0f} s; adapters, samples and figures are in {args.out}")
+
+
+def trace_family(run: Run, model: Model, processor, family: str, examples, options: TraceOptions) -> np.ndarray:
+    """RR_mean ``(L, 2)`` of a family, traced now or read from an interrupted run."""
+
+    def make() -> dict:
+        begun = time.perf_counter()
+        traced = trace_examples(model, processor, examples, options, family)
+        trace: Trace = traced.trace
+        run.save_arrays(f"trace/{family}.npz", **trace._asdict(), ids=np.array(traced.ids))
+        run.timed(f"trace {family}", begun)
+        return summarise(traced, options.min_te)
+
+    summary = run.once(f"trace/{family}.json", make)
+    print(
+        f"{family}: traced {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "
+        f"most restored by {', '.join(summary['ranking'][:4])}"
+    )
+    return np.array(list(summary["rr_mean"].values())).reshape(-1, 2)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
