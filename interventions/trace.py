@@ -282,7 +282,8 @@ def main(args: Args) -> None:
     summary = {"task": args.task, **summarise(traced, args.min_te)}
     trace = traced.trace
     run.save_arrays("trace.npz", **trace._asdict(), ids=np.array(traced.ids))
-    heatmap(run.path("heatmap.png"), {args.task: np.array(list(summary["rr_mean"].values())).reshape(-1, 2)})
+    rr_mean = np.array(list(summary["rr_mean"].values())).reshape(-1, 2)
+    run.write("heatmap.png", lambda path: heatmap(path, {args.task: rr_mean}))
     run.save_json("summary.json", summary)
     print(
         f"{args.task}: {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "

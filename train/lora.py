@@ -38,7 +38,7 @@ from vlm_jax import Model
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command, nearest
 from vlm_jax.inputs import Inputs
-from vlm_jax.prompts import encode, positions
+from vlm_jax.prompts import check_fit, encode, positions
 from vlm_jax.runs import Run
 
 FAMILIES = ("knowledge", "perception")
@@ -252,6 +252,8 @@ def main(args: Args) -> None:
     model, processor = vlm_jax.load(args.model)
     check_placement(args, model.config.text.num_hidden_layers)
     run = Run.open(args.out, args, model.config)
+    for examples in (*train.values(), *test.values(), *traced.values()):
+        check_fit(examples, processor, model.config)
 
     options = TraceOptions(noise_scale=args.noise_scale, min_te=args.min_te, seed=args.seed)
     rr_mean = {}

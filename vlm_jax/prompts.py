@@ -162,6 +162,12 @@ def batches(
                 yield [first + row for row in part], Batch(inputs, spans)
 
 
+def check_fit(examples: Sequence[Example], processor, config: Config) -> None:
+    """Raises a UserError for the first example that cannot be encoded, before any work is spent on the others."""
+    for first in range(0, len(examples), _WINDOW):
+        encode(examples[first : first + _WINDOW], processor, config)
+
+
 def positions(mask: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Where each row of a ``(B, T)`` mask is set: ``index``, ``valid`` ``(B, A)``, A the largest count or ``width``."""
     counts = mask.sum(1)

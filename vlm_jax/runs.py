@@ -22,47 +22,43 @@ _PACKAGES = ("vlm-jax", "jax", "jaxlib", "flax", "optax", "transformers", "token
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An open run folder."""
+    """An open run folder. Nothing is on disk before the first result is: a refused run leaves no trace."""
 
     folder: Path
+    config: dict
+    manifest: dict
 
     @classmethod
-    def open(
-        cls, folder: Path, args: Any, config: Config | None = None, *, ignore: tuple[str, ...] = ("out",)
-    ) -> "Run":
+    def open(cls, folder: Path, args: Any, model: Config | None = None, *, ignore: tuple[str, ...] = ("out",)) -> "Run":
         """Starts a run, or goes on with it where ``folder`` holds one of the same configuration.
 
         Args:
             args: the command's frozen dataclass; the fields in ``ignore`` do not make a run another run.
 
         Raises:
-            UserError: if the folder holds another run (the differences are named) or anything else.
+            UserError: if the folder holds another run (the differences are named) or anything else, or cannot be
+                written to.
         """
-        wanted = {k: v for k, v in _plain(args).items() if k not in ignore}
+        config = {k: v for k, v in _plain(args).items() if k not in ignore}
         file = folder / "config.json"
         if file.is_file():
             try:
                 found = json.loads(file.read_text())
             except json.JSONDecodeError:
                 raise UserError(f"{file} is not a run's config.json: choose another --out") from None
-            differ = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+            differ = sorted(k for k in config.keys() | found.keys() if config.get(k) != found.get(k))
             if differ:
-                shown = ", ".join(f"{k} {found.get(k)!r} there, {wanted.get(k)!r} here" for k in differ)
+                shown = ", ".join(f"{k} {found.get(k)!r} there, {config.get(k)!r} here" for k in differ)
                 raise UserError(f"{folder} holds another run ({shown}): choose another --out or delete it")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not a run folder: choose another --out or delete it")
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"cannot write to {existing}: choose another --out")
         if jax.config.jax_compilation_cache_dir is None:
             # What one run compiled, the next one loads.
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vlm-jax"))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            run = cls(folder)
-            if not file.is_file():
-                run.save_json("manifest.json", _manifest(config))
-                run.save_json("config.json", wanted)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
-        return run
+        return cls(folder, config, _manifest(model))
 
     def path(self, name: str) -> Path:
         """A path in the folder, its parents made."""
@@ -72,6 +68,9 @@ class Run:
 
     def write(self, name: str, writer: Callable[[Path], None]) -> Path:
         """Lets ``writer`` fill a temporary file, then puts it in place whole."""
+        if name != "config.json" and not (self.folder / "config.json").is_file():
+            self.save_json("config.json", self.config)
+            self.save_json("manifest.json", self.manifest)
         path = self.path(name)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
         os.close(handle)
@@ -79,6 +78,8 @@ class Run:
             writer(Path(temporary))
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another --out") from None
         finally:
             Path(temporary).unlink(missing_ok=True)
         return path
@@ -93,17 +94,17 @@ class Run:
     def save_arrays(self, name: str, **arrays: Any) -> Path:
         return self.write(name, lambda path: np.savez(path, **arrays))
 
-    def timed(self, stage: str, begun: float) -> None:
-        """Notes in ``seconds.json`` how long a stage took, over all the sessions of a run."""
-        seconds = json.loads(file.read_text()) if (file := self.folder / "seconds.json").is_file() else {}
-        self.save_json("seconds.json", {**seconds, stage: round(time.perf_counter() - begun, 1)})
-
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value of stage ``name``, made now or read from an earlier, interrupted run."""
         path = self.folder / name
         if not path.is_file():
             self.save_json(name, make())
         return json.loads(path.read_text())
+
+    def timed(self, stage: str, begun: float) -> None:
+        """Notes in ``seconds.json`` how long a stage took, over all the sessions of a run."""
+        seconds = json.loads(file.read_text()) if (file := self.folder / "seconds.json").is_file() else {}
+        self.save_json("seconds.json", {**seconds, stage: round(time.perf_counter() - begun, 1)})
 
 
 def _plain(value: Any) -> Any:

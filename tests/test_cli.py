@@ -1,0 +1,146 @@
+"""Every mistake a user can make ends with one sentence on stderr, exit code 2 and nothing written."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import eval.accuracy
+import interventions.trace
+import train.lora
+from vlm_jax.data.miniworld import make_example
+
+LINE = {"id": "1", "image": "a.png", "question": "What is it?", "answers": ["sun"]}
+
+
+def write_jsonl(folder: Path, *lines: str) -> str:
+    Image.new("RGB", (64, 64), "white").save(folder / "a.png")
+    (folder / "broken.png").write_bytes(b"not an image")
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Runs a command that must refuse, and returns its sentence."""
+
+    def run(command, **options) -> str:
+        out = options.pop("out", tmp_path / "out")
+        before = sorted(out.rglob("*")) if out.exists() else None
+        with pytest.raises(SystemExit) as stop:
+            command.main(command.Args(**options, out=out))
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and captured.err.rstrip().endswith(lines[0]), captured.err
+        after = sorted(out.rglob("*")) if out.exists() else None
+        assert after == before, "something was written"
+        return lines[0]
+
+    return run
+
+
+COMMANDS = [interventions.trace, eval.accuracy]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, train.lora], ids=lambda c: c.__name__)
+def test_unknown_model(refused, command):
+    assert "did you mean 'mini-qwen3-vl'" in refused(command, model="mini-qwen3")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)
+def test_unknown_task(refused, command):
+    assert "did you mean 'mini-okvqa'" in refused(command, task="mini-okvq")
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("{not json", "line 2"),
+        (json.dumps({k: v for k, v in LINE.items() if k != "answers"}), "answers"),
+        (json.dumps({**LINE, "id": "2", "image": "none.png"}), "none.png"),
+        (json.dumps({**LINE, "id": "2", "image": "broken.png"}), "broken.png"),
+    ],
+    ids=["not JSON", "lacks a field", "missing image", "broken image"],
+)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)
+def test_bad_line(refused, tmp_path, command, line, says):
+    error = refused(command, task=write_jsonl(tmp_path, json.dumps(LINE), line))
+    assert says in error and "line 2" in error
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)
+def test_empty_task(refused, tmp_path, command):
+    assert "data.jsonl" in refused(command, task=write_jsonl(tmp_path, ""))
+    assert "at least one" in refused(command, limit=0)
+
+
+def test_question_that_does_not_fit(refused, tmp_path):
+    long = {**LINE, "question": "word " * 600}
+    for command in COMMANDS:
+        assert "'1' has" in refused(command, task=write_jsonl(tmp_path, json.dumps(long)))
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"placement": "task_dif"}, "did you mean 'task_diff'"),
+        ({"k": 17}, "16 modules"),
+        ({"k": 0}, "16 modules"),
+        ({"train": "0"}, "at least one"),
+        ({"train": "mini-okvq"}, "did you mean 'mini-okvqa'"),
+        ({"trace": "mini-okvqa"}, "needs traced examples of perception"),
+        ({"train": "mini-okvqa", "eval": "mini-docvqa"}, "share no family"),
+        ({"r": 0}, "at least 1"),
+        ({"placement": "nowhere.json"}, "nowhere.json"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_lora_options(refused, options, says):
+    assert says in refused(train.lora, **options)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ('["L9-attn"]', "L9-attn"),
+        ('["L3-atn"]', "did you mean 'L3-attn'"),
+        ("[]", "list of module names"),
+        ("{", "JSON"),
+    ],
+)
+def test_placement_file(refused, tmp_path, content, says):
+    (tmp_path / "placement.json").write_text(content)
+    assert says in refused(train.lora, placement=str(tmp_path / "placement.json"))
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, train.lora], ids=lambda c: c.__name__)
+def test_folder_of_something_else(refused, tmp_path, command):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("dear reader")
+    assert "not a run folder" in refused(command, out=tmp_path / "thesis")
+
+
+def test_unknown_adapter(refused, tmp_path):
+    assert "adapter_config.json" in refused(eval.accuracy, adapter=tmp_path)
+
+
+def run_accuracy(out: Path, limit: int = 3) -> None:
+    eval.accuracy.main(eval.accuracy.Args(task="mini-docvqa", limit=limit, batch=4, max_new_tokens=3, out=out))
+
+
+def test_accuracy_folder(refused, tmp_path):
+    """The records account for the score, the same run may be repeated, and another run is refused."""
+    out = tmp_path / "run"
+    run_accuracy(out)
+    records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    results = json.loads((out / "results.json").read_text())
+    assert [r["id"] for r in records] == [make_example("mini-docvqa", "test", i).id for i in range(3)]
+    assert results["accuracy"] == sum(r["correct"] for r in records) / 3
+    assert json.loads((out / "manifest.json").read_text())["image_backend"] == "pil"
+    run_accuracy(out)
+    assert "limit 3 there, 4 here" in refused(
+        eval.accuracy, task="mini-docvqa", limit=4, batch=4, max_new_tokens=3, out=out
+    )

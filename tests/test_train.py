@@ -1,0 +1,161 @@
+"""Training: what moves and what does not, how deep gradients reach, accumulation, resuming, and the command."""
+
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import train.lora as lora_command
+from interventions.adapters import init_lora, lowest_layer
+from train.loop import fit
+from vlm_jax import UserError, load
+from vlm_jax.data import load_task
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load("mini-qwen3-vl")
+
+
+def args(**changed) -> lora_command.Args:
+    return lora_command.Args(**{"r": 4, "epochs": 1, "dropout": 0.0, **changed})
+
+
+def problem(mini, names, **changed):
+    """The frozen part, one batch and the adapter of a small LoRA training."""
+    model, processor = mini
+    options = args(**changed)
+    lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=jax.random.key(1))
+    lowest = lowest_layer(lora)
+    data = lora_command.trunk(model, processor, load_task("perception", split="train", limit=8), lowest, size=8)
+    return lora, lora_command.Frozen(model, lora.slot, lora.scale, options.dropout, lowest), data
+
+
+def test_only_the_adapter_moves(mini):
+    model, processor = mini
+    before = jax.tree.map(np.array, model)
+    examples = load_task("knowledge", split="train", limit=8)
+    lora = lora_command.train_lora(model, processor, ["L5-attn", "L7-mlp"], examples, args(epochs=3), "test")
+    chex.assert_trees_all_equal(jax.tree.map(np.array, model), before)
+    assert set(lora.weights) == {
+        *(f"text.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"text.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    }
+    for site, (a, b) in lora.weights.items():
+        assert len(a) == 1 and np.abs(b).max() > 0, f"{site} did not learn"
+
+
+def matmul_flops(jaxpr, times: int = 1) -> int:
+    """Floating-point operations of the matmuls in a jaxpr; a scan counts as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = [equation.invars[0].aval.shape[i] for i in equation.params["dimension_numbers"][0][0]]
+            total += times * 2 * int(np.prod(contracted)) * int(np.prod(equation.outvars[0].aval.shape))
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            total += matmul_flops(inner, times * equation.params.get("length", 1))
+    return total
+
+
+def gradient_flops(mini, name: str) -> int:
+    lora, frozen, data = problem(mini, [name])
+    key = jax.random.key(0)
+    return matmul_flops(jax.make_jaxpr(jax.grad(lora_command.loss))(lora.weights, frozen, data, key).jaxpr)
+
+
+def test_gradients_reach_no_lower_than_the_lowest_adapter(mini):
+    """Each layer that lies lower costs the same again; what is left at the top is the head."""
+    top, middle, bottom = (gradient_flops(mini, f"L{layer}-mlp") for layer in (7, 4, 0))
+    layer = (bottom - middle) / 4
+    assert middle - top == pytest.approx(3 * layer, rel=1e-6)
+    assert top < 1.5 * layer < bottom / 4
+
+
+def test_trunk_gives_the_same_loss_from_any_layer(mini):
+    """The residual that was computed once is the one that the whole model computes."""
+    lora, frozen, data = problem(mini, ["L6-attn"])
+    _, _, whole = problem(mini, ["L0-attn"])
+    key = jax.random.key(0)
+    np.testing.assert_allclose(
+        lora_command.loss(lora.weights, frozen, data, key),
+        lora_command.loss(lora.weights, frozen.replace(lowest=0), whole, key),
+        rtol=1e-6,
+    )
+
+
+def test_dropout_needs_its_key_and_changes_the_loss(mini):
+    lora, frozen, data = problem(mini, ["L6-mlp"], dropout=0.5)
+    lora = lora.replace(weights=jax.tree.map(lambda w: w + 0.1, lora.weights))
+    losses = [float(lora_command.loss(lora.weights, frozen, data, jax.random.key(i))) for i in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def quadratic(trainable, frozen, batch, key):
+    return jnp.mean((batch @ trainable["w"] - frozen) ** 2) + 0 * jax.random.uniform(key)
+
+
+def batches(step):
+    return np.random.default_rng(step).normal(size=(2, 4, 3)).astype(np.float32)
+
+
+def run(folder=None, steps=6, save_every=0, tx=None):
+    return fit(
+        quadratic, {"w": jnp.ones(3)}, jnp.float32(2.0), batches, tx or ADAM, steps=steps, folder=folder,
+        save_every=save_every, log_every=1,
+    )  # fmt: skip
+
+
+ADAM = optax.adam(0.1)
+
+
+def test_accumulation_averages_the_micro_batches():
+    def whole(step):
+        return batches(step).reshape(1, 8, 3)
+
+    np.testing.assert_allclose(
+        run(tx=optax.sgd(0.1))["w"],
+        fit(quadratic, {"w": jnp.ones(3)}, jnp.float32(2.0), whole, optax.sgd(0.1), steps=6)["w"],
+        rtol=1e-6,
+    )
+
+
+def test_resumed_training_is_bit_equal(tmp_path):
+    run(tmp_path, steps=3, save_every=3)
+    resumed = run(tmp_path, steps=6, save_every=3)
+    np.testing.assert_array_equal(resumed["w"], run()["w"])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    with pytest.raises(UserError, match="the loss is nan at step"):
+        fit(lambda w, *_: jnp.sum(w) * jnp.nan, jnp.ones(2), None, batches, ADAM, steps=2, log_every=1)
+
+
+def test_the_command_resumes_and_keeps_its_scores(tmp_path, capsys):
+    """A run that lost its last stage redoes that stage alone and comes to the same table."""
+    options = args(train="24", eval="12", trace="12", random_seeds=(42,), out=tmp_path / "run", placement="task_diff")
+    lora_command.main(options)
+    first = capsys.readouterr().out
+    out = tmp_path / "run"
+    results = json.loads((out / "results.json").read_text())
+    assert [row["condition"] for row in results["rows"]] == ["Baseline", "LLM-all", "Random-2", "Top-2-task-diff"]
+    for row in results["rows"][1:]:
+        for family in ("knowledge", "perception"):
+            targets = json.loads((out / f"adapters/{row['condition']}/{family}/adapter_config.json").read_text())
+            layers = {f"L{t.split('.')[3]}-{'attn' if 'self_attn' in t else 'mlp'}" for t in targets["target_modules"]}
+            assert layers == set(row["placement"][0][family])
+    kept = (out / "adapters/LLM-all/knowledge/adapter_model.safetensors").stat().st_mtime_ns
+    (out / "results.json").unlink()
+    shutil.rmtree(out / "adapters/Top-2-task-diff")
+    shutil.rmtree(out / "scores/Top-2-task-diff")
+    lora_command.main(options)
+    assert (out / "adapters/LLM-all/knowledge/adapter_model.safetensors").stat().st_mtime_ns == kept
+    assert json.loads((out / "results.json").read_text()) == results
+    table = first[first.index("| LoRA target") : first.rindex("|")]
+    assert table in capsys.readouterr().out
