@@ -6,6 +6,7 @@ python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
 import dataclasses
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -17,7 +18,7 @@ from interventions.adapters import load_peft
 from vlm_jax import Model
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import command
-from vlm_jax.prompts import batches
+from vlm_jax.prompts import batches, compiled_shapes
 from vlm_jax.runs import Run
 
 
@@ -43,18 +44,33 @@ class Args:
     """Run folder: results.json, samples.jsonl."""
 
 
+class Answers(NamedTuple):
+    """The model's greedy answers, in the order of the examples, and how many shapes were compiled for them."""
+
+    texts: list[str]
+    compiled_shapes: int
+
+
 def answer(
-    model: Model, processor, examples: list[Example], interventions=(), *, batch=64, max_new_tokens=12, label=""
-) -> list[str]:
-    """The model's greedy answers, in the order of the examples."""
-    answers: list[str] = [""] * len(examples)
+    model: Model,
+    processor,
+    examples: list[Example],
+    interventions=(),
+    *,
+    batch: int = 64,
+    max_new_tokens: int = 12,
+    label: str = "",
+) -> Answers:
+    """Greedy answers to P0's prompt, under interventions or without."""
+    texts: list[str] = [""] * len(examples)
+    groups = list(batches(examples, processor, model.config, batch, with_answer=False))
     with tqdm(total=len(examples), desc=f"answer {label}".strip(), unit="sample", leave=False) as bar:
-        for rows, encoded in batches(examples, processor, model.config, batch, with_answer=False):
+        for rows, encoded in groups:
             tokens = np.asarray(vlm_jax.generate(model, encoded.inputs, max_new_tokens, interventions))[: len(rows)]
             for row, text in zip(rows, processor.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-                answers[row] = text.strip()
+                texts[row] = text.strip()
             bar.update(len(rows))
-    return answers
+    return Answers(texts, compiled_shapes(groups))
 
 
 def score(examples: list[Example], answers: list[str]) -> tuple[dict, list[dict]]:
@@ -89,9 +105,12 @@ def main(args: Args) -> None:
     answers = answer(
         model, processor, examples, interventions, batch=args.batch, max_new_tokens=args.max_new_tokens, label=args.task
     )
-    results, records = score(examples, answers)
+    results, records = score(examples, answers.texts)
     run.save_lines("samples.jsonl", records)
-    run.save_json("results.json", {"task": args.task, "metric": "exact_match", **results})
+    run.save_json(
+        "results.json",
+        {"task": args.task, "metric": "exact_match", "compiled_shapes": answers.compiled_shapes, **results},
+    )
     for name, part in [*results["tasks"].items(), ("all", results)]:
         print(f"{name or args.task:20s} {part['accuracy']:.3f} ± {part['stderr']:.3f}  ({part['samples']} samples)")
     print(f"written to {args.out}")

@@ -22,7 +22,7 @@ from vlm_jax import Inputs, Model
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command
 from vlm_jax.inputs import bucket
-from vlm_jax.prompts import batches, positions
+from vlm_jax.prompts import batches, compiled_shapes, positions
 from vlm_jax.runs import Run
 
 #: The last axis of ``ie`` and ``rr``.
@@ -217,8 +217,9 @@ def trace_examples(model: Model, processor, examples: list[Example], options: Tr
             for i, row in enumerate(rows):
                 parts[row] = Trace(*(np.asarray(a)[i] for a in result))
             bar.update(len(rows))
-    shapes = {jax.tree.map(np.shape, batch.inputs.input_ids) for _, batch in groups}
-    return TaskTrace(Trace(*map(np.stack, zip(*parts, strict=True))), [e.id for e in examples], sigma, len(shapes))
+    return TaskTrace(
+        Trace(*map(np.stack, zip(*parts, strict=True))), [e.id for e in examples], sigma, compiled_shapes(groups)
+    )
 
 
 def summarise(traced: TaskTrace, min_te: float, seed: int = 0) -> dict:

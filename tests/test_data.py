@@ -72,12 +72,12 @@ def test_bad_line_is_named(write, line, says):
 
 
 def test_bad_file_is_named(write, tmp_path):
-    with pytest.raises(UserError, match="mine.jsonl, line 1: the file holds no example"):
+    with pytest.raises(UserError, match=r"mine.jsonl, line 1: the file holds no example"):
         load_task(write("", "  "))
-    with pytest.raises(UserError, match="cannot read .*none.jsonl"):
+    with pytest.raises(UserError, match=r"cannot read .*none.jsonl"):
         load_task(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
-    with pytest.raises(UserError, match="latin.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"latin.jsonl is not UTF-8"):
         load_task(tmp_path / "latin.jsonl")
 
 
@@ -103,7 +103,7 @@ def test_family_takes_its_tasks_in_turn():
 def test_mistakes_in_a_call_are_named():
     with pytest.raises(UserError, match="unknown task 'mini-docvq'; did you mean 'mini-docvqa'"):
         load_task("mini-docvq")
-    with pytest.raises(UserError, match="unknown split 'evaluation'; .*'?eval"):
+    with pytest.raises(UserError, match=r"unknown split 'evaluation'; .*'?eval"):
         load_task("knowledge", split="evaluation")
     for limit in (0, -3):
         with pytest.raises(UserError, match="at least one"):

@@ -270,7 +270,7 @@ def main(args: Args) -> None:
         def make():
             begun = time.perf_counter()
             predictions = answer(model, processor, test[family], interventions, label=family)
-            results, records = score(test[family], predictions)
+            results, records = score(test[family], predictions.texts)
             run.save_lines(f"samples/{name}/{family}.jsonl", records)
             run.timed(f"evaluate {name} {family}", begun)
             return results

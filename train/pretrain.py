@@ -35,9 +35,9 @@ class Args:
     """Folder for the stages: OUT/text, OUT/align, OUT/instruct, each a Hugging Face folder."""
     stages: tuple[Literal["text", "align", "instruct"], ...] = STAGES
     """Which stages to run; a stage starts from the one before it."""
-    steps: tuple[int, int, int] = (500, 2500, 3000)
+    steps: tuple[int, int, int] = (500, 3000, 2600)
     """Steps of the three stages."""
-    turns: tuple[int, int, int] = (12000, 24000, 30000)
+    turns: tuple[int, int, int] = (12000, 24000, 36000)
     """Different turns that a stage draws its batches from."""
     batch: int = 64
     """Turns per step."""

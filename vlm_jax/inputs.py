@@ -4,6 +4,8 @@ Everything that depends on a *value* (image grids, where images sit, padding) is
 that the model itself is shape-static and compiles once per bucket.
 """
 
+import math
+
 import flax.struct
 import jax
 import numpy as np
@@ -11,13 +13,13 @@ import numpy as np
 from vlm_jax.config import Config, VisionConfig
 from vlm_jax.errors import UserError
 
-#: Sequence lengths are rounded up to a multiple of this, so that many samples meet few compiled shapes.
-LENGTH_BUCKET = 16
+#: Sequence lengths and patch counts are rounded up to multiples of these, so that many samples meet few shapes.
+LENGTH_BUCKET, PATCH_BUCKET = 16, 64
 
 
 @flax.struct.dataclass
 class Images:
-    """Patches of ``I`` images, padded to the largest patch count ``P``.
+    """Patches of ``I`` images, padded to the bucket ``P`` of the largest patch count.
 
     pixel_values ``(I, P, patch_dim)``; patch_mask ``(I, P)`` bool; grid_positions ``(I, P, 2)`` row and column;
     position_index, position_weight ``(I, P, 4)``: the four learned position embeddings that a patch interpolates;
@@ -159,7 +161,7 @@ def rope_index(mask: np.ndarray, visual: np.ndarray, grids: np.ndarray, merge: i
 def patch_images(pixel_values: np.ndarray, grids: np.ndarray, config: VisionConfig) -> Images:
     """Pads the packed patches of several images to ``(I, P, patch_dim)`` and works out their positions."""
     counts, merge = grids.prod(1), config.spatial_merge_size
-    longest = counts.max()
+    longest = bucket(int(counts.max()), math.lcm(PATCH_BUCKET, merge**2))
     images = Images(
         np.zeros((len(grids), longest, pixel_values.shape[-1]), np.float32),
         np.arange(longest) < counts[:, None],

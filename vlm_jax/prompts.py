@@ -6,9 +6,10 @@ the question begins is known by construction and no text or token id is ever sea
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from vlm_jax.config import Config
@@ -160,6 +161,11 @@ def batches(
                 inputs = whole.inputs.take(filled, images).cut(length)
                 spans = {name: span[filled, :length] for name, span in whole.spans.items()}
                 yield [first + row for row in part], Batch(inputs, spans)
+
+
+def compiled_shapes(groups: Iterable[tuple[list[int], Batch]]) -> int:
+    """How many shapes the batches have: as many programs were compiled for them."""
+    return len({tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch.inputs)) for _, batch in groups})
 
 
 def check_fit(examples: Sequence[Example], processor, config: Config) -> None:

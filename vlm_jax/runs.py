@@ -55,6 +55,8 @@ class Run:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not os.access(existing, os.W_OK):
             raise UserError(f"cannot write to {existing}: choose another --out")
+        # Float32 means float32, on accelerators too.
+        jax.config.update("jax_default_matmul_precision", "highest")
         if jax.config.jax_compilation_cache_dir is None:
             # What one run compiled, the next one loads.
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vlm-jax"))

@@ -37,18 +37,40 @@ def alignment(index: int, difficulty: float = 1.0) -> Turn:
 
 
 def instruction(index: int) -> Turn:
-    """A benchmark-like question in a familiar wording, or now and then a turn of an earlier stage."""
+    """A benchmark-like question in a familiar wording, one part of a picture to read, or a turn of an earlier stage."""
     rng = _generator(2, index)
     stage = rng.random()
-    if stage < 0.25:
+    if stage < 0.2:
         return _alignment(rng, 1.0)
-    if stage < 0.33:
+    if stage < 0.25:
         return _text_fact(rng)
-    task = pick(rng, tuple(TASKS.values()))
+    if stage < 0.5:
+        return _lookup(rng)
+    task = TASKS[rng.choice(list(_TASK_SHARES), p=list(_TASK_SHARES.values()))]
     scene = task.scene(rng)
     image = draw(scene, rng)
     question = task.ask(rng, scene, False)
     return Turn(image, question.text, question.answer, qa=True)
+
+
+_TASK_SHARES = {  # what is harder to learn is asked more often
+    "mini-okvqa": 0.14,
+    "mini-aokvqa": 0.10,
+    "mini-scienceqa": 0.10,
+    "mini-docvqa": 0.30,
+    "mini-infovqa": 0.14,
+    "mini-textvqa": 0.22,
+}
+
+
+def _lookup(rng: np.random.Generator) -> Turn:
+    """One part of a picture to read, by its key or by the number of its place; sometimes there are fewer parts."""
+    make, places = pick(rng, ((scenes.random_form, 3),) * 2 + ((scenes.random_signs, 3), (scenes.random_chart, 4)))
+    scene = make(rng, places if rng.random() < 0.5 else int(rng.integers(1, places)))
+    parts = scene.rows if isinstance(scene, scenes.Form) else scene.bars if places == 4 else scene.signs
+    slot, key, value = pick(rng, parts)
+    image = draw(scene, rng)
+    return Turn(image, f"Read {slot + 1 if rng.random() < 0.5 else key}.", str(value), qa=False)
 
 
 def _generator(stream: int, index: int) -> np.random.Generator:

@@ -1,0 +1,74 @@
+"""The embedded model keeps what its README promises, here and in transformers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+from eval.accuracy import answer, score
+from interventions.trace import TraceOptions, trace_examples
+from vlm_jax import load
+from vlm_jax.checkpoint import MINI
+from vlm_jax.data import load_task
+from vlm_jax.prompts import encode
+
+FOLDER = MINI / "mini-qwen3-vl"
+FAMILIES = ("knowledge", "perception")
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load("mini-qwen3-vl")
+
+
+def test_it_is_an_ordinary_folder_of_at_most_10_mb():
+    assert (FOLDER / "model.safetensors").stat().st_size <= 10_000_000
+    assert json.loads((FOLDER / "config.json").read_text())["model_type"] == "qwen3_vl"
+    assert {file.suffix for file in FOLDER.iterdir()} == {".json", ".jinja", ".md", ".safetensors"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_answers_the_same(mini, family):
+    """Loaded unmodified, transformers has the same logits and generates the same answers."""
+    model, processor = mini
+    oracle = Qwen3VLForConditionalGeneration.from_pretrained(FOLDER, attn_implementation="eager").eval()
+    examples = load_task(family, split="test", limit=9)
+    ours = answer(model, processor, examples, batch=9, max_new_tokens=4).texts
+    for example, text in zip(examples, ours, strict=True):
+        batch = encode([example], processor, model.config, with_answer=False)
+        inputs = batch.inputs
+        length = int(inputs.attention_mask.sum())
+        arrays = {
+            "input_ids": torch.tensor(inputs.input_ids[:, :length], dtype=torch.long),
+            "mm_token_type_ids": torch.tensor(batch.spans["image"][:, :length], dtype=torch.int),
+            "pixel_values": torch.tensor(inputs.images.pixel_values[0]),
+            "image_grid_thw": torch.tensor([[1, 8, 8]]),
+        }
+        with torch.no_grad():
+            logits = oracle(**arrays).logits.numpy()
+            tokens = oracle.generate(**arrays, max_new_tokens=4)[0, length:]
+        np.testing.assert_allclose(np.asarray(model(inputs).logits)[:, :length], logits, atol=1e-4)
+        assert processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() == text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_is_room_for_fine_tuning(mini, family):
+    """Zero-shot accuracy leaves room above and shows that the model knows its world."""
+    model, processor = mini
+    examples = load_task(family, split="test", limit=300)
+    results, _ = score(examples, answer(model, processor, examples).texts)
+    assert 0.30 <= results["accuracy"] <= 0.75
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_noise_on_the_question_hurts_what_is_known(mini, family):
+    """TE > 0 on at least 80 % of the traced samples that the model answers correctly."""
+    model, processor = mini
+    examples = load_task(family, split="trace", limit=96)
+    _, records = score(examples, answer(model, processor, examples).texts)
+    correct = np.array([record["correct"] for record in records])
+    te = trace_examples(model, processor, examples, TraceOptions(), family).trace.te
+    assert correct.sum() >= 20
+    assert np.mean(te[correct] > 0) >= 0.8
