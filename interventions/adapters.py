@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from interventions.kinds import LoRA
-from interventions.placement import linears
+from interventions.placement import check_names, linears
 from vlm_jax import Model
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
@@ -24,7 +24,7 @@ from vlm_jax.sites import TEXT_LINEARS, null_slots
 
 def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropout: float, key: jax.Array) -> LoRA:
     """An adapter on the placed modules and nowhere else, as PEFT initialises it: A Kaiming-uniform, B zero."""
-    placed = _layers_by_linear(linears(names))
+    placed = _layers_by_linear(linears(check_names(names, model.config.text.num_hidden_layers)))
     weights = {}
     for i, (name, layers) in enumerate(placed.items()):
         inputs, outputs = _shape(model, name)
@@ -36,6 +36,7 @@ def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropo
 
 def parameters(model: Model, names: Iterable[str], r: int) -> int:
     """Trainable parameters of rank-``r`` LoRA on these modules."""
+    names = check_names(names, model.config.text.num_hidden_layers)
     return sum(r * sum(_shape(model, name)) for _, name in linears(names))
 
 
@@ -100,6 +101,8 @@ def load_peft(model: Model, folder: Path) -> LoRA:
         or config.get("alpha_pattern")
     ):
         raise UserError(f"{folder}: only plain LoRA adapters of one rank are supported")
+    if not {"r", "lora_alpha"} <= config.keys():
+        raise UserError(f"{folder}/adapter_config.json lacks r or lora_alpha: save the adapter again with PEFT")
     start = f"base_model.model.{FAMILIES[model.config.family].LAYER_PREFIX}."
     known = [name for names in TEXT_LINEARS.values() for name in names]
     placed, halves = [], {}

@@ -1,7 +1,7 @@
 """Where LoRA goes: names of modules, and P0's ways to choose them (section 2.4, equations 7 and 8)."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -67,15 +67,15 @@ def read_names(path: Path, depth: int) -> list[str]:
     return check_names(names, depth)
 
 
-def check_names(names: Sequence[str], depth: int) -> list[str]:
-    """The names, once each is known to be a module of a model with ``depth`` layers."""
-    known = module_names(depth)
+def check_names(names: Iterable[str], depth: int) -> list[str]:
+    """The names, once each is known to be a module of a model with ``depth`` layers and is named once."""
+    names, known = list(names), module_names(depth)
     for name in names:
         if name not in known:
             raise UserError(f"unknown module {name!r}{nearest(name, known)}")
     if len(set(names)) < len(names):
         raise UserError(f"a module is named twice in {', '.join(names)}: name each once")
-    return list(names)
+    return names
 
 
 def linears(names: Iterable[str]) -> list[tuple[int, str]]:

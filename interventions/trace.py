@@ -73,7 +73,7 @@ def causal_trace(
     for what, mask in (("question", question), ("gold answer", answer)):
         if not mask.any(1).all():
             raise UserError(f"row {int(np.argmin(mask.any(1)))} has no {what} token: mark at least one in its mask")
-    if engine not in _ENGINES:
+    if engine not in ("sweep", "naive"):
         raise UserError(f"unknown engine {engine!r}: use 'sweep' or 'naive'")
     index, valid = positions(answer, bucket(int(answer.sum(1).max()), 4))
     if (index[valid] == 0).any():
@@ -84,8 +84,12 @@ def causal_trace(
         key = jax.random.key(0) if key is None else key
         noise = noise_scale * sigma * jax.random.normal(key, embedded.x.shape)
     noise = jnp.where(question[..., None], noise, 0).astype(embedded.x.dtype)
-    start = min(int(question.argmax(1).min()), int(index[valid].min()) - 1) // _PREFIX_BUCKET * _PREFIX_BUCKET
-    p_clean, p_corrupt, p_patch = _ENGINES[engine](model, inputs, embedded, noise, index, valid, start=start)
+    if engine == "naive":
+        p_clean, p_corrupt, p_patch = _naive(model, inputs, noise, index, valid)
+    else:
+        first = min(int(question.argmax(1).min()), int(index[valid].min()) - 1)
+        start = first // _PREFIX_BUCKET * _PREFIX_BUCKET
+        p_clean, p_corrupt, p_patch = _sweep(model, inputs, embedded, noise, index, valid, start=start)
     te = p_clean - p_corrupt
     ie = p_patch - p_corrupt[:, None, None]
     return Trace(p_clean, p_corrupt, te, ie, ie / (te[:, None, None] + eps))
@@ -102,14 +106,18 @@ def embedding_std(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.std(x.astype(jnp.float32), where=jnp.broadcast_to(mask[..., None], x.shape))
 
 
-def _gold(text, x, inputs: Inputs, index, valid, start: int = 0) -> jax.Array:
-    """Equation 1: the geometric mean ``(B,)`` of the gold tokens' probabilities, from ``x (B, S, D)``."""
-    before = jnp.maximum(index - 1 - start, 0)  # unused entries of ``index`` would lie outside of ``x``
-    read = jnp.take_along_axis(x, before[..., None], 1)
-    logp = jax.nn.log_softmax(text.logits(text.norm(read)).astype(jnp.float32), -1)
+def _probability(logits: jax.Array, inputs: Inputs, index, valid) -> jax.Array:
+    """Equation 1: the geometric mean ``(B,)`` of the gold tokens' probabilities, from ``logits (B, A, V)``."""
     target = jnp.take_along_axis(inputs.input_ids, index, 1)
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
     logp = jnp.take_along_axis(logp, target[..., None], -1)[..., 0]
     return jnp.exp(jnp.sum(logp * valid, 1) / jnp.sum(valid, 1))
+
+
+def _before(x: jax.Array, index: jax.Array, start: int = 0) -> jax.Array:
+    """What predicts the gold tokens: ``x (B, S, ...)``, whose first token is token ``start``, one place before them."""
+    # Unused entries of ``index`` would lie outside of ``x``.
+    return jnp.take_along_axis(x, jnp.maximum(index - 1 - start, 0)[..., None], 1)
 
 
 def _cells(donors: dict[str, jax.Array], start: int = 0) -> tuple[Patch, Patch, jax.Array]:
@@ -140,7 +148,7 @@ def _sweep(model: Model, inputs: Inputs, embedded, noise, index, valid, *, start
         return read(x), tapped
 
     def read(x):
-        return _gold(text, x, inputs, index, valid, start)
+        return _probability(text.logits(text.norm(_before(x, index, start))), inputs, index, valid)
 
     p_clean, clean = run(embedded.x, _SITES)
     p_corrupt, corrupt = run(embedded.x + noise, ["text.resid_pre"])
@@ -149,27 +157,19 @@ def _sweep(model: Model, inputs: Inputs, embedded, noise, index, valid, *, start
     return p_clean, p_corrupt, p.reshape(-1, 2, p.shape[-1]).transpose(2, 0, 1)
 
 
-@functools.partial(jax.jit, static_argnames="start")
-def _naive(model: Model, inputs: Inputs, embedded, noise, index, valid, *, start: int):
-    """Every cell as a whole forward pass with ordinary interventions; ``start`` is not used."""
-    del embedded, start
+@jax.jit
+def _naive(model: Model, inputs: Inputs, noise, index, valid):
+    """Every cell as a whole forward pass with ordinary interventions."""
 
     def run(interventions, taps=()):
-        out = model(inputs, interventions, (*taps, "text.norm"))
-        logits = jnp.take_along_axis(out.logits, jnp.maximum(index - 1, 0)[..., None], 1)
-        target = jnp.take_along_axis(inputs.input_ids, index, 1)
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32), -1), target[..., None], -1)[..., 0]
-        return jnp.exp(jnp.sum(logp * valid, 1) / jnp.sum(valid, 1)), out.taps
+        logits, tapped = model(inputs, interventions, taps)
+        return _probability(_before(logits, index), inputs, index, valid), tapped
 
     p_clean, clean = run((), _SITES)
-    corrupt = Add(noise)
-    p_corrupt, _ = run((corrupt,))
-    patches, _, _ = _cells({site: clean[site] for site in _SITES})
-    p = jax.lax.map(lambda slot: run((corrupt, patches.replace(slot=slot)))[0], patches.slot)
+    p_corrupt, _ = run((Add(noise),))
+    patches, _, _ = _cells(clean)
+    p = jax.lax.map(lambda slot: run((Add(noise), patches.replace(slot=slot)))[0], patches.slot)
     return p_clean, p_corrupt, p.reshape(-1, 2, p.shape[-1]).transpose(2, 0, 1)
-
-
-_ENGINES = {"sweep": _sweep, "naive": _naive}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,8 @@ def compare(hf_model, ours, batch):
 
 def max_error(site, got, want):
     got = np.asarray(got)
+    if site.startswith(("visual.", "projector.")):
+        got = got[..., : want.shape[-2], :]  # ours are padded on, to a bucket of patches
     assert got.dtype == np.float32, f"{site} is {got.dtype}"
     assert got.shape == want.shape, f"{site} has shape {got.shape}, transformers has {want.shape}"
     promised = ~np.isnan(want)

@@ -396,7 +396,7 @@ def drawn_noise(model, case, monkeypatch, **how):
         seen.append(np.asarray(noise))
         return jnp.ones(2), jnp.zeros(2), jnp.zeros((2, LAYERS, 2))
 
-    monkeypatch.setitem(trace_module._ENGINES, "sweep", engine)
+    monkeypatch.setattr(trace_module, "_sweep", engine)
     causal_trace(model, inputs_of(model, case), case.question, case.answer, **how)
     return seen[0]
 
