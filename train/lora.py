@@ -58,7 +58,7 @@ class Args:
     """Also train LoRA on all modules and on k random ones, to compare with."""
     k: int | None = None
     """Modules to place LoRA in; by default P0's share of them (10 of 72), which is 2 of the mini model's 16."""
-    train: str = "300"
+    train: str = "450"
     """Training examples per task family, or a task name or JSONL file to train on."""
     eval: str = "300"
     """Evaluation examples per task family, or a task name or JSONL file to evaluate on."""

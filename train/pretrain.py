@@ -170,12 +170,8 @@ def main(args: Args) -> None:
                 if file.is_file() and file.suffix != ".safetensors":
                     shutil.copy(file, folder)
             save(model, folder)
-            recipe = {
-                **dataclasses.asdict(args),
-                "out": str(args.out),
-                "stage": stage,
-                "seconds": round(time.perf_counter() - started),
-            }
+            recipe = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "stages", "save_every")}
+            recipe |= {"stage": stage, "seconds": round(time.perf_counter() - started)}
             (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
         elif not (folder / "model.safetensors").is_file():
             raise UserError(f"{folder} holds no finished stage {stage!r}: run it first, without --stages")

@@ -116,6 +116,7 @@ def save(model: Model, folder: str | os.PathLike) -> Path:
         save_file(tensors, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
         (Path(scratch) / "config.json").write_text(json.dumps(json.loads(model.config.hf), indent=2) + "\n")
         for file in ("model.safetensors", "config.json"):
+            (Path(scratch) / file).chmod(0o644)
             shutil.move(Path(scratch) / file, folder / file)
     return folder
 
