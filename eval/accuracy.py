@@ -21,6 +21,9 @@ from vlm_jax.errors import command
 from vlm_jax.prompts import batches, compiled_shapes
 from vlm_jax.runs import Run
 
+#: Generation takes longer to compile than padding costs, so prompts of nearly any length share a shape.
+_LENGTH_STEP = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -63,7 +66,7 @@ def answer(
 ) -> Answers:
     """Greedy answers to P0's prompt, under interventions or without."""
     texts: list[str] = [""] * len(examples)
-    groups = list(batches(examples, processor, model.config, batch, with_answer=False))
+    groups = list(batches(examples, processor, model.config, batch, step=_LENGTH_STEP, with_answer=False))
     with tqdm(total=len(examples), desc=f"answer {label}".strip(), unit="sample", leave=False) as bar:
         for rows, encoded in groups:
             tokens = np.asarray(vlm_jax.generate(model, encoded.inputs, max_new_tokens, interventions))[: len(rows)]

@@ -209,13 +209,13 @@ def test_without_images(processor, config):
 
 
 def test_padding(processor, config):
-    """On the right, to a multiple of 16 or the length asked for."""
+    """On the right, to a multiple of 16 or of the step asked for."""
     examples = [example(), example("What is it? " * 9)]
-    for length in (None, 192):
-        batch = encode(examples, processor, config, length=length)
+    for step in (16, 50):
+        batch = encode(examples, processor, config, step=step)
         width = batch.inputs.input_ids.shape[1]
         lengths = batch.inputs.attention_mask.sum(1)
-        assert width == (length or -(-lengths.max() // 16) * 16) and lengths[0] < lengths[1]
+        assert width == -(-lengths.max() // step) * step and lengths[0] < lengths[1]
         for row in range(2):
             assert batch.inputs.attention_mask[row, : lengths[row]].all()
             assert (batch.inputs.input_ids[row, lengths[row] :] == config.pad_token_id).all()

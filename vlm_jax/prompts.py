@@ -16,7 +16,7 @@ from vlm_jax.config import Config
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
-from vlm_jax.inputs import Inputs, bucket
+from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
 
 #: P0, appendix C.1.
 P0_PROMPT = (
@@ -55,14 +55,14 @@ def encode(
     *,
     prompt: str | Sequence[str] = P0_PROMPT,
     with_answer: bool = True,
-    length: int | None = None,
+    step: int = LENGTH_BUCKET,
 ) -> Batch:
     """Tokens of the examples, right-padded to a bucketed length.
 
     Args:
         prompt: what the user says, with ``{QUESTION}`` in it; one for all examples or one each.
         with_answer: append the gold answer ``answers[0]`` and the end of its turn (teacher forcing).
-        length: pad to this instead of the bucket of the longest row.
+        step: lengths are rounded up to a multiple of this.
 
     Raises:
         UserError: a question that does not fit the model's context or holds a special token.
@@ -88,7 +88,7 @@ def encode(
                 f"example {example.id!r} has {len(row)} tokens, but the model takes {tokenizer.model_max_length}: "
                 "shorten its question or use smaller images"
             )
-    total = length or bucket(max(map(len, rows)))
+    total = bucket(max(map(len, rows)), step)
     ids = np.full((len(rows), total), config.pad_token_id, np.int32)
     mask = np.zeros((len(rows), total), bool)
     spans = {name: np.zeros((len(rows), total), bool) for name in SPANS}
@@ -135,12 +135,20 @@ def _render(example: Example, prompt: str, processor, family, config: Config, gr
 
 
 def batches(
-    examples: Sequence[Example], processor, config: Config, size: int, *, align: int = 0, **how
+    examples: Sequence[Example],
+    processor,
+    config: Config,
+    size: int,
+    *,
+    align: int = 0,
+    step: int = LENGTH_BUCKET,
+    **how,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Batches of ``size`` rows in which a thousand examples meet a handful of shapes.
 
     Args:
         align: also keep questions together that begin within the same ``align`` tokens (0: wherever they begin).
+        step: lengths are rounded up to a multiple of this.
         how: passed to :func:`encode`.
 
     Yields:
@@ -148,11 +156,11 @@ def batches(
         have more rows than there are indices.
     """
     for first in range(0, len(examples), _WINDOW):
-        whole = encode(examples[first : first + _WINDOW], processor, config, **how)
+        whole = encode(examples[first : first + _WINDOW], processor, config, step=step, **how)
         lengths, begins = whole.inputs.attention_mask.sum(1), whole.spans["question"].argmax(1)
         groups = defaultdict(list)
         for row, (length, begin) in enumerate(zip(lengths, begins, strict=True)):
-            groups[bucket(int(length)), int(begin) // align if align else 0].append(row)
+            groups[bucket(int(length), step), int(begin) // align if align else 0].append(row)
         for (length, _), rows in sorted(groups.items()):
             for at in range(0, len(rows), size):
                 part = rows[at : at + size]
