@@ -57,8 +57,10 @@ def matmul_flops(jaxpr, times: int = 1) -> int:
         if equation.primitive.name == "dot_general":
             contracted = [equation.invars[0].aval.shape[i] for i in equation.params["dimension_numbers"][0][0]]
             total += times * 2 * int(np.prod(contracted)) * int(np.prod(equation.outvars[0].aval.shape))
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += matmul_flops(inner, times * equation.params.get("length", 1))
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                    total += matmul_flops(inner, times * equation.params.get("length", 1))
     return total
 
 

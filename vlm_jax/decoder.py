@@ -147,7 +147,7 @@ class Decoder(nnx.Module):
         if deepstack is None:
             return None
         count = len(deepstack)
-        return jnp.where(index < count, deepstack[jnp.minimum(index, count - 1)], 0)
+        return jnp.where(index < count, jnp.asarray(deepstack)[jnp.minimum(index, count - 1)], 0)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``(..., D)`` after the final norm -> ``(..., V)``."""
