@@ -41,7 +41,7 @@ def update(state: State, frozen, batch, key, *, loss: Loss, tx: optax.GradientTr
     grads, losses = jax.lax.scan(accumulate, zeros, (batch, jax.random.split(key, count)))
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-    metrics = {"loss": losses.mean(), "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
     return State(optax.apply_updates(state.trainable, updates), opt_state), metrics
 
 
