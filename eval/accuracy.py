@@ -16,8 +16,9 @@ import vlm_jax
 from eval.metrics import exact_match
 from interventions.adapters import load_peft
 from vlm_jax import Model
+from vlm_jax.checkpoint import load_with_processor
 from vlm_jax.data import Example, load_task
-from vlm_jax.errors import command
+from vlm_jax.errors import UserError, command
 from vlm_jax.prompts import batches, compiled_shapes
 from vlm_jax.runs import Run
 
@@ -102,7 +103,10 @@ def score(examples: list[Example], answers: list[str]) -> tuple[dict, list[dict]
 @command
 def main(args: Args) -> None:
     examples = load_task(args.task, split=args.split, limit=args.limit)
-    model, processor = vlm_jax.load(args.model)
+    for name in ("batch", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    model, processor = load_with_processor(args.model)
     interventions = () if args.adapter is None else (load_peft(model, args.adapter),)
     run = Run.open(args.out, args, model.config)
     answers = answer(

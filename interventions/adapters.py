@@ -90,10 +90,12 @@ def load_peft(model: Model, folder: Path) -> LoRA:
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a readable PEFT folder ({error}): name one that holds adapter_config.json"
         ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/adapter_config.json holds no JSON object: name a PEFT folder")
     if (
         config.get("peft_type") != "LORA"
         or config.get("use_rslora")
@@ -101,8 +103,11 @@ def load_peft(model: Model, folder: Path) -> LoRA:
         or config.get("alpha_pattern")
     ):
         raise UserError(f"{folder}: only plain LoRA adapters of one rank are supported")
-    if not {"r", "lora_alpha"} <= config.keys():
-        raise UserError(f"{folder}/adapter_config.json lacks r or lora_alpha: save the adapter again with PEFT")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not (isinstance(r, int) and r > 0 and isinstance(alpha, int | float)):
+        raise UserError(
+            f"{folder}/adapter_config.json has r = {r!r}, lora_alpha = {alpha!r}: both must be numbers above 0"
+        )
     start = f"base_model.model.{FAMILIES[model.config.family].LAYER_PREFIX}."
     known = [name for names in TEXT_LINEARS.values() for name in names]
     placed, halves = [], {}

@@ -58,7 +58,7 @@ def read_names(path: Path, depth: int) -> list[str]:
     """Module names from a JSON file: a list such as ``["L2-attn", "L7-mlp"]``."""
     try:
         names = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f'placement file {path} cannot be read as JSON ({error}): write a list such as ["L2-attn"]'
         ) from None

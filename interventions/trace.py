@@ -15,10 +15,10 @@ import tyro
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-import vlm_jax
 from interventions.kinds import Add, Patch
 from interventions.sweep import sweep
 from vlm_jax import Inputs, Model
+from vlm_jax.checkpoint import load_with_processor
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command
 from vlm_jax.inputs import bucket
@@ -277,7 +277,9 @@ def main(args: Args) -> None:
     from interventions.figures import heatmap
 
     examples = load_task(args.task, split="trace", limit=args.limit)
-    model, processor = vlm_jax.load(args.model)
+    if args.batch < 1:
+        raise UserError(f"--batch is {args.batch}: give at least 1")
+    model, processor = load_with_processor(args.model)
     run = Run.open(args.out, args, model.config)
     traced = trace_examples(model, processor, examples, args, args.task)
     summary = {"task": args.task, **summarise(traced, args.min_te)}

@@ -9,6 +9,8 @@ import torch
 from hf_oracle import PAD, make_batch, tensors, tiny_config, tiny_model
 
 import vlm_jax
+from vlm_jax.data import load_task
+from vlm_jax.prompts import encode
 
 NEW = 12
 PROMPTS = [
@@ -182,3 +184,24 @@ def test_same_shapes_compile_once(model):
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert first > 0 and second == first
+
+
+def test_an_intervention_on_the_final_norm_reaches_every_token(mini):
+    """With the last site zeroed all logits are equal, so every token is the first of the vocabulary."""
+
+    class Zero:
+        sites = frozenset({"text.norm"})
+
+        def __call__(self, site, value, ctx):
+            return value * 0
+
+    jax.tree_util.register_pytree_node(Zero, lambda zero: ((), None), lambda *_: Zero())
+    model, processor = mini
+    inputs = encode(load_task("perception", split="test", limit=2), processor, model.config, with_answer=False).inputs
+    assert np.asarray(vlm_jax.generate(model, inputs, 4)).any()
+    assert not np.asarray(vlm_jax.generate(model, inputs, 4, (Zero(),), pad_token_id=0, eos_token_id=1023)).any()
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return vlm_jax.load("mini-qwen3-vl")

@@ -16,7 +16,6 @@ import numpy as np
 import optax
 import tyro
 
-import vlm_jax
 from eval.accuracy import answer, score
 from eval.tables import table1
 from interventions.adapters import init_lora, load_peft, lowest_layer, parameters, save_peft
@@ -35,6 +34,7 @@ from interventions.placement import (
 from interventions.trace import Trace, TraceOptions, module_names, summarise, trace_examples
 from train.loop import fit
 from vlm_jax import Model
+from vlm_jax.checkpoint import load_with_processor
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command, nearest
 from vlm_jax.inputs import Inputs
@@ -198,7 +198,7 @@ def conditions(
 ) -> dict[str, list[dict[str, list[str]]]]:
     """Condition -> one placement (family -> module names) per seed, in the order of P0's Table 1."""
     depth = model.config.text.num_hidden_layers
-    k = check_k(args.k if args.k is not None else default_k(depth), depth)
+    k = modules_to_place(args, depth)
     every = {family: module_names(depth) for family in families}
     randoms = [{family: random_k(depth, k, seed) for family in families} for seed in args.random_seeds]
     found = {"LLM-all": [every], f"Random-{k}": randoms} if args.baselines else {}
@@ -215,13 +215,21 @@ def conditions(
                 {family: task_diff(rr_mean[family], rr_mean[other[family]], k) for family in families}
             ]
         case path:
-            found[Path(path).stem] = [{family: read_names(Path(path), depth) for family in families}]
+            names = read_names(Path(path), depth)
+            found[f"File-{Path(path).stem}"] = [dict.fromkeys(families, names)]
     return found
 
 
-def check_placement(args: Args, depth: int) -> None:
-    """Refuses a placement that cannot be, before anything is computed or written."""
-    check_k(args.k if args.k is not None else default_k(depth), depth)
+def modules_to_place(args: Args, depth: int) -> int:
+    """k: as given, or as many as the placement file names, or P0's share of the modules."""
+    if args.k is None and args.placement.endswith(".json"):
+        return len(read_names(Path(args.placement), depth))
+    return check_k(args.k if args.k is not None else default_k(depth), depth)
+
+
+def check_options(args: Args, depth: int) -> None:
+    """Refuses options that cannot be, before anything is computed or written."""
+    modules_to_place(args, depth)
     if args.placement not in PLACEMENTS:
         if not args.placement.endswith(".json"):
             raise UserError(
@@ -231,8 +239,10 @@ def check_placement(args: Args, depth: int) -> None:
     for name in ("r", "epochs", "batch", "accumulation"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}: give at least 1")
-    if not args.random_seeds:
-        raise UserError("--random-seeds is empty: give at least one seed")
+    if not args.random_seeds or min(args.seed, *args.random_seeds) < 0:
+        raise UserError("--seed and --random-seeds must be 0 or more: give at least one random seed")
+    if not 0 <= args.dropout < 1:
+        raise UserError(f"--dropout is {args.dropout}: give a number from 0 to below 1")
 
 
 @command
@@ -249,8 +259,8 @@ def main(args: Args) -> None:
         raise UserError(
             f"placement {args.placement!r} needs traced examples of {' and '.join(missing)}: --trace has none"
         )
-    model, processor = vlm_jax.load(args.model)
-    check_placement(args, model.config.text.num_hidden_layers)
+    model, processor = load_with_processor(args.model)
+    check_options(args, model.config.text.num_hidden_layers)
     run = Run.open(args.out, args, model.config)
     for examples in (*train.values(), *test.values(), *traced.values()):
         check_fit(examples, processor, model.config)
@@ -307,9 +317,10 @@ def trace_family(run: Run, model: Model, processor, family: str, examples, optio
         begun = time.perf_counter()
         traced = trace_examples(model, processor, examples, options, family)
         trace: Trace = traced.trace
+        summary = summarise(traced, options.min_te)
         run.save_arrays(f"trace/{family}.npz", **trace._asdict(), ids=np.array(traced.ids))
         run.timed(f"trace {family}", begun)
-        return summarise(traced, options.min_te)
+        return summary
 
     summary = run.once(f"trace/{family}.json", make)
     print(

@@ -55,10 +55,14 @@ def resolve(source: str | os.PathLike) -> Path:
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON (line {error.lineno}): repair it or fetch it again") from None
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): repair it or fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: repair it or fetch it again")
+    return value
 
 
 def read_config(folder: Path) -> Config:
@@ -97,8 +101,21 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
     model = abstract(config)
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
     model = treedef.unflatten([leaves[name(path)] for path, _ in paths])
-    has_tokeniser = (folder / "tokenizer_config.json").is_file()
-    return model, FAMILIES[config.family].load_processor(folder) if has_tokeniser else None
+    if not (folder / "tokenizer_config.json").is_file():
+        return model, None
+    try:
+        return model, FAMILIES[config.family].load_processor(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: the tokeniser or image processor cannot be loaded ({reason}): repair it") from None
+
+
+def load_with_processor(source: str | os.PathLike):
+    """:func:`load` for commands, which cannot do without a tokeniser."""
+    model, processor = load(source)
+    if processor is None:
+        raise UserError(f"{source} has no tokenizer_config.json: add the tokeniser's files to the folder")
+    return model, processor
 
 
 def save(model: Model, folder: str | os.PathLike) -> Path:
@@ -118,6 +135,9 @@ def save(model: Model, folder: str | os.PathLike) -> Path:
         for file in ("model.safetensors", "config.json"):
             (Path(scratch) / file).chmod(0o644)
             shutil.move(Path(scratch) / file, folder / file)
+    # What an earlier, sharded checkpoint left here would be loaded instead of this one.
+    for stale in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json")):
+        stale.unlink()
     return folder
 
 
@@ -142,7 +162,12 @@ def _rows(config: Config) -> list[tuple[Row, int]]:
 def _open(folder: Path, stack: ExitStack) -> dict[str, tuple]:
     """Tensor name -> (open file, name), over one ``model.safetensors`` or the files of an index."""
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    files = ["model.safetensors"]
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise UserError(f"{index} has no weight_map: fetch the folder again, whole")
+        files = sorted(set(map(str, names.values())))
     tensors = {}
     for file in files:
         path = folder / file

@@ -149,6 +149,10 @@ class Decoder(nnx.Module):
         count = len(deepstack)
         return jnp.where(index < count, jnp.asarray(deepstack)[jnp.minimum(index, count - 1)], 0)
 
+    def head(self, x: jax.Array, probe: Probe) -> jax.Array:
+        """``(B, S, D)`` after the last layer -> final norm (a site) -> ``(B, S, V)``."""
+        return self.logits(probe("text.norm", self.norm(x)))
+
     def logits(self, x: jax.Array) -> jax.Array:
         """``(..., D)`` after the final norm -> ``(..., V)``."""
         if self.lm_head is not None:

@@ -9,7 +9,7 @@ from vlm_jax.decoder import Window
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
 from vlm_jax.model import Model
-from vlm_jax.sites import check
+from vlm_jax.sites import Context, Probe, check
 
 
 def generate(
@@ -58,7 +58,9 @@ def _generate(model: Model, inputs: Inputs, count, interventions, options, sampl
     window = text.window(inputs.attention_mask, inputs.position_ids)
     x, (k, v), _ = text.scan(embedded.x, window, deepstack=embedded.deepstack, interventions=interventions)
     last = length - 1 - jnp.argmax(inputs.attention_mask[:, ::-1], 1)
-    logits = text.logits(text.norm(x[jnp.arange(batch), last]))
+    # The final norm is a site of the whole prompt, so it is taken before the last token is picked.
+    normed = Probe(interventions, frozenset(), Context())("text.norm", text.norm(x))
+    logits = text.logits(normed[jnp.arange(batch), last])
     # Room for the new tokens behind the prompt; a slot is visible once it is filled.
     room = [(0, 0), (0, 0), (0, count), (0, 0), (0, 0)]
     cache = jnp.pad(k, room), jnp.pad(v, room)
@@ -86,11 +88,12 @@ def _generate(model: Model, inputs: Inputs, count, interventions, options, sampl
         visible = prompt_visible | ((slots >= length) & (slots < length + step - 1))[None]
         own = jnp.ones((batch, 1, 1), bool)
         window = Window(text.rope(positions), own, visible[:, None], length + step - 1, decoding=True)
-        x = text.embed_tokens(token)[:, None]
+        probe = Probe(interventions, frozenset(), Context(start=window.start, decoding=True))
+        x = probe("text.embeddings", text.embed_tokens(token)[:, None])
         x, (new_k, new_v), _ = text.scan(x, window, past=(k, v), interventions=interventions)
         at = (0, 0, length + step - 1, 0, 0)
         cache = jax.lax.dynamic_update_slice(k, new_k, at), jax.lax.dynamic_update_slice(v, new_v, at)
-        token = jnp.where(done, pad, choose(text.logits(text.norm(x[:, 0])), step))
+        token = jnp.where(done, pad, choose(text.head(x, probe)[:, 0], step))
         return step + 1, out.at[:, step].set(token), cache, done | is_end(token)
 
     first = choose(logits, 0)

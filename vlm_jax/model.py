@@ -53,8 +53,8 @@ class Model(nnx.Module):
             embedded.x, window, deepstack=embedded.deepstack, interventions=interventions, taps=wanted
         )
         probe = Probe(interventions, wanted, Context())
-        x = probe("text.norm", self.text.norm(x))
-        return Output(self.text.logits(x), {**outer, **layer_taps, **probe.taps})
+        logits = self.text.head(x, probe)
+        return Output(logits, {**outer, **layer_taps, **probe.taps})
 
     def features(self, inputs: Inputs, interventions=(), taps: frozenset[str] = frozenset()):
         """Visual features of the images (None without images) and the taps of the vision tower."""

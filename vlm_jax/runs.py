@@ -1,6 +1,7 @@
 """Run folders: one configuration, one manifest, files that appear whole, and stages that are not done twice."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -29,22 +30,25 @@ class Run:
     manifest: dict
 
     @classmethod
-    def open(cls, folder: Path, args: Any, model: Config | None = None, *, ignore: tuple[str, ...] = ("out",)) -> "Run":
+    def open(cls, folder: Path, args: Any, model: Config | None = None) -> "Run":
         """Starts a run, or goes on with it where ``folder`` holds one of the same configuration.
 
         Args:
-            args: the command's frozen dataclass; the fields in ``ignore`` do not make a run another run.
+            args: the command's frozen dataclass; where it writes (``out``) does not make a run another run.
 
         Raises:
             UserError: if the folder holds another run (the differences are named) or anything else, or cannot be
                 written to.
         """
-        config = {k: v for k, v in _plain(args).items() if k not in ignore}
+        config = {k: v for k, v in _plain(args).items() if k != "out"}
+        # A file that was edited since makes it another run.
+        config["files"] = {k: _digest(Path(v)) for k, v in config.items() if isinstance(v, str) and Path(v).is_file()}
         file = folder / "config.json"
         if file.is_file():
             try:
                 found = json.loads(file.read_text())
-            except json.JSONDecodeError:
+                assert isinstance(found, dict)
+            except (OSError, ValueError, AssertionError):
                 raise UserError(f"{file} is not a run's config.json: choose another --out") from None
             differ = sorted(k for k in config.keys() | found.keys() if config.get(k) != found.get(k))
             if differ:
@@ -53,7 +57,7 @@ class Run:
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not a run folder: choose another --out or delete it")
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        if not os.access(existing, os.W_OK):
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"cannot write to {existing}: choose another --out")
         # Float32 means float32, on accelerators too.
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -73,17 +77,21 @@ class Run:
         if name != "config.json" and not (self.folder / "config.json").is_file():
             self.save_json("config.json", self.config)
             self.save_json("manifest.json", self.manifest)
-        path = self.path(name)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-        os.close(handle)
+        temporary = None
         try:
+            path = self.path(name)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+            os.close(handle)
             writer(Path(temporary))
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another --out") from None
+            raise UserError(
+                f"cannot write {self.folder / name} ({error.strerror}): free the disk or choose another --out"
+            ) from None
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
         return path
 
     def save_json(self, name: str, value: Any) -> Path:
@@ -107,6 +115,11 @@ class Run:
         """Notes in ``seconds.json`` how long a stage took, over all the sessions of a run."""
         seconds = json.loads(file.read_text()) if (file := self.folder / "seconds.json").is_file() else {}
         self.save_json("seconds.json", {**seconds, stage: round(time.perf_counter() - begun, 1)})
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(value: Any) -> Any:
