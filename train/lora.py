@@ -271,10 +271,9 @@ def main(args: Args) -> None:
         rr_mean[family] = trace_family(run, model, processor, family, examples, options)
     if set(rr_mean) == set(FAMILIES):
         a, b = (normalised(rr_mean[family]) for family in FAMILIES)
-        heatmap(run.path("trace/heatmap.png"), rr_mean)
-        heatmap(
-            run.path("trace/difference.png"), {"knowledge - perception": a - b}, label="difference of normalised RR"
-        )
+        run.write("trace/heatmap.png", lambda path: heatmap(path, rr_mean))
+        difference = {"knowledge - perception": a - b}
+        run.write("trace/difference.png", lambda path: heatmap(path, difference, label="difference of normalised RR"))
 
     def evaluate(name: str, family: str, interventions=()) -> dict:
         def make():
