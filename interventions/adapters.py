@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from interventions.kinds import LoRA
 from interventions.placement import check_names, linears
 from vlm_jax import Model
+from vlm_jax.checkpoint import leaf_name
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 from vlm_jax.sites import TEXT_LINEARS, null_slots
@@ -43,6 +44,22 @@ def parameters(model: Model, names: Iterable[str], r: int) -> int:
 def lowest_layer(lora: LoRA) -> int:
     """The lowest layer that the adapter touches."""
     return min(int(np.argmax(np.asarray(slot) < len(lora.weights[site][0]))) for site, slot in lora.slot.items())
+
+
+def merge(model: Model, lora: LoRA) -> Model:
+    """The model with the adapter folded into its kernels: the same function, as fast as the base model, and the
+    program that was compiled for the base model runs it."""
+
+    def folded(path, kernel):
+        site = leaf_name(path).replace("text.layers.", "text.").removesuffix(".kernel")
+        if site not in lora.weights:
+            return kernel
+        a, b = lora.weights[site]
+        layers = np.flatnonzero(np.asarray(lora.slot[site]) < len(a))
+        slots = lora.slot[site][layers]
+        return kernel.at[layers].add((lora.scale * a[slots] @ b[slots]).astype(kernel.dtype))
+
+    return jax.tree_util.tree_map_with_path(folded, model)
 
 
 def save_peft(lora: LoRA, model: Model, folder: Path) -> None:

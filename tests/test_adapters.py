@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import vlm_jax
 from interventions import LoRA
-from interventions.adapters import init_lora, load_peft, lowest_layer, parameters, save_peft
+from interventions.adapters import init_lora, load_peft, lowest_layer, merge, parameters, save_peft
 from interventions.placement import check_k, check_names, random_k, read_names
 from interventions.trace import module_names
 from vlm_jax.checkpoint import abstract
@@ -192,6 +192,14 @@ def test_logits_equal_peft(oracle, logits, adapters, name):
     got, want = logits(lora), peft_logits(peft(oracle, folder))
     assert np.abs(got - logits()).max() > 0.1  # the adapter matters
     np.testing.assert_allclose(got, want, atol=LOGITS)
+
+
+@pytest.mark.parametrize("name", ["scattered", "all"])
+def test_merged_adapter_is_the_same_function(logits, adapters, base, inputs, name):
+    lora, _ = adapters[name]
+    merged = np.asarray(merge(base, lora)(inputs).logits)[REAL]
+    assert np.abs(merged - logits()).max() > 0.1
+    np.testing.assert_allclose(merged, logits(lora), atol=LOGITS)
 
 
 def test_another_placement_is_not_the_same(oracle, logits, adapters):

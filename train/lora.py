@@ -18,7 +18,7 @@ import tyro
 
 from eval.accuracy import answer, score
 from eval.tables import table1
-from interventions.adapters import init_lora, load_peft, lowest_layer, parameters, save_peft
+from interventions.adapters import init_lora, load_peft, lowest_layer, merge, parameters, save_peft
 from interventions.figures import heatmap
 from interventions.kinds import LoRA
 from interventions.placement import (
@@ -275,10 +275,10 @@ def main(args: Args) -> None:
         difference = {"knowledge - perception": a - b}
         run.write("trace/difference.png", lambda path: heatmap(path, difference, label="difference of normalised RR"))
 
-    def evaluate(name: str, family: str, interventions=()) -> dict:
+    def evaluate(name: str, family: str, model: Model = model) -> dict:
         def make():
             begun = time.perf_counter()
-            predictions = answer(model, processor, test[family], interventions, label=family)
+            predictions = answer(model, processor, test[family], label=family)
             results, records = score(test[family], predictions.texts)
             run.save_lines(f"samples/{name}/{family}.jsonl", records)
             run.timed(f"evaluate {name} {family}", begun)
@@ -300,7 +300,7 @@ def main(args: Args) -> None:
                     lora = train_lora(model, processor, placement[family], train[family], args, f"{name} {family}")
                     save_peft(lora, model, folder)
                     run.timed(f"train {name} {family}", begun)
-                row[family].append(evaluate(name, family, (load_peft(model, folder),)))
+                row[family].append(evaluate(name, family, merge(model, load_peft(model, folder))))
         rows.append(row)
     run.save_json("results.json", {"rows": rows})
     table = table1(rows, families)

@@ -18,7 +18,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from train import mini
 from train.loop import fit
 from vlm_jax import Model, load, save
-from vlm_jax.checkpoint import name, read_config
+from vlm_jax.checkpoint import leaf_name, read_config
 from vlm_jax.data import Example, pretraining
 from vlm_jax.errors import UserError, command
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
@@ -111,7 +111,7 @@ def optimiser(model: Model, peak: float, steps: int) -> optax.GradientTransforma
 
     def matrices(tree):
         def dims(path, leaf):
-            return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if name(path).endswith("kernel") else None
+            return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if leaf_name(path).endswith("kernel") else None
 
         return jax.tree_util.tree_map_with_path(dims, tree)
 

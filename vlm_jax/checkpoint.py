@@ -100,7 +100,7 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         leaves = {row.path: jax.device_put(_read(row, count, tensors, dtype), sharding) for row, count in rows}
     model = abstract(config)
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
-    model = treedef.unflatten([leaves[name(path)] for path, _ in paths])
+    model = treedef.unflatten([leaves[leaf_name(path)] for path, _ in paths])
     if not (folder / "tokenizer_config.json").is_file():
         return model, None
     try:
@@ -123,7 +123,7 @@ def save(model: Model, folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    leaves = {name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+    leaves = {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
     for row, _ in _rows(model.config):
         value = leaves[row.path]
         slices = value if row.stacked else [value]
@@ -146,14 +146,14 @@ def abstract(config: Config) -> Model:
     return jax.eval_shape(lambda: Model(config, jax.random.key(0)))
 
 
-def name(path) -> str:
+def leaf_name(path) -> str:
     """``text.layers.mlp.gate_proj.kernel`` for a path in the model's pytree."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _rows(config: Config) -> list[tuple[Row, int]]:
     """The rows that a model of this config has, each with the number of its tensors."""
-    shapes = {name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(abstract(config))[0]}
+    shapes = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(abstract(config))[0]}
     table = {row.path: row for row in FAMILIES[config.family].TABLE}
     assert shapes.keys() <= table.keys(), f"the key table lacks {shapes.keys() - table.keys()}"
     return [(row, shapes[path][0] if row.stacked else 1) for path, row in table.items() if path in shapes]
@@ -185,7 +185,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, tuple]:
 
 def _coverage(config: Config, tensors: dict, folder: Path) -> list[tuple[Row, int]]:
     """The rows to read, once every tensor is known to be wanted exactly once and every shape to fit."""
-    shapes = {name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(abstract(config))[0]}
+    shapes = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(abstract(config))[0]}
     rows = _rows(config)
     problems, wanted = [], set()
     for row, count in rows:
