@@ -15,6 +15,7 @@ from interventions.adapters import init_lora, lowest_layer
 from train.loop import fit
 from vlm_jax import UserError, load
 from vlm_jax.data import load_task
+from vlm_jax.prompts import encode
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,9 @@ def problem(mini, names, **changed):
     options = args(**changed)
     lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=jax.random.key(1))
     lowest = lowest_layer(lora)
-    data = lora_command.trunk(model, processor, load_task("perception", split="train", limit=8), lowest, size=8)
+    data = lora_command.trunk(
+        model, encode(load_task("perception", split="train", limit=8), processor, model.config), lowest, size=8
+    )
     return lora, lora_command.Frozen(model, lora.slot, lora.scale, options.dropout, lowest), data
 
 
@@ -40,7 +43,9 @@ def test_only_the_adapter_moves(mini):
     model, processor = mini
     before = jax.tree.map(np.array, model)
     examples = load_task("knowledge", split="train", limit=8)
-    lora = lora_command.train_lora(model, processor, ["L5-attn", "L7-mlp"], examples, args(epochs=3), "test")
+    lora = lora_command.train_lora(
+        model, ["L5-attn", "L7-mlp"], encode(examples, processor, model.config), args(epochs=3), "test"
+    )
     chex.assert_trees_all_equal(jax.tree.map(np.array, model), before)
     assert set(lora.weights) == {
         *(f"text.self_attn.{name}_proj" for name in "qkvo"),

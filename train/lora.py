@@ -38,7 +38,7 @@ from vlm_jax.checkpoint import load_with_processor
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command, nearest
 from vlm_jax.inputs import Inputs
-from vlm_jax.prompts import check_fit, encode, positions
+from vlm_jax.prompts import Batch, check_fit, encode, positions
 from vlm_jax.runs import Run
 
 FAMILIES = ("knowledge", "perception")
@@ -141,14 +141,13 @@ def _trunk(model: Model, inputs: Inputs, index, valid, *, lowest: int) -> Trunk:
     return Trunk(x, deepstack, inputs.attention_mask, inputs.position_ids.swapaxes(0, 1), index, valid, target)
 
 
-def trunk(model: Model, processor, examples: list[Example], lowest: int, size: int = 32) -> Trunk:
+def trunk(model: Model, batch: Batch, lowest: int, size: int = 32) -> Trunk:
     """The training examples' frozen part, in host memory."""
-    batch = encode(examples, processor, model.config)
+    count = len(batch.inputs.input_ids)
     index, valid = positions(batch.spans["answer"] | batch.spans["end"])
-    rows = np.arange(-(-len(examples) // size) * size).clip(max=len(examples) - 1).reshape(-1, size)
-    images = None if batch.inputs.images is None else size * max(len(e.images) for e in examples)
-    parts = [_trunk(model, batch.inputs.take(r, images), index[r], valid[r], lowest=lowest) for r in rows]
-    return jax.tree.map(lambda *a: np.concatenate(a)[: len(examples)], *jax.device_get(parts))
+    rows = np.arange(-(-count // size) * size).clip(max=count - 1).reshape(-1, size)
+    parts = [_trunk(model, batch.inputs.take(r, size * batch.images), index[r], valid[r], lowest=lowest) for r in rows]
+    return jax.tree.map(lambda *a: np.concatenate(a)[:count], *jax.device_get(parts))
 
 
 @functools.cache
@@ -157,18 +156,19 @@ def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
     return optax.adamw(optax.linear_schedule(lr, 0.0, steps), weight_decay=0.0)
 
 
-def train_lora(model: Model, processor, names: list[str], examples: list[Example], args: Args, label: str) -> LoRA:
-    """LoRA on the named modules, trained on the examples."""
+def train_lora(model: Model, names: list[str], batch: Batch, args: Args, label: str) -> LoRA:
+    """LoRA on the named modules, trained on the encoded examples."""
     lora = init_lora(model, names, r=args.r, alpha=args.alpha, dropout=args.dropout, key=jax.random.key(args.seed))
     lowest = lowest_layer(lora)
-    data = trunk(model, processor, examples, lowest)
+    data = trunk(model, batch, lowest)
+    count = len(data.x)
     step_size = args.batch * args.accumulation
-    per_epoch = max(1, len(examples) // step_size)
+    per_epoch = max(1, count // step_size)
     steps = per_epoch * args.epochs
 
     def batches(step: int) -> Trunk:
         rng = np.random.default_rng([args.seed, step // per_epoch])
-        order = np.resize(rng.permutation(len(examples)), per_epoch * step_size)
+        order = np.resize(rng.permutation(count), per_epoch * step_size)
         rows = order.reshape(per_epoch, args.accumulation, args.batch)[step % per_epoch]
         return jax.tree.map(lambda a: a[rows], data)
 
@@ -288,6 +288,7 @@ def main(args: Args) -> None:
 
     rows = [{"condition": "Baseline", "parameters": None, "placement": None}]
     rows[0] |= {family: [evaluate("Baseline", family)] for family in families}
+    encoded: dict[str, Batch] = {}
     for condition, placements in conditions(args, model, rr_mean, families).items():
         row = {"condition": condition, "placement": placements, **{family: [] for family in families}}
         row["parameters"] = {f: float(np.mean([parameters(model, p[f], args.r) for p in placements])) for f in families}
@@ -297,7 +298,9 @@ def main(args: Args) -> None:
                 folder = run.path(f"adapters/{name}/{family}")
                 if not folder.is_dir():
                     begun = time.perf_counter()
-                    lora = train_lora(model, processor, placement[family], train[family], args, f"{name} {family}")
+                    if family not in encoded:
+                        encoded[family] = encode(train[family], processor, model.config)
+                    lora = train_lora(model, placement[family], encoded[family], args, f"{name} {family}")
                     save_peft(lora, model, folder)
                     run.timed(f"train {name} {family}", begun)
                 row[family].append(evaluate(name, family, merge(model, load_peft(model, folder))))

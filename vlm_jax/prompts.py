@@ -38,7 +38,7 @@ SPANS = ("image", "image_end", "question", "answer", "end")
 
 
 class Batch(NamedTuple):
-    """Inputs of ``B`` examples and their token spans, ``(B, T)`` bool each.
+    """Inputs of ``B`` examples, their token spans, ``(B, T)`` bool each, and the most images that a row has.
 
     ``image``: visual tokens; ``image_end``: the token that closes an image; ``question``: what fills
     ``{QUESTION}``; ``answer``: the gold tokens; ``end``: the token that ends the answer's turn.
@@ -46,6 +46,7 @@ class Batch(NamedTuple):
 
     inputs: Inputs
     spans: dict[str, np.ndarray]
+    images: int
 
 
 def encode(
@@ -107,6 +108,7 @@ def encode(
             image_grid_thw=pixels.get("image_grid_thw"),
         ),
         spans,
+        max(len(example.images) for example in examples),
     )
 
 
@@ -155,6 +157,7 @@ def batches(
         The examples' indices and their batch. A short batch is filled up by repeating its last row, so the batch may
         have more rows than there are indices.
     """
+    most = max((len(example.images) for example in examples), default=0)
     for first in range(0, len(examples), _WINDOW):
         whole = encode(examples[first : first + _WINDOW], processor, config, step=step, **how)
         lengths, begins = whole.inputs.attention_mask.sum(1), whole.spans["question"].argmax(1)
@@ -165,10 +168,9 @@ def batches(
             for at in range(0, len(rows), size):
                 part = rows[at : at + size]
                 filled = part + part[-1:] * (size - len(part))
-                images = None if whole.inputs.images is None else size * max(len(e.images) for e in examples)
-                inputs = whole.inputs.take(filled, images).cut(length)
+                inputs = whole.inputs.take(filled, size * most).cut(length)
                 spans = {name: span[filled, :length] for name, span in whole.spans.items()}
-                yield [first + row for row in part], Batch(inputs, spans)
+                yield [first + row for row in part], Batch(inputs, spans, most)
 
 
 def compiled_shapes(groups: Iterable[tuple[list[int], Batch]]) -> int:
