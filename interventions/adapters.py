@@ -64,7 +64,7 @@ def merge(model: Model, lora: LoRA) -> Model:
 
 def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
     """Writes a PEFT folder. ``target_modules`` are full module paths, so that only placed modules get adapters."""
-    prefix = FAMILIES[model.config.family].LAYER_PREFIX
+    prefix = FAMILIES[model.config.family].layers
     tensors, paths = {}, []
     for site, (a, b) in lora.weights.items():
         slots = np.asarray(lora.slot[site])
@@ -125,7 +125,7 @@ def load_peft(model: Model, folder: Path) -> LoRA:
         raise UserError(
             f"{folder}/adapter_config.json has r = {r!r}, lora_alpha = {alpha!r}: both must be numbers above 0"
         )
-    start = f"base_model.model.{FAMILIES[model.config.family].LAYER_PREFIX}."
+    start = f"base_model.model.{FAMILIES[model.config.family].layers}."
     known = [name for names in TEXT_LINEARS.values() for name in names]
     placed, halves = [], {}
     for name, tensor in tensors.items():

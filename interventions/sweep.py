@@ -62,20 +62,21 @@ def sweep(
     def through_layer(live, scanned):
         layer, index, past, base = scanned
         added = text.deepstack_at(deepstack, index)
+        here = text.at(window, index)
 
         def one(x, variant):
-            return layer(x, window, past, added, Probe((variant,), frozenset(), Context(index, None, window.start)))[0]
+            return layer(x, here, past, added, Probe((variant,), frozenset(), Context(index, None, window.start)))[0]
 
         def step(i, live):
             at = i * chunk
             starts = jax.lax.dynamic_slice_in_dim(first, at, chunk)
             x = jax.lax.dynamic_slice_in_dim(live, at, chunk)
             x = jnp.where((starts == index)[:, None, None, None], base, x)
-            here = [
+            these = [
                 jax.lax.dynamic_slice_in_dim(leaf, at, chunk) if moves else leaf
                 for leaf, moves in zip(leaves, mapped, strict=True)
             ]
-            x = jax.vmap(one, in_axes=(0, in_axes))(x, treedef.unflatten(here))
+            x = jax.vmap(one, in_axes=(0, in_axes))(x, treedef.unflatten(these))
             return jax.lax.dynamic_update_slice_in_dim(live, x, at, 0)
 
         alive = jnp.sum(first <= index)

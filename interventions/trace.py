@@ -89,10 +89,19 @@ def causal_trace(
     else:
         first = min(int(question.argmax(1).min()), int(index[valid].min()) - 1)
         start = first // _PREFIX_BUCKET * _PREFIX_BUCKET
+        if model.config.text.bidirectional_images and inputs.is_image is not None:
+            start = _outside_images(np.asarray(inputs.is_image), start)
         p_clean, p_corrupt, p_patch = _sweep(model, inputs, embedded, noise, index, valid, start=start)
     te = p_clean - p_corrupt
     ie = p_patch - p_corrupt[:, None, None]
     return Trace(p_clean, p_corrupt, te, ie, ie / (te[:, None, None] + eps))
+
+
+def _outside_images(is_image: np.ndarray, start: int) -> int:
+    """The nearest place at or before ``start`` that is not inside an image, whose tokens see each other."""
+    while start and (is_image[:, start - 1] & is_image[:, start]).any():
+        start -= 1
+    return start
 
 
 @jax.jit
@@ -134,14 +143,15 @@ def _cells(donors: dict[str, jax.Array], start: int = 0) -> tuple[Patch, Patch, 
 @functools.partial(jax.jit, static_argnames="start")
 def _sweep(model: Model, inputs: Inputs, embedded, noise, index, valid, *, start: int):
     text = model.text
-    mask, position_ids = inputs.attention_mask, inputs.position_ids
+    mask, position_ids, is_image = inputs.attention_mask, inputs.position_ids, inputs.is_image
     deepstack = None if embedded.deepstack is None else embedded.deepstack[:, :, start:]
     past = None
     if start:
-        prefix = text.window(mask[:, :start], position_ids[:, :, :start])
+        images = None if is_image is None else is_image[:, :start]
+        prefix = text.window(mask[:, :start], position_ids[:, :, :start], is_image=images)
         head = None if embedded.deepstack is None else embedded.deepstack[:, :, :start]
         _, past, _ = text.scan(embedded.x[:, :start], prefix, deepstack=head)
-    window = text.window(mask, position_ids, start)
+    window = model.window(inputs, start)
 
     def run(x, taps):
         x, _, tapped = text.scan(x[:, start:], window, past=past, deepstack=deepstack, taps=frozenset(taps))

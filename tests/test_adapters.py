@@ -22,7 +22,7 @@ from interventions.placement import check_k, check_names, random_k, read_names
 from interventions.trace import module_names
 from vlm_jax.checkpoint import abstract
 from vlm_jax.errors import UserError
-from vlm_jax.families import qwen3_vl
+from vlm_jax.families import read_config
 
 LOGITS, GRADIENT = 1e-4, 1e-5  # tolerances
 RANK, ALPHA = 3, 16  # alpha / r is no short binary fraction
@@ -168,8 +168,14 @@ def released():
         "deepstack_visual_indexes": [5, 11, 17],
         "hidden_act": "gelu_pytorch_tanh",
     }
-    config = {"text_config": text, "vision_config": vision, "image_token_id": 151655, "vision_end_token_id": 151653}
-    return abstract(qwen3_vl.read_config(config, "config.json"))
+    config = {
+        "model_type": "qwen3_vl",
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": 151655,
+        "vision_end_token_id": 151653,
+    }
+    return abstract(read_config(config, "config.json"))
 
 
 def test_published_parameter_counts(released):
@@ -381,7 +387,7 @@ def narrower(config):
 def test_adapter_of_another_model(base, adapters, change, message):
     config = json.loads(base.config.hf)
     change(config)
-    other = abstract(qwen3_vl.read_config(config, "config.json"))
+    other = abstract(read_config(config, "config.json"))
     with pytest.raises(UserError, match=message):
         load_peft(other, adapters["scattered"][1])
 

@@ -1,5 +1,6 @@
 """Prompts and their spans on awkward text, images as transformers prepares them, batches, and parts of a batch."""
 
+import json
 import dataclasses
 import re
 import unicodedata
@@ -12,7 +13,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vlm_jax
-from train.mini import SPECIALS, write_qwen3_vl
+from train.mini import QWEN_SPECIALS, write_qwen3_vl
 from vlm_jax import prompts
 from vlm_jax.checkpoint import read_config
 from vlm_jax.data import Example
@@ -158,7 +159,7 @@ def test_image_spans(config, awkward):
         assert [end - begin for begin, end in found] == [next(counts) for _ in one.images]
         assert np.flatnonzero(batch.spans["image_end"][row]).tolist() == [end for _, end in found]
         assert (ids[row][batch.spans["image"][row]] == config.image_token_id).all()
-        assert (ids[row][batch.spans["image_end"][row]] == config.vision_end_token_id).all()
+        assert (ids[row][batch.spans["image_end"][row]] == json.loads(config.hf)["vision_end_token_id"]).all()
     assert next(counts, None) is None
     np.testing.assert_array_equal(batch.inputs.image_index >= 0, batch.spans["image"])
 
@@ -221,7 +222,7 @@ def test_padding(processor, config):
             assert (batch.inputs.input_ids[row, lengths[row] :] == config.pad_token_id).all()
 
 
-@pytest.mark.parametrize("special", SPECIALS)
+@pytest.mark.parametrize("special", QWEN_SPECIALS)
 def test_special_token_in_the_text(processor, config, special):
     for bad in (example(f"What is {special}?", name="bad"), example(answer=f"red{special}", name="bad")):
         with pytest.raises(UserError, match=f"'bad'.*{re.escape(special)}"):

@@ -109,6 +109,7 @@ class Trunk:
     deepstack: jax.Array | None
     attention_mask: jax.Array
     position_ids: jax.Array
+    is_image: jax.Array | None
     index: jax.Array
     valid: jax.Array
     target: jax.Array
@@ -118,7 +119,7 @@ def loss(weights, frozen: Frozen, batch: Trunk, key: jax.Array) -> jax.Array:
     """Mean cross-entropy of the gold tokens and the end of their turn. Layers below ``frozen.lowest`` are not run."""
     text = frozen.model.text
     lora = LoRA(weights, frozen.slot, frozen.scale, key, frozen.dropout)
-    window = text.window(batch.attention_mask, batch.position_ids.swapaxes(0, 1))
+    window = text.window(batch.attention_mask, batch.position_ids.swapaxes(0, 1), is_image=batch.is_image)
     deepstack = None if batch.deepstack is None else batch.deepstack.swapaxes(0, 1)
     x, _, _ = text.scan(
         batch.x, window, layers=(frozen.lowest, None), deepstack=deepstack, interventions=(lora,), remat=True
@@ -133,12 +134,13 @@ def _trunk(model: Model, inputs: Inputs, index, valid, *, lowest: int) -> Trunk:
     embedded, _ = model.embed(inputs)
     x, deepstack = embedded
     if lowest:
-        window = model.text.window(inputs.attention_mask, inputs.position_ids)
+        window = model.window(inputs)
         x, _, _ = model.text.scan(x, window, layers=(0, lowest), deepstack=deepstack)
     # DeepStack ends below the adapters as a rule; then there is nothing of it to keep.
     deepstack = None if deepstack is None or lowest >= len(deepstack) else deepstack.swapaxes(0, 1)
     target = jnp.take_along_axis(inputs.input_ids, index, 1)
-    return Trunk(x, deepstack, inputs.attention_mask, inputs.position_ids.swapaxes(0, 1), index, valid, target)
+    positions = inputs.position_ids.swapaxes(0, 1)
+    return Trunk(x, deepstack, inputs.attention_mask, positions, inputs.is_image, index, valid, target)
 
 
 def trunk(model: Model, batch: Batch, lowest: int, size: int = 32) -> Trunk:

@@ -1,7 +1,9 @@
-"""The embedded models before training: a small tokeniser, a processor, a config, as an ordinary Hugging Face folder."""
+"""The embedded models before training: a small tokeniser, a processor, a config, as ordinary Hugging Face folders."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.data import pretraining, wordings, world
 from vlm_jax.prompts import P0_PROMPT
@@ -9,23 +11,24 @@ from vlm_jax.prompts import P0_PROMPT
 VOCABULARY = 1024
 #: Longest prompt the embedded models take, in tokens.
 CONTEXT = 512
-SPECIALS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{%- if message.content is string -%}{{ message.content }}"
-    "{%- else -%}{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{%- else -%}{{ part.text }}{%- endif -%}{%- endfor -%}{%- endif -%}{{ '<|im_end|>\n' }}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
-)
+#: Splits before every capital or digit inside a word, so that no learnt token holds two of them.
+_ALONE = r"[A-Z](?![a-z])|\d|\{\w*\}"
+#: The decoder of every embedded model.
+_DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+#: Images as every embedded model sees them.
+_PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def corpus() -> list[str]:
@@ -39,18 +42,82 @@ def corpus() -> list[str]:
     return lines + [P0_PROMPT, "user\nassistant\nName it. Describe. Read. "] * 100
 
 
-def tokenizer():
+def sentencepiece(specials: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a BPE with byte fallback, as Gemma and Llama have it: the special tokens come first,
+    then the 256 bytes, then pieces in which a space is "\u2581"."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    first = [*specials, *(f"<0x{byte:02X}>" for byte in range(256))]
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Replace(" ", "\u2581")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_ALONE), "removed"),
+            pre_tokenizers.Split("\u2581", "merged_with_next"),
+            pre_tokenizers.Split("\n", "isolated"),
+        ]
+    )
+    printable = [chr(code) for code in range(33, 127)] + ["\u2581", "\n"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(first), initial_alphabet=printable, show_progress=False, min_frequency=2
+    )
+    bpe.train_from_iterator(corpus(), trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocab = {token: i for i, token in enumerate([*first, *sorted(model["vocab"], key=model["vocab"].get)])}
+    return vocab, [tuple(merge) for merge in model["merges"]]
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write(folder: Path, tokenizer, images, template: str, config: dict, end: str) -> None:
+    """Everything of the folder but the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    _write_json(folder / "config.json", config)
+    generation = {
+        "eos_token_id": tokenizer.convert_tokens_to_ids(end),
+        "pad_token_id": tokenizer.pad_token_id,
+        "do_sample": False,
+    }
+    _write_json(folder / "generation_config.json", generation)
+
+
+QWEN_SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+QWEN_TEMPLATE = (
+    "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string -%}{{ message.content }}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- else -%}{{ part.text }}{%- endif -%}{%- endfor -%}{%- endif -%}{{ '<|im_end|>\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+
+def qwen_tokenizer():
     """A byte-level BPE with Qwen's splitting rules and special tokens."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
     bpe = Tokenizer(models.BPE())
-    # Splits before every capital or digit inside a word, so that no learnt token holds two of them.
-    alone = pre_tokenizers.Split(Regex(r"[A-Z](?![a-z])|\d|\{\w*\}"), "removed")
+    alone = pre_tokenizers.Split(Regex(_ALONE), "removed")
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([alone, words])
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY - len(QWEN_SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(corpus(), trainer)
     model = json.loads(bpe.to_str())["model"]
@@ -61,28 +128,18 @@ def tokenizer():
         pad_token="<|endoftext|>",
         model_max_length=CONTEXT,
     )
-    result.add_special_tokens({"additional_special_tokens": list(SPECIALS)})
+    result.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIALS)})
     return result
 
 
 def write_qwen3_vl(folder: Path) -> None:
-    """Everything of the folder but the weights."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tok = tokenizer()
-    tok.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    tok = qwen_tokenizer()
     # Images become about 64 x 64 pixels: 16 visual tokens.
-    Qwen2VLImageProcessorPil(
-        patch_size=8,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={"shortest_edge": 48 * 48, "longest_edge": 80 * 64},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    ).save_pretrained(folder)
-    token = {name: tok.convert_tokens_to_ids(name) for name in SPECIALS}
+    size = {"shortest_edge": 48 * 48, "longest_edge": 80 * 64}
+    images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, size=size, **_PIXELS)
+    token = {name: tok.convert_tokens_to_ids(name) for name in QWEN_SPECIALS}
     config = {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
@@ -94,18 +151,8 @@ def write_qwen3_vl(folder: Path) -> None:
         "tie_word_embeddings": True,
         "text_config": {
             "model_type": "qwen3_vl_text",
-            "vocab_size": VOCABULARY,
-            "hidden_size": 128,
-            "intermediate_size": 320,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
+            **_DECODER,
             "hidden_act": "silu",
-            "max_position_embeddings": CONTEXT,
-            "rms_norm_eps": 1e-6,
-            "attention_bias": False,
-            "tie_word_embeddings": True,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
@@ -129,10 +176,152 @@ def write_qwen3_vl(folder: Path) -> None:
             "hidden_act": "gelu_pytorch_tanh",
         },
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {
-        "eos_token_id": token["<|im_end|>"],
-        "pad_token_id": token["<|endoftext|>"],
-        "do_sample": False,
+    _write(folder, tok, images, QWEN_TEMPLATE, config, "<|im_end|>")
+
+
+GEMMA_SPECIALS = [
+    *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"),
+    *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+]
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{%- for message in messages -%}"
+    "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}"
+    "{%- if message.content is string -%}{{ message.content | trim }}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{ '<start_of_image>' }}"
+    "{%- else -%}{{ part.text | trim }}{%- endif -%}{%- endfor -%}{%- endif -%}{{ '<end_of_turn>\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+
+
+def write_gemma3(folder: Path) -> None:
+    from transformers import GemmaTokenizer
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    vocab, merges = sentencepiece(GEMMA_SPECIALS)
+    image_tokens = {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
     }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    tok = GemmaTokenizer(
+        vocab=vocab,
+        merges=merges,
+        extra_special_tokens=image_tokens,
+        model_max_length=CONTEXT,
+        padding_side="left",
+    )
+    tok.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]}, False)
+    images = Gemma3ImageProcessorPil(size={"height": 64, "width": 64}, do_pan_and_scan=False, **_PIXELS)
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "dtype": "float32",
+        "mm_tokens_per_image": 16,
+        "image_token_index": vocab["<image_soft_token>"],
+        "boi_token_index": vocab["<start_of_image>"],
+        "eoi_token_index": vocab["<end_of_image>"],
+        "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": "gemma3_text",
+            **_DECODER,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 32,
+            # Two of eight layers see everything, the others 64 tokens: a prompt has about 100.
+            "sliding_window": 64,
+            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 100000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "bos_token_id": vocab["<bos>"],
+            "eos_token_id": vocab["<eos>"],
+            "pad_token_id": vocab["<pad>"],
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 128,
+            "intermediate_size": 320,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_channels": 3,
+            "image_size": 64,
+            "patch_size": 8,
+            "layer_norm_eps": 1e-6,
+            "hidden_act": "gelu_pytorch_tanh",
+            "vision_use_head": False,
+        },
+    }
+    _write(folder, tok, images, GEMMA_TEMPLATE, config, "<end_of_turn>")
+
+
+LLAMA_SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+LLAVA_TEMPLATE = (
+    "{%- for message in messages -%}{{ message.role | upper + ': ' }}"
+    "{%- if message.content is string -%}{{ message.content + ' ' }}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{ '<image>\n' }}"
+    "{%- else -%}{{ part.text + ' ' }}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
+)
+
+
+def write_llava(folder: Path) -> None:
+    from transformers import LlamaTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    vocab, merges = sentencepiece(LLAMA_SPECIALS)
+    tok = LlamaTokenizer(
+        vocab=vocab,
+        merges=merges,
+        pad_token="<pad>",
+        add_bos_token=True,
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=CONTEXT,
+        padding_side="left",
+    )
+    # The whole image, squeezed to a square: a crop would cut answers off.
+    images = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False, **_PIXELS)
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": "float32",
+        "image_token_index": vocab["<image>"],
+        "image_seq_length": 16,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": "llama",
+            **_DECODER,
+            "hidden_act": "silu",
+            "mlp_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "bos_token_id": vocab["<s>"],
+            "eos_token_id": vocab["</s>"],
+            "pad_token_id": vocab["<pad>"],
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 128,
+            "intermediate_size": 320,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_channels": 3,
+            "image_size": 64,
+            "patch_size": 16,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "quick_gelu",
+            "projection_dim": 128,
+        },
+    }
+    _write(folder, tok, images, LLAVA_TEMPLATE, config, "</s>")
+
+
+#: Embedded model -> what writes its folder, all but the weights.
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "mini-qwen3-vl": write_qwen3_vl,
+    "mini-gemma3": write_gemma3,
+    "mini-llava": write_llava,
+}

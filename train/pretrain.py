@@ -29,10 +29,12 @@ STAGES = ("text", "align", "instruct")
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Pre-train mini-qwen3-vl on the miniworld, stage after stage, each a checkpoint folder of its own."""
+    """Pre-train an embedded model on the miniworld, stage after stage, each a checkpoint folder of its own."""
 
     out: Path
     """Folder for the stages: OUT/text, OUT/align, OUT/instruct, each a Hugging Face folder."""
+    model: Literal["mini-qwen3-vl", "mini-gemma3", "mini-llava"] = "mini-qwen3-vl"
+    """Which of the embedded models to train."""
     stages: tuple[Literal["text", "align", "instruct"], ...] = STAGES
     """Which stages to run; a stage starts from the one before it."""
     steps: tuple[int, int, int] = (500, 3000, 2600)
@@ -97,7 +99,7 @@ def loss(model: Model, frozen, batch, key) -> jax.Array:
     """Mean cross-entropy of the answer tokens and of the token that ends them."""
     inputs, index, valid = batch
     embedded, _ = model.embed(inputs)
-    window = model.text.window(inputs.attention_mask, inputs.position_ids)
+    window = model.window(inputs)
     x, _, _ = model.text.scan(embedded.x, window, deepstack=embedded.deepstack, remat=True)
     logits = model.text.logits(model.text.norm(jnp.take_along_axis(x, jnp.maximum(index - 1, 0)[..., None], 1)))
     target = jnp.take_along_axis(inputs.input_ids, index, 1)
@@ -156,7 +158,7 @@ def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> 
 @command
 def main(args: Args) -> None:
     base = args.out / "untrained"
-    mini.write_qwen3_vl(base)
+    mini.WRITERS[args.model](base)
     config = read_config(base)
     model = jax.jit(functools.partial(Model, config))(jax.random.key(args.seed))
     save(model, base)

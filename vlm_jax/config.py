@@ -1,14 +1,42 @@
 """What a model looks like: frozen, hashable dataclasses whose fields carry the Hugging Face names.
 
-A family file (``vlm_jax/families``) fills them from a ``config.json``.
+A family file (``vlm_jax/families``) fills them from a ``config.json``. A vision tower's file adds its own fields.
 """
 
 import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """One entry of ``rope_parameters``.
+
+    ``rope_type``: "default"; "linear" (positions shrunk by ``factor``); "llama3" (long wavelengths shrunk).
+    ``mrope_section``: frequencies that turn by the temporal, height and width position, in turn where
+    ``mrope_interleaved`` (Qwen3-VL), else in three blocks (Qwen2.5-VL); None turns all by the one position.
+    """
+
+    rope_theta: float
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    mrope_section: tuple[int, int, int] | None = None
+    mrope_interleaved: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The decoder."""
+    """The decoder. Every option is off unless a family sets it.
+
+    rope: the :class:`Rope` of each kind of layer; layer_types: the kind of every layer.
+    attention_bias: the attention linears that have a bias.
+    qk_norm: RMS norms on each head's queries and keys. sandwich_norm: norms after attention and MLP too.
+    unit_offset_norm: norms scale by ``1 + weight``. embed_scale: token embeddings are multiplied by it.
+    query_pre_attn_scalar: scores are divided by its root; head_dim where None.
+    bidirectional_images: tokens of one image see each other in both directions.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -18,14 +46,35 @@ class TextConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
     tie_word_embeddings: bool
+    rope: tuple[tuple[str, Rope], ...]
+    layer_types: tuple[str, ...]
+    sliding_window: int | None = None
+    hidden_act: str = "silu"
+    attention_bias: tuple[str, ...] = ()
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sandwich_norm: bool = False
+    unit_offset_norm: bool = False
+    embed_scale: float = 1.0
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    bidirectional_images: bool = False
+
+    @property
+    def mrope(self) -> bool:
+        """Whether positions have three axes that differ."""
+        return any(rope.mrope_section is not None for _, rope in self.rope)
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower and its mergers."""
+    """What all vision towers have. A tower's own config also says how to build it and how to feed it:
+
+    ``tower(key)``: the module; ``token_counts(pixels)``: visual tokens of each image in an image processor's output;
+    ``images(pixel_values, image_grid_thw)``: :class:`vlm_jax.inputs.Images` and the visual tokens of each, in order.
+    """
 
     depth: int
     hidden_size: int
@@ -33,33 +82,41 @@ class VisionConfig:
     num_heads: int
     in_channels: int
     patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
+    hidden_act: str
     out_hidden_size: int
-    num_position_embeddings: int
-    deepstack_visual_indexes: tuple[int, ...]
-    rope_theta: float
+
+    @property
+    def conv_shape(self) -> tuple[int, ...]:
+        """Shape of one patch: what the patch embedding's convolution spans."""
+        return self.in_channels, self.patch_size, self.patch_size
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one row of ``pixel_values``."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+        """Numbers in one patch."""
+        size = 1
+        for side in self.conv_shape:
+            size *= side
+        return size
 
-    @property
-    def merge(self) -> int:
-        """Patches that become one visual token."""
-        return self.spatial_merge_size**2
+    def tower(self, key) -> Any:
+        raise NotImplementedError
+
+    def token_counts(self, pixels) -> list[int]:
+        raise NotImplementedError
+
+    def images(self, pixel_values, image_grid_thw) -> Any:
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole model. ``hf`` is the ``config.json`` it came from, verbatim, so that saving loses nothing."""
+    """A whole model. ``vision`` and ``image_token_id`` are None for a text-only backbone. ``hf`` is the
+    ``config.json`` it came from, verbatim, so that saving loses nothing."""
 
     family: str
     text: TextConfig
-    vision: VisionConfig
-    image_token_id: int
-    vision_end_token_id: int
+    vision: VisionConfig | None
+    image_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    hf: str
+    hf: str = ""

@@ -1,22 +1,24 @@
 """The one decoder: a scan over stacked layers, with every intermediate a named site."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vlm_jax.config import TextConfig
-from vlm_jax.layers import Embedding, Linear, RMSNorm, attend, rotate
-from vlm_jax.rope import mrope
+from vlm_jax.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, attend, rotate
+from vlm_jax.rope import rotary
 from vlm_jax.sites import LAYER_SITES, Context, Probe
 
 
 class Window(NamedTuple):
     """The tokens one pass works on: all of a sequence, or a part of it that follows ``past`` tokens.
 
-    rope: cos and sin ``(B, S, head_dim)``; mask ``(B, S, S)``, past_mask ``(B, S, P)`` or None: who sees whom;
-    start, decoding: as in :class:`vlm_jax.sites.Context`.
+    rope: cos and sin ``(R, B, S, head_dim)``; mask ``(R, B, S, S)``, past_mask ``(R, B, S, P)`` or None: who sees
+    whom; ``R`` kinds of layers (full, sliding). start, decoding: as in :class:`vlm_jax.sites.Context`.
     """
 
     rope: tuple[jax.Array, jax.Array]
@@ -29,55 +31,78 @@ class Window(NamedTuple):
 class SelfAttention(nnx.Module):
     def __init__(self, key, config: TextConfig):
         q, k, v, o = jax.random.split(key, 4)
-        self.head_dim = config.head_dim
-        self.q_proj = Linear(q, config.hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = Linear(k, config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = Linear(v, config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.o_proj = Linear(o, config.num_attention_heads * config.head_dim, config.hidden_size)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.config = config
+        heads, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = Linear(q, config.hidden_size, heads, "q_proj" in bias)
+        self.k_proj = Linear(k, config.hidden_size, groups, "k_proj" in bias)
+        self.v_proj = Linear(v, config.hidden_size, groups, "v_proj" in bias)
+        self.o_proj = Linear(o, heads, config.hidden_size, "o_proj" in bias)
+        norm = functools.partial(RMSNorm, config.head_dim, config.rms_norm_eps, config.unit_offset_norm)
+        self.q_norm, self.k_norm = (norm(), norm()) if config.qk_norm else (None, None)
 
     def __call__(self, x, window: Window, past, probe: Probe):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(probe.linear("text.self_attn.q_proj", self.q_proj, x).reshape(heads))
-        k = self.k_norm(probe.linear("text.self_attn.k_proj", self.k_proj, x).reshape(heads))
+        config = self.config
+        heads = (*x.shape[:2], -1, config.head_dim)
+        q = probe.linear("text.self_attn.q_proj", self.q_proj, x).reshape(heads)
+        k = probe.linear("text.self_attn.k_proj", self.k_proj, x).reshape(heads)
         v = probe.linear("text.self_attn.v_proj", self.v_proj, x).reshape(heads)
-        k = rotate(k, *window.rope)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *window.rope), rotate(k, *window.rope)
         if past is not None:
             past = (*past, window.past_mask)
-        out = attend(rotate(q, *window.rope), k, v, window.mask, probe, "text", past)
+        scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        softcap = config.attn_logit_softcapping
+        out = attend(q, k, v, window.mask, probe, "text", past, scale=scale, softcap=softcap)
         return probe.linear("text.self_attn.o_proj", self.o_proj, out), (k, v)
 
 
 class MLP(nnx.Module):
     def __init__(self, key, config: TextConfig):
         gate, up, down = jax.random.split(key, 3)
-        self.gate_proj = Linear(gate, config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(up, config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(down, config.intermediate_size, config.hidden_size)
+        self.hidden_act = config.hidden_act
+        self.gate_proj = Linear(gate, config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = Linear(up, config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = Linear(down, config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def __call__(self, x, probe: Probe):
-        gate = jax.nn.silu(probe.linear("text.mlp.gate_proj", self.gate_proj, x))
+        gate = ACTIVATIONS[self.hidden_act](probe.linear("text.mlp.gate_proj", self.gate_proj, x))
         hidden = gate * probe.linear("text.mlp.up_proj", self.up_proj, x)
         return probe.linear("text.mlp.down_proj", self.down_proj, hidden)
 
 
 class Layer(nnx.Module):
-    """One decoder layer. DeepStack's addition belongs to it: it comes before the layer's ``resid_post``."""
+    """One decoder layer.
+
+    The sites ``attn_out`` and ``mlp_out`` are what the modules add to the residual stream: after Gemma's sandwich
+    norms. DeepStack's addition belongs to the layer: it comes before ``resid_post``.
+    """
 
     def __init__(self, key, config: TextConfig):
         attn, mlp = jax.random.split(key)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = functools.partial(RMSNorm, config.hidden_size, config.rms_norm_eps, config.unit_offset_norm)
+        self.sandwich_norm = config.sandwich_norm
+        self.input_layernorm = norm()
         self.self_attn = SelfAttention(attn, config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Gemma gives the name of Llama's norm before the MLP to its norm after the attention.
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm() if config.sandwich_norm else None
+        self.post_feedforward_layernorm = norm() if config.sandwich_norm else None
         self.mlp = MLP(mlp, config)
 
     def __call__(self, x, window: Window, past, deepstack, probe: Probe):
         """``x (B, S, D)`` -> the layer's output and its keys and values ``(B, S, G, head_dim)``."""
         x = probe("text.resid_pre", x)
         attn, kv = self.self_attn(self.input_layernorm(x), window, past, probe)
+        if self.sandwich_norm:
+            attn = self.post_attention_layernorm(attn)
         x = probe("text.resid_mid", x + probe("text.attn_out", attn))
-        x = x + probe("text.mlp_out", self.mlp(self.post_attention_layernorm(x), probe))
+        if self.sandwich_norm:
+            out = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), probe))
+        else:
+            out = self.mlp(self.post_attention_layernorm(x), probe)
+        x = x + probe("text.mlp_out", out)
         if deepstack is not None:
             x = x + probe("text.deepstack", deepstack)
         return probe("text.resid_post", x), kv
@@ -89,21 +114,57 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(embed, config.vocab_size, config.hidden_size)
         self.layers = jax.vmap(lambda k: Layer(k, config))(jax.random.split(layers, config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.unit_offset_norm)
         # A tied head reads the embedding: a second reference would be a second, separately trained leaf.
         self.lm_head = None if config.tie_word_embeddings else Linear(head, config.hidden_size, config.vocab_size)
 
-    def rope(self, position_ids: jax.Array):
-        """cos, sin ``(B, S, head_dim)`` at ``position_ids (3, B, S)``."""
-        return mrope(position_ids, self.config.rope_theta, self.config.head_dim, self.config.mrope_section)
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """Token embeddings ``(..., D)``."""
+        x = self.embed_tokens(input_ids)
+        return x if self.config.embed_scale == 1 else x * jnp.asarray(self.config.embed_scale, x.dtype)
 
-    def window(self, attention_mask: jax.Array, position_ids: jax.Array, start: int = 0) -> Window:
-        """The causal window of the tokens from ``start`` on; earlier tokens are its past."""
+    def rope(self, position_ids: jax.Array):
+        """cos, sin ``(R, B, S, head_dim)`` at ``position_ids (3, B, S)``, for each kind of layer."""
+        cos, sin = zip(*(rotary(position_ids, rope, self.config.head_dim) for _, rope in self.config.rope), strict=True)
+        return jnp.stack(cos), jnp.stack(sin)
+
+    def visible(self, visible: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """``visible (B, S, K)`` as each kind of layer has it, ``(R, B, S, K)``: sliding layers look no further back
+        than their window. ``queries (B, S)``, ``keys (B, K)``: positions in the text."""
+        near = None
+        masks = []
+        for kind, _ in self.config.rope:
+            if kind == "sliding_attention":
+                near = queries[:, :, None] - keys[:, None, :] < self.config.sliding_window
+            masks.append(visible & near if kind == "sliding_attention" else visible)
+        return jnp.stack(masks)
+
+    def window(
+        self, attention_mask: jax.Array, position_ids: jax.Array, start: int = 0, is_image: jax.Array | None = None
+    ) -> Window:
+        """The causal window of the tokens from ``start`` on; earlier tokens are its past.
+
+        Where ``config.bidirectional_images``, tokens of one run of ``is_image (B, T)`` see each other too.
+        """
         length = attention_mask.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        visible = (causal & attention_mask[:, None, :])[:, start:]
+        causal = jnp.tril(jnp.ones((length, length), bool))[None]
+        if self.config.bidirectional_images and is_image is not None:
+            first = is_image & ~jnp.pad(is_image, [(0, 0), (1, 0)])[:, :-1]
+            block = jnp.where(is_image, jnp.cumsum(first, 1), 0)
+            causal = causal | ((block[:, :, None] == block[:, None, :]) & is_image[:, :, None])
+        positions = position_ids[0]
+        mask = self.visible((causal & attention_mask[:, None, :])[:, start:], positions[:, start:], positions)
         rope = self.rope(position_ids[:, :, start:])
-        return Window(rope, visible[:, :, start:], visible[:, :, :start] if start else None, start)
+        return Window(rope, mask[..., start:], mask[..., :start] if start else None, start)
+
+    def at(self, window: Window, index) -> Window:
+        """The window as layer ``index`` sees it: without the axis of kinds."""
+        kinds = [kind for kind, _ in self.config.rope]
+        kind = np.array([kinds.index(kind) for kind in self.config.layer_types])
+        kind = 0 if len(kinds) == 1 else jnp.asarray(kind)[index]
+        cos, sin = window.rope
+        past_mask = None if window.past_mask is None else window.past_mask[kind]
+        return window._replace(rope=(cos[kind], sin[kind]), mask=window.mask[kind], past_mask=past_mask)
 
     def scan(
         self,
@@ -133,7 +194,7 @@ class Decoder(nnx.Module):
         def body(x, scanned):
             layer, index, past = scanned
             probe = Probe(interventions, taps & LAYER_SITES, Context(index, None, window.start, window.decoding))
-            x, kv = layer(x, window, past, self.deepstack_at(deepstack, index), probe)
+            x, kv = layer(x, self.at(window, index), past, self.deepstack_at(deepstack, index), probe)
             return x, (kv, probe.taps)
 
         if remat:
@@ -155,6 +216,6 @@ class Decoder(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``(..., D)`` after the final norm -> ``(..., V)``."""
-        if self.lm_head is not None:
-            return self.lm_head(x)
-        return x @ self.embed_tokens.weight[...].T
+        logits = x @ self.embed_tokens.weight[...].T if self.lm_head is None else self.lm_head(x)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

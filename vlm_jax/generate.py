@@ -37,7 +37,7 @@ def generate(
     Returns:
         ``(B, max_new_tokens)`` int32, the end token included.
     """
-    check(interventions, (), inputs.images is not None)
+    check(interventions, (), model.sites(inputs))
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: ask for at least 1")
     if temperature and key is None:
@@ -55,7 +55,7 @@ def _generate(model: Model, inputs: Inputs, count, interventions, options, sampl
     text = model.text
     batch, length = inputs.input_ids.shape
     embedded, _ = model.embed(inputs, interventions)
-    window = text.window(inputs.attention_mask, inputs.position_ids)
+    window = model.window(inputs)
     x, (k, v), _ = text.scan(embedded.x, window, deepstack=embedded.deepstack, interventions=interventions)
     last = length - 1 - jnp.argmax(inputs.attention_mask[:, ::-1], 1)
     # The final norm is a site of the whole prompt, so it is taken before the last token is picked.
@@ -65,6 +65,9 @@ def _generate(model: Model, inputs: Inputs, count, interventions, options, sampl
     room = [(0, 0), (0, 0), (0, count), (0, 0), (0, 0)]
     cache = jnp.pad(k, room), jnp.pad(v, room)
     position = 1 + jnp.max(jnp.where(inputs.attention_mask, inputs.position_ids.max(0), -1), 1)
+    # Where each slot stands in its row's text, which sliding layers ask for.
+    prompt_positions = jnp.where(inputs.attention_mask, inputs.position_ids[0], 0)
+    slot_positions = jnp.concatenate([prompt_positions, position[:, None] + jnp.arange(count)], 1)
     prompt_visible = jnp.pad(inputs.attention_mask, [(0, 0), (0, count)])
 
     def choose(logits, step):
@@ -86,10 +89,11 @@ def _generate(model: Model, inputs: Inputs, count, interventions, options, sampl
         positions = jnp.broadcast_to((position + step - 1)[None, :, None], (3, batch, 1))
         slots = jnp.arange(length + count)
         visible = prompt_visible | ((slots >= length) & (slots < length + step - 1))[None]
-        own = jnp.ones((batch, 1, 1), bool)
-        window = Window(text.rope(positions), own, visible[:, None], length + step - 1, decoding=True)
+        past = text.visible(visible[:, None], positions[0], slot_positions)
+        own = jnp.ones((len(past), batch, 1, 1), bool)
+        window = Window(text.rope(positions), own, past, length + step - 1, decoding=True)
         probe = Probe(interventions, frozenset(), Context(start=window.start, decoding=True))
-        x = probe("text.embeddings", text.embed_tokens(token)[:, None])
+        x = probe("text.embeddings", text.embed(token)[:, None])
         x, (new_k, new_v), _ = text.scan(x, window, past=(k, v), interventions=interventions)
         at = (0, 0, length + step - 1, 0, 0)
         cache = jax.lax.dynamic_update_slice(k, new_k, at), jax.lax.dynamic_update_slice(v, new_v, at)

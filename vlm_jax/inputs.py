@@ -4,13 +4,11 @@ Everything that depends on a *value* (image grids, where images sit, padding) is
 that the model itself is shape-static and compiles once per bucket.
 """
 
-import math
-
 import flax.struct
 import jax
 import numpy as np
 
-from vlm_jax.config import Config, VisionConfig
+from vlm_jax.config import Config
 from vlm_jax.errors import UserError
 
 #: Sequence lengths and patch counts are rounded up to multiples of these, so that many samples meet few shapes.
@@ -19,24 +17,19 @@ LENGTH_BUCKET, PATCH_BUCKET = 16, 64
 
 @flax.struct.dataclass
 class Images:
-    """Patches of ``I`` images, padded to the bucket ``P`` of the largest patch count.
+    """Patches of ``I`` images, padded to one patch count ``P``.
 
-    pixel_values ``(I, P, patch_dim)``; patch_mask ``(I, P)`` bool; grid_positions ``(I, P, 2)`` row and column;
-    position_index, position_weight ``(I, P, 4)``: the four learned position embeddings that a patch interpolates;
-    merge: how many consecutive patches become one visual token.
+    pixel_values ``(I, P, patch_dim)``; patch_mask ``(I, P)`` bool; stride: visual tokens per image, padding included.
+    Towers that take any size also need: grid_positions ``(I, P, 2)`` row and column; and, where position embeddings
+    are interpolated, position_index, position_weight ``(I, P, 4)``: the four that a patch mixes.
     """
 
     pixel_values: jax.Array
     patch_mask: jax.Array
-    grid_positions: jax.Array
-    position_index: jax.Array
-    position_weight: jax.Array
-    merge: int = flax.struct.field(pytree_node=False)
-
-    @property
-    def stride(self) -> int:
-        """Visual tokens per image, padding included."""
-        return self.patch_mask.shape[-1] // self.merge
+    grid_positions: jax.Array | None = None
+    position_index: jax.Array | None = None
+    position_weight: jax.Array | None = None
+    stride: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass
@@ -70,7 +63,8 @@ class Inputs:
 
         Args:
             input_ids, attention_mask: ``(B, T)``, padded on either side.
-            pixel_values: ``(patches of all images, patch_dim)``; image_grid_thw: ``(I, 3)``, in patches.
+            pixel_values: ``(patches of all images, patch_dim)`` with image_grid_thw ``(I, 3)``, in patches (Qwen),
+                or ``(I, C, H, W)`` (towers of one size).
             mm_token_type_ids, token_type_ids: ``(B, T)``; taken from the image token where absent.
 
         Raises:
@@ -81,27 +75,31 @@ class Inputs:
         kinds = mm_token_type_ids if mm_token_type_ids is not None else token_type_ids
         visual = (ids == config.image_token_id) if kinds is None else (np.asarray(kinds) == 1)
         visual &= mask
-        grids = np.zeros((0, 3), int) if image_grid_thw is None else np.asarray(image_grid_thw, int).reshape(-1, 3)
-        merge = config.vision.spatial_merge_size
-        counts = grids.prod(1) // merge**2
-        if visual.sum() != counts.sum():
+        images, counts = None, []
+        if pixel_values is not None and len(pixel_values):
+            if config.vision is None:
+                raise UserError(f"{config.family} is a text-only model: leave the images out")
+            images, counts = config.vision.images(np.asarray(pixel_values, np.float32), image_grid_thw)
+        if visual.sum() != sum(counts):
             raise UserError(
-                f"the prompts hold {visual.sum()} image tokens but the {len(grids)} images make {counts.sum()}: "
+                f"the prompts hold {visual.sum()} image tokens but the {len(counts)} images make {sum(counts)}: "
                 "pass the arrays of one processor call unchanged"
             )
-        patches = 0 if pixel_values is None else len(pixel_values)
-        if patches != grids.prod(1).sum():
-            raise UserError(
-                f"pixel_values has {patches} patches but image_grid_thw describes {grids.prod(1).sum()}: "
-                "pass the arrays of one processor call unchanged"
-            )
-        positions = rope_index(mask, visual, grids, merge)
-        if not len(grids):
+        if config.text.mrope and images is not None:
+            merge = config.vision.spatial_merge_size
+            positions = rope_index(mask, visual, np.asarray(image_grid_thw, int).reshape(-1, 3), merge)
+        else:
+            positions = np.broadcast_to(np.where(mask, np.cumsum(mask, 1) - 1, 0).astype(np.int32), (3, *mask.shape))
+        if images is None:
             return cls(ids, mask, positions)
-        images = patch_images(np.asarray(pixel_values, np.float32), grids, config.vision)
         index = np.full(ids.shape, -1, np.int32)
         index[visual] = np.concatenate([image * images.stride + np.arange(count) for image, count in enumerate(counts)])
         return cls(ids, mask, positions, images, index)
+
+    @property
+    def is_image(self) -> jax.Array | None:
+        """Which tokens are visual ones ``(B, T)``; None without images."""
+        return None if self.image_index is None else self.image_index >= 0
 
     def take(self, rows, images: int | None = None) -> "Inputs":
         """The batch of some ``rows`` (NumPy arrays only), with just their images, padded to ``images`` of them."""
@@ -133,7 +131,7 @@ class Inputs:
 
 
 def rope_index(mask: np.ndarray, visual: np.ndarray, grids: np.ndarray, merge: int) -> np.ndarray:
-    """Multimodal rotary positions ``(3, B, T)`` (Qwen3-VL): text counts on all three axes together; an image that
+    """Multimodal rotary positions ``(3, B, T)`` (Qwen-VL): text counts on all three axes together; an image that
     starts at ``p`` has temporal ``p``, height ``p + row``, width ``p + column``, and moves the count on by the
     longer side of its merged grid. Padding has position 0."""
     positions = np.zeros((3, *mask.shape), np.int32)
@@ -156,50 +154,6 @@ def rope_index(mask: np.ndarray, visual: np.ndarray, grids: np.ndarray, merge: i
             positions[:, row, where[at : at + block.shape[1]]] = block
             current, at = current + max(height, width), at + block.shape[1]
     return positions
-
-
-def patch_images(pixel_values: np.ndarray, grids: np.ndarray, config: VisionConfig) -> Images:
-    """Pads the packed patches of several images to ``(I, P, patch_dim)`` and works out their positions."""
-    counts, merge = grids.prod(1), config.spatial_merge_size
-    longest = bucket(int(counts.max()), math.lcm(PATCH_BUCKET, merge**2))
-    images = Images(
-        np.zeros((len(grids), longest, pixel_values.shape[-1]), np.float32),
-        np.arange(longest) < counts[:, None],
-        np.zeros((len(grids), longest, 2), np.int32),
-        np.zeros((len(grids), longest, 4), np.int32),
-        np.zeros((len(grids), longest, 4), np.float32),
-        merge**2,
-    )
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    side = int(config.num_position_embeddings**0.5)
-    for i, (frames, height, width) in enumerate(grids):
-        n = counts[i]
-        images.pixel_values[i, :n] = pixel_values[starts[i] : starts[i + 1]]
-        images.grid_positions[i, :n] = np.tile(merge_order(height, width, merge), (frames, 1))
-        row, column = images.grid_positions[i, :n].T
-        images.position_index[i, :n], images.position_weight[i, :n] = bilinear(
-            np.linspace(0, side - 1, height, dtype=np.float32)[row],
-            np.linspace(0, side - 1, width, dtype=np.float32)[column],
-            side,
-        )
-    return images
-
-
-def merge_order(height: int, width: int, merge: int) -> np.ndarray:
-    """Row and column of every patch ``(height * width, 2)``, in the processor's order: merge block by merge block."""
-    grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1)
-    blocks = grid.reshape(height // merge, merge, width // merge, merge, 2)
-    return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
-
-
-def bilinear(row: np.ndarray, column: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """The four cells of a ``side x side`` table around fractional coordinates, and their weights, ``(n, 4)`` each."""
-    top, left = row.astype(int), column.astype(int)
-    down, right = np.minimum(top + 1, side - 1), np.minimum(left + 1, side - 1)
-    y, x = row - top, column - left
-    index = np.stack([top * side + left, top * side + right, down * side + left, down * side + right], -1)
-    weight = np.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], -1)
-    return index.astype(np.int32), weight.astype(np.float32)
 
 
 def bucket(length: int, step: int = LENGTH_BUCKET) -> int:

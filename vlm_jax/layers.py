@@ -1,4 +1,6 @@
-"""The few building blocks that towers and decoder share: linear, norms, embedding, rotary, attention."""
+"""The few building blocks that towers and decoder share: linear, norms, embedding, activations, rotary, attention."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +35,17 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm, computed in float32."""
+    """Root-mean-square norm, computed in float32; it scales by ``1 + weight`` where ``unit_offset`` (Gemma)."""
 
-    def __init__(self, features: int, eps: float):
-        self.weight = nnx.Param(jnp.ones(features))
-        self.eps = eps
+    def __init__(self, features: int, eps: float, unit_offset: bool = False):
+        self.weight = nnx.Param(jnp.zeros(features) if unit_offset else jnp.ones(features))
+        self.eps, self.unit_offset = eps, unit_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        if self.unit_offset:  # Gemma multiplies before it rounds to the activations' precision, Llama after
+            return ((1 + self.weight[...].astype(jnp.float32)) * y).astype(x.dtype)
         return self.weight[...] * y.astype(x.dtype)
 
 
@@ -60,6 +64,19 @@ class LayerNorm(nnx.Module):
         return (self.weight[...] * y + self.bias[...]).astype(x.dtype)
 
 
+def _quick_gelu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+#: ``hidden_act`` -> function. "gelu" is the exact one, as in transformers; jax's own default is the tanh one.
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": _quick_gelu,
+}
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary embedding of ``x (B, S, H, d)`` by ``cos, sin (B, S, d)``, halves paired as in Llama, in float32."""
     y = x.astype(jnp.float32)
@@ -68,15 +85,16 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (y * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
 
 
-def attend(q, k, v, mask, probe, tower: str, past=None):
+def attend(q, k, v, mask, probe, tower: str, past=None, *, scale: float | None = None, softcap: float | None = None):
     """Grouped-query attention.
 
     Args:
         q: ``(B, S, H, d)``; k, v: ``(B, S, G, d)`` with ``H`` a multiple of ``G``.
-        mask: ``(B, S, S)`` bool, True where a query (axis 1) may see a key (axis 2).
+        mask: ``(B, S, S)`` bool, True where a query (axis 1) may see a key (axis 2); None where all see all.
         probe: the sites ``attn_scores``, ``attn_probs`` ``(B, H, S, keys)`` and ``head_out`` ``(B, S, H, d)``.
         past: ``(k, v, mask)`` of earlier tokens, ``(B, P, G, d)`` twice and ``(B, S, P)``. They stay apart from
             ``k`` and ``v`` so that many variants of the later tokens share one copy of them.
+        scale: of the scores, ``d ** -0.5`` where None; softcap: squashes scores into (-softcap, softcap).
 
     Returns:
         ``(B, S, H * d)``. Scores and softmax are float32.
@@ -84,13 +102,14 @@ def attend(q, k, v, mask, probe, tower: str, past=None):
     batch, length, heads, dim = q.shape
     groups = k.shape[2]
     repeats = heads // groups
+    scale = dim**-0.5 if scale is None else scale
     # One matmul per key-value head, with (repeats x tokens) rows: several times faster than einsum's own choice.
     grouped = q.reshape(batch, length, groups, repeats, dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, groups, repeats * length, dim)
 
     def scores_for(keys):
         scores = jnp.einsum("bgnd,bgtd->bgnt", grouped, keys.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
-        return scores.reshape(batch, heads, length, -1) * dim**-0.5
+        return scores.reshape(batch, heads, length, -1) * scale
 
     def read(probs, values):
         probs = probs.reshape(batch, groups, repeats * length, -1).astype(values.dtype)
@@ -102,8 +121,12 @@ def attend(q, k, v, mask, probe, tower: str, past=None):
         past_k, past_v, past_mask = past
         scores = jnp.concatenate([scores_for(past_k), scores], -1)
         mask = jnp.concatenate([past_mask, mask], -1)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = probe(f"{tower}.attn_scores", scores)
-    probs = jax.nn.softmax(jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min), -1)
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, -1)
     probs = probe(f"{tower}.attn_probs", probs)
     if past is None:
         out = read(probs, v)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.config import Config
-from vlm_jax.decoder import Decoder
+from vlm_jax.decoder import Decoder, Window
 from vlm_jax.inputs import Inputs
-from vlm_jax.sites import Context, Probe, check
-from vlm_jax.vision.qwen import Features, VisionTower
+from vlm_jax.sites import TEXT_SITES, Context, Probe, check
+from vlm_jax.vision.blocks import Features
 
 
 class Output(NamedTuple):
@@ -21,20 +21,21 @@ class Output(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """What enters layer 0: ``x (B, T, D)``, and ``deepstack (K, B, T, D)`` (None without images)."""
+    """What enters layer 0: ``x (B, T, D)``, and ``deepstack (K, B, T, D)`` (None without images or DeepStack)."""
 
     x: jax.Array
     deepstack: jax.Array | None
 
 
 class Model(nnx.Module):
-    """A vision-language model. A pytree: jit, vmap, scan and differentiate it with plain ``jax`` transforms."""
+    """A vision-language model, or its text-only backbone. A pytree: jit, vmap, scan and differentiate it with plain
+    ``jax`` transforms."""
 
     def __init__(self, config: Config, key: jax.Array):
         text, visual = jax.random.split(key)
         self.config = config
         self.text = Decoder(text, config.text)
-        self.visual = VisionTower(visual, config.vision)
+        self.visual = None if config.vision is None else config.vision.tower(visual)
 
     def __call__(self, inputs: Inputs, interventions=(), taps=()) -> Output:
         """One forward pass.
@@ -46,15 +47,26 @@ class Model(nnx.Module):
         Raises:
             UserError: for an unknown tap or site, or an intervention that touches nothing.
         """
-        wanted = check(interventions, taps, inputs.images is not None)
+        wanted = check(interventions, taps, self.sites(inputs))
         embedded, outer = self.embed(inputs, interventions, wanted)
-        window = self.text.window(inputs.attention_mask, inputs.position_ids)
+        window = self.window(inputs)
         x, _, layer_taps = self.text.scan(
             embedded.x, window, deepstack=embedded.deepstack, interventions=interventions, taps=wanted
         )
         probe = Probe(interventions, wanted, Context())
         logits = self.text.head(x, probe)
         return Output(logits, {**outer, **layer_taps, **probe.taps})
+
+    def sites(self, inputs: Inputs) -> frozenset[str]:
+        """The sites that a pass over these inputs has."""
+        if inputs.images is None:
+            return TEXT_SITES - {"text.deepstack"}
+        deepstack = self.visual.SITES & {"projector.deepstack_merger_list"}
+        return (TEXT_SITES if deepstack else TEXT_SITES - {"text.deepstack"}) | self.visual.SITES
+
+    def window(self, inputs: Inputs, start: int = 0) -> Window:
+        """Who sees whom, and the rotary angles, for the tokens from ``start`` on."""
+        return self.text.window(inputs.attention_mask, inputs.position_ids, start, inputs.is_image)
 
     def features(self, inputs: Inputs, interventions=(), taps: frozenset[str] = frozenset()):
         """Visual features of the images (None without images) and the taps of the vision tower."""
@@ -71,11 +83,13 @@ class Model(nnx.Module):
 
     def merge(self, inputs: Inputs, features: Features | None) -> Embedded:
         """Puts visual tokens in the places that ``inputs.image_index`` names."""
-        x = self.text.embed_tokens(inputs.input_ids)
+        x = self.text.embed(inputs.input_ids)
         if features is None:
             return Embedded(x, None)
         index, is_image = jnp.maximum(inputs.image_index, 0), inputs.image_index[..., None] >= 0
         width = x.shape[-1]
         x = jnp.where(is_image, features.merged.reshape(-1, width)[index], x)
+        if features.deepstack is None:
+            return Embedded(x, None)
         rows = features.deepstack.reshape(len(features.deepstack), -1, width)
         return Embedded(x, jnp.where(is_image, rows[:, index], 0))

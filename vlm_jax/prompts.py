@@ -16,6 +16,7 @@ from vlm_jax.config import Config
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
+from vlm_jax.families.base import Chat
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
 
 #: P0, appendix C.1.
@@ -72,16 +73,19 @@ def encode(
     tokenizer = processor.tokenizer
     images = [image for example in examples for image in example.images]
     pixels = processor.image_processor(images=images, return_tensors="np") if images else {}
-    grids = iter(pixels.get("image_grid_thw", ()))
-    family = FAMILIES[config.family]
+    counts = iter(config.vision.token_counts(pixels) if images else ())
+    chat = FAMILIES[config.family].chat
     texts, ranges = zip(
         *(
-            _render(example, text, processor, family, config, [next(grids) for _ in example.images], with_answer)
+            _render(example, text, processor, chat, [next(counts) for _ in example.images], with_answer)
             for example, text in zip(examples, prompts, strict=True)
         ),
         strict=True,
     )
-    tokens = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    # Where the chat template does not write the token that begins a text, the tokeniser does.
+    bos = tokenizer.bos_token
+    begun = bos is not None and texts[0].startswith(bos)
+    tokens = tokenizer(list(texts), add_special_tokens=not begun, return_offsets_mapping=True)
     rows, offsets = tokens["input_ids"], tokens["offset_mapping"]
     for example, row in zip(examples, rows, strict=True):
         if len(row) > tokenizer.model_max_length:
@@ -103,7 +107,7 @@ def encode(
             config,
             input_ids=ids,
             attention_mask=mask,
-            mm_token_type_ids=spans["image"],
+            mm_token_type_ids=spans["image"] if images else None,
             pixel_values=pixels.get("pixel_values"),
             image_grid_thw=pixels.get("image_grid_thw"),
         ),
@@ -112,7 +116,7 @@ def encode(
     )
 
 
-def _render(example: Example, prompt: str, processor, family, config: Config, grids, with_answer: bool):
+def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[int], with_answer: bool):
     """The whole text of one example and its spans as ``(name, first character, past the last)``."""
     tokenizer = processor.tokenizer
     for special in tokenizer.all_special_tokens:
@@ -120,19 +124,30 @@ def _render(example: Example, prompt: str, processor, family, config: Config, gr
             raise UserError(f"example {example.id!r} holds the special token {special!r}: remove it from the text")
     content = [{"type": "image"} for _ in example.images]
     content.append({"type": "text", "text": prompt.replace("{QUESTION}", _PLACEHOLDER)})
-    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    before, after = chat.split(_PLACEHOLDER)
-    counts = iter([int(np.prod(grid)) // config.vision.merge for grid in grids])
-    before = re.sub(re.escape(family.IMAGE), lambda _: family.IMAGE * next(counts), before)
-    ranges = [("image", *m.span()) for m in re.finditer(f"(?:{re.escape(family.IMAGE)})+", before)]
-    ranges += [("image_end", *m.span()) for m in re.finditer(re.escape(family.IMAGE_END), before)]
+    rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    before, after = rendered.split(_PLACEHOLDER)
+    ranges = []
+    if example.images:
+        first, *rest = before.split(chat.placeholder)
+        if len(rest) != len(counts):
+            raise UserError(f"example {example.id!r}: the chat template shows {len(rest)} of {len(counts)} images")
+        before = first
+        for count, text in zip(counts, rest, strict=True):
+            begin = len(before) + len(chat.before)
+            before += chat.before + chat.image * count
+            ranges.append(("image", begin, len(before)))
+            before += chat.after + text
+        if chat.image_end is not None:
+            ranges += [("image_end", *m.span()) for m in re.finditer(re.escape(chat.image_end), before)]
     text = before + example.question
     ranges.append(("question", len(before), len(text)))
     text += after
     if with_answer:
-        answer = text + example.answers[0]
-        ranges += [("answer", len(text), len(answer)), ("end", len(answer), len(answer) + len(family.TURN_END))]
-        text = answer + family.TURN_END
+        # The space that separates the answer is its first token's, as in training data.
+        answer = text + chat.answer_prefix + example.answers[0]
+        turn_end = chat.turn_end or tokenizer.eos_token
+        ranges += [("answer", len(text), len(answer)), ("end", len(answer), len(answer) + len(turn_end))]
+        text = answer + turn_end
     return text, ranges
 
 

@@ -1,8 +1,12 @@
-"""Rotary angles: interleaved multimodal RoPE for the decoder, 2-D RoPE for the vision tower."""
+"""Rotary angles: one-dimensional, linear and Llama-3 scaled, both layouts of multimodal RoPE, and the towers' 2-D."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from vlm_jax.config import Rope
 
 
 def _inverse_frequencies(theta: float, dim: int) -> np.ndarray:
@@ -14,25 +18,42 @@ def _cos_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def mrope(position_ids: jax.Array, theta: float, head_dim: int, sections: tuple[int, int, int]):
-    """Interleaved M-RoPE (Qwen3-VL): frequency ``i`` turns by the position on axis t, h, w, t, h, w, ...
+def _scaled(rope: Rope, dim: int) -> np.ndarray:
+    """Inverse frequencies ``(dim / 2,)`` after the scaling of ``rope.rope_type``."""
+    frequencies = _inverse_frequencies(rope.rope_theta, dim)
+    match rope.rope_type:
+        case "linear":
+            return frequencies / np.float32(rope.factor)
+        case "llama3":
+            # Short wavelengths stay, long ones shrink by the factor, those between are blended.
+            turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+            keep = np.clip(
+                (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0
+            ).astype(np.float32)
+            return (keep * frequencies + (1 - keep) * frequencies / rope.factor).astype(np.float32)
+    return frequencies
 
-    Args:
-        position_ids: ``(3, B, T)``, axes temporal, height, width.
-        sections: frequencies per axis; a frequency beyond the height or width section is temporal.
 
-    Returns:
-        cos, sin: ``(B, T, head_dim)`` float32.
-    """
-    axis = np.zeros(head_dim // 2, np.int32)
-    for dim in (1, 2):
-        axis[dim : sections[dim] * 3 : 3] = dim
-    positions = jnp.moveaxis(position_ids[axis], 0, -1)  # (B, T, head_dim / 2)
-    return _cos_sin(positions.astype(jnp.float32) * _inverse_frequencies(theta, head_dim))
+def _axes(rope: Rope, dim: int) -> np.ndarray:
+    """Which position (0 temporal, 1 height, 2 width) turns each frequency, ``(dim / 2,)``."""
+    axis = np.zeros(dim // 2, np.int32)
+    if rope.mrope_section is None:
+        return axis
+    if not rope.mrope_interleaved:
+        return np.repeat(np.arange(3, dtype=np.int32), rope.mrope_section)
+    for dimension in (1, 2):  # t, h, w, t, h, w, ...; beyond the height or width section all is temporal
+        axis[dimension : rope.mrope_section[dimension] * 3 : 3] = dimension
+    return axis
+
+
+def rotary(position_ids: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin ``(B, T, head_dim)``, float32, at ``position_ids (3, B, T)``: temporal, height, width."""
+    positions = jnp.moveaxis(position_ids[_axes(rope, head_dim)], 0, -1)  # (B, T, head_dim / 2)
+    return _cos_sin(positions.astype(jnp.float32) * _scaled(rope, head_dim))
 
 
 def rope_2d(grid_positions: jax.Array, theta: float, head_dim: int):
-    """2-D RoPE of the vision tower: the first half of the frequencies turns by row, the second by column.
+    """2-D RoPE of a vision tower: the first half of the frequencies turns by row, the second by column.
 
     Args:
         grid_positions: ``(I, P, 2)``, row and column of each patch.

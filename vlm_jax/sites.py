@@ -36,24 +36,33 @@ LAYER_SITES = frozenset(
     )
 )
 TEXT_SITES = LAYER_SITES | {"text.embeddings", "text.norm"}
-BLOCK_SITES = frozenset(
-    f"visual.{name}"
+#: Linear maps inside one vision block, by tower; every name is the Hugging Face one.
+VISUAL_LINEARS = {
+    "qwen3": ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"),
+    "qwen2_5": ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "vit": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
+}
+_BLOCK = ("resid_pre", "attn_scores", "attn_probs", "head_out", "attn_out", "mlp_out", "resid_post")
+BLOCK_SITES = frozenset(f"visual.{name}" for names in (_BLOCK, *VISUAL_LINEARS.values()) for name in names)
+#: What each tower's projector shows beside its blocks.
+PROJECTOR_SITES = frozenset(
+    f"projector.{name}"
     for name in (
-        "resid_pre",
-        "attn.qkv",
-        "attn.proj",
-        "attn_scores",
-        "attn_probs",
-        "head_out",
-        "attn_out",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-        "mlp_out",
-        "resid_post",
+        "merger",
+        "deepstack_merger_list",
+        "mm_soft_emb_norm",
+        "mm_input_projection",
+        "linear_1",
+        "linear_2",
     )
 )
-VISUAL_SITES = BLOCK_SITES | {"visual.embeddings", "projector.merger", "projector.deepstack_merger_list"}
-SITES = TEXT_SITES | VISUAL_SITES
+SITES = TEXT_SITES | BLOCK_SITES | PROJECTOR_SITES | {"visual.embeddings"}
+
+
+def tower_sites(linears: str, *projector: str) -> frozenset[str]:
+    """The sites of a tower with these block linears and these sites of its projector."""
+    names = (f"visual.{name}" for name in ("embeddings", *_BLOCK, *VISUAL_LINEARS[linears]))
+    return frozenset([*names, *(f"projector.{name}" for name in projector)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +118,20 @@ class Probe:
         return self(site, module(x), x)
 
 
-def check(interventions: Sequence[Intervention], taps: Sequence[str], has_images: bool) -> frozenset[str]:
-    """The taps as a set, once it is sure that every tap and every intervention meets a site of this pass."""
-    present = SITES if has_images else TEXT_SITES - {"text.deepstack"}
+def check(interventions: Sequence[Intervention], taps: Sequence[str], present: frozenset[str]) -> frozenset[str]:
+    """The taps as a set, once it is sure that every tap and every intervention meets a site of this pass.
+
+    Args:
+        present: the sites that this model has for these inputs (:meth:`vlm_jax.Model.sites`).
+    """
     for name in taps:
         if name not in SITES:
             raise UserError(f"unknown tap {name!r}{nearest(name, SITES)}")
         if name not in present:
-            raise UserError(f"tap {name!r} needs an image, and these inputs have none: give images or drop the tap")
+            raise UserError(
+                f"tap {name!r} is no site of this pass: this model lacks it, or it needs an image and these inputs "
+                "have none: give images or drop the tap"
+            )
     for intervention in interventions:
         kind = type(intervention).__name__
         if unknown := intervention.sites - SITES:

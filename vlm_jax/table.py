@@ -1,7 +1,7 @@
 """The vocabulary of key tables: how a Hugging Face tensor and one of ours relate, in both directions."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,9 +9,10 @@ from vlm_jax.config import Config
 
 
 class Op(NamedTuple):
-    """An invertible change of layout. ``hf_shape`` and ``to_hf`` also get the config."""
+    """An invertible change of layout. ``read`` gives a slice of ours, from a file's lazily read tensor; ``to_hf`` and
+    ``hf_shape`` also get the config."""
 
-    to_ours: Callable[[np.ndarray], np.ndarray]
+    read: Callable[[Any, tuple[slice, ...]], np.ndarray]
     to_hf: Callable[[np.ndarray, Config], np.ndarray]
     hf_shape: Callable[[tuple[int, ...], Config], tuple[int, ...]]
 
@@ -29,15 +30,14 @@ class Row(NamedTuple):
 
 
 def _conv_shape(shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
-    vision = config.vision
-    return (shape[1], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    return (shape[1], *config.vision.conv_shape)
 
 
-KEEP = Op(lambda a: a, lambda a, _: a, lambda shape, _: shape)
-TRANSPOSE = Op(lambda a: a.T, lambda a, _: a.T, lambda shape, _: shape[::-1])
+KEEP = Op(lambda tensor, where: tensor[where], lambda a, _: a, lambda shape, _: shape)
+TRANSPOSE = Op(lambda tensor, where: tensor[where[::-1]].T, lambda a, _: a.T, lambda shape, _: shape[::-1])
 #: A convolution whose stride is its kernel is a matmul on flattened patches.
 CONV = Op(
-    lambda a: a.reshape(len(a), -1).T,
+    lambda tensor, where: tensor[:].reshape(tensor.get_shape()[0], -1).T[where],
     lambda a, config: a.T.reshape(_conv_shape(a.shape, config)),
     _conv_shape,
 )

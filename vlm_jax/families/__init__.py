@@ -1,19 +1,36 @@
-"""Model families, one file each: config mapping, key table, prompt and span rules.
+"""Model families, one file each: config mapping, key table, prompt and span rules (:mod:`vlm_jax.families.base`)."""
 
-A family is a module with ``MODEL_TYPE``, ``read_config(dict) -> Config``, ``TABLE`` (see
-:mod:`vlm_jax.checkpoint`) and ``load_processor(folder)``.
-"""
+import dataclasses
+import json
 
-from types import ModuleType
-
+from vlm_jax.config import Config
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.families import qwen3_vl
+from vlm_jax.families import gemma3, llava, qwen2_5_vl, qwen3_vl
+from vlm_jax.families.base import Family
 
-FAMILIES: dict[str, ModuleType] = {family.MODEL_TYPE: family for family in (qwen3_vl,)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for module in (qwen3_vl, qwen2_5_vl, gemma3, llava)
+    for family in (module.FAMILY, module.BACKBONE)
+}
 
 
-def family_of(model_type: str, where: str) -> ModuleType:
-    """The family for a ``config.json``'s ``model_type``; ``where`` names the file in the error."""
+def read_config(hf: dict, where: str) -> Config:
+    """Our config from a Hugging Face ``config.json``; ``where`` names the file in errors.
+
+    transformers' own config class reads it first: it knows every older spelling and fills in what is left out.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = hf.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(f"{where}: unsupported architecture {model_type!r}{nearest(str(model_type), FAMILIES)}")
-    return FAMILIES[model_type]
+    for part in ("text_config", "vision_config"):
+        if FAMILIES[model_type].chat.image and not isinstance(hf.get(part), dict):
+            raise UserError(f"{where}: field {part!r} is missing; is this a whole {model_type} folder?")
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(hf)))
+    except Exception as error:  # transformers validates with errors of many kinds
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: transformers cannot read this config ({reason}): repair it") from None
+    return dataclasses.replace(FAMILIES[model_type].read_config(hf, config, where), hf=json.dumps(hf))

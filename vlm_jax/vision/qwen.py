@@ -1,27 +1,61 @@
-"""Qwen3-VL's vision tower: interpolated position embeddings, 2-D rotary, DeepStack mergers."""
+"""What Qwen's two towers share: images of any size as packed patches, 2-D rotary attention, merged tokens."""
 
-from typing import NamedTuple
+import dataclasses
+import math
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vlm_jax.config import VisionConfig
-from vlm_jax.inputs import Images
-from vlm_jax.layers import Embedding, LayerNorm, Linear, attend, rotate
-from vlm_jax.rope import rope_2d
-from vlm_jax.sites import BLOCK_SITES, Context, Probe
+from vlm_jax.errors import UserError
+from vlm_jax.inputs import PATCH_BUCKET, Images, bucket
+from vlm_jax.layers import Linear, attend, rotate
+from vlm_jax.sites import Probe
 
 
-class Features(NamedTuple):
-    """Visual tokens in the decoder's width: merged ``(I, P / merge, D)``, deepstack ``(K, I, P / merge, D)``."""
+@dataclasses.dataclass(frozen=True)
+class QwenVision(VisionConfig):
+    """A tower whose ``spatial_merge_size`` x ``spatial_merge_size`` neighbouring patches become one visual token."""
 
-    merged: jax.Array
-    deepstack: jax.Array
+    temporal_patch_size: int
+    spatial_merge_size: int
+    rope_theta: float
+
+    @property
+    def conv_shape(self) -> tuple[int, ...]:
+        return self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size
+
+    @property
+    def merge(self) -> int:
+        """Patches that become one visual token."""
+        return self.spatial_merge_size**2
+
+    def token_counts(self, pixels) -> list[int]:
+        return [int(np.prod(grid)) // self.merge for grid in pixels["image_grid_thw"]]
+
+    def images(self, pixel_values: np.ndarray, image_grid_thw) -> tuple[Images, list[int]]:
+        """Pads the packed patches ``(patches of all images, patch_dim)`` to ``(I, P, patch_dim)``."""
+        grids = np.zeros((0, 3), int) if image_grid_thw is None else np.asarray(image_grid_thw, int).reshape(-1, 3)
+        counts = grids.prod(1)
+        if len(pixel_values) != counts.sum():
+            raise UserError(
+                f"pixel_values has {len(pixel_values)} patches but image_grid_thw describes {counts.sum()}: "
+                "pass the arrays of one processor call unchanged"
+            )
+        longest = bucket(int(counts.max()), math.lcm(PATCH_BUCKET, self.merge))
+        pixels = np.zeros((len(grids), longest, pixel_values.shape[-1]), np.float32)
+        where = np.zeros((len(grids), longest, 2), np.int32)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        for i, (frames, height, width) in enumerate(grids):
+            pixels[i, : counts[i]] = pixel_values[starts[i] : starts[i + 1]]
+            where[i, : counts[i]] = np.tile(merge_order(height, width, self.spatial_merge_size), (frames, 1))
+        mask = np.arange(longest) < counts[:, None]
+        return Images(pixels, mask, where, stride=longest // self.merge), (counts // self.merge).tolist()
 
 
 class Attention(nnx.Module):
-    def __init__(self, key, config: VisionConfig):
+    def __init__(self, key, config: QwenVision):
         qkv, proj = jax.random.split(key)
         width = config.hidden_size
         self.heads = config.num_heads
@@ -36,93 +70,8 @@ class Attention(nnx.Module):
         return probe.linear("visual.attn.proj", self.proj, out)
 
 
-class MLP(nnx.Module):
-    def __init__(self, key, config: VisionConfig):
-        fc1, fc2 = jax.random.split(key)
-        self.linear_fc1 = Linear(fc1, config.hidden_size, config.intermediate_size, bias=True)
-        self.linear_fc2 = Linear(fc2, config.intermediate_size, config.hidden_size, bias=True)
-
-    def __call__(self, x, probe: Probe):
-        hidden = jax.nn.gelu(probe.linear("visual.mlp.linear_fc1", self.linear_fc1, x), approximate=True)
-        return probe.linear("visual.mlp.linear_fc2", self.linear_fc2, hidden)
-
-
-class Block(nnx.Module):
-    def __init__(self, key, config: VisionConfig):
-        attn, mlp = jax.random.split(key)
-        self.norm1 = LayerNorm(config.hidden_size)
-        self.norm2 = LayerNorm(config.hidden_size)
-        self.attn = Attention(attn, config)
-        self.mlp = MLP(mlp, config)
-
-    def __call__(self, x, rope, mask, probe: Probe):
-        x = probe("visual.resid_pre", x)
-        x = x + probe("visual.attn_out", self.attn(self.norm1(x), rope, mask, probe))
-        x = x + probe("visual.mlp_out", self.mlp(self.norm2(x), probe))
-        return probe("visual.resid_post", x)
-
-
-class PatchMerger(nnx.Module):
-    """``merge`` neighbouring patches become one visual token. GELU is the exact one, unlike in the blocks."""
-
-    def __init__(self, key, config: VisionConfig, use_postshuffle_norm: bool):
-        fc1, fc2 = jax.random.split(key)
-        width = config.hidden_size * config.merge
-        self.merge, self.use_postshuffle_norm = config.merge, use_postshuffle_norm
-        self.norm = LayerNorm(width if use_postshuffle_norm else config.hidden_size)
-        self.linear_fc1 = Linear(fc1, width, width, bias=True)
-        self.linear_fc2 = Linear(fc2, width, config.out_hidden_size, bias=True)
-
-    def __call__(self, x):
-        images, patches, width = x.shape
-        if not self.use_postshuffle_norm:
-            x = self.norm(x)
-        x = x.reshape(images, patches // self.merge, self.merge * width)
-        if self.use_postshuffle_norm:
-            x = self.norm(x)
-        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
-
-
-class VisionTower(nnx.Module):
-    def __init__(self, key, config: VisionConfig):
-        patch, position, blocks, merger, deepstack = jax.random.split(key, 5)
-        self.config = config
-        self.patch_embed = Linear(patch, config.patch_dim, config.hidden_size, bias=True)
-        self.pos_embed = Embedding(position, config.num_position_embeddings, config.hidden_size)
-        self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(blocks, config.depth))
-        self.merger = PatchMerger(merger, config, use_postshuffle_norm=False)
-        self.deepstack_merger_list = jax.vmap(lambda k: PatchMerger(k, config, use_postshuffle_norm=True))(
-            jax.random.split(deepstack, len(config.deepstack_visual_indexes))
-        )
-
-    def __call__(self, images: Images, interventions=(), taps: frozenset[str] = frozenset()):
-        """Visual tokens of every image.
-
-        Returns:
-            Features, and the taps: ``(I, P, ...)``, those of the blocks with a leading block axis.
-        """
-        config = self.config
-        outer = Probe(interventions, taps, Context())
-        dtype = self.patch_embed.kernel[...].dtype
-        x = self.patch_embed(images.pixel_values.astype(dtype))
-        positions = (self.pos_embed(images.position_index) * images.position_weight[..., None]).sum(2)
-        x = outer("visual.embeddings", x + positions.astype(dtype))
-        rope = rope_2d(images.grid_positions, config.rope_theta, config.hidden_size // config.num_heads)
-        mask = images.patch_mask[:, None, :] & images.patch_mask[:, :, None]
-
-        count = len(config.deepstack_visual_indexes)
-        slots = jnp.full(config.depth, count).at[jnp.array(config.deepstack_visual_indexes, int)].set(jnp.arange(count))
-
-        def body(carry, layer):
-            x, kept = carry
-            block, index, slot = layer
-            probe = Probe(interventions, taps & BLOCK_SITES, Context(layer=index))
-            x = block(x, rope, mask, probe)
-            return (x, kept.at[slot].set(x, mode="drop")), probe.taps
-
-        kept = jnp.zeros((count, *x.shape), dtype)
-        (x, kept), block_taps = jax.lax.scan(body, (x, kept), (self.blocks, jnp.arange(config.depth), slots))
-        merged = outer("projector.merger", self.merger(x))
-        deepstack = jax.vmap(lambda merger, h: merger(h))(self.deepstack_merger_list, kept)
-        deepstack = outer("projector.deepstack_merger_list", deepstack)
-        return Features(merged, deepstack), {**outer.taps, **block_taps}
+def merge_order(height: int, width: int, merge: int) -> np.ndarray:
+    """Row and column of every patch ``(height * width, 2)``, in the processor's order: merge block by merge block."""
+    grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1)
+    blocks = grid.reshape(height // merge, merge, width // merge, merge, 2)
+    return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)

@@ -1,0 +1,221 @@
+"""What a family is, and what the families share: the decoder's fields and keys, and processors without video."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.config import Config, Rope, TextConfig
+from vlm_jax.errors import UserError
+from vlm_jax.layers import ACTIVATIONS
+from vlm_jax.table import KEEP, TRANSPOSE, Row, linear
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """How prompts spell images and turns.
+
+    placeholder: what the chat template writes for an image; before, image, after: what stands there in its place,
+    ``image`` once per visual token. image_end: the token that closes an image, None where the family has none.
+    turn_end: what ends the answer's turn; the tokeniser's end token where None. answer_prefix: what separates the
+    prompt from the answer.
+    """
+
+    placeholder: str = ""
+    image: str = ""
+    before: str = ""
+    after: str = ""
+    image_end: str | None = None
+    turn_end: str | None = None
+    answer_prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One ``model_type``.
+
+    read_config: ``(config.json, its transformers config, where) -> Config``. table: every tensor of a checkpoint.
+    layers: Hugging Face (and PEFT) module name of the stack of decoder layers. spellings: ``(on disk, in the table)``
+    prefixes of tensor names; the first whose table prefix fits is the one written. load_processor: of a folder.
+    """
+
+    model_type: str
+    read_config: Callable[[dict, Any, str], Config]
+    table: tuple[Row, ...]
+    layers: str
+    load_processor: Callable[[Path], Any]
+    spellings: tuple[tuple[str, str], ...] = ()
+    chat: Chat = Chat()
+
+    def in_table(self, key: str) -> str:
+        """The table's name of a tensor that a file calls ``key``."""
+        for disk, table in self.spellings:
+            if key.startswith(disk):
+                return table + key.removeprefix(disk)
+        return key
+
+    def on_disk(self, key: str) -> str:
+        """The published name of a tensor that the table calls ``key``."""
+        for disk, table in self.spellings:
+            if key.startswith(table):
+                return disk + key.removeprefix(table)
+        return key
+
+
+def decoder_rows(prefix: str, head: str = "lm_head") -> tuple[Row, ...]:
+    """The rows of a decoder whose Hugging Face module is ``prefix``, all its options included: a model lacks some."""
+    layer = f"{prefix}.layers.{{}}"
+    linears = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    norms = ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm")
+    norms += ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    return (
+        Row(f"{prefix}.embed_tokens.weight", "text.embed_tokens.weight", KEEP),
+        *(row for name in linears for row in linear(f"{layer}.{name}", f"text.layers.{name}")),
+        *(Row(f"{layer}.{name}.weight", f"text.layers.{name}.weight", KEEP) for name in norms),
+        Row(f"{prefix}.norm.weight", "text.norm.weight", KEEP),
+        Row(f"{head}.weight", "text.lm_head.kernel", TRANSPOSE),
+    )
+
+
+def supported(where: str, field: str, value: Any, values) -> Any:
+    """``value`` if it is one of ``values``, else an error that names the field and the supported values."""
+    if value not in values:
+        raise UserError(f"{where}: {field} = {value!r} is not supported, only {', '.join(map(repr, values))}")
+    return value
+
+
+def positive(where: str, config: Any, *fields: str) -> dict[str, int]:
+    """Fields of a transformers config that must be whole numbers above 0."""
+    found = {}
+    for field in fields:
+        value = getattr(config, field, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{where}: {field} = {value!r} is not supported, only a whole number above 0")
+        found[field] = value
+    return found
+
+
+def read_text(text: Any, where: str, *, tied: bool, **own: Any) -> TextConfig:
+    """The decoder's config from a transformers text config, and from ``own`` what is particular to the family."""
+    sizes = positive(
+        where,
+        text,
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        if sizes["num_attention_heads"] % sizes[field]:
+            raise UserError(f"{where}: num_attention_heads must be a multiple of {field} = {sizes[field]}")
+    depth = sizes["num_hidden_layers"]
+    layer_types = tuple(getattr(text, "layer_types", None) or ("full_attention",) * depth)
+    for kind in layer_types:
+        supported(where, "layer_types", kind, ("full_attention", "sliding_attention"))
+    if len(layer_types) != depth:
+        raise UserError(f"{where}: layer_types has {len(layer_types)} entries for {depth} layers: give one per layer")
+    act = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
+    head_dim = getattr(text, "head_dim", None) or sizes["hidden_size"] // sizes["num_attention_heads"]
+    kinds = [kind for kind in ("full_attention", "sliding_attention") if kind in layer_types]
+    parameters = text.rope_parameters
+    rope = {kind: read_rope(parameters.get(kind, parameters), where) for kind in kinds}
+    for kind in rope.values():
+        if kind.mrope_section is not None and sum(kind.mrope_section) != head_dim // 2:
+            raise UserError(f"{where}: mrope_section must add up to half of head_dim = {head_dim}")
+    return TextConfig(
+        **sizes,
+        head_dim=head_dim,
+        rms_norm_eps=text.rms_norm_eps,
+        tie_word_embeddings=tied,
+        rope=tuple(rope.items()),
+        layer_types=layer_types,
+        sliding_window=text.sliding_window if "sliding_attention" in layer_types else None,
+        hidden_act=supported(where, "hidden_act", act, tuple(ACTIVATIONS)),
+        **own,
+    )
+
+
+def read_rope(parameters: dict, where: str) -> Rope:
+    """A ``rope_parameters`` entry."""
+    kind = parameters.get("rope_type", "default")
+    kind = "default" if kind == "mrope" else kind  # Qwen2.5-VL's older name of what its sections say
+    supported(where, "rope_type", kind, ("default", "linear", "llama3"))
+    fields = {f.name for f in dataclasses.fields(Rope)}
+    found = {k: v for k, v in parameters.items() if k in fields and v is not None}
+    if found.get("mrope_section") is not None:
+        found["mrope_section"] = tuple(found["mrope_section"])
+    return Rope(**{**found, "rope_type": kind, "rope_theta": float(found["rope_theta"])})
+
+
+def token_ids(hf: dict, config: Any) -> dict[str, Any]:
+    """Which tokens end a turn and which pads, as fields of :class:`Config`."""
+    text = config.get_text_config()
+    eos, pad = (hf.get(name, getattr(text, name, None)) for name in ("eos_token_id", "pad_token_id"))
+    eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    return {"eos_token_ids": eos, "pad_token_id": next((p for p in (pad, *eos) if p is not None), 0)}
+
+
+def read_backbone(model_type: str, **own: Any) -> Callable[[dict, Any, str], Config]:
+    """``read_config`` of a text-only model; ``own(text)`` values that are callables are read from its config."""
+
+    def read_config(hf: dict, config: Any, where: str) -> Config:
+        options = {k: v(config) if callable(v) else v for k, v in own.items()}
+        text = read_text(config, where, tied=bool(config.tie_word_embeddings), **options)
+        return Config(model_type, text, None, None, **token_ids(hf, config))
+
+    return read_config
+
+
+class TextProcessor:
+    """A tokeniser in the place of a processor, for text-only models."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; without a chat template, the messages' own."""
+        flat = [{"role": m["role"], "content": "".join(part["text"] for part in m["content"])} for m in messages]
+        if self.tokenizer.chat_template is None:
+            return "".join(message["content"] for message in flat)
+        return self.tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def load_tokenizer(folder: Path) -> TextProcessor:
+    from transformers import AutoTokenizer
+
+    return TextProcessor(AutoTokenizer.from_pretrained(folder))
+
+
+def load_parts(folder: Path) -> dict[str, Any]:
+    """Image processor (PIL, torch-free), tokeniser and chat template of a folder."""
+    import json
+
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = tokenizer.chat_template
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text()
+    elif (folder / "chat_template.json").is_file():
+        template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return {"image_processor": images, "tokenizer": tokenizer, "chat_template": template}
+
+
+def without_video(processor: type) -> type:
+    """A Qwen processor class without its video part, which alone would need torchvision."""
+    from transformers.processing_utils import ProcessorMixin
+
+    class ImageOnlyProcessor(processor):
+        """``ProcessorMixin`` loads what ``__init__`` names, so naming no video processor leaves it out."""
+
+        def __init__(self, image_processor, tokenizer, chat_template=None, **ignored):
+            for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
+                short, token = name.removesuffix("_pad"), f"<|{name}|>"
+                setattr(self, f"{short}_token", token)
+                setattr(self, f"{short}_token_id", tokenizer.convert_tokens_to_ids(token))
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    return ImageOnlyProcessor

@@ -1,0 +1,100 @@
+"""Qwen2.5-VL and Qwen2.5."""
+
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.config import Config
+from vlm_jax.families.base import (
+    Chat,
+    Family,
+    decoder_rows,
+    load_parts,
+    load_tokenizer,
+    positive,
+    read_backbone,
+    read_text,
+    supported,
+    token_ids,
+    without_video,
+)
+from vlm_jax.layers import ACTIVATIONS
+from vlm_jax.table import CONV, KEEP, Row, linear
+from vlm_jax.vision.qwen2_5 import Qwen25Vision
+
+_BLOCK, _OURS = "model.visual.blocks.{}", "visual.blocks"
+_BIAS = ("q_proj", "k_proj", "v_proj")  # the output has none, whatever the config says
+
+
+def read_config(hf: dict, config: Any, where: str) -> Config:
+    text, vision = config.text_config, config.vision_config
+    tied = bool(hf.get("tie_word_embeddings", hf["text_config"].get("tie_word_embeddings", False)))
+    sizes = positive(
+        where,
+        vision,
+        "depth",
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "in_channels",
+        "patch_size",
+        "temporal_patch_size",
+        "spatial_merge_size",
+        "out_hidden_size",
+        "window_size",
+    )
+    return Config(
+        family="qwen2_5_vl",
+        text=read_text(text, where, tied=tied, attention_bias=_BIAS),
+        vision=Qwen25Vision(
+            **sizes,
+            hidden_act=supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),
+            rope_theta=vision.rope_parameters["rope_theta"],
+            fullatt_block_indexes=tuple(vision.fullatt_block_indexes),
+        ),
+        image_token_id=config.image_token_id,
+        **token_ids(hf, config),
+    )
+
+
+def load_processor(folder: Path):
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+
+    return without_video(Qwen2_5_VLProcessor)(**load_parts(folder))
+
+
+FAMILY = Family(
+    model_type="qwen2_5_vl",
+    read_config=read_config,
+    table=(
+        *decoder_rows("model.language_model"),
+        Row("model.visual.patch_embed.proj.weight", "visual.patch_embed.kernel", CONV),
+        Row(f"{_BLOCK}.norm1.weight", f"{_OURS}.norm1.weight", KEEP),
+        Row(f"{_BLOCK}.norm2.weight", f"{_OURS}.norm2.weight", KEEP),
+        *(
+            row
+            for name in ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+            for row in linear(f"{_BLOCK}.{name}", f"{_OURS}.{name}")
+        ),
+        Row("model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight", KEEP),
+        *linear("model.visual.merger.mlp.0", "visual.merger.linear_1"),
+        *linear("model.visual.merger.mlp.2", "visual.merger.linear_2"),
+    ),
+    layers="model.language_model.layers",
+    load_processor=load_processor,
+    # "model.language_model." and "model.visual." are transformers' own; the hub has neither.
+    spellings=(
+        ("visual.", "model.visual."),
+        ("model.embed_tokens.", "model.language_model.embed_tokens."),
+        ("model.layers.", "model.language_model.layers."),
+        ("model.norm.", "model.language_model.norm."),
+    ),
+    chat=Chat("<|image_pad|>", "<|image_pad|>", image_end="<|vision_end|>", turn_end="<|im_end|>"),
+)
+BACKBONE = Family(
+    model_type="qwen2",
+    read_config=read_backbone("qwen2", attention_bias=_BIAS),
+    table=decoder_rows("model"),
+    layers="model.layers",
+    load_processor=load_tokenizer,
+    chat=Chat(turn_end="<|im_end|>"),
+)

@@ -1,0 +1,46 @@
+"""What Gemma 3 and LLaVA share: the config and the keys of a SigLIP or CLIP tower."""
+
+from typing import Any
+
+from vlm_jax.families.base import positive, supported
+from vlm_jax.layers import ACTIVATIONS
+from vlm_jax.table import CONV, KEEP, Row, linear, norm
+
+
+def read_tower(vision: Any, where: str) -> dict[str, Any]:
+    """The fields of :class:`vlm_jax.vision.vit.ViTVision` but the decoder's width."""
+    sizes = positive(
+        where,
+        vision,
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_channels",
+        "hidden_size",
+        "intermediate_size",
+        "patch_size",
+        "image_size",
+    )
+    return {
+        "depth": sizes.pop("num_hidden_layers"),
+        "num_heads": sizes.pop("num_attention_heads"),
+        "in_channels": sizes.pop("num_channels"),
+        "hidden_act": supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),
+        "layer_norm_eps": vision.layer_norm_eps,
+        **sizes,
+    }
+
+
+def encoder_rows(tower: str) -> tuple[Row, ...]:
+    """Every tensor of the tower that transformers calls ``tower``; SigLIP and CLIP each lack some."""
+    layer = f"{tower}.encoder.layers.{{}}"
+    linears = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+    return (
+        Row(f"{tower}.embeddings.class_embedding", "visual.class_embedding", KEEP),
+        Row(f"{tower}.embeddings.patch_embedding.weight", "visual.patch_embedding.kernel", CONV),
+        Row(f"{tower}.embeddings.patch_embedding.bias", "visual.patch_embedding.bias", KEEP),
+        Row(f"{tower}.embeddings.position_embedding.weight", "visual.position_embedding.weight", KEEP),
+        *norm(f"{tower}.pre_layrnorm", "visual.pre_layrnorm"),
+        *(row for name in linears for row in linear(f"{layer}.{name}", f"visual.layers.{name}")),
+        *(row for n in ("layer_norm1", "layer_norm2") for row in norm(f"{layer}.{n}", f"visual.layers.{n}")),
+        *norm(f"{tower}.post_layernorm", "visual.post_layernorm"),
+    )

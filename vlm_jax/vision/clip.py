@@ -1,0 +1,93 @@
+"""LLaVA's vision tower: CLIP, of which one or several hidden layers are read, and a two-layer projector."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlm_jax.inputs import Images
+from vlm_jax.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
+from vlm_jax.sites import Context, Probe, tower_sites
+from vlm_jax.vision.blocks import Features, scan_blocks
+from vlm_jax.vision.vit import ViTVision, encoder_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVision(ViTVision):
+    """vision_feature_layer: the hidden states read, 0 being the embeddings and negative ones counted from the last.
+    keep_cls: whether the class token is one of the visual tokens (``vision_feature_select_strategy`` "full")."""
+
+    vision_feature_layer: tuple[int, ...]
+    keep_cls: bool
+    projector_hidden_act: str
+    projector_bias: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.side**2 + self.keep_cls
+
+    def tower(self, key) -> "VisionTower":
+        return VisionTower(key, self)
+
+    @property
+    def hidden_states(self) -> tuple[int, ...]:
+        """``vision_feature_layer`` with negative ones resolved."""
+        return tuple(layer % (self.depth + 1) for layer in self.vision_feature_layer)
+
+
+class Projector(nnx.Module):
+    def __init__(self, key, config: ClipVision):
+        first, second = jax.random.split(key)
+        self.act = config.projector_hidden_act
+        width = config.hidden_size * len(config.vision_feature_layer)
+        self.linear_1 = Linear(first, width, config.out_hidden_size, config.projector_bias)
+        self.linear_2 = Linear(second, config.out_hidden_size, config.out_hidden_size, config.projector_bias)
+
+    def __call__(self, x, probe: Probe):
+        x = ACTIVATIONS[self.act](probe.linear("projector.linear_1", self.linear_1, x))
+        return probe.linear("projector.linear_2", self.linear_2, x)
+
+
+class VisionTower(nnx.Module):
+    """The layers above the highest hidden state that is read are kept, for saving, but not run."""
+
+    SITES = tower_sites("vit", "linear_1", "linear_2")
+
+    def __init__(self, key, config: ClipVision):
+        patch, position, layers, projector = jax.random.split(key, 4)
+        self.config = config
+        self.class_embedding = nnx.Param(jnp.zeros(config.hidden_size))
+        self.patch_embedding = Linear(patch, config.patch_dim, config.hidden_size)
+        self.position_embedding = Embedding(position, config.side**2 + 1, config.hidden_size)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layers = encoder_layers(layers, config)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.multi_modal_projector = Projector(projector, config)
+
+    def __call__(self, images: Images, interventions=(), taps: frozenset[str] = frozenset()):
+        """Visual tokens of every image.
+
+        Returns:
+            Features, and the taps: ``(I, 1 + P, ...)``, the class token first, those of the layers with a leading
+            axis of the layers that are run.
+        """
+        config = self.config
+        outer = Probe(interventions, taps, Context())
+        x = self.patch_embedding(images.pixel_values.astype(self.patch_embedding.kernel[...].dtype))
+        cls = jnp.broadcast_to(self.class_embedding[...], (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([cls, x], 1) + self.position_embedding.weight[...]
+        x = outer("visual.embeddings", self.pre_layrnorm(x))
+        hidden = sorted(set(config.hidden_states))
+        _, kept, layer_taps = scan_blocks(
+            jax.tree.map(lambda a: a[: hidden[-1]], self.layers),
+            x,
+            lambda layer, x, _, probe: layer(x, probe),
+            keep=tuple(h - 1 for h in hidden if h),
+            interventions=interventions,
+            taps=taps,
+        )
+        states = dict(zip([h for h in hidden if h], kept, strict=True)) | {0: x}
+        features = jnp.concatenate([states[h] for h in config.hidden_states], -1)
+        features = self.multi_modal_projector(features if config.keep_cls else features[:, 1:], outer)
+        return Features(features), {**outer.taps, **layer_taps}

@@ -1,0 +1,118 @@
+"""Qwen2.5-VL's vision tower: attention inside windows, with a few blocks that see the whole image.
+
+transformers sorts the patches by window, attends within runs of them and undoes the order after the merger. Attention
+does not care about order, so here the patches stay where they are and a mask says which share a window.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlm_jax.inputs import Images
+from vlm_jax.layers import ACTIVATIONS, Linear, RMSNorm
+from vlm_jax.rope import rope_2d
+from vlm_jax.sites import Context, Probe, tower_sites
+from vlm_jax.vision.blocks import Features, scan_blocks
+from vlm_jax.vision.qwen import Attention, QwenVision
+
+_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen25Vision(QwenVision):
+    window_size: int
+    fullatt_block_indexes: tuple[int, ...]
+
+    @property
+    def window_side(self) -> int:
+        """Patches along a window's side."""
+        return self.window_size // self.spatial_merge_size // self.patch_size * self.spatial_merge_size
+
+    def tower(self, key) -> "VisionTower":
+        return VisionTower(key, self)
+
+
+class MLP(nnx.Module):
+    def __init__(self, key, config: Qwen25Vision):
+        gate, up, down = jax.random.split(key, 3)
+        self.hidden_act = config.hidden_act
+        self.gate_proj = Linear(gate, config.hidden_size, config.intermediate_size, bias=True)
+        self.up_proj = Linear(up, config.hidden_size, config.intermediate_size, bias=True)
+        self.down_proj = Linear(down, config.intermediate_size, config.hidden_size, bias=True)
+
+    def __call__(self, x, probe: Probe):
+        gate = ACTIVATIONS[self.hidden_act](probe.linear("visual.mlp.gate_proj", self.gate_proj, x))
+        hidden = gate * probe.linear("visual.mlp.up_proj", self.up_proj, x)
+        return probe.linear("visual.mlp.down_proj", self.down_proj, hidden)
+
+
+class Block(nnx.Module):
+    def __init__(self, key, config: Qwen25Vision):
+        attn, mlp = jax.random.split(key)
+        self.norm1 = RMSNorm(config.hidden_size, _EPS)
+        self.norm2 = RMSNorm(config.hidden_size, _EPS)
+        self.attn = Attention(attn, config)
+        self.mlp = MLP(mlp, config)
+
+    def __call__(self, x, rope, mask, probe: Probe):
+        x = probe("visual.resid_pre", x)
+        x = x + probe("visual.attn_out", self.attn(self.norm1(x), rope, mask, probe))
+        x = x + probe("visual.mlp_out", self.mlp(self.norm2(x), probe))
+        return probe("visual.resid_post", x)
+
+
+class PatchMerger(nnx.Module):
+    """``merge`` neighbouring patches become one visual token; its GELU is the exact one."""
+
+    def __init__(self, key, config: Qwen25Vision):
+        first, second = jax.random.split(key)
+        width = config.hidden_size * config.merge
+        self.merge = config.merge
+        self.ln_q = RMSNorm(config.hidden_size, _EPS)
+        self.linear_1 = Linear(first, width, width, bias=True)
+        self.linear_2 = Linear(second, width, config.out_hidden_size, bias=True)
+
+    def __call__(self, x):
+        images, patches, width = x.shape
+        x = self.ln_q(x).reshape(images, patches // self.merge, self.merge * width)
+        return self.linear_2(ACTIVATIONS["gelu"](self.linear_1(x)))
+
+
+class VisionTower(nnx.Module):
+    SITES = tower_sites("qwen2_5", "merger")
+
+    def __init__(self, key, config: Qwen25Vision):
+        patch, blocks, merger = jax.random.split(key, 3)
+        self.config = config
+        self.patch_embed = Linear(patch, config.patch_dim, config.hidden_size)
+        self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(blocks, config.depth))
+        self.merger = PatchMerger(merger, config)
+
+    def __call__(self, images: Images, interventions=(), taps: frozenset[str] = frozenset()):
+        """Visual tokens of every image.
+
+        Returns:
+            Features, and the taps: ``(I, P, ...)``, those of the blocks with a leading block axis.
+        """
+        config = self.config
+        outer = Probe(interventions, taps, Context())
+        x = self.patch_embed(images.pixel_values.astype(self.patch_embed.kernel[...].dtype))
+        x = outer("visual.embeddings", x)
+        rope = rope_2d(images.grid_positions, config.rope_theta, config.hidden_size // config.num_heads)
+        seen = images.patch_mask[:, None, :] & images.patch_mask[:, :, None]
+        window = images.grid_positions // config.window_side
+        inside = seen & (window[:, None, :] == window[:, :, None]).all(-1)
+        full = np.isin(np.arange(config.depth), config.fullatt_block_indexes)
+        x, _, block_taps = scan_blocks(
+            self.blocks,
+            x,
+            lambda block, x, full, probe: block(x, rope, jnp.where(full, seen, inside), probe),
+            each=jnp.asarray(full),
+            interventions=interventions,
+            taps=taps,
+        )
+        merged = outer("projector.merger", self.merger(x))
+        return Features(merged), {**outer.taps, **block_taps}

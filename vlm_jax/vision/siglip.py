@@ -1,0 +1,69 @@
+"""Gemma 3's vision tower: SigLIP, and a projector that pools neighbouring patches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlm_jax.inputs import Images
+from vlm_jax.layers import Embedding, LayerNorm, Linear, RMSNorm
+from vlm_jax.sites import Context, Probe, tower_sites
+from vlm_jax.vision.blocks import Features, scan_blocks
+from vlm_jax.vision.vit import ViTVision, encoder_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVision(ViTVision):
+    mm_tokens_per_image: int
+
+    @property
+    def tokens(self) -> int:
+        return self.mm_tokens_per_image
+
+    def tower(self, key) -> "VisionTower":
+        return VisionTower(key, self)
+
+
+class Projector(nnx.Module):
+    """Average-pools the patches to ``mm_tokens_per_image``, norms them, and maps them to the decoder's width."""
+
+    def __init__(self, key, config: SiglipVision):
+        self.side, self.pooled = config.side, int(config.mm_tokens_per_image**0.5)
+        self.mm_soft_emb_norm = RMSNorm(config.hidden_size, config.layer_norm_eps, unit_offset=True)
+        self.mm_input_projection = Linear(key, config.hidden_size, config.out_hidden_size)
+
+    def __call__(self, x, probe: Probe):
+        images, _, width = x.shape
+        block = self.side // self.pooled
+        x = x.reshape(images, self.side, self.side, width)[:, : block * self.pooled, : block * self.pooled]
+        x = x.reshape(images, self.pooled, block, self.pooled, block, width).mean((2, 4), dtype=jnp.float32)
+        x = x.astype(self.mm_input_projection.kernel[...].dtype).reshape(images, self.pooled**2, width)
+        x = probe("projector.mm_soft_emb_norm", self.mm_soft_emb_norm(x))
+        return probe.linear("projector.mm_input_projection", self.mm_input_projection, x)
+
+
+class VisionTower(nnx.Module):
+    SITES = tower_sites("vit", "mm_soft_emb_norm", "mm_input_projection")
+
+    def __init__(self, key, config: SiglipVision):
+        patch, position, layers, projector = jax.random.split(key, 4)
+        self.patch_embedding = Linear(patch, config.patch_dim, config.hidden_size, bias=True)
+        self.position_embedding = Embedding(position, config.side**2, config.hidden_size)
+        self.layers = encoder_layers(layers, config)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.multi_modal_projector = Projector(projector, config)
+
+    def __call__(self, images: Images, interventions=(), taps: frozenset[str] = frozenset()):
+        """Visual tokens of every image.
+
+        Returns:
+            Features, and the taps: ``(I, P, ...)``, those of the layers with a leading layer axis.
+        """
+        outer = Probe(interventions, taps, Context())
+        x = self.patch_embedding(images.pixel_values.astype(self.patch_embedding.kernel[...].dtype))
+        x = outer("visual.embeddings", x + self.position_embedding.weight[...])
+        call = lambda layer, x, _, probe: layer(x, probe)  # noqa: E731
+        x, _, layer_taps = scan_blocks(self.layers, x, call, interventions=interventions, taps=taps)
+        features = self.multi_modal_projector(self.post_layernorm(x), outer)
+        return Features(features), {**outer.taps, **layer_taps}
