@@ -16,9 +16,9 @@ import vlm_jax
 from eval.metrics import exact_match
 from interventions.adapters import load_peft
 from vlm_jax import Model
-from vlm_jax.checkpoint import load_with_processor
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command
+from vlm_jax.options import ModelOptions
 from vlm_jax.prompts import batches, compiled_shapes
 from vlm_jax.runs import Run
 
@@ -27,11 +27,9 @@ _LENGTH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(ModelOptions):
     """Score a model's greedy answers to P0's prompt by exact match (case, outer punctuation and spacing ignored)."""
 
-    model: str = "mini-qwen3-vl"
-    """Embedded model, Hugging Face folder or hub id."""
     task: str = "mini-okvqa"
     """Task name, family (knowledge, perception) or JSONL file."""
     adapter: Path | None = None
@@ -106,7 +104,7 @@ def main(args: Args) -> None:
     for name in ("batch", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
-    model, processor = load_with_processor(args.model)
+    model, processor = args.load()
     interventions = () if args.adapter is None else (load_peft(model, args.adapter),)
     run = Run.open(args.out, args, model.config)
     answers = answer(

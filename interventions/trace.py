@@ -18,10 +18,10 @@ from tqdm import tqdm
 from interventions.kinds import Add, Patch
 from interventions.sweep import sweep
 from vlm_jax import Inputs, Model
-from vlm_jax.checkpoint import load_with_processor
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command
 from vlm_jax.inputs import bucket
+from vlm_jax.options import ModelOptions
 from vlm_jax.prompts import batches, compiled_shapes, positions
 from vlm_jax.runs import Run
 
@@ -269,11 +269,9 @@ def module_names(depth: int) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(TraceOptions):
+class Args(TraceOptions, ModelOptions):
     """Trace which layers' attention and MLP outputs restore the answer when the question is corrupted (P0)."""
 
-    model: str = "mini-qwen3-vl"
-    """Embedded model, Hugging Face folder or hub id."""
     task: str = "mini-okvqa"
     """Task name, family (knowledge, perception) or JSONL file."""
     limit: int = 96
@@ -289,7 +287,7 @@ def main(args: Args) -> None:
     examples = load_task(args.task, split="trace", limit=args.limit)
     if args.batch < 1:
         raise UserError(f"--batch is {args.batch}: give at least 1")
-    model, processor = load_with_processor(args.model)
+    model, processor = args.load()
     run = Run.open(args.out, args, model.config)
     traced = trace_examples(model, processor, examples, args, args.task)
     summary = {"task": args.task, **summarise(traced, args.min_te)}

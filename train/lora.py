@@ -34,10 +34,10 @@ from interventions.placement import (
 from interventions.trace import Trace, TraceOptions, module_names, summarise, trace_examples
 from train.loop import fit
 from vlm_jax import Model
-from vlm_jax.checkpoint import load_with_processor
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command, nearest
 from vlm_jax.inputs import Inputs
+from vlm_jax.options import ModelOptions
 from vlm_jax.prompts import Batch, check_fit, encode, positions
 from vlm_jax.runs import Run
 
@@ -47,11 +47,9 @@ _LR, _LR_WIDTH = 2e-4, 2560
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(ModelOptions):
     """Trace knowledge and perception tasks, place LoRA where they differ, train, evaluate, print P0's Table 1."""
 
-    model: str = "mini-qwen3-vl"
-    """Embedded model, Hugging Face folder or hub id."""
     placement: str = "task_diff"
     """Where LoRA goes: all, random, shared, task_diff, or a JSON file with module names such as ["L2-attn"]."""
     baselines: bool = True
@@ -261,7 +259,7 @@ def main(args: Args) -> None:
         raise UserError(
             f"placement {args.placement!r} needs traced examples of {' and '.join(missing)}: --trace has none"
         )
-    model, processor = load_with_processor(args.model)
+    model, processor = args.load()
     check_options(args, model.config.text.num_hidden_layers)
     run = Run.open(args.out, args, model.config)
     for examples in (*train.values(), *test.values(), *traced.values()):

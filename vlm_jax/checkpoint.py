@@ -129,14 +129,6 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         raise UserError(f"{folder}: the tokeniser or image processor cannot be loaded ({reason}): repair it") from None
 
 
-def load_with_processor(source: str | os.PathLike):
-    """:func:`load` for commands, which cannot do without a tokeniser."""
-    model, processor = load(source)
-    if processor is None:
-        raise UserError(f"{source} has no tokenizer_config.json: add the tokeniser's files to the folder")
-    return model, processor
-
-
 def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**9) -> Path:
     """Writes ``config.json`` and the tensors under their published names; an existing checkpoint is replaced whole.
 
@@ -164,9 +156,12 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
             for row, i in shard:
                 value = np.asarray(leaves[row.path][i] if row.stacked else leaves[row.path])
                 tensors[family.on_disk(row.hf.format(i))] = np.ascontiguousarray(row.op.to_hf(value, model.config))
-            save_file(tensors, Path(scratch) / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, Path(scratch) / file, metadata={"format": "pt"})
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"cannot write {folder / file} ({error}): free the disk or choose another") from None
             index |= dict.fromkeys(tensors, file)
-        (Path(scratch) / "config.json").write_text(json.dumps(json.loads(model.config.hf), indent=2) + "\n")
+        (Path(scratch) / "config.json").write_text(json.dumps(_config_of(model), indent=2) + "\n")
         if len(shards) > 1:
             total = sum(leaf.nbytes for leaf in leaves.values())
             value = {"metadata": {"total_size": total}, "weight_map": index}
@@ -314,12 +309,19 @@ def _read(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, d
     return jax.make_array_from_callback(leaf.shape, sharding(row.path, leaf.shape, mesh), callback)
 
 
+def _config_of(model: Model) -> dict:
+    """The model's ``config.json``, with the precision that its parameters have now."""
+    hf = json.loads(model.config.hf)
+    dtype = str(model.text.embed_tokens.weight[...].dtype)
+    return hf | {name: dtype for name in ("dtype", "torch_dtype") if name in hf}
+
+
 def save_orbax(model: Model, folder: Path) -> None:
     """Writes ``config.json`` and an Orbax checkpoint, which ``load`` takes too."""
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / ORBAX).absolute(), named_leaves(model), force=True)
-    (folder / "config.json").write_text(json.dumps(json.loads(model.config.hf), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(_config_of(model), indent=2) + "\n")
 
 
 def _load_orbax(folder: Path, config: Config, dtype, mesh) -> dict[str, jax.Array]:

@@ -6,6 +6,8 @@ A family file (``vlm_jax/families``) fills them from a ``config.json``. A vision
 import dataclasses
 from typing import Any
 
+from vlm_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -97,6 +99,10 @@ class VisionConfig:
         for side in self.conv_shape:
             size *= side
         return size
+
+    def limit_pixels(self, image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
+        """Sets the image processor's pixel budget, where the tower takes images of any size."""
+        raise UserError("this model's vision tower takes images of one size: drop --min-pixels and --max-pixels")
 
     def tower(self, key) -> Any:
         raise NotImplementedError

@@ -10,7 +10,9 @@ from vlm_jax.config import Rope
 
 
 def _inverse_frequencies(theta: float, dim: int) -> np.ndarray:
-    return (1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(np.float32)
+    # As torch rounds: a unit in the last place of a frequency is a visible angle 500 tokens on.
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.float32(1) / (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
 
 
 def _cos_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -26,11 +28,10 @@ def _scaled(rope: Rope, dim: int) -> np.ndarray:
             return frequencies / np.float32(rope.factor)
         case "llama3":
             # Short wavelengths stay, long ones shrink by the factor, those between are blended.
-            turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-            keep = np.clip(
-                (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0
-            ).astype(np.float32)
-            return (keep * frequencies + (1 - keep) * frequencies / rope.factor).astype(np.float32)
+            low, high = np.float32(rope.low_freq_factor), np.float32(rope.high_freq_factor)
+            turns = np.float32(rope.original_max_position_embeddings) / (2 * math.pi / frequencies).astype(np.float32)
+            keep = np.clip((turns - low) / (high - low), 0, 1)
+            return ((1 - keep) * frequencies / np.float32(rope.factor) + keep * frequencies).astype(np.float32)
     return frequencies
 
 

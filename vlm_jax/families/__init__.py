@@ -25,12 +25,14 @@ def read_config(hf: dict, where: str) -> Config:
     model_type = hf.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(f"{where}: unsupported architecture {model_type!r}{nearest(str(model_type), FAMILIES)}")
-    for part in ("text_config", "vision_config"):
-        if FAMILIES[model_type].chat.image and not isinstance(hf.get(part), dict):
+    family = FAMILIES[model_type]
+    for part in ("text_config", "vision_config") if family.chat.image else ():
+        flat = part == "text_config" and family.flat_text and "hidden_size" in hf
+        if not flat and not isinstance(hf.get(part), dict):
             raise UserError(f"{where}: field {part!r} is missing; is this a whole {model_type} folder?")
     try:
         config = CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(hf)))
     except Exception as error:  # transformers validates with errors of many kinds
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: transformers cannot read this config ({reason}): repair it") from None
-    return dataclasses.replace(FAMILIES[model_type].read_config(hf, config, where), hf=json.dumps(hf))
+    return dataclasses.replace(family.read_config(hf, config, where), hf=json.dumps(hf))

@@ -37,6 +37,7 @@ class Family:
     read_config: ``(config.json, its transformers config, where) -> Config``. table: every tensor of a checkpoint.
     layers: Hugging Face (and PEFT) module name of the stack of decoder layers. spellings: ``(on disk, in the table)``
     prefixes of tensor names; the first whose table prefix fits is the one written. load_processor: of a folder.
+    flat_text: published configs hold the decoder's fields at the top, not in ``text_config``.
     """
 
     model_type: str
@@ -45,6 +46,7 @@ class Family:
     layers: str
     load_processor: Callable[[Path], Any]
     spellings: tuple[tuple[str, str], ...] = ()
+    flat_text: bool = False
     chat: Chat = Chat()
 
     def in_table(self, key: str) -> str:
@@ -147,6 +149,11 @@ def read_rope(parameters: dict, where: str) -> Rope:
     if found.get("mrope_section") is not None:
         found["mrope_section"] = tuple(found["mrope_section"])
     return Rope(**{**found, "rope_type": kind, "rope_theta": float(found["rope_theta"])})
+
+
+def tied(hf: dict, default: bool = False) -> bool:
+    """``tie_word_embeddings``, which a config may hold at the top or in its text part."""
+    return bool(hf.get("tie_word_embeddings", hf.get("text_config", {}).get("tie_word_embeddings", default)))
 
 
 def token_ids(hf: dict, config: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vlm_jax.families.base import (
     positive,
     read_text,
     supported,
+    tied,
     token_ids,
 )
 from vlm_jax.families.vit import encoder_rows, read_tower
@@ -26,7 +27,7 @@ def _text(hf: dict, text: Any, where: str, **own: Any) -> TextConfig:
     return read_text(
         text,
         where,
-        tied=bool(hf.get("tie_word_embeddings", True)),
+        tied=tied(hf, default=True),
         attention_bias=("q_proj", "k_proj", "v_proj", "o_proj") if text.attention_bias else (),
         qk_norm=True,
         sandwich_norm=True,

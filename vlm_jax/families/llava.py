@@ -13,6 +13,7 @@ from vlm_jax.families.base import (
     read_backbone,
     read_text,
     supported,
+    tied,
     token_ids,
 )
 from vlm_jax.families.qwen3_vl import attention_bias
@@ -37,7 +38,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
         text=read_text(
             text,
             where,
-            tied=bool(hf.get("tie_word_embeddings", False)),
+            tied=tied(hf),
             attention_bias=attention_bias(text),
             mlp_bias=bool(text.mlp_bias),
         ),

@@ -14,6 +14,7 @@ from vlm_jax.families.base import (
     read_backbone,
     read_text,
     supported,
+    tied,
     token_ids,
     without_video,
 )
@@ -27,7 +28,6 @@ _BIAS = ("q_proj", "k_proj", "v_proj")  # the output has none, whatever the conf
 
 def read_config(hf: dict, config: Any, where: str) -> Config:
     text, vision = config.text_config, config.vision_config
-    tied = bool(hf.get("tie_word_embeddings", hf["text_config"].get("tie_word_embeddings", False)))
     sizes = positive(
         where,
         vision,
@@ -44,7 +44,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
     )
     return Config(
         family="qwen2_5_vl",
-        text=read_text(text, where, tied=tied, attention_bias=_BIAS),
+        text=read_text(text, where, tied=tied(hf), attention_bias=_BIAS),
         vision=Qwen25Vision(
             **sizes,
             hidden_act=supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),
@@ -81,6 +81,7 @@ FAMILY = Family(
     ),
     layers="model.language_model.layers",
     load_processor=load_processor,
+    flat_text=True,
     # "model.language_model." and "model.visual." are transformers' own; the hub has neither.
     spellings=(
         ("visual.", "model.visual."),

@@ -14,6 +14,7 @@ from vlm_jax.families.base import (
     read_backbone,
     read_text,
     supported,
+    tied,
     token_ids,
     without_video,
 )
@@ -32,7 +33,6 @@ def attention_bias(text: Any) -> tuple[str, ...]:
 
 def read_config(hf: dict, config: Any, where: str) -> Config:
     text, vision = config.text_config, config.vision_config
-    tied = bool(hf.get("tie_word_embeddings", hf["text_config"].get("tie_word_embeddings", False)))
     sizes = positive(
         where,
         vision,
@@ -49,7 +49,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
     )
     return Config(
         family="qwen3_vl",
-        text=read_text(text, where, tied=tied, qk_norm=True, attention_bias=attention_bias(text)),
+        text=read_text(text, where, tied=tied(hf), qk_norm=True, attention_bias=attention_bias(text)),
         vision=Qwen3Vision(
             **sizes,
             hidden_act=supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),

@@ -43,7 +43,7 @@ def scan_blocks(
         block, index, slot, each = scanned
         probe = Probe(interventions, taps & BLOCK_SITES, Context(layer=index))
         x = call(block, x, each, probe)
-        return (x, kept.at[slot].set(x, mode="drop")), probe.taps
+        return (x, kept.at[slot].set(x, mode="drop") if count else kept), probe.taps
 
     kept = jnp.zeros((count, *x.shape), x.dtype)
     (x, kept), tapped = jax.lax.scan(body, (x, kept), (blocks, jnp.arange(depth), slots, each))

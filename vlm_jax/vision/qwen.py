@@ -31,6 +31,18 @@ class QwenVision(VisionConfig):
         """Patches that become one visual token."""
         return self.spatial_merge_size**2
 
+    def limit_pixels(self, image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
+        size = image_processor.size
+        least = (self.patch_size * self.spatial_merge_size) ** 2  # one visual token
+        low = size["shortest_edge"] if min_pixels is None else min_pixels
+        high = size["longest_edge"] if max_pixels is None else max_pixels
+        if not least <= low <= high:
+            raise UserError(
+                f"a pixel budget of {low} to {high} is not possible: --min-pixels must be at least {least} (one visual "
+                "token) and at most --max-pixels"
+            )
+        image_processor.size = type(size)(shortest_edge=low, longest_edge=high)
+
     def token_counts(self, pixels) -> list[int]:
         return [int(np.prod(grid)) // self.merge for grid in pixels["image_grid_thw"]]
 

@@ -1,0 +1,85 @@
+"""Turns a Hugging Face folder into an Orbax folder, whose arrays are stored as the library holds them, and back.
+
+python -m vlm_jax.convert mini-qwen3-vl converted/mini-qwen3-vl
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from safetensors import SafetensorError
+
+from vlm_jax.checkpoint import ORBAX, load, read_json, resolve, save, save_orbax
+from vlm_jax.errors import UserError, command
+
+#: What goes with the weights: tokeniser, image processor, chat template, generation defaults.
+_KEPT = ("*.json", "*.jinja", "*.txt", "*.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Convert a Hugging Face folder to an Orbax folder, which vlm_jax.load takes too, or such a folder back."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+    """Embedded model, Hugging Face folder, Orbax folder or hub id."""
+    destination: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    """New or empty folder; it appears whole or not at all."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision to store the parameters in; the source's own by default."""
+
+
+def convert(source: str, destination: Path, dtype: str | None = None) -> str:
+    """Writes ``destination`` whole or not at all, and says what it now holds: "Orbax" or "Hugging Face".
+
+    ``config.json`` stays as it is but for its dtype fields, where ``dtype`` is given.
+
+    Raises:
+        UserError: unknown or unreadable source; a destination that is not empty, lies inside the source or cannot be
+            written.
+    """
+    destination = destination.resolve()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination} exists and is not an empty folder: choose another destination or delete it")
+    folder = resolve(source)
+    if folder.resolve() in destination.parents:
+        raise UserError(f"{destination} lies inside of the source {folder}: choose another destination")
+    config = read_json(folder / "config.json")
+    model, _ = load(folder, dtype=dtype)
+    kind, write = ("Hugging Face", save) if (folder / ORBAX).is_dir() else ("Orbax", save_orbax)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".convert-") as scratch:
+            made = Path(scratch) / destination.name
+            write(model, made)
+            for file in sorted(file for pattern in _KEPT for file in folder.glob(pattern)):
+                if file.name != "config.json" and not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, made / file.name)
+            if dtype is not None:
+                config = _with_dtype({"dtype": dtype, **config}, dtype)
+            (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            made.rename(destination)
+    except (OSError, ValueError, SafetensorError) as error:  # Orbax reports a full disk as a ValueError
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"cannot write {destination} ({reason}): free the disk or choose another destination") from None
+    return kind
+
+
+def _with_dtype(value: Any, dtype: str) -> Any:
+    """A config whose dtype fields, those of its parts too, say ``dtype``."""
+    if not isinstance(value, dict):
+        return value
+    return {k: dtype if k in ("dtype", "torch_dtype") else _with_dtype(v, dtype) for k, v in value.items()}
+
+
+@command
+def main(args: Args) -> None:
+    kind = convert(args.source, args.destination, args.dtype)
+    print(f"{args.destination} holds {args.source} in {kind} form")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,161 @@
+"""What a model is made of and what it costs, from its ``config.json`` alone.
+
+python -m vlm_jax.info Qwen3-VL-4B
+"""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import tyro
+
+from vlm_jax.checkpoint import abstract, embedded_models, named_leaves, read_config, resolve
+from vlm_jax.config import Config
+from vlm_jax.errors import UserError, command, nearest
+from vlm_jax.published import PUBLISHED, published_config
+from vlm_jax.sites import PROJECTOR_SITES, TEXT_LINEARS
+from vlm_jax.vision.vit import ViTVision
+
+PARTS = ("vision tower", "projector", "embeddings", "decoder layers", "final norm", "head")
+_TEXT_PARTS = dict(zip(("embed_tokens", "layers", "norm", "lm_head"), PARTS[2:], strict=True))
+_PROJECTOR = {site.removeprefix("projector.") for site in PROJECTOR_SITES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Print a model's shapes, parameters, LoRA parameters and bytes. Nothing is allocated, no weights are fetched."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Published name (such as Qwen3-VL-4B), embedded model, Hugging Face folder or hub id."""
+    r: int = 64
+    """Rank of the LoRA adapters."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the key-value cache."""
+
+
+def config_of(source: str) -> Config:
+    """The config behind a published or embedded name, a folder or a hub id, of which nothing else is fetched.
+
+    Raises:
+        UserError: unknown source; a config that cannot be fetched or read.
+    """
+    if Path(source).exists() or source in embedded_models():
+        return read_config(resolve(source))
+    if source in PUBLISHED:
+        return published_config(source)
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(
+            f"unknown model {source!r}: no such folder, embedded or published model"
+            f"{nearest(source, [*embedded_models(), *PUBLISHED])}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return read_config(Path(snapshot_download(source, allow_patterns=["config.json", "generation_config.json"])))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"cannot fetch the config of {source!r} from the hub ({type(error).__name__}): check the id and the "
+            "network, or give a local folder or a published name"
+        ) from None
+
+
+def parameters(config: Config) -> dict[str, int]:
+    """Parameters of each of :data:`PARTS` that the model has, and of all ("total"). A tied head has none."""
+    sizes: Counter[str] = Counter()
+    for name, leaf in named_leaves(abstract(config)).items():
+        tower, part, *rest = name.split(".")
+        if tower == "text":
+            sizes[_TEXT_PARTS[part]] += leaf.size
+        else:
+            sizes["projector" if _PROJECTOR & {part, *rest} else "vision tower"] += leaf.size
+    return {**{part: sizes[part] for part in PARTS if sizes[part] or part == "head"}, "total": sizes.total()}
+
+
+def lora_parameters(config: Config, r: int) -> dict[str, int]:
+    """Parameters of rank-``r`` LoRA by placement: ``r * (inputs + outputs)`` for each linear."""
+    leaves, depth = named_leaves(abstract(config)), config.text.num_hidden_layers
+    attn, mlp = (
+        sum(r * sum(leaves[f"text.layers.{linear}.kernel"].shape[1:]) for linear in TEXT_LINEARS[module])
+        for module in ("attn", "mlp")
+    )
+    return {
+        "LLM-all": depth * (attn + mlp),
+        "attn only": depth * attn,
+        "mlp only": depth * mlp,
+        "one attn module": attn,
+        "one mlp module": mlp,
+    }
+
+
+def bytes_of(config: Config, dtype: str) -> dict[str, int]:
+    """Bytes of the weights in float32 and bfloat16, and of the key-value cache per token in ``dtype``: every layer
+    caches all tokens, those with a sliding window too."""
+    total, text = parameters(config)["total"], config.text
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return {
+        "weights, float32": 4 * total,
+        "weights, bfloat16": 2 * total,
+        f"KV cache per token, {dtype}": cached * jnp.dtype(dtype).itemsize,
+    }
+
+
+def shapes(config: Config) -> dict[str, str]:
+    """The decoder, the tower and the visual tokens in words."""
+    text, vision = config.text, config.vision
+    found = {
+        "family": config.family,
+        "decoder": f"{text.num_hidden_layers} layers x {text.hidden_size}, MLP {text.intermediate_size}, "
+        f"{text.num_attention_heads} query and {text.num_key_value_heads} key-value heads of {text.head_dim}, "
+        f"vocabulary {text.vocab_size}",
+    }
+    if text.sliding_window:
+        count = text.layer_types.count("sliding_attention")
+        found["window"] = f"{count} of {text.num_hidden_layers} layers see {text.sliding_window} tokens back"
+    if vision is None:
+        return found
+    patch = vision.patch_size
+    found["vision tower"] = (
+        f"{vision.depth} blocks x {vision.hidden_size}, MLP {vision.intermediate_size}, {vision.num_heads} heads, "
+        f"patches of {patch} x {patch}"
+    )
+    if isinstance(vision, ViTVision):
+        found["visual tokens"] = f"{vision.tokens} per image of {vision.image_size} x {vision.image_size}"
+    else:
+        side = patch * vision.spatial_merge_size
+        found["visual tokens"] = f"one per {side} x {side} pixels"
+    return found
+
+
+def _readable(size: int) -> str:
+    """``"8.27 GiB"``."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    step = min((size.bit_length() - 1) // 10, len(units) - 1)
+    return f"{size / 1024**step:.4g} {units[step]}"
+
+
+@command
+def main(args: Args) -> None:
+    if args.r < 1:
+        raise UserError(f"--r is {args.r}: give at least 1")
+    config = config_of(args.model)
+    print(args.model)
+    for name, value in shapes(config).items():
+        print(f"  {name:14s}{value}")
+    tables = {
+        "parameters": parameters(config),
+        f"LoRA parameters, r = {args.r}": lora_parameters(config, args.r),
+        "bytes": bytes_of(config, args.dtype),
+    }
+    for title, numbers in tables.items():
+        print(f"\n{title}")
+        for name, number in numbers.items():
+            note = f"  {_readable(number)}" if title == "bytes" else ""
+            note = "  tied to the embeddings" if name == "head" and not number else note
+            print(f"  {name:29s}{number:>18,}{note}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
