@@ -1,7 +1,7 @@
 """Prompts and their spans on awkward text, images as transformers prepares them, batches, and parts of a batch."""
 
-import json
 import dataclasses
+import json
 import re
 import unicodedata
 

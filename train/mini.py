@@ -207,6 +207,7 @@ def write_gemma3(folder: Path) -> None:
     tok = GemmaTokenizer(
         vocab=vocab,
         merges=merges,
+        add_bos_token=True,
         extra_special_tokens=image_tokens,
         model_max_length=CONTEXT,
         padding_side="left",

@@ -50,11 +50,10 @@ class Family:
     chat: Chat = Chat()
 
     def in_table(self, key: str) -> str:
-        """The table's name of a tensor that a file calls ``key``."""
-        for disk, table in self.spellings:
-            if key.startswith(disk):
-                return table + key.removeprefix(disk)
-        return key
+        """The table's name of a tensor that a file calls ``key``: the longest prefix that fits decides."""
+        fits = [(disk, table) for disk, table in self.spellings if key.startswith(disk)]
+        disk, table = max(fits, key=lambda pair: len(pair[0]), default=("", ""))
+        return table + key.removeprefix(disk)
 
     def on_disk(self, key: str) -> str:
         """The published name of a tensor that the table calls ``key``."""

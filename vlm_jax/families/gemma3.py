@@ -24,6 +24,10 @@ from vlm_jax.vision.siglip import SiglipVision
 
 def _text(hf: dict, text: Any, where: str, **own: Any) -> TextConfig:
     supported(where, "use_bidirectional_attention", bool(text.use_bidirectional_attention), (False,))
+    # transformers reads these two and applies neither: what the weights were trained with is not known.
+    supported(where, "attn_logit_softcapping", text.attn_logit_softcapping, (None,))
+    if "bidirectional_images" in own:
+        supported(where, "final_logit_softcapping", text.final_logit_softcapping, (None,))
     return read_text(
         text,
         where,
@@ -34,7 +38,6 @@ def _text(hf: dict, text: Any, where: str, **own: Any) -> TextConfig:
         unit_offset_norm=True,
         embed_scale=text.hidden_size**0.5,
         query_pre_attn_scalar=float(text.query_pre_attn_scalar),
-        attn_logit_softcapping=text.attn_logit_softcapping,
         final_logit_softcapping=text.final_logit_softcapping,
         **own,
     )
@@ -87,8 +90,8 @@ FAMILY = Family(
     spellings=(
         ("language_model.model.", "model.language_model."),
         ("language_model.lm_head.", "lm_head."),
-        ("vision_tower.vision_model.", "model.vision_tower."),
         ("vision_tower.", "model.vision_tower."),
+        ("vision_tower.vision_model.", "model.vision_tower."),
         ("model.vision_tower.vision_model.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
     ),

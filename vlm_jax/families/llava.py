@@ -89,8 +89,8 @@ FAMILY = Family(
     spellings=(
         ("language_model.model.", "model.language_model."),
         ("language_model.lm_head.", "lm_head."),
-        ("vision_tower.vision_model.", "model.vision_tower."),
         ("vision_tower.", "model.vision_tower."),
+        ("vision_tower.vision_model.", "model.vision_tower."),
         ("model.vision_tower.vision_model.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
     ),

@@ -1,0 +1,147 @@
+"""Qwen3-VL-4B at its true size: writes a random checkpoint, loads it, traces one sample, deletes it.
+
+python benchmarks/full_size.py --folder /some/disk/with/10GB
+"""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import tyro
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+import vlm_jax
+from interventions import causal_trace
+from vlm_jax.checkpoint import INDEX, abstract
+from vlm_jax.families import FAMILIES
+from vlm_jax.published import PUBLISHED, published_config
+
+SHARD_BYTES = 2 * 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Peak memory and seconds of loading and tracing a checkpoint of a published size."""
+
+    folder: Path = Path("runs/full-size")
+    """Where the checkpoint is written (9 GB for Qwen3-VL-4B); deleted afterwards."""
+    name: str = "Qwen3-VL-4B"
+    """Published configuration."""
+    keep: bool = False
+    """Do not delete the checkpoint."""
+    stage: bool = False
+    """Only load and trace what is in the folder (this is how the benchmark calls itself)."""
+
+
+def write(args: Args) -> None:
+    """A random bfloat16 checkpoint under the published tensor names, in shards with an index."""
+    config = published_config(args.name)
+    family = FAMILIES[config.family]
+    args.folder.mkdir(parents=True)
+    (args.folder / "config.json").write_text(json.dumps(PUBLISHED[args.name]))
+    rng = np.random.default_rng(0)
+    shapes = vlm_jax.checkpoint.named_leaves(abstract(config))
+    rows = [row for row in family.table if row.path in shapes]
+    shards, index, size = [{}], {}, 0
+    for row in tqdm(rows, desc="write", unit="tensor"):
+        shape = shapes[row.path].shape
+        for i in range(shape[0]) if row.stacked else [0]:
+            ours = shape[1:] if row.stacked else shape
+            value = rng.standard_normal(row.op.hf_shape(ours, config), np.float32)
+            value = 1 + 0.1 * value if "norm" in row.path and row.path.endswith("weight") else 0.02 * value
+            shards[-1][family.on_disk(row.hf.format(i))] = value.astype(ml_dtypes.bfloat16)
+            size += 2 * value.size
+            if size > SHARD_BYTES:
+                _flush(args.folder, shards, index)
+                size = 0
+    _flush(args.folder, shards, index)
+    (args.folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _flush(folder: Path, shards: list[dict], index: dict) -> None:
+    file = f"model-{len(shards):05d}.safetensors"
+    save_file(shards[-1], folder / file)
+    index |= dict.fromkeys(shards[-1], file)
+    shards[-1] = {}
+    shards.append({})
+
+
+class Peak:
+    """The most anonymous memory, in GiB, while the block runs: arrays, without the pages of mapped files."""
+
+    def __enter__(self):
+        self.gib, self.stop = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while not self.stop.wait(0.05):
+            status = Path("/proc/self/status").read_text()
+            self.gib = max(self.gib, int(status.split("RssAnon:")[1].split()[0]) / 2**20)
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+
+
+def load_and_trace(folder: Path) -> None:
+    begun = time.perf_counter()
+    with Peak() as peak:
+        model, _ = vlm_jax.load(folder)
+    weights = sum(leaf.nbytes for leaf in vlm_jax.checkpoint.named_leaves(model).values())
+    largest = max(vlm_jax.checkpoint.named_leaves(model).items(), key=lambda item: item[1].nbytes)
+    print(f"weights {weights / 2**30:.2f} GiB, the largest stack {largest[1].nbytes / 2**30:.2f} GiB ({largest[0]})")
+    print(f"load {time.perf_counter() - begun:.0f} s, peak {peak.gib:.2f} GiB of anonymous memory")
+    vision, rng = model.config.vision, np.random.default_rng(0)
+    grid = np.array([[1, 8, 8]])  # 16 visual tokens
+    ids = np.concatenate([rng.integers(10, 1000, 12), [model.config.image_token_id] * 16, rng.integers(10, 1000, 20)])[
+        None
+    ]
+    inputs = vlm_jax.Inputs.from_hf(
+        model.config,
+        input_ids=ids,
+        pixel_values=rng.standard_normal((64, vision.patch_dim), np.float32),
+        image_grid_thw=grid,
+    )
+    question, answer = np.zeros((2, *ids.shape), bool)
+    question[:, 30:42], answer[:, 46:48] = True, True
+    begun = time.perf_counter()
+    with Peak() as peak:
+        trace = causal_trace(model, inputs, question, answer)
+        rr = np.asarray(trace.rr)
+    assert np.isfinite(rr).all() and rr.shape == (1, model.config.text.num_hidden_layers, 2)
+    print(
+        f"trace of one sample of {ids.shape[1]} tokens, {rr.size} cells: {time.perf_counter() - begun:.0f} s, "
+        f"peak {peak.gib:.2f} GiB"
+    )
+
+
+def main(args: Args) -> None:
+    if args.stage:
+        load_and_trace(args.folder)
+        return
+    if args.folder.exists():
+        raise SystemExit(f"{args.folder} exists: choose another --folder")
+    try:
+        begun = time.perf_counter()
+        write(args)
+        total = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
+        print(f"wrote {total / 1e9:.2f} GB in {time.perf_counter() - begun:.0f} s")
+        # In a process of its own, whose memory is that of loading and tracing alone.
+        subprocess.run([sys.executable, __file__, "--folder", str(args.folder), "--stage"], check=True)
+    finally:
+        if not args.keep:
+            shutil.rmtree(args.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
