@@ -1,6 +1,7 @@
 """Every family through the whole pipeline: prompts as its own processor makes them, tracing, LoRA and PEFT."""
 
 import importlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import vlm_jax
@@ -78,6 +80,26 @@ def test_tokens_and_pixels_are_the_processors_own(loaded, examples):
         if example.images:
             np.testing.assert_array_equal(ours.inputs.images.pixel_values, want.images.pixel_values)
             assert ours.spans["image"].sum() == (want.image_index >= 0).sum() > 0
+
+
+def test_llavas_crop_and_pad(tmp_path):
+    """The two published ways to make an image square: CLIP's processor crops its middle, LLaVA's pads it."""
+    wide = Image.new("RGB", (128, 64), "white")
+    pixels = {}
+    for kind in ("CLIPImageProcessor", "LlavaImageProcessor"):
+        folder = tmp_path / kind
+        mini.WRITERS["mini-llava"](folder)
+        options = json.loads((folder / "preprocessor_config.json").read_text())
+        size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "do_center_crop": True}
+        options |= {"image_processor_type": kind, **size, "do_pad": kind == "LlavaImageProcessor"}
+        (folder / "preprocessor_config.json").write_text(json.dumps(options))
+        config = read_config(folder)
+        processor = FAMILIES[config.family].load_processor(folder)
+        batch = encode([Example("a", (wide,), "What?", ("x",))], processor, config)
+        pixels[kind] = np.asarray(batch.inputs.images.pixel_values).reshape(4, 4, 3, 16, 16)
+    assert (pixels["CLIPImageProcessor"] == 1).all()  # the white middle
+    padded = pixels["LlavaImageProcessor"]
+    assert (padded[1:3] > 0.9).all() and (np.abs(padded[[0, 3]]) < 0.1).all()  # between two grey bands
 
 
 def test_spans(loaded, examples):
