@@ -1,51 +1,61 @@
-"""The embedded model keeps what its README promises, here and in transformers."""
+"""The embedded models keep what their READMEs promise, here and in transformers."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from eval.accuracy import answer, score
 from interventions.trace import TraceOptions, trace_examples
 from vlm_jax import load
-from vlm_jax.checkpoint import MINI
+from vlm_jax.checkpoint import MINI, embedded_models
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode
 
-FOLDER = MINI / "mini-qwen3-vl"
+#: Embedded model -> its ``model_type``.
+MODELS = {"mini-qwen3-vl": "qwen3_vl", "mini-gemma3": "gemma3"}
 FAMILIES = ("knowledge", "perception")
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def name(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def mini():
-    return load("mini-qwen3-vl")
+def mini(name):
+    return load(name)
 
 
-def test_it_is_an_ordinary_folder_of_at_most_10_mb():
-    assert (FOLDER / "model.safetensors").stat().st_size <= 10_000_000
-    assert json.loads((FOLDER / "config.json").read_text())["model_type"] == "qwen3_vl"
-    assert {file.suffix for file in FOLDER.iterdir()} == {".json", ".jinja", ".md", ".safetensors"}
+def test_these_are_all():
+    assert embedded_models() == sorted(MODELS)
+
+
+def test_it_is_an_ordinary_folder_of_at_most_10_mb(name):
+    folder = MINI / name
+    assert (folder / "model.safetensors").stat().st_size <= 10_000_000
+    assert json.loads((folder / "config.json").read_text())["model_type"] == MODELS[name]
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".jinja", ".md", ".safetensors"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_answers_the_same(mini, family):
+def test_transformers_answers_the_same(name, mini, family):
     """Loaded unmodified, transformers has the same logits and generates the same answers."""
     model, processor = mini
-    oracle = Qwen3VLForConditionalGeneration.from_pretrained(FOLDER, attn_implementation="eager").eval()
+    oracle = AutoModelForImageTextToText.from_pretrained(MINI / name, attn_implementation="eager").eval()
     examples = load_task(family, split="test", limit=9)
     ours = answer(model, processor, examples, batch=9, max_new_tokens=4).texts
     for example, text in zip(examples, ours, strict=True):
         batch = encode([example], processor, model.config, with_answer=False)
         inputs = batch.inputs
         length = int(inputs.attention_mask.sum())
-        arrays = {
-            "input_ids": torch.tensor(inputs.input_ids[:, :length], dtype=torch.long),
-            "mm_token_type_ids": torch.tensor(batch.spans["image"][:, :length], dtype=torch.int),
-            "pixel_values": torch.tensor(inputs.images.pixel_values[0]),
-            "image_grid_thw": torch.tensor([[1, 8, 8]]),
-        }
+        kinds = torch.tensor(batch.spans["image"][:, :length], dtype=torch.int)
+        arrays = {"input_ids": torch.tensor(inputs.input_ids[:, :length], dtype=torch.long)}
+        pixels = processor.image_processor(images=list(example.images), return_tensors="np")
+        arrays |= {k: torch.tensor(pixels[k]) for k in ("pixel_values", "image_grid_thw") if k in pixels}
+        arrays["mm_token_type_ids" if "image_grid_thw" in pixels else "token_type_ids"] = kinds
         with torch.no_grad():
             logits = oracle(**arrays).logits.numpy()
             tokens = oracle.generate(**arrays, max_new_tokens=4)[0, length:]
