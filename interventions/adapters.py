@@ -128,7 +128,10 @@ def load_peft(model: Model, folder: Path) -> LoRA:
     start = f"base_model.model.{FAMILIES[model.config.family].layers}."
     known = [name for names in TEXT_LINEARS.values() for name in names]
     placed, halves = [], {}
-    for name, tensor in tensors.items():
+    base = "base_model.model."
+    for saved, tensor in tensors.items():
+        # Adapters made on older transformers carry the modules' older names.
+        name = base + FAMILIES[model.config.family].in_table(saved.removeprefix(base))
         layer, _, rest = name.removeprefix(start).partition(".")
         linear, _, half = rest.removesuffix(".weight").rpartition(".")
         fits = name.startswith(start) and layer.isdigit() and linear in known and half in ("lora_A", "lora_B")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -116,6 +117,16 @@ def test_the_same_tensor_in_both_spellings(tmp_path):
         (("text_config", "hidden_act"), "relu6", "relu6"),
         (("text_config", "num_hidden_layers"), "eight", "num_hidden_layers"),
         (("text_config", "num_key_value_heads"), 3, "num_key_value_heads"),
+        (("text_config", "rope_parameters"), {"rope_type": "default", "rope_theta": "abc"}, "rope_theta"),
+        (
+            ("text_config", "rope_parameters"),
+            {"rope_type": "default", "rope_theta": 1.0, "mrope_section": [8, 8]},
+            "mrope_section",
+        ),
+        (("quantization_config",), {"quant_method": "fp8"}, "quantization_config"),
+        (("vision_config", "num_heads"), 5, "heads"),
+        (("vision_config", "deepstack_visual_indexes"), [1, 9], "deepstack_visual_indexes"),
+        (("vision_config", "deepstack_visual_indexes"), [2, 1], "deepstack_visual_indexes"),
         (("vision_config", "depth"), 0, "depth"),
         (("vision_config",), None, "vision_config"),
         (("model_type",), "mamba", "'mamba'"),
@@ -133,8 +144,9 @@ def test_config_that_is_not_supported(folder, field, value, says):
     assert says in message and "config.json" in message
 
 
-def test_unknown_precision():
-    assert "int8" in refusal("mini-qwen3-vl", dtype="int8")
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_unknown_precision(dtype):
+    assert dtype in refusal("mini-qwen3-vl", dtype=dtype)
 
 
 def test_precision_on_load(folder, tmp_path):
@@ -149,8 +161,6 @@ def test_precision_on_load(folder, tmp_path):
 
 
 def untrained(folder: Path, name: str) -> Model:
-    import jax
-
     mini.WRITERS[name](folder)
     model = Model(read_config(folder), jax.random.key(3))
     vlm_jax.save(model, folder)
@@ -272,3 +282,17 @@ def test_on_a_mesh():
         timeout=300,
     )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+def test_saving_replaces_an_orbax_checkpoint(tmp_path):
+    model, _ = vlm_jax.load(SOURCE)
+    checkpoint.save_orbax(model, tmp_path)
+    vlm_jax.save(jax.tree.map(lambda leaf: 2 * leaf, model), tmp_path)
+    want, got = (named_leaves(vlm_jax.load(path)[0])["text.norm.weight"] for path in (SOURCE, tmp_path))
+    np.testing.assert_array_equal(got, 2 * np.asarray(want))
+
+
+def test_orbax_that_is_not_a_number(tmp_path):
+    model, _ = vlm_jax.load(SOURCE)
+    checkpoint.save_orbax(jax.tree.map(lambda leaf: np.nan * leaf, model), tmp_path)
+    assert "NaN" in refusal(tmp_path)

@@ -20,7 +20,9 @@ from train.lora import Frozen, loss, trunk
 from vlm_jax import Model
 from vlm_jax.checkpoint import leaf_name, read_config
 from vlm_jax.data import Example, load_task
+from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
+from vlm_jax.options import ModelOptions
 from vlm_jax.prompts import encode
 
 trace_module = importlib.import_module("interventions.trace")
@@ -211,3 +213,48 @@ def _hf_inputs(processor, examples):
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     texts = {k: np.asarray(batch[k]) for k in names if k in batch}
     return texts, {k: np.asarray(batch[k]) for k in ("pixel_values", "image_grid_thw") if k in batch}
+
+
+# Text-only backbones and pixel budgets
+
+
+def test_text_only_backbone(tmp_path):
+    """A base model without a chat template: the user's words, a space, the answer, the tokeniser's own end."""
+    folder = tmp_path / "llama"
+    mini.WRITERS["mini-llava"](folder)
+    whole = json.loads((folder / "config.json").read_text())
+    text = whole["text_config"] | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(text))
+    for file in ("chat_template.jinja", "preprocessor_config.json"):
+        (folder / file).unlink()
+    vlm_jax.save(Model(read_config(folder), jax.random.key(0)), folder)
+    model, processor = vlm_jax.load(folder)
+    batch = encode([Example("a", (), "Where?", ("red",))], processor, model.config)
+    ids = np.asarray(batch.inputs.input_ids[0])
+    assert processor.tokenizer.convert_ids_to_tokens(ids[batch.spans["answer"][0]]) == ["\u2581red"]
+    assert ids[batch.spans["end"][0]].tolist() == [processor.tokenizer.eos_token_id]
+    assert ids[0] == processor.tokenizer.bos_token_id and (ids == ids[0]).sum() == 1
+    assert np.isfinite(np.asarray(vlm_jax.generate(model, batch.inputs, 3))).all()
+    with pytest.raises(UserError, match="text-only"):
+        encode(load_task("mini-okvqa", split="trace", limit=1), processor, model.config)
+
+
+def test_pixel_budget():
+    example = Example("a", (Image.new("RGB", (128, 128)),), "What?", ("x",))
+    counts = []
+    for most in (1024, 4096):
+        model, processor = ModelOptions(min_pixels=256, max_pixels=most).load()
+        counts.append(int(encode([example], processor, model.config).spans["image"].sum()))
+    assert counts == [4, 16]  # a visual token is 16 x 16 pixels
+    with pytest.raises(UserError, match="--max-pixels"):
+        ModelOptions(min_pixels=4096, max_pixels=1024).load()
+    with pytest.raises(UserError, match="one size"):
+        ModelOptions(model="mini-gemma3", max_pixels=1024).load()
+
+
+def test_control_tokens_in_a_question(loaded):
+    """Refused whether the tokeniser names them or only marks them as special."""
+    model, processor = loaded
+    for token in [t for t in processor.tokenizer.added_tokens_decoder.values() if t.special][:12]:
+        with pytest.raises(UserError, match="special token"):
+            encode([Example("a", (), f"hi{token}", ("x",))], processor, model.config)

@@ -345,14 +345,14 @@ def test_taken_rows_keep_their_logits(tiny, rows, images, kept):
     assert (None if part.images is None else len(part.images.pixel_values)) == kept
     real = part.attention_mask
     np.testing.assert_array_equal(real, inputs.attention_mask[rows])
-    np.testing.assert_allclose(run(part)[real], whole[rows][real], atol=1e-5)
+    np.testing.assert_allclose(run(part)[real], whole[rows][real], atol=3e-5)
 
 
 def test_cut_rows_keep_their_logits(tiny):
     inputs, whole, run = tiny
     part = inputs.take([0, 3]).cut(16)
     assert part.attention_mask[0].all() and part.attention_mask.shape == (2, 16)
-    np.testing.assert_allclose(run(part)[part.attention_mask], whole[[0, 3], :16][part.attention_mask], atol=1e-5)
+    np.testing.assert_allclose(run(part)[part.attention_mask], whole[[0, 3], :16][part.attention_mask], atol=3e-5)
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         assert field.name == "images" or value.shape[-1] == 16

@@ -29,7 +29,6 @@ SINGLE, INDEX, ORBAX = "model.safetensors", "model.safetensors.index.json", "orb
 #: Tensors that are no parameters: older files saved what is computed from the config.
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _DISK = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_DTYPES = {jnp.dtype(name) for name in _DISK.values()}
 
 
 def embedded_models() -> list[str]:
@@ -106,7 +105,7 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         UserError: unknown source or architecture; missing, extra, misshapen or NaN-filled tensors (all that are
             missing, extra or misshapen are listed); an unreadable file; a pickle checkpoint.
     """
-    if dtype is not None and jnp.dtype(dtype) not in _DTYPES:
+    if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in _DISK.values():
         raise UserError(f"dtype {dtype!r} is not supported: use float32, bfloat16 or float16")
     folder = resolve(source)
     config = read_config(folder)
@@ -124,13 +123,13 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         return model, None
     try:
         return model, FAMILIES[config.family].load_processor(folder)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: the tokeniser or image processor cannot be loaded ({reason}): repair it") from None
 
 
 def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**9) -> Path:
-    """Writes ``config.json`` and the tensors under their published names; an existing checkpoint is replaced whole.
+    """Writes ``config.json`` and the tensors, named as transformers does; an existing checkpoint is replaced whole.
 
     Args:
         shard_bytes: beyond this size there are several files and an index.
@@ -169,6 +168,7 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
         # What an earlier checkpoint left here would be loaded instead of this one.
         for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
             stale.unlink(missing_ok=True)
+        shutil.rmtree(folder / ORBAX, ignore_errors=True)
         for file in sorted(Path(scratch).iterdir()):
             file.chmod(0o644)
             shutil.move(file, folder / file.name)
@@ -275,7 +275,6 @@ def _read(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, d
     """One parameter, from its tensors to its devices."""
     own = tensors[row.hf.format(0)]
     dtype = jnp.dtype(dtype or _DISK[own[0].get_slice(own[1]).get_dtype()])
-    ours = leaf.shape[1:] if row.stacked else leaf.shape
 
     def tensor(i: int, where: tuple[slice, ...]) -> np.ndarray:
         handle, key = tensors[row.hf.format(i)]
@@ -303,7 +302,6 @@ def _read(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, d
         # Several devices may hold the same slice, which is then read once.
         return part(tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True)))
 
-    assert len(ours) == len(leaf.shape) - row.stacked
     if mesh is None:
         return jax.device_put(part(tuple((0, size) for size in leaf.shape)))
     return jax.make_array_from_callback(leaf.shape, sharding(row.path, leaf.shape, mesh), callback)
@@ -353,4 +351,12 @@ def _load_orbax(folder: Path, config: Config, dtype, mesh) -> dict[str, jax.Arra
             )
             for name, leaf in wanted.items()
         }
-        return checkpointer.restore(path, target)
+        try:
+            leaves = checkpointer.restore(path, target)
+        except Exception as error:  # TensorStore reports damage with errors of many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} cannot be read ({reason}): convert the model again") from None
+    for name, leaf in leaves.items():
+        if not jnp.isfinite(leaf).all():
+            raise UserError(f"{name} in {path} holds NaN or infinite numbers: convert the model again")
+    return leaves

@@ -37,6 +37,7 @@ class TextConfig:
     qk_norm: RMS norms on each head's queries and keys. sandwich_norm: norms after attention and MLP too.
     unit_offset_norm: norms scale by ``1 + weight``. embed_scale: token embeddings are multiplied by it.
     query_pre_attn_scalar: scores are divided by its root; head_dim where None.
+    attn_logit_softcapping: for families that apply it, of which none is here yet.
     bidirectional_images: tokens of one image see each other in both directions.
     """
 
@@ -117,7 +118,8 @@ class VisionConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole model. ``vision`` and ``image_token_id`` are None for a text-only backbone. ``hf`` is the
-    ``config.json`` it came from, verbatim, so that saving loses nothing."""
+    ``config.json`` it came from, with the end and padding tokens of ``generation_config.json``, so that saving loses
+    nothing."""
 
     family: str
     text: TextConfig

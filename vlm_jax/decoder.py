@@ -131,12 +131,11 @@ class Decoder(nnx.Module):
     def visible(self, visible: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """``visible (B, S, K)`` as each kind of layer has it, ``(R, B, S, K)``: sliding layers look no further back
         than their window. ``queries (B, S)``, ``keys (B, K)``: positions in the text."""
-        near = None
         masks = []
         for kind, _ in self.config.rope:
-            if kind == "sliding_attention":
-                near = queries[:, :, None] - keys[:, None, :] < self.config.sliding_window
-            masks.append(visible & near if kind == "sliding_attention" else visible)
+            sliding = kind == "sliding_attention"
+            back = queries[:, :, None] - keys[:, None, :]
+            masks.append(visible & (back < self.config.sliding_window) if sliding else visible)
         return jnp.stack(masks)
 
     def window(

@@ -147,7 +147,8 @@ def rope_index(mask: np.ndarray, visual: np.ndarray, grids: np.ndarray, merge: i
             frames, height, width = next(pending) // np.array([1, merge, merge])
             block = np.stack(np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij"))
             block = block.reshape(3, -1) + current
-            if not visual[row, where[at : at + block.shape[1]]].all():
+            run = visual[row, where[at : at + block.shape[1]]]
+            if len(run) < block.shape[1] or not run.all():
                 raise UserError(
                     f"row {row} breaks off an image of {block.shape[1]} tokens: keep each image's tokens together"
                 )

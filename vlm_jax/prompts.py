@@ -72,7 +72,12 @@ def encode(
     prompts = [prompt] * len(examples) if isinstance(prompt, str) else prompt
     tokenizer = processor.tokenizer
     images = [image for example in examples for image in example.images]
-    pixels = processor.image_processor(images=images, return_tensors="np") if images else {}
+    if images and config.vision is None:
+        raise UserError(f"a {config.family} is a text-only model and takes no images: choose a vision-language model")
+    try:
+        pixels = processor.image_processor(images=images, return_tensors="np") if images else {}
+    except ValueError as error:  # such as a picture that is 200 times as wide as high
+        raise UserError(f"the image processor refuses an image ({error}): leave it out or change its shape") from None
     counts = iter(config.vision.token_counts(pixels) if images else ())
     chat = FAMILIES[config.family].chat
     texts, ranges = zip(
@@ -119,13 +124,20 @@ def encode(
 def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[int], with_answer: bool):
     """The whole text of one example and its spans as ``(name, first character, past the last)``."""
     tokenizer = processor.tokenizer
-    for special in tokenizer.all_special_tokens:
+    # The named special tokens, and those that only the vocabulary marks as such.
+    special_tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for special in sorted({*special_tokens, *tokenizer.all_special_tokens, chat.image, chat.placeholder} - {""}):
         if special in example.question or special in example.answers[0]:
             raise UserError(f"example {example.id!r} holds the special token {special!r}: remove it from the text")
     content = [{"type": "image"} for _ in example.images]
     content.append({"type": "text", "text": prompt.replace("{QUESTION}", _PLACEHOLDER)})
-    rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    before, after = rendered.split(_PLACEHOLDER)
+    try:
+        rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        before, after = rendered.split(_PLACEHOLDER)
+    except ValueError as error:
+        raise UserError(
+            f"the model's chat template cannot show a question ({error}): use an instruction-tuned checkpoint"
+        ) from None
     ranges = []
     if example.images:
         first, *rest = before.split(chat.placeholder)
@@ -143,9 +155,9 @@ def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[i
     ranges.append(("question", len(before), len(text)))
     text += after
     if with_answer:
-        # The space that separates the answer is its first token's, as in training data.
-        answer = text + chat.answer_prefix + example.answers[0]
-        turn_end = chat.turn_end or tokenizer.eos_token
+        # Where the prompt ends in a word, the space before the answer is its first token's, as in training data.
+        answer = text + ("" if text[-1:].isspace() else " ") + example.answers[0]
+        turn_end = ((tokenizer.chat_template or processor.chat_template) and chat.turn_end) or tokenizer.eos_token
         ranges += [("answer", len(text), len(answer)), ("end", len(answer), len(answer) + len(turn_end))]
         text = answer + turn_end
     return text, ranges

@@ -25,6 +25,8 @@ def read_config(hf: dict, where: str) -> Config:
     model_type = hf.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(f"{where}: unsupported architecture {model_type!r}{nearest(str(model_type), FAMILIES)}")
+    if hf.get("quantization_config"):
+        raise UserError(f"{where}: quantization_config is not supported: use the checkpoint in bfloat16 or float32")
     family = FAMILIES[model_type]
     for part in ("text_config", "vision_config") if family.chat.image else ():
         flat = part == "text_config" and family.flat_text and "hidden_size" in hf

@@ -17,8 +17,7 @@ class Chat:
 
     placeholder: what the chat template writes for an image; before, image, after: what stands there in its place,
     ``image`` once per visual token. image_end: the token that closes an image, None where the family has none.
-    turn_end: what ends the answer's turn; the tokeniser's end token where None. answer_prefix: what separates the
-    prompt from the answer.
+    turn_end: what ends the answer's turn in its chat template; the tokeniser's end token where None.
     """
 
     placeholder: str = ""
@@ -27,7 +26,6 @@ class Chat:
     after: str = ""
     image_end: str | None = None
     turn_end: str | None = None
-    answer_prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Family:
         return table + key.removeprefix(disk)
 
     def on_disk(self, key: str) -> str:
-        """The published name of a tensor that the table calls ``key``."""
+        """The name that transformers writes for a tensor that the table calls ``key``."""
         for disk, table in self.spellings:
             if key.startswith(table):
                 return disk + key.removeprefix(table)
@@ -123,8 +121,15 @@ def read_text(text: Any, where: str, *, tied: bool, **own: Any) -> TextConfig:
     parameters = text.rope_parameters
     rope = {kind: read_rope(parameters.get(kind, parameters), where) for kind in kinds}
     for kind in rope.values():
-        if kind.mrope_section is not None and sum(kind.mrope_section) != head_dim // 2:
-            raise UserError(f"{where}: mrope_section must add up to half of head_dim = {head_dim}")
+        section = kind.mrope_section
+        if section is not None and (len(section) != 3 or sum(section) != head_dim // 2):
+            raise UserError(
+                f"{where}: mrope_section must be three numbers that add up to half of head_dim = {head_dim}"
+            )
+        if section is not None and "sliding_attention" in rope:  # the window counts tokens, M-RoPE's positions do not
+            raise UserError(f"{where}: use_sliding_window = True is not supported with mrope_section, only False")
+    if "sliding_attention" in rope:
+        positive(where, text, "sliding_window")
     return TextConfig(
         **sizes,
         head_dim=head_dim,
@@ -138,6 +143,25 @@ def read_text(text: Any, where: str, *, tied: bool, **own: Any) -> TextConfig:
     )
 
 
+def ascending(where: str, field: str, indexes: Any, depth: int) -> tuple[int, ...]:
+    """Layer indexes that must be in order and below ``depth``."""
+    indexes = tuple(indexes)
+    if list(indexes) != sorted(set(indexes)) or not set(indexes) <= set(range(depth)):
+        raise UserError(f"{where}: {field} = {list(indexes)} is not supported, only ascending indexes below {depth}")
+    return indexes
+
+
+def whole_heads(where: str, width: int, heads: int) -> None:
+    """A tower's heads must divide its width."""
+    if width % heads:
+        raise UserError(f"{where}: hidden_size = {width} of the vision tower is no multiple of its {heads} heads")
+
+
+def attention_bias(text: Any) -> tuple[str, ...]:
+    """Which attention linears have a bias, where the config decides: all four, or none."""
+    return ("q_proj", "k_proj", "v_proj", "o_proj") if text.attention_bias else ()
+
+
 def read_rope(parameters: dict, where: str) -> Rope:
     """A ``rope_parameters`` entry."""
     kind = parameters.get("rope_type", "default")
@@ -147,12 +171,15 @@ def read_rope(parameters: dict, where: str) -> Rope:
     found = {k: v for k, v in parameters.items() if k in fields and v is not None}
     if found.get("mrope_section") is not None:
         found["mrope_section"] = tuple(found["mrope_section"])
+    for field, value in found.items():
+        if field not in ("rope_type", "mrope_section") and not isinstance(value, int | float):
+            raise UserError(f"{where}: {field} = {value!r} is not supported, only a number")
     return Rope(**{**found, "rope_type": kind, "rope_theta": float(found["rope_theta"])})
 
 
 def tied(hf: dict, default: bool = False) -> bool:
     """``tie_word_embeddings``, which a config may hold at the top or in its text part."""
-    return bool(hf.get("tie_word_embeddings", hf.get("text_config", {}).get("tie_word_embeddings", default)))
+    return bool(hf.get("tie_word_embeddings", (hf.get("text_config") or {}).get("tie_word_embeddings", default)))
 
 
 def token_ids(hf: dict, config: Any) -> dict[str, Any]:
@@ -178,14 +205,16 @@ class TextProcessor:
     """A tokeniser in the place of a processor, for text-only models."""
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The text of a conversation; without a chat template, the messages' own."""
         flat = [{"role": m["role"], "content": "".join(part["text"] for part in m["content"])} for m in messages]
         if self.tokenizer.chat_template is None:
             return "".join(message["content"] for message in flat)
-        return self.tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=add_generation_prompt)
+        # Qwen3's template would have it think aloud first; other templates ignore the word.
+        options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": False}
+        return self.tokenizer.apply_chat_template(flat, tokenize=False, **options)
 
 
 def load_tokenizer(folder: Path) -> TextProcessor:

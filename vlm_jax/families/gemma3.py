@@ -8,6 +8,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.families.base import (
     Chat,
     Family,
+    attention_bias,
     decoder_rows,
     load_parts,
     load_tokenizer,
@@ -17,7 +18,7 @@ from vlm_jax.families.base import (
     tied,
     token_ids,
 )
-from vlm_jax.families.vit import encoder_rows, read_tower
+from vlm_jax.families.vit import SPELLINGS, encoder_rows, read_tower
 from vlm_jax.table import KEEP, Row
 from vlm_jax.vision.siglip import SiglipVision
 
@@ -32,12 +33,12 @@ def _text(hf: dict, text: Any, where: str, **own: Any) -> TextConfig:
         text,
         where,
         tied=tied(hf, default=True),
-        attention_bias=("q_proj", "k_proj", "v_proj", "o_proj") if text.attention_bias else (),
+        attention_bias=attention_bias(text),
         qk_norm=True,
         sandwich_norm=True,
         unit_offset_norm=True,
         embed_scale=text.hidden_size**0.5,
-        query_pre_attn_scalar=float(text.query_pre_attn_scalar),
+        query_pre_attn_scalar=float(positive(where, text, "query_pre_attn_scalar")["query_pre_attn_scalar"]),
         final_logit_softcapping=text.final_logit_softcapping,
         **own,
     )
@@ -87,14 +88,7 @@ FAMILY = Family(
     ),
     layers="model.language_model.layers",
     load_processor=load_processor,
-    spellings=(
-        ("language_model.model.", "model.language_model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("vision_tower.", "model.vision_tower."),
-        ("vision_tower.vision_model.", "model.vision_tower."),
-        ("model.vision_tower.vision_model.", "model.vision_tower."),
-        ("multi_modal_projector.", "model.multi_modal_projector."),
-    ),
+    spellings=SPELLINGS,
     chat=Chat(
         "<start_of_image>",
         "<image_soft_token>",

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.config import Config
+from vlm_jax.errors import UserError
 from vlm_jax.families.base import (
     Chat,
     Family,
+    attention_bias,
     decoder_rows,
     load_parts,
     load_tokenizer,
@@ -16,8 +18,7 @@ from vlm_jax.families.base import (
     tied,
     token_ids,
 )
-from vlm_jax.families.qwen3_vl import attention_bias
-from vlm_jax.families.vit import encoder_rows, read_tower
+from vlm_jax.families.vit import SPELLINGS, encoder_rows, read_tower
 from vlm_jax.layers import ACTIVATIONS
 from vlm_jax.table import linear
 from vlm_jax.vision.clip import ClipVision
@@ -31,6 +32,8 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
     chosen = (chosen,) if isinstance(chosen, int) else tuple(chosen)
     strategy = config.vision_feature_select_strategy
     tower = read_tower(vision, where)
+    if not chosen:
+        raise UserError(f"{where}: vision_feature_layer is empty: name at least one layer")
     for layer in chosen:
         supported(where, "vision_feature_layer", layer, range(-tower["depth"] - 1, tower["depth"] + 1))
     return Config(
@@ -86,15 +89,8 @@ FAMILY = Family(
     ),
     layers="model.language_model.layers",
     load_processor=load_processor,
-    spellings=(
-        ("language_model.model.", "model.language_model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("vision_tower.", "model.vision_tower."),
-        ("vision_tower.vision_model.", "model.vision_tower."),
-        ("model.vision_tower.vision_model.", "model.vision_tower."),
-        ("multi_modal_projector.", "model.multi_modal_projector."),
-    ),
-    chat=Chat("<image>", "<image>", answer_prefix=" "),
+    spellings=SPELLINGS,
+    chat=Chat("<image>", "<image>"),
 )
 BACKBONE = Family(
     model_type="llama",

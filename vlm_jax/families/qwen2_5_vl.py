@@ -16,6 +16,7 @@ from vlm_jax.families.base import (
     supported,
     tied,
     token_ids,
+    whole_heads,
     without_video,
 )
 from vlm_jax.layers import ACTIVATIONS
@@ -42,6 +43,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
         "out_hidden_size",
         "window_size",
     )
+    whole_heads(where, sizes["hidden_size"], sizes["num_heads"])
     return Config(
         family="qwen2_5_vl",
         text=read_text(text, where, tied=tied(hf), attention_bias=_BIAS),

@@ -7,6 +7,8 @@ from vlm_jax.config import Config
 from vlm_jax.families.base import (
     Chat,
     Family,
+    ascending,
+    attention_bias,
     decoder_rows,
     load_parts,
     load_tokenizer,
@@ -16,6 +18,7 @@ from vlm_jax.families.base import (
     supported,
     tied,
     token_ids,
+    whole_heads,
     without_video,
 )
 from vlm_jax.layers import ACTIVATIONS
@@ -23,12 +26,6 @@ from vlm_jax.table import CONV, KEEP, Row, linear, norm
 from vlm_jax.vision.qwen3 import Qwen3Vision
 
 _BLOCK, _OURS = "model.visual.blocks.{}", "visual.blocks"
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-def attention_bias(text: Any) -> tuple[str, ...]:
-    """All four linears, or none."""
-    return _ATTENTION if text.attention_bias else ()
 
 
 def read_config(hf: dict, config: Any, where: str) -> Config:
@@ -47,6 +44,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
         "out_hidden_size",
         "num_position_embeddings",
     )
+    whole_heads(where, sizes["hidden_size"], sizes["num_heads"])
     return Config(
         family="qwen3_vl",
         text=read_text(text, where, tied=tied(hf), qk_norm=True, attention_bias=attention_bias(text)),
@@ -54,7 +52,9 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
             **sizes,
             hidden_act=supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),
             rope_theta=vision.rope_parameters["rope_theta"],
-            deepstack_visual_indexes=tuple(vision.deepstack_visual_indexes),
+            deepstack_visual_indexes=ascending(
+                where, "deepstack_visual_indexes", vision.deepstack_visual_indexes, sizes["depth"]
+            ),
         ),
         image_token_id=config.image_token_id,
         **token_ids(hf, config),

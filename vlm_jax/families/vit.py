@@ -2,9 +2,19 @@
 
 from typing import Any
 
-from vlm_jax.families.base import positive, supported
+from vlm_jax.families.base import positive, supported, whole_heads
 from vlm_jax.layers import ACTIVATIONS
 from vlm_jax.table import CONV, KEEP, Row, linear, norm
+
+#: Tensor names of a model with such a tower: as transformers 5 writes them, and as the hub has them.
+SPELLINGS = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.", "model.vision_tower."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("model.vision_tower.vision_model.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
 
 
 def read_tower(vision: Any, where: str) -> dict[str, Any]:
@@ -20,6 +30,7 @@ def read_tower(vision: Any, where: str) -> dict[str, Any]:
         "patch_size",
         "image_size",
     )
+    whole_heads(where, sizes["hidden_size"], sizes["num_attention_heads"])
     return {
         "depth": sizes.pop("num_hidden_layers"),
         "num_heads": sizes.pop("num_attention_heads"),

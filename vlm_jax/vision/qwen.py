@@ -49,6 +49,10 @@ class QwenVision(VisionConfig):
     def images(self, pixel_values: np.ndarray, image_grid_thw) -> tuple[Images, list[int]]:
         """Pads the packed patches ``(patches of all images, patch_dim)`` to ``(I, P, patch_dim)``."""
         grids = np.zeros((0, 3), int) if image_grid_thw is None else np.asarray(image_grid_thw, int).reshape(-1, 3)
+        if (grids[:, 0] != 1).any():
+            raise UserError(
+                "image_grid_thw describes a video (t > 1), which is not supported: pass its frames as images"
+            )
         counts = grids.prod(1)
         if len(pixel_values) != counts.sum():
             raise UserError(
