@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -33,8 +34,10 @@ class Args:
 
     folder: Path = Path("runs/full-size")
     """Where the checkpoint is written (9 GB for Qwen3-VL-4B); deleted afterwards."""
-    name: str = "Qwen3-VL-4B"
+    name: Literal["Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B"] = "Qwen3-VL-4B"
     """Published configuration."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision on load. On CPU, XLA widens bfloat16 weights to a second, float32 copy of them all."""
     keep: bool = False
     """Do not delete the checkpoint."""
     stage: bool = False
@@ -62,7 +65,8 @@ def write(args: Args) -> None:
             if size > SHARD_BYTES:
                 _flush(args.folder, shards, index)
                 size = 0
-    _flush(args.folder, shards, index)
+    if shards[-1]:
+        _flush(args.folder, shards, index)
     (args.folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
@@ -93,10 +97,10 @@ class Peak:
         self.thread.join()
 
 
-def load_and_trace(folder: Path) -> None:
+def load_and_trace(folder: Path, dtype: str) -> None:
     begun = time.perf_counter()
     with Peak() as peak:
-        model, _ = vlm_jax.load(folder)
+        model, _ = vlm_jax.load(folder, dtype=dtype)
     weights = sum(leaf.nbytes for leaf in vlm_jax.checkpoint.named_leaves(model).values())
     largest = max(vlm_jax.checkpoint.named_leaves(model).items(), key=lambda item: item[1].nbytes)
     print(f"weights {weights / 2**30:.2f} GiB, the largest stack {largest[1].nbytes / 2**30:.2f} GiB ({largest[0]})")
@@ -127,7 +131,7 @@ def load_and_trace(folder: Path) -> None:
 
 def main(args: Args) -> None:
     if args.stage:
-        load_and_trace(args.folder)
+        load_and_trace(args.folder, args.dtype)
         return
     if args.folder.exists():
         raise SystemExit(f"{args.folder} exists: choose another --folder")
@@ -137,7 +141,8 @@ def main(args: Args) -> None:
         total = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
         print(f"wrote {total / 1e9:.2f} GB in {time.perf_counter() - begun:.0f} s")
         # In a process of its own, whose memory is that of loading and tracing alone.
-        subprocess.run([sys.executable, __file__, "--folder", str(args.folder), "--stage"], check=True)
+        stage = ["--folder", str(args.folder), "--dtype", args.dtype, "--stage"]
+        subprocess.run([sys.executable, __file__, *stage], check=True)
     finally:
         if not args.keep:
             shutil.rmtree(args.folder, ignore_errors=True)
