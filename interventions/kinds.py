@@ -90,8 +90,8 @@ class LoRA:
 
 def _drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Dropout with one random byte per number, since random words cost more than a small model's layers: the rate is
-    rounded to a multiple of 1 / 256, and what is kept is scaled by the rounded rate."""
+    rounded to a multiple of 1 / 256 above 0 and below 1, and what is kept is scaled by the rounded rate."""
     words = jax.random.bits(key, (-(-x.size // 4),), jnp.uint32)
     noise = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
-    dropped = round(rate * 256)
+    dropped = min(max(round(rate * 256), 1), 255)
     return jnp.where(noise >= dropped, x * (256 / (256 - dropped)), 0)

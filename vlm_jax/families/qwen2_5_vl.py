@@ -10,16 +10,13 @@ from vlm_jax.families.base import (
     decoder_rows,
     load_parts,
     load_tokenizer,
-    positive,
     read_backbone,
     read_text,
-    supported,
     tied,
     token_ids,
-    whole_heads,
     without_video,
 )
-from vlm_jax.layers import ACTIVATIONS
+from vlm_jax.families.qwen import read_tower
 from vlm_jax.table import CONV, KEEP, Row, linear
 from vlm_jax.vision.qwen2_5 import Qwen25Vision
 
@@ -29,28 +26,12 @@ _BIAS = ("q_proj", "k_proj", "v_proj")  # the output has none, whatever the conf
 
 def read_config(hf: dict, config: Any, where: str) -> Config:
     text, vision = config.text_config, config.vision_config
-    sizes = positive(
-        where,
-        vision,
-        "depth",
-        "hidden_size",
-        "intermediate_size",
-        "num_heads",
-        "in_channels",
-        "patch_size",
-        "temporal_patch_size",
-        "spatial_merge_size",
-        "out_hidden_size",
-        "window_size",
-    )
-    whole_heads(where, sizes["hidden_size"], sizes["num_heads"])
+    tower = read_tower(vision, where, "window_size")
     return Config(
         family="qwen2_5_vl",
         text=read_text(text, where, tied=tied(hf), attention_bias=_BIAS),
         vision=Qwen25Vision(
-            **sizes,
-            hidden_act=supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),
-            rope_theta=vision.rope_parameters["rope_theta"],
+            **tower,
             fullatt_block_indexes=tuple(vision.fullatt_block_indexes),
         ),
         image_token_id=config.image_token_id,

@@ -12,16 +12,13 @@ from vlm_jax.families.base import (
     decoder_rows,
     load_parts,
     load_tokenizer,
-    positive,
     read_backbone,
     read_text,
-    supported,
     tied,
     token_ids,
-    whole_heads,
     without_video,
 )
-from vlm_jax.layers import ACTIVATIONS
+from vlm_jax.families.qwen import read_tower
 from vlm_jax.table import CONV, KEEP, Row, linear, norm
 from vlm_jax.vision.qwen3 import Qwen3Vision
 
@@ -30,30 +27,14 @@ _BLOCK, _OURS = "model.visual.blocks.{}", "visual.blocks"
 
 def read_config(hf: dict, config: Any, where: str) -> Config:
     text, vision = config.text_config, config.vision_config
-    sizes = positive(
-        where,
-        vision,
-        "depth",
-        "hidden_size",
-        "intermediate_size",
-        "num_heads",
-        "in_channels",
-        "patch_size",
-        "temporal_patch_size",
-        "spatial_merge_size",
-        "out_hidden_size",
-        "num_position_embeddings",
-    )
-    whole_heads(where, sizes["hidden_size"], sizes["num_heads"])
+    tower = read_tower(vision, where, "num_position_embeddings")
     return Config(
         family="qwen3_vl",
         text=read_text(text, where, tied=tied(hf), qk_norm=True, attention_bias=attention_bias(text)),
         vision=Qwen3Vision(
-            **sizes,
-            hidden_act=supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),
-            rope_theta=vision.rope_parameters["rope_theta"],
+            **tower,
             deepstack_visual_indexes=ascending(
-                where, "deepstack_visual_indexes", vision.deepstack_visual_indexes, sizes["depth"]
+                where, "deepstack_visual_indexes", vision.deepstack_visual_indexes, tower["depth"]
             ),
         ),
         image_token_id=config.image_token_id,

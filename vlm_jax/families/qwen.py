@@ -1,0 +1,30 @@
+"""What the two Qwen-VL families share: the fields of their vision towers."""
+
+from typing import Any
+
+from vlm_jax.families.base import positive, supported, whole_heads
+from vlm_jax.layers import ACTIVATIONS
+
+
+def read_tower(vision: Any, where: str, *own: str) -> dict[str, Any]:
+    """The fields of :class:`vlm_jax.vision.qwen.QwenVision`, and the whole numbers ``own`` to one family."""
+    sizes = positive(
+        where,
+        vision,
+        "depth",
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "in_channels",
+        "patch_size",
+        "temporal_patch_size",
+        "spatial_merge_size",
+        "out_hidden_size",
+        *own,
+    )
+    whole_heads(where, sizes["hidden_size"], sizes["num_heads"])
+    return {
+        **sizes,
+        "hidden_act": supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),
+        "rope_theta": vision.rope_parameters["rope_theta"],
+    }
