@@ -1,4 +1,4 @@
-"""Accuracy of a model on a task, zero-shot or with a LoRA adapter.
+"""Accuracy of a model on a task: as it is, with a LoRA adapter, or under a saved intervention.
 
 python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
 """
@@ -6,7 +6,7 @@ python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
 import dataclasses
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -15,6 +15,8 @@ from tqdm import tqdm
 import vlm_jax
 from eval.metrics import exact_match
 from interventions.adapters import load_peft
+from interventions.groups import bind
+from interventions.store import describe, digest, load_interventions
 from vlm_jax import Model
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command
@@ -34,6 +36,10 @@ class Args(ModelOptions):
     """Task name, family (knowledge, perception) or JSONL file."""
     adapter: Path | None = None
     """PEFT folder of a LoRA adapter to evaluate with."""
+    intervention: Path | None = None
+    """File of saved interventions (interventions.store) to evaluate under, such as a cut that TaLo selected."""
+    steps: Literal["all", "prefill"] = "all"
+    """Whether interventions also act on generated tokens, or on the prompt only."""
     split: str = "test"
     """Split of a named task: trace, train, eval or test."""
     limit: int | None = 300
@@ -61,14 +67,18 @@ def answer(
     *,
     batch: int = 64,
     max_new_tokens: int = 12,
+    steps: Literal["all", "prefill"] = "all",
     label: str = "",
 ) -> Answers:
-    """Greedy answers to P0's prompt, under interventions or without."""
+    """Greedy answers to P0's prompt, under interventions or without; token groups are looked up in every batch."""
     texts: list[str] = [""] * len(examples)
     groups = list(batches(examples, processor, model.config, batch, step=_LENGTH_STEP, with_answer=False))
     with tqdm(total=len(examples), desc=f"answer {label}".strip(), unit="sample", leave=False) as bar:
         for rows, encoded in groups:
-            tokens = np.asarray(vlm_jax.generate(model, encoded.inputs, max_new_tokens, interventions))[: len(rows)]
+            acting = bind(interventions, encoded)
+            tokens = np.asarray(vlm_jax.generate(model, encoded.inputs, max_new_tokens, acting, steps=steps))[
+                : len(rows)
+            ]
             for row, text in zip(rows, processor.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
                 texts[row] = text.strip()
             bar.update(len(rows))
@@ -106,15 +116,32 @@ def main(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
     model, processor = args.load()
     interventions = () if args.adapter is None else (load_peft(model, args.adapter),)
+    if args.intervention is not None:
+        interventions += load_interventions(args.intervention)
+    for intervention in interventions:
+        print(describe(intervention))
     run = Run.open(args.out, args, model.config)
     answers = answer(
-        model, processor, examples, interventions, batch=args.batch, max_new_tokens=args.max_new_tokens, label=args.task
+        model,
+        processor,
+        examples,
+        interventions,
+        batch=args.batch,
+        max_new_tokens=args.max_new_tokens,
+        steps=args.steps,
+        label=args.task,
     )
     results, records = score(examples, answers.texts)
     run.save_lines("samples.jsonl", records)
     run.save_json(
         "results.json",
-        {"task": args.task, "metric": "exact_match", "compiled_shapes": answers.compiled_shapes, **results},
+        {
+            "task": args.task,
+            "metric": "exact_match",
+            "compiled_shapes": answers.compiled_shapes,
+            "interventions": digest(interventions),
+            **results,
+        },
     )
     for name, part in [*results["tasks"].items(), ("all", results)]:
         print(f"{name or args.task:20s} {part['accuracy']:.3f} ± {part['stderr']:.3f}  ({part['samples']} samples)")

@@ -1,56 +1,428 @@
 """The kinds of intervention: small frozen pytrees on the protocol of :mod:`vlm_jax.sites`.
 
-Where an intervention acts in the layers is an int32 **slot table** ``slot[site] (L,)``: the index of the slot that
-layer uses, or the number of slots where it uses none. Slots are compact: what is not placed has no array.
+Three rules hold for all of them. *Which layers*: a table with one entry per layer, either a strength or an int32
+**slot table** ``slot (L,)``: the slot that a layer uses, or the number of slots where it uses none. Slots are compact:
+what is not placed has no array. Sites outside of the layers have a scalar in its place. *Which tokens of the prompt*:
+``where (B, T)`` bool; or ``group``, the name of a token group that :func:`interventions.groups.bind` looks up in every
+batch; or, without both, all. *Generated tokens*: acted on where all are, else only if ``new``.
 """
+
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vlm_jax.sites import Context
+from interventions.groups import GROUPS, members
+from vlm_jax.errors import UserError
+from vlm_jax.sites import Context, head_axis, token_axis
 
 
-@flax.struct.dataclass
-class Add:
-    """Adds ``value (B, T, D)`` at one site outside of the layers, such as noise to ``text.embeddings``.
+def option(default: Any = None) -> Any:
+    """A static field."""
+    return flax.struct.field(pytree_node=False, default=default)
 
-    Generated tokens are left alone.
+
+def table(depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float = 0.0) -> np.ndarray:
+    """``(depth,)`` float32: ``on`` at the layers (None: all), ``off`` elsewhere.
+
+    Raises:
+        UserError: for a layer that the model lacks, or for none at all.
     """
+    layers = range(depth) if layers is None else list(layers)
+    if not layers or not set(layers) <= set(range(depth)):
+        raise UserError(f"layers {list(layers)} are not possible: name some of 0 to {depth - 1}")
+    return np.where(np.isin(np.arange(depth), list(layers)), on, off).astype(np.float32)
 
-    value: jax.Array
-    site: str = flax.struct.field(pytree_node=False, default="text.embeddings")
 
-    @property
-    def sites(self) -> frozenset[str]:
-        return frozenset({self.site})
+def slots(depth: int, layers: Iterable[int] | None) -> np.ndarray:
+    """The slot table ``(depth,)`` in which the layers (None: all), ascending, use slots 0, 1, ..."""
+    used = table(depth, layers) > 0
+    return np.where(used, np.cumsum(used) - 1, used.sum()).astype(np.int32)
 
-    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        return value if ctx.decoding else value + ctx.tokens(self.value, value)
+
+def _slot(slot: jax.Array, count: int, ctx: Context) -> tuple[jax.Array, jax.Array]:
+    """The slot that is used here, and whether any is."""
+    slot = slot if ctx.layer is None else slot[ctx.layer]
+    return jnp.minimum(slot, count - 1), slot < count
+
+
+def _beside(tokens: jax.Array, site: str, ndim: int) -> jax.Array:
+    """``(B, S)`` in the shape that broadcasts against a value at the site."""
+    axis = token_axis(site)
+    shape = [1] * ndim
+    shape[axis - 1 if site.endswith("deepstack_merger_list") else 0], shape[axis] = tokens.shape
+    return tokens.reshape(shape)
+
+
+def _beside_heads(heads: jax.Array, site: str, ndim: int) -> jax.Array:
+    shape = [1] * ndim
+    shape[head_axis(site)] = -1
+    return heads.reshape(shape)
+
+
+@flax.struct.dataclass(kw_only=True)
+class OnTokens:
+    """What the kinds share that act on some of the tokens."""
+
+    where: jax.Array | None = None
+    group: str | None = option()
+    new: bool = option(False)
+
+    def tokens(self) -> jax.Array | None:
+        return self.where
+
+    def bound(self, labels: np.ndarray):
+        """With ``where`` taken from the labels ``(B, T)`` of a batch."""
+        return self if self.group is None else self.replace(where=np.isin(labels, members(self.group)))
+
+    def only(self, site: str, changed: jax.Array, value: jax.Array, ctx: Context) -> jax.Array:
+        """``changed`` at the tokens that are meant, ``value`` elsewhere."""
+        if self.where is None:
+            if self.group is not None:
+                raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}: bind it to a batch first")
+            return changed
+        here = ctx.tokens(jnp.asarray(self.where), value.shape[token_axis(site)], self.new)
+        return jnp.where(_beside(here, site, value.ndim), changed, value)
 
 
 @flax.struct.dataclass
 class Patch:
-    """Replaces the value at a site of a layer by a donor's, at every position (P0, section 2.2).
+    """Replaces values by a donor's: causal patching (P0, section 2.2).
 
-    ``donor[site] (K, B, T', ...)`` holds K slots of activations of the tokens from ``start`` on.
-    Generated tokens are left alone.
+    ``donor[site] (K, B, T', ...)`` holds K slots of values of the tokens from ``start`` on. ``heads (H,)`` bool keeps
+    to some heads, at sites that have them. Generated tokens are left alone.
     """
 
     donor: dict[str, jax.Array]
     slot: dict[str, jax.Array]
-    start: int = flax.struct.field(pytree_node=False, default=0)
+    where: jax.Array | None = None
+    heads: jax.Array | None = None
+    start: int = option(0)
 
     @property
     def sites(self) -> frozenset[str]:
         return frozenset(self.donor)
 
+    def active(self) -> dict[str, jax.Array]:
+        some = True if self.heads is None else self.heads.any()
+        return {site: (slot < len(self.donor[site])) & some for site, slot in self.slot.items()}
+
+    def tokens(self) -> jax.Array | None:
+        return self.where
+
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         if ctx.decoding:
             return value
-        donor, slot = self.donor[site], self.slot[site][ctx.layer]
-        here = jax.lax.dynamic_slice_in_dim(donor, ctx.start - self.start, value.shape[1], 2)
-        return jnp.where(slot < len(donor), here[jnp.minimum(slot, len(donor) - 1)], value)
+        donor, axis = self.donor[site], token_axis(site)
+        slot, used = _slot(self.slot[site], len(donor), ctx)
+        here = jax.lax.dynamic_slice_in_dim(donor[slot], ctx.start - self.start, value.shape[axis], axis)
+        if self.where is not None:
+            used = used & _beside(ctx.tokens(jnp.asarray(self.where), value.shape[axis]), site, value.ndim)
+        if self.heads is not None:
+            used = used & _beside_heads(self.heads, site, value.ndim)
+        return jnp.where(used, here, value)
+
+
+@flax.struct.dataclass
+class Noise(OnTokens):
+    """Adds Gaussian noise of standard deviation ``scale (B,)`` at a site outside of the layers (P0, equation 5).
+
+    ``key (B, 2)`` uint32, :func:`jax.random.key_data` of one key per row: a row's noise does not depend on its batch.
+    Needs the tokens; generated ones are left alone.
+    """
+
+    key: jax.Array
+    scale: jax.Array
+    site: str = option("text.embeddings")
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset({self.site})
+
+    def active(self) -> dict[str, jax.Array]:
+        return {self.site: (self.scale != 0).any()}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        if ctx.decoding:
+            return value
+        if self.where is None:
+            raise UserError("Noise must know its tokens: give where, or a group and bind it to a batch")
+        shape = self.where.shape[1], value.shape[-1]
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.wrap_key_data(key), shape))(self.key)
+        noise = ctx.tokens(noise * self.scale[:, None, None], value.shape[1])
+        return self.only(site, value + noise.astype(value.dtype), value, ctx)
+
+
+@flax.struct.dataclass
+class Gate(OnTokens):
+    """Scales the values at sites by ``scale[site] (L,)``; 0 cuts (TaLo's cut, P3, is 0 at one layer's attn_out)."""
+
+    scale: dict[str, jax.Array]
+
+    @classmethod
+    def cut(cls, depth: int, layers: Iterable[int], modules: Iterable[str] = ("attn",), scale: float = 0.0) -> "Gate":
+        """Takes the attention and/or MLP of some layers out, at every token: modules "attn", "mlp"."""
+        return cls({f"text.{module}_out": table(depth, layers, scale, 1.0) for module in modules})
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.scale)
+
+    def active(self) -> dict[str, jax.Array]:
+        return {site: scale != 1 for site, scale in self.scale.items()}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        scale = self.scale[site] if ctx.layer is None else jnp.asarray(self.scale[site])[ctx.layer]
+        return self.only(site, value * scale, value, ctx)
+
+
+@flax.struct.dataclass
+class HeadGate(OnTokens):
+    """Scales what attention heads read (``head_out``, before the output projection) by ``scale (L, H)``."""
+
+    scale: jax.Array
+    site: str = option("text.head_out")
+
+    @classmethod
+    def cut(cls, depth: int, count: int, heads: Iterable[tuple[int, int]], scale: float = 0.0) -> "HeadGate":
+        """Takes out ``(layer, head)`` pairs of a model with ``count`` heads a layer."""
+        scales = np.ones((depth, count), np.float32)
+        for layer, head in heads:
+            if not (0 <= layer < depth and 0 <= head < count):
+                raise UserError(f"there is no head {head} in layer {layer}: {depth} layers have {count} heads each")
+            scales[layer, head] = scale
+        return cls(scales)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset({self.site})
+
+    def active(self) -> dict[str, jax.Array]:
+        return {self.site: (self.scale != 1).any(-1)}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        scale = jnp.asarray(self.scale)[ctx.layer]
+        if len(scale) != value.shape[head_axis(site)]:
+            raise UserError(f"HeadGate is for {len(scale)} heads, but {site} has {value.shape[head_axis(site)]}")
+        return self.only(site, value * _beside_heads(scale, site, value.ndim), value, ctx)
+
+
+MODES = ("post_softmax", "pre_softmax", "value_norm", "random_mass")
+
+
+@flax.struct.dataclass
+class AttentionKnockout:
+    """Takes the attention of some token groups to others away: ``keep (L, G, G)``, by query's and key's group, is what
+    is left of it. ``groups (B, T)`` are the labels of :func:`interventions.groups.label`; generated tokens are ``new``.
+
+    mode:
+        post_softmax: the probabilities are multiplied by ``keep`` and do not sum to 1 any more (P1, equations 3, 4).
+        pre_softmax: the keys are masked, so what is left sums to 1 (Geva et al. 2023). The same as post_softmax,
+            renormalised.
+        value_norm: control: every key is read, but the head's output is scaled to the norm that post_softmax would
+            leave it. What this changes, less norm explains and missing information does not.
+        random_mass: control: the same mass of attention is taken from other keys, in a random order (``key``), the
+            last of them in part; from all the others where they hold less.
+    """
+
+    keep: jax.Array
+    groups: jax.Array | None = None
+    key: jax.Array | None = None
+    mode: str = option("post_softmax")
+    new: str = option("answer")
+
+    @classmethod
+    def between(
+        cls,
+        depth: int,
+        query: str,
+        key: str,
+        layers: Iterable[int] | None = None,
+        *,
+        mode: Literal["post_softmax", "pre_softmax", "value_norm", "random_mass"] = "post_softmax",
+        keep: float = 0.0,
+        seed: int = 0,
+    ) -> "AttentionKnockout":
+        """From the group ``query`` to the group ``key``, such as "text" and "image", in some layers (None: all)."""
+        if mode not in MODES:
+            raise UserError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
+        block = np.zeros((len(GROUPS), len(GROUPS)), bool)
+        block[np.ix_(members(query), members(key))] = True
+        kept = np.where(table(depth, layers)[:, None, None] * block > 0, keep, 1).astype(np.float32)
+        random = np.asarray(jax.random.key_data(jax.random.key(seed))) if mode == "random_mass" else None
+        return cls(kept, key=random, mode=mode)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset({"text.attn_scores" if self.mode == "pre_softmax" else "text.attn_probs"})
+
+    def active(self) -> dict[str, jax.Array]:
+        return dict.fromkeys(self.sites, (self.keep != 1).any((1, 2)))
+
+    def tokens(self) -> jax.Array | None:
+        if self.groups is None:
+            return None
+        number = np.arange(len(GROUPS))
+        present = (self.groups[:, :, None] == number).any(1)  # (B, G)
+        met = ((self.keep != 1).any(0) & present[:, None, :]).any(-1)  # (B, G): queries that meet such a key
+        return (met[:, None, :] & (self.groups[:, :, None] == number)).any(-1)
+
+    def bound(self, labels: np.ndarray) -> "AttentionKnockout":
+        return self.replace(groups=labels)
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        if self.groups is None:
+            raise UserError("AttentionKnockout must know the token groups: bind it to a batch first")
+        groups, new = jnp.asarray(self.groups), GROUPS.index(self.new)
+        queries = ctx.tokens(groups, value.shape[2], new)
+        keys = ctx.keys(groups, value.shape[3], new)
+        # (B, S, G) by one-hot rather than by gathering (B, S, keys) entries one by one.
+        rows = jnp.asarray(self.keep)[ctx.layer][queries]
+        keep = jnp.einsum("bsg,bkg->bsk", rows, jax.nn.one_hot(keys, len(GROUPS), dtype=rows.dtype))[:, None]
+        match self.mode:
+            case "pre_softmax":
+                lowest = jnp.finfo(value.dtype).min
+                return jnp.where(keep > 0, value + jnp.log(jnp.maximum(keep, 1e-30)), lowest)
+            case "post_softmax":
+                return value * keep
+            case "value_norm":
+                norms = [jnp.linalg.norm(ctx.read(p), axis=-1) for p in (value * keep, value)]
+                ratio = norms[0] / jnp.maximum(norms[1], jnp.finfo(value.dtype).tiny)
+                return value * ratio.transpose(0, 2, 1)[..., None]
+        mass = (value * (1 - keep)).sum(-1, keepdims=True)
+        random = jax.random.fold_in(jax.random.wrap_key_data(self.key), ctx.layer)
+        order = jax.random.permutation(random, value.shape[-1])
+        others = jnp.where(keep == 1, value, 0)[..., order]
+        taken = jnp.clip(mass - (jnp.cumsum(others, -1) - others), 0, others)
+        return value - taken[..., jnp.argsort(order)]
+
+
+@flax.struct.dataclass
+class UniformAttention(OnTokens):
+    """Makes attention uniform over the visible keys where ``strength (L,)`` is 1 (TaLo's other form, P3): the scores
+    are scaled by ``1 - strength``, which is what zeroing q_proj does."""
+
+    strength: jax.Array
+    site: str = option("text.attn_scores")
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset({self.site})
+
+    def active(self) -> dict[str, jax.Array]:
+        return {self.site: self.strength != 0}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        return self.only(site, value * (1 - jnp.asarray(self.strength)[ctx.layer]), value, ctx)
+
+
+@flax.struct.dataclass
+class Add(OnTokens):
+    """Adds ``value`` at one site: a vector on every token (steering) ``(..., D)``, or something for each token of the
+    prompt ``(B, T, ..., D)``, then never to generated ones. In layers it has K slots in front and a ``slot (L,)``."""
+
+    value: jax.Array
+    site: str = option("text.embeddings")
+    slot: jax.Array | None = None
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset({self.site})
+
+    def active(self) -> dict[str, jax.Array]:
+        return {self.site: jnp.asarray(True) if self.slot is None else self.slot < len(self.value)}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        added, used = self.value, True
+        if self.slot is not None:
+            slot, used = _slot(self.slot, len(added), ctx)
+            added = added[slot]
+        if added.ndim == value.ndim:
+            if ctx.decoding:
+                return value
+            added = ctx.tokens(added, value.shape[token_axis(site)], axis=token_axis(site))
+        return self.only(site, jnp.where(used, value + added, value), value, ctx)
+
+
+@flax.struct.dataclass
+class Replace(OnTokens):
+    """Puts a vector ``value (..., D)`` in the place of values, such as a mean image embedding (P2). In layers it has K
+    slots in front and a ``slot (L,)``."""
+
+    value: jax.Array
+    site: str = option("text.embeddings")
+    slot: jax.Array | None = None
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset({self.site})
+
+    def active(self) -> dict[str, jax.Array]:
+        return {self.site: jnp.asarray(True) if self.slot is None else self.slot < len(self.value)}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        put, used = jnp.asarray(self.value), True
+        if self.slot is not None:
+            slot, used = _slot(self.slot, len(put), ctx)
+            put = put[slot]
+        return self.only(site, jnp.where(used, put.astype(value.dtype), value), value, ctx)
+
+
+@flax.struct.dataclass
+class ProjectOut(OnTokens):
+    """Removes directions: ``y - (y V^T) V`` with K slots of R orthonormal rows ``directions (K, R, D)`` (P2)."""
+
+    directions: jax.Array
+    slot: dict[str, jax.Array]
+
+    @classmethod
+    def of(cls, vectors: np.ndarray, slot: dict[str, jax.Array], **tokens) -> "ProjectOut":
+        """From any vectors ``(K, R, D)``: their spans are taken out."""
+        _, size, rows = np.linalg.svd(np.asarray(vectors, np.float64), full_matrices=False)
+        rank = size > 1e-6 * size.max()
+        return cls((rows * rank[..., None]).astype(np.float32), slot, **tokens)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.slot)
+
+    def active(self) -> dict[str, jax.Array]:
+        return {site: slot < len(self.directions) for site, slot in self.slot.items()}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        slot, used = _slot(jnp.asarray(self.slot[site]), len(self.directions), ctx)
+        v = jnp.asarray(self.directions)[slot].astype(value.dtype)
+        return self.only(site, jnp.where(used, value - (value @ v.T) @ v, value), value, ctx)
+
+
+@flax.struct.dataclass
+class LoReFT(OnTokens):
+    """Low-rank linear representation editors: ``h + (W h + b - U h) U^T`` (Wu et al. 2024; P4, equation 1).
+
+    ``weights[site] = (R (K, D, r), W (K, D, r), b (K, r))`` are the trainable arrays; U^T is the orthonormal factor of
+    R, its signs fixed, so that U stays orthonormal through training.
+    """
+
+    weights: dict[str, tuple[jax.Array, jax.Array, jax.Array]]
+    slot: dict[str, jax.Array]
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.weights)
+
+    def active(self) -> dict[str, jax.Array]:
+        return {site: slot < len(self.weights[site][0]) for site, slot in self.slot.items()}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        r, w, b = self.weights[site]
+        slot, used = _slot(jnp.asarray(self.slot[site]), len(r), ctx)
+        u, upper = jnp.linalg.qr(r[slot].astype(jnp.float32))
+        u = (u * jnp.where(jnp.diagonal(upper) < 0, -1, 1)).astype(value.dtype)
+        edited = value + (value @ w[slot] + b[slot] - value @ u) @ u.T
+        return self.only(site, jnp.where(used, edited, value), value, ctx)
 
 
 @flax.struct.dataclass
@@ -70,6 +442,12 @@ class LoRA:
     @property
     def sites(self) -> frozenset[str]:
         return frozenset(self.weights)
+
+    def active(self) -> dict[str, jax.Array]:
+        return {site: slot < len(self.weights[site][0]) for site, slot in self.slot.items()}
+
+    def tokens(self) -> None:
+        return None
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         a, b = self.weights[site]

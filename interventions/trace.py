@@ -15,21 +15,21 @@ import tyro
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from interventions.kinds import Add, Patch
-from interventions.sweep import sweep
+from interventions.grids import patch_grid
+from interventions.kinds import Add
+from interventions.read import Gold
+from interventions.sweep import PREFIX_BUCKET, prefix, run, share, sweep_window
 from vlm_jax import Inputs, Model
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command
-from vlm_jax.inputs import bucket
 from vlm_jax.options import ModelOptions
-from vlm_jax.prompts import batches, compiled_shapes, positions
+from vlm_jax.prompts import batches, compiled_shapes
 from vlm_jax.runs import Run
+from vlm_jax.sites import Tap
 
 #: The last axis of ``ie`` and ``rr``.
 MODULES = ("attn", "mlp")
 _SITES = ("text.attn_out", "text.mlp_out")
-#: The shared prefix ends at a multiple of this, so that prompts of nearly the same shape share a program.
-_PREFIX_BUCKET = 8
 
 
 class Trace(NamedTuple):
@@ -70,38 +70,25 @@ def causal_trace(
         UserError: if a row has no question or no gold token.
     """
     question, answer = np.asarray(question_mask, bool), np.asarray(answer_mask, bool)
-    for what, mask in (("question", question), ("gold answer", answer)):
-        if not mask.any(1).all():
-            raise UserError(f"row {int(np.argmin(mask.any(1)))} has no {what} token: mark at least one in its mask")
+    if not question.any(1).all():
+        raise UserError(f"row {int(np.argmin(question.any(1)))} has no question token: mark at least one in its mask")
     if engine not in ("sweep", "naive"):
         raise UserError(f"unknown engine {engine!r}: use 'sweep' or 'naive'")
-    index, valid = positions(answer, bucket(int(answer.sum(1).max()), 4))
-    if (index[valid] == 0).any():
-        raise UserError("a gold token is the first of its row, so nothing predicts it: put the prompt before it")
-    embedded = _embed(model, inputs)
+    gold = Gold.of(inputs, answer)
     if noise is None:
+        embedded = _embed(model, inputs)
         sigma = embedding_std(embedded.x, inputs.attention_mask)
         key = jax.random.key(0) if key is None else key
         noise = noise_scale * sigma * jax.random.normal(key, embedded.x.shape)
-    noise = jnp.where(question[..., None], noise, 0).astype(embedded.x.dtype)
+    noise = jnp.where(question[..., None], noise, 0)
     if engine == "naive":
-        p_clean, p_corrupt, p_patch = _naive(model, inputs, noise, index, valid)
+        p_clean, p_corrupt, p_patch = _naive(model, inputs, noise, gold)
     else:
-        first = min(int(question.argmax(1).min()), int(index[valid].min()) - 1)
-        start = first // _PREFIX_BUCKET * _PREFIX_BUCKET
-        if model.config.text.bidirectional_images and inputs.is_image is not None:
-            start = _outside_images(np.asarray(inputs.is_image), start)
-        p_clean, p_corrupt, p_patch = _sweep(model, inputs, embedded, noise, index, valid, start=start)
+        start = prefix(model, inputs, min(int(question.argmax(1).min()), gold.first))
+        p_clean, p_corrupt, p_patch = _sweep(model, inputs, noise, gold, start=start)
     te = p_clean - p_corrupt
     ie = p_patch - p_corrupt[:, None, None]
     return Trace(p_clean, p_corrupt, te, ie, ie / (te[:, None, None] + eps))
-
-
-def _outside_images(is_image: np.ndarray, start: int) -> int:
-    """The nearest place at or before ``start`` that is not inside an image, whose tokens see each other."""
-    while start and (is_image[:, start - 1] & is_image[:, start]).any():
-        start -= 1
-    return start
 
 
 @jax.jit
@@ -115,71 +102,37 @@ def embedding_std(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.std(x.astype(jnp.float32), where=jnp.broadcast_to(mask[..., None], x.shape))
 
 
-def _probability(logits: jax.Array, inputs: Inputs, index, valid) -> jax.Array:
-    """Equation 1: the geometric mean ``(B,)`` of the gold tokens' probabilities, from ``logits (B, A, V)``."""
-    target = jnp.take_along_axis(inputs.input_ids, index, 1)
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
-    logp = jnp.take_along_axis(logp, target[..., None], -1)[..., 0]
-    return jnp.exp(jnp.sum(logp * valid, 1) / jnp.sum(valid, 1))
-
-
-def _before(x: jax.Array, index: jax.Array, start: int = 0) -> jax.Array:
-    """What predicts the gold tokens: ``x (B, S, ...)``, whose first token is token ``start``, one place before them."""
-    # Unused entries of ``index`` would lie outside of ``x``.
-    return jnp.take_along_axis(x, jnp.maximum(index - 1 - start, 0)[..., None], 1)
-
-
-def _cells(donors: dict[str, jax.Array], start: int = 0) -> tuple[Patch, Patch, jax.Array]:
-    """The ``2 L`` patches in order of their layer, their axes for ``vmap``, and the layer of each."""
-    depth = len(donors[_SITES[0]])
-    layer, module = jnp.arange(2 * depth) // 2, jnp.arange(2 * depth) % 2
-    slot = {
-        site: jnp.where((jnp.arange(depth) == layer[:, None]) & (module == m)[:, None], layer[:, None], depth)
-        for m, site in enumerate(_SITES)
-    }
-    return Patch(donors, slot, start), Patch(None, 0, start), layer
-
-
 @functools.partial(jax.jit, static_argnames="start")
-def _sweep(model: Model, inputs: Inputs, embedded, noise, index, valid, *, start: int):
-    text = model.text
-    mask, position_ids, is_image = inputs.attention_mask, inputs.position_ids, inputs.is_image
-    deepstack = None if embedded.deepstack is None else embedded.deepstack[:, :, start:]
-    past = None
-    if start:
-        images = None if is_image is None else is_image[:, :start]
-        prefix = text.window(mask[:, :start], position_ids[:, :, :start], is_image=images)
-        head = None if embedded.deepstack is None else embedded.deepstack[:, :, :start]
-        _, past, _ = text.scan(embedded.x[:, :start], prefix, deepstack=head)
-    window = model.window(inputs, start)
-
-    def run(x, taps):
-        x, _, tapped = text.scan(x[:, start:], window, past=past, deepstack=deepstack, taps=frozenset(taps))
-        return read(x), tapped
-
-    def read(x):
-        return _probability(text.logits(text.norm(_before(x, index, start))), inputs, index, valid)
-
-    p_clean, clean = run(embedded.x, _SITES)
-    p_corrupt, corrupt = run(embedded.x + noise, ["text.resid_pre"])
-    patches, axes, layer = _cells(clean, start)
-    p = sweep(text, window, past, corrupt["text.resid_pre"], deepstack, patches, axes, layer, read)
-    return p_clean, p_corrupt, p.reshape(-1, 2, p.shape[-1]).transpose(2, 0, 1)
+def _sweep(model: Model, inputs: Inputs, noise, gold: Gold, *, start: int):
+    shared = share(model, inputs, start)
+    x, clean = run(model, shared, (), dict.fromkeys(_SITES, Tap()))
+    p_clean, x = gold(model, x, start).probability, shared.embedded.x
+    # The noise starts in the window, so both runs share what lies before it.
+    shared = shared._replace(embedded=shared.embedded._replace(x=x + noise[:, start:].astype(x.dtype)))
+    x, corrupt = run(model, shared, (), {"text.resid_pre": Tap()})
+    variants, shape = patch_grid(clean, start=start)
+    scores = sweep_window(model, shared, corrupt["text.resid_pre"], variants, gold)
+    return p_clean, gold(model, x, start).probability, _by_sample(scores.probability, shape)
 
 
 @jax.jit
-def _naive(model: Model, inputs: Inputs, noise, index, valid):
+def _naive(model: Model, inputs: Inputs, noise, gold: Gold):
     """Every cell as a whole forward pass with ordinary interventions."""
 
     def run(interventions, taps=()):
-        logits, tapped = model(inputs, interventions, taps)
-        return _probability(_before(logits, index), inputs, index, valid), tapped
+        tapped = model(inputs, interventions, ("text.norm", *taps)).taps
+        return gold(model, tapped.pop("text.norm"), 0).probability, tapped
 
     p_clean, clean = run((), _SITES)
     p_corrupt, _ = run((Add(noise),))
-    patches, _, _ = _cells(clean)
-    p = jax.lax.map(lambda slot: run((Add(noise), patches.replace(slot=slot)))[0], patches.slot)
-    return p_clean, p_corrupt, p.reshape(-1, 2, p.shape[-1]).transpose(2, 0, 1)
+    variants, shape = patch_grid(clean)
+    p = jax.lax.map(lambda n: run((Add(noise), *variants.take(n).interventions))[0], jnp.arange(len(variants)))
+    return p_clean, p_corrupt, _by_sample(p, shape)
+
+
+def _by_sample(p: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """``(2 L, B)``, site by site -> ``(B, L, 2)``."""
+    return p.reshape(*shape, -1).transpose(2, 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +160,7 @@ class TaskTrace(NamedTuple):
 
 def trace_examples(model: Model, processor, examples: list[Example], options: TraceOptions, label: str) -> TaskTrace:
     """Traces every example. sigma_E is measured once, over all of them."""
-    groups = list(batches(examples, processor, model.config, options.batch, align=_PREFIX_BUCKET))
+    groups = list(batches(examples, processor, model.config, options.batch, align=PREFIX_BUCKET))
     square = total = count = 0.0
     for rows, batch in groups:
         x = np.asarray(_embed(model, batch.inputs).x, np.float64)[: len(rows)]

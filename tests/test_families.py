@@ -25,7 +25,7 @@ from vlm_jax.families import FAMILIES
 from vlm_jax.options import ModelOptions
 from vlm_jax.prompts import encode
 
-trace_module = importlib.import_module("interventions.trace")
+sweep_module = importlib.import_module("interventions.sweep")
 
 
 @pytest.fixture(scope="module", params=mini.WRITERS)
@@ -164,7 +164,7 @@ def test_shared_prefix_does_not_end_inside_an_image(loaded, examples, monkeypatc
     error, effect = errors()
     assert error < 1e-5 and effect > 1e-3
     # The control: without the rule, the families that need it are wrong, and the others are not.
-    monkeypatch.setattr(trace_module, "_outside_images", lambda is_image, start: start)
+    monkeypatch.setattr(sweep_module, "outside_images", lambda is_image, start: start)
     error, _ = errors()
     assert (error > 1e-4) == model.config.text.bidirectional_images, (error, effect)
 

@@ -8,6 +8,7 @@ import importlib
 from contextlib import ExitStack
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -284,6 +285,17 @@ def patched(model, cases):
     return clean.taps, probabilities(clean), patch
 
 
+@flax.struct.dataclass
+class Whole:
+    """A read-out that keeps everything."""
+
+    first: int = flax.struct.field(pytree_node=False, default=0)
+
+    def __call__(self, model, x, start):
+        assert start == 0
+        return x
+
+
 def test_own_activations_change_nothing(patched):
     taps, clean, patch = patched
     everywhere = {site: slots(range(LAYERS)) for site in PATCHED}
@@ -312,26 +324,18 @@ def test_restoring_the_residual_stream_of_any_layer_gives_the_clean_run(patched)
 def test_sweep_restores_the_residual_stream(model, cases):
     """The same through the engine: one variant per layer, each of which must end as the clean run."""
     case = cases["both"]
-    inputs, layers = inputs_of(model, case), jnp.arange(LAYERS)
+    inputs, real = inputs_of(model, case), case.batch["attention_mask"] == 1
+    noise = Add(jnp.asarray(case.noise * case.question[..., None]))
 
-    @jax.jit
-    def ends():
-        x, deepstack = model.embed(inputs)[0]
-        window = model.text.window(inputs.attention_mask, inputs.position_ids)
+    def run(interventions=()):
+        return model(inputs, interventions, ["text.resid_pre", "text.norm"]).taps
 
-        def run(x):
-            out, _, taps = model.text.scan(x, window, deepstack=deepstack, taps=frozenset({"text.resid_pre"}))
-            return out, taps
-
-        clean, taps = run(x)
-        corrupt, base = run(x + case.noise * case.question[..., None])
-        each = jax.vmap(lambda layer: jnp.where(layers == layer, layer, LAYERS))(layers)
-        patches, axes = Patch(taps, {"text.resid_pre": each}), Patch(None, 0)
-        read = sweep(model.text, window, None, base["text.resid_pre"], deepstack, patches, axes, layers, lambda x: x)
-        return clean, corrupt, read
-
-    clean, corrupt, restored = (np.asarray(x)[..., case.batch["attention_mask"] == 1, :] for x in ends())
-    assert np.abs(corrupt - clean).max() > 0.1
+    clean, corrupt = run(), run((noise,))["text.norm"]
+    donor = {"text.resid_pre": clean["text.resid_pre"]}
+    patches = [Patch(donor, {"text.resid_pre": slots([layer])}) for layer in range(LAYERS)]
+    restored = np.asarray(sweep(model, inputs, patches, Whole(), base=(noise,)))[:, real]
+    clean = np.asarray(clean["text.norm"])[real]
+    assert np.abs(np.asarray(corrupt)[real] - clean).max() > 0.1
     np.testing.assert_allclose(restored, np.broadcast_to(clean, restored.shape), atol=TOLERANCE)
 
 
@@ -346,7 +350,7 @@ def test_noise_outside_the_question_is_ignored(model, cases, traces):
 def test_chunk_size_does_not_matter(model, cases, traces, monkeypatch, variants):
     """Chunks of one variant (too little room for even that), and chunks that do not divide the 8 variants."""
     case = cases["text"]
-    monkeypatch.setattr(sweep_module, "CHUNK_TOKENS", 1 + variants * case.question.size)
+    monkeypatch.setattr(sweep_module, "CHUNK_TOKENS", {"cpu": 1 + variants * case.question.size})
     trace_module._sweep.clear_cache()  # the size is read while tracing
     traced = causal_trace(model, inputs_of(model, case), case.question, case.answer, noise=case.noise)
     trace_module._sweep.clear_cache()
@@ -392,7 +396,7 @@ def drawn_noise(model, case, monkeypatch, **how):
     """What the engine is given where the caller gives no noise."""
     seen = []
 
-    def engine(model, inputs, embedded, noise, index, valid, *, start):
+    def engine(model, inputs, noise, gold, *, start):
         seen.append(np.asarray(noise))
         return jnp.ones(2), jnp.zeros(2), jnp.zeros((2, LAYERS, 2))
 
@@ -459,7 +463,7 @@ NOTHING = jnp.zeros((LAYERS, 1, 1, 1))
     "intervention, message",
     [
         (Patch({"text.mlp_ou": NOTHING}, {"text.mlp_ou": slots([0])}), "unknown site.*'text.mlp_out'"),
-        (Add(NOTHING, site="embeddings"), "unknown site.*text.embeddings"),
+        (Add(NOTHING, "embeddings"), "unknown site.*text.embeddings"),
         (Patch({"text.deepstack": NOTHING}, {"text.deepstack": slots([0])}), "touches nothing.*text.deepstack"),
         (Patch({}, {}), "touches nothing"),
     ],

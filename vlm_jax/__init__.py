@@ -6,7 +6,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.generate import generate
 from vlm_jax.inputs import Inputs
 from vlm_jax.model import Model, Output
-from vlm_jax.sites import SITES, Context, Intervention
+from vlm_jax.sites import SITES, Context, Intervention, Tap
 
 __all__ = [
     "SITES",
@@ -16,6 +16,7 @@ __all__ = [
     "Intervention",
     "Model",
     "Output",
+    "Tap",
     "UserError",
     "embedded_models",
     "generate",

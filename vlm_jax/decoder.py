@@ -1,7 +1,7 @@
 """The one decoder: a scan over stacked layers, with every intermediate a named site."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,22 @@ from flax import nnx
 from vlm_jax.config import TextConfig
 from vlm_jax.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, attend, rotate
 from vlm_jax.rope import rotary
-from vlm_jax.sites import LAYER_SITES, Context, Probe
+from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, scan_layers
 
 
 class Window(NamedTuple):
     """The tokens one pass works on: all of a sequence, or a part of it that follows ``past`` tokens.
 
-    rope: cos and sin ``(R, B, S, head_dim)``; mask ``(R, B, S, S)``, past_mask ``(R, B, S, P)`` or None: who sees
-    whom; ``R`` kinds of layers (full, sliding). start, decoding: as in :class:`vlm_jax.sites.Context`.
+    rope: cos and sin ``(R, B, S, head_dim)``; mask ``(R, B, S, S)``, past_mask ``(R, B, S, P)`` of each segment of the
+    past: who sees whom; ``R`` kinds of layers (full, sliding). causal: no token sees a later one of the window.
+    start, decoding: as in :class:`vlm_jax.sites.Context`.
     """
 
     rope: tuple[jax.Array, jax.Array]
     mask: jax.Array
-    past_mask: jax.Array | None = None
-    start: int = 0
+    past_mask: tuple[jax.Array, ...] = ()
+    causal: bool = False
+    start: Any = 0
     decoding: bool = False
 
 
@@ -50,11 +52,10 @@ class SelfAttention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *window.rope), rotate(k, *window.rope)
-        if past is not None:
-            past = (*past, window.past_mask)
+        past = [(*kv, mask) for kv, mask in zip(past, window.past_mask, strict=True)]
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         softcap = config.attn_logit_softcapping
-        out = attend(q, k, v, window.mask, probe, "text", past, scale=scale, softcap=softcap)
+        out = attend(q, k, v, window.mask, probe, "text", past, scale=scale, softcap=softcap, causal=window.causal)
         return probe.linear("text.self_attn.o_proj", self.o_proj, out), (k, v)
 
 
@@ -141,20 +142,22 @@ class Decoder(nnx.Module):
     def window(
         self, attention_mask: jax.Array, position_ids: jax.Array, start: int = 0, is_image: jax.Array | None = None
     ) -> Window:
-        """The causal window of the tokens from ``start`` on; earlier tokens are its past.
+        """The causal window of the tokens from ``start`` on; earlier tokens are its past, in one segment.
 
         Where ``config.bidirectional_images``, tokens of one run of ``is_image (B, T)`` see each other too.
         """
         length = attention_mask.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))[None]
-        if self.config.bidirectional_images and is_image is not None:
+        bidirectional = self.config.bidirectional_images and is_image is not None
+        if bidirectional:
             first = is_image & ~jnp.pad(is_image, [(0, 0), (1, 0)])[:, :-1]
             block = jnp.where(is_image, jnp.cumsum(first, 1), 0)
             causal = causal | ((block[:, :, None] == block[:, None, :]) & is_image[:, :, None])
         positions = position_ids[0]
         mask = self.visible((causal & attention_mask[:, None, :])[:, start:], positions[:, start:], positions)
         rope = self.rope(position_ids[:, :, start:])
-        return Window(rope, mask[..., start:], mask[..., :start] if start else None, start)
+        past_mask = (mask[..., :start],) if start else ()
+        return Window(rope, mask[..., start:], past_mask, not bidirectional, start)
 
     def at(self, window: Window, index) -> Window:
         """The window as layer ``index`` sees it: without the axis of kinds."""
@@ -162,7 +165,7 @@ class Decoder(nnx.Module):
         kind = np.array([kinds.index(kind) for kind in self.config.layer_types])
         kind = 0 if len(kinds) == 1 else jnp.asarray(kind)[index]
         cos, sin = window.rope
-        past_mask = None if window.past_mask is None else window.past_mask[kind]
+        past_mask = tuple(mask[kind] for mask in window.past_mask)
         return window._replace(rope=(cos[kind], sin[kind]), mask=window.mask[kind], past_mask=past_mask)
 
     def scan(
@@ -171,17 +174,19 @@ class Decoder(nnx.Module):
         window: Window,
         *,
         layers=(0, None),
-        past=None,
+        past=(),
         deepstack=None,
         interventions=(),
-        taps=frozenset(),
+        taps=NO_TAPS,
         remat=False,
     ):
         """Runs layers ``layers[0]`` to ``layers[1]`` on ``x (B, S, D)``.
 
         Args:
-            past: keys and values of earlier tokens for the same layers, ``(layers, B, P, G, head_dim)`` twice.
+            past: segments of earlier tokens: their keys and values for the same layers, ``(layers, B, P, G,
+                head_dim)`` twice. Segments stay apart, so that many variants of the later tokens share one copy.
             deepstack: visual features ``(K, B, S, D)`` to add after the first K layers of the model, or None.
+            taps: site -> :class:`vlm_jax.sites.Tap`.
             remat: recompute each layer in the backward pass instead of keeping its activations.
 
         Returns:
@@ -190,16 +195,16 @@ class Decoder(nnx.Module):
         first, last, _ = slice(*layers).indices(self.config.num_hidden_layers)
         stack = jax.tree.map(lambda a: a[first:last], self.layers)
 
-        def body(x, scanned):
-            layer, index, past = scanned
-            probe = Probe(interventions, taps & LAYER_SITES, Context(index, None, window.start, window.decoding))
-            x, kv = layer(x, self.at(window, index), past, self.deepstack_at(deepstack, index), probe)
-            return x, (kv, probe.taps)
+        taps = {site: tap for site, tap in taps.items() if site in LAYER_SITES}
 
-        if remat:
-            body = jax.checkpoint(body)
-        x, (kv, tapped) = jax.lax.scan(body, x, (stack, jnp.arange(first, last), past))
-        return x, kv, tapped
+        def body(x, scanned, index):
+            layer, past = scanned
+            probe = Probe(interventions, taps, Context(index, start=window.start, decoding=window.decoding))
+            x, kv = layer(x, self.at(window, index), past, self.deepstack_at(deepstack, index), probe)
+            return x, kv, probe.taps
+
+        body = jax.checkpoint(body) if remat else body
+        return scan_layers(body, x, (stack, tuple(past)), jnp.arange(first, last), taps)
 
     @staticmethod
     def deepstack_at(deepstack, index):

@@ -1,6 +1,8 @@
 """Greedy and sampled generation with a key-value cache, one token a step, rows of different lengths."""
 
 import functools
+import itertools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ import jax.numpy as jnp
 from vlm_jax.decoder import Window
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
-from vlm_jax.model import Model
-from vlm_jax.sites import Context, Probe, check
+from vlm_jax.model import Embedded, Model
+from vlm_jax.sites import NO_TAPS, Context, Probe, check
 
 
 def generate(
@@ -18,6 +20,7 @@ def generate(
     max_new_tokens: int,
     interventions=(),
     *,
+    steps: Literal["all", "prefill"] = "all",
     temperature: float = 0.0,
     top_p: float = 1.0,
     key: jax.Array | None = None,
@@ -28,7 +31,8 @@ def generate(
 
     Args:
         inputs: prompts padded on either side.
-        interventions: act on the prompt; those without token positions (such as LoRA) on every new token too.
+        interventions: act on the prompt and, as far as their tokens reach there, on every new token.
+        steps: "prefill" keeps the interventions to the prompt: new tokens read what they left, and are untouched.
         temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled with ``key``.
         top_p: sample from the smallest set of tokens whose probability reaches this.
         eos_token_id: one or several ids that end a row; the config's where None.
@@ -37,47 +41,89 @@ def generate(
     Returns:
         ``(B, max_new_tokens)`` int32, the end token included.
     """
-    check(interventions, (), model.sites(inputs))
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}: ask for at least 1")
+    check(interventions, (), model.sites(inputs), model.depths)
+    how = decoding(model, max_new_tokens, steps, temperature, top_p, eos_token_id, pad_token_id)
     if temperature and key is None:
         raise UserError("sampling needs a key: pass key=jax.random.key(seed)")
+    return _generate(model, inputs, tuple(interventions), how, jax.random.key(0) if key is None else key)
+
+
+class Decoding(NamedTuple):
+    """How to generate; static, but for a temperature and ``top_p`` that are."""
+
+    count: int
+    steps: str
+    temperature: float
+    top_p: float
+    eos: tuple[int, ...]
+    pad: int
+
+
+def decoding(
+    model: Model, count: int, steps: str = "all", temperature=0.0, top_p=1.0, eos_token_id=None, pad_token_id=None
+) -> Decoding:
+    """The options of :func:`generate`, checked, with the config's tokens where none are given."""
+    if count < 1:
+        raise UserError(f"max_new_tokens is {count}: ask for at least 1")
+    if steps not in ("all", "prefill"):
+        raise UserError(f"unknown steps {steps!r}: use 'all' or 'prefill'")
     eos = model.config.eos_token_ids if eos_token_id is None else eos_token_id
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
-    key = jax.random.key(0) if key is None else key
-    options = (jnp.float32(temperature), jnp.float32(top_p), key)
-    return _generate(model, inputs, max_new_tokens, tuple(interventions), options, bool(temperature), eos, pad)
+    return Decoding(count, steps, float(temperature), float(top_p), eos, pad)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "sampled", "eos", "pad"))
-def _generate(model: Model, inputs: Inputs, count, interventions, options, sampled, eos, pad):
-    text = model.text
-    batch, length = inputs.input_ids.shape
+@functools.partial(jax.jit, static_argnames="how")
+def _generate(model: Model, inputs: Inputs, interventions, how: Decoding, key: jax.Array):
     embedded, _ = model.embed(inputs, interventions)
-    window = model.window(inputs)
-    x, (k, v), _ = text.scan(embedded.x, window, deepstack=embedded.deepstack, interventions=interventions)
-    last = length - 1 - jnp.argmax(inputs.attention_mask[:, ::-1], 1)
+    return continued(model, inputs, embedded, model.window(inputs), (), interventions, how, key)
+
+
+def continued(
+    model: Model,
+    inputs: Inputs,
+    embedded: Embedded,
+    window: Window,
+    past: tuple,
+    interventions,
+    how: Decoding,
+    key: jax.Array,
+) -> jax.Array:
+    """Prefills the tokens of ``window`` and generates the next ones.
+
+    Args:
+        embedded: of the window's tokens; past: the segments before it, ``(L, B, P, G, head_dim)`` twice each, which
+            stay as they are, so that ``vmap`` over interventions keeps one copy of them.
+
+    Returns:
+        ``(B, how.count)`` int32.
+    """
+    text, count = model.text, how.count
+    start, (batch, length, _) = window.start, embedded.x.shape
+    x, (k, v), _ = text.scan(embedded.x, window, past=past, deepstack=embedded.deepstack, interventions=interventions)
+    last = length - 1 - jnp.argmax(inputs.attention_mask[:, start:][:, ::-1], 1)
     # The final norm is a site of the whole prompt, so it is taken before the last token is picked.
-    normed = Probe(interventions, frozenset(), Context())("text.norm", text.norm(x))
+    normed = Probe(interventions, NO_TAPS, Context(start=start))("text.norm", text.norm(x))
     logits = text.logits(normed[jnp.arange(batch), last])
+    interventions = interventions if how.steps == "all" else ()
     # Room for the new tokens behind the prompt; a slot is visible once it is filled.
     room = [(0, 0), (0, 0), (0, count), (0, 0), (0, 0)]
     cache = jnp.pad(k, room), jnp.pad(v, room)
     position = 1 + jnp.max(jnp.where(inputs.attention_mask, inputs.position_ids.max(0), -1), 1)
-    # Where each slot stands in its row's text, which sliding layers ask for.
+    # Where each key stands in its row's text, which sliding layers ask for.
     prompt_positions = jnp.where(inputs.attention_mask, inputs.position_ids[0], 0)
-    slot_positions = jnp.concatenate([prompt_positions, position[:, None] + jnp.arange(count)], 1)
+    key_positions = jnp.concatenate([prompt_positions, position[:, None] + jnp.arange(count)], 1)
     prompt_visible = jnp.pad(inputs.attention_mask, [(0, 0), (0, count)])
+    bounds = [0, *([start] if past else []), start + length + count]
 
     def choose(logits, step):
-        if not sampled:
+        if not how.temperature:
             return jnp.argmax(logits, -1).astype(jnp.int32)
-        temperature, top_p, key = options
-        return _sample(logits.astype(jnp.float32) / temperature, top_p, jax.random.fold_in(key, step))
+        scaled = logits.astype(jnp.float32) / how.temperature
+        return _sample(scaled, jnp.float32(how.top_p), jax.random.fold_in(key, step))
 
     def is_end(token):
-        return functools.reduce(jnp.logical_or, [token == e for e in eos], jnp.zeros_like(token, bool))
+        return functools.reduce(jnp.logical_or, [token == e for e in how.eos], jnp.zeros_like(token, bool))
 
     def running(state):
         step, *_, done = state
@@ -87,21 +133,22 @@ def _generate(model: Model, inputs: Inputs, count, interventions, options, sampl
         step, out, (k, v), done = state
         token = out[:, step - 1]
         positions = jnp.broadcast_to((position + step - 1)[None, :, None], (3, batch, 1))
-        slots = jnp.arange(length + count)
-        visible = prompt_visible | ((slots >= length) & (slots < length + step - 1))[None]
-        past = text.visible(visible[:, None], positions[0], slot_positions)
-        own = jnp.ones((len(past), batch, 1, 1), bool)
-        window = Window(text.rope(positions), own, past, length + step - 1, decoding=True)
-        probe = Probe(interventions, frozenset(), Context(start=window.start, decoding=True))
+        slots, filled = jnp.arange(start + length + count), start + length
+        visible = prompt_visible | ((slots >= filled) & (slots < filled + step - 1))[None]
+        seen = text.visible(visible[:, None], positions[0], key_positions)
+        own = jnp.ones((len(seen), batch, 1, 1), bool)
+        masks = tuple(seen[..., low:high] for low, high in itertools.pairwise(bounds))
+        here = Window(text.rope(positions), own, masks, start=filled + step - 1, decoding=True)
+        probe = Probe(interventions, NO_TAPS, Context(start=here.start, decoding=True))
         x = probe("text.embeddings", text.embed(token)[:, None])
-        x, (new_k, new_v), _ = text.scan(x, window, past=(k, v), interventions=interventions)
+        x, (new_k, new_v), _ = text.scan(x, here, past=(*past, (k, v)), interventions=interventions)
         at = (0, 0, length + step - 1, 0, 0)
         cache = jax.lax.dynamic_update_slice(k, new_k, at), jax.lax.dynamic_update_slice(v, new_v, at)
-        token = jnp.where(done, pad, choose(text.head(x, probe)[:, 0], step))
+        token = jnp.where(done, how.pad, choose(text.head(x, probe)[:, 0], step))
         return step + 1, out.at[:, step].set(token), cache, done | is_end(token)
 
     first = choose(logits, 0)
-    out = jnp.full((batch, count), pad, jnp.int32).at[:, 0].set(first)
+    out = jnp.full((batch, count), how.pad, jnp.int32).at[:, 0].set(first)
     return jax.lax.while_loop(running, advance, (1, out, cache, is_end(first)))[1]
 
 

@@ -1,5 +1,6 @@
 """The whole model: vision tower -> projector -> merge -> decoder -> logits, as one pure function."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 from vlm_jax.config import Config
 from vlm_jax.decoder import Decoder, Window
 from vlm_jax.inputs import Inputs
-from vlm_jax.sites import TEXT_SITES, Context, Probe, check
+from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check
 from vlm_jax.vision.blocks import Features
 
 
@@ -37,17 +38,18 @@ class Model(nnx.Module):
         self.text = Decoder(text, config.text)
         self.visual = None if config.vision is None else config.vision.tower(visual)
 
-    def __call__(self, inputs: Inputs, interventions=(), taps=()) -> Output:
+    def __call__(self, inputs: Inputs, interventions=(), taps: Taps = ()) -> Output:
         """One forward pass.
 
         Args:
             interventions: applied in order at each site (see :mod:`vlm_jax.sites`).
-            taps: names of the sites whose values to return.
+            taps: names of the sites whose values to return; or a dict from names to the layers whose values to keep,
+                or to a :class:`vlm_jax.Tap`, which can also reduce each value.
 
         Raises:
             UserError: for an unknown tap or site, or an intervention that touches nothing.
         """
-        wanted = check(interventions, taps, self.sites(inputs))
+        wanted = check(interventions, taps, self.sites(inputs), self.depths)
         embedded, outer = self.embed(inputs, interventions, wanted)
         window = self.window(inputs)
         x, _, layer_taps = self.text.scan(
@@ -64,17 +66,22 @@ class Model(nnx.Module):
         deepstack = self.visual.SITES & {"projector.deepstack_merger_list"}
         return (TEXT_SITES if deepstack else TEXT_SITES - {"text.deepstack"}) | self.visual.SITES
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """Layers that each tower runs."""
+        return {"text": self.config.text.num_hidden_layers, "visual": 0 if self.visual is None else self.visual.depth}
+
     def window(self, inputs: Inputs, start: int = 0) -> Window:
         """Who sees whom, and the rotary angles, for the tokens from ``start`` on."""
         return self.text.window(inputs.attention_mask, inputs.position_ids, start, inputs.is_image)
 
-    def features(self, inputs: Inputs, interventions=(), taps: frozenset[str] = frozenset()):
+    def features(self, inputs: Inputs, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
         """Visual features of the images (None without images) and the taps of the vision tower."""
         if inputs.images is None:
             return None, {}
         return self.visual(inputs.images, interventions, taps)
 
-    def embed(self, inputs: Inputs, interventions=(), taps: frozenset[str] = frozenset()) -> tuple[Embedded, dict]:
+    def embed(self, inputs: Inputs, interventions=(), taps: Mapping[str, Tap] = NO_TAPS) -> tuple[Embedded, dict]:
         """Token embeddings with the visual tokens merged in, and the taps up to there."""
         features, tapped = self.features(inputs, interventions, taps)
         probe = Probe(interventions, taps, Context())

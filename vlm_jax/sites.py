@@ -6,11 +6,14 @@ an intervention finds the traced layer index in its :class:`Context`, a tap gets
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax.errors import UserError, nearest
 
@@ -65,24 +68,50 @@ def tower_sites(linears: str, *projector: str) -> frozenset[str]:
     return frozenset([*names, *(f"projector.{name}" for name in projector)])
 
 
+def token_axis(site: str) -> int:
+    """Which axis of the value at a site counts the tokens (of the queries, at attention's sites)."""
+    return 2 if site.endswith(("attn_scores", "attn_probs", "deepstack_merger_list")) else 1
+
+
+def head_axis(site: str) -> int:
+    """Which axis of the value at a site counts the heads."""
+    axes = {"attn_scores": 1, "attn_probs": 1, "head_out": 2}
+    name = site.partition(".")[2]
+    if name not in axes:
+        raise UserError(f"{site!r} has no heads: use one of {', '.join(axes)}")
+    return axes[name]
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What an intervention may look at beside the value.
 
     ``layer``: traced index of the layer or vision block, ``None`` outside of them.
     ``input``: what the linear at this site read, ``None`` where the site is not a linear.
+    ``read``: at ``attn_probs``, the function from the probabilities ``(B, H, S, keys)`` to what the heads read with
+    them ``(B, S, H, d)``.
     ``start``: index in the sequence of the first token in ``value`` (not 0 after a shared prefix).
     ``decoding``: the tokens are generated ones, which no ``(B, T)`` array knows.
     """
 
     layer: Any = None
     input: Any = None
-    start: int = 0
+    read: Any = None
+    start: Any = 0
     decoding: bool = False
 
-    def tokens(self, array: jax.Array, value: jax.Array, axis: int = 1) -> jax.Array:
-        """The part of a whole-sequence ``array`` that lies beside ``value`` ``(B, S, ...)``."""
-        return jax.lax.dynamic_slice_in_dim(array, self.start, value.shape[1], axis)
+    def tokens(self, array: jax.Array, count: int, new: Any = 0, axis: int = 1) -> jax.Array:
+        """The part of a whole-sequence ``array`` that lies beside the ``count`` tokens of a value; ``new`` for
+        generated ones."""
+        if self.decoding:
+            shape = (*array.shape[:axis], count, *array.shape[axis + 1 :])
+            return jnp.full(shape, new, array.dtype)
+        return jax.lax.dynamic_slice_in_dim(array, self.start, count, axis)
+
+    def keys(self, array: jax.Array, count: int, new: Any = 0) -> jax.Array:
+        """``array (B, T)`` for the ``count`` keys that attention sees; generated ones, which come last, are
+        ``new``."""
+        return jnp.pad(array, [(0, 0), (0, count - array.shape[1])], constant_values=new)
 
 
 @runtime_checkable
@@ -90,7 +119,11 @@ class Intervention(Protocol):
     """A pytree that maps the value at a site to a new value of the same shape.
 
     ``sites`` is static; everything else in the pytree is arrays, so that changing what is done, where or how
-    strongly never retraces.
+    strongly never retraces. A kind may also tell where it acts, which lets the library refuse what acts nowhere and
+    share work in sweeps; without, it is taken to act everywhere:
+
+    ``active()``: site -> ``(layers,)`` bool, or a scalar at sites outside of the layers.
+    ``tokens()``: ``(B, T)`` bool, the tokens of the prompt it acts on; None for all of them.
     """
 
     sites: frozenset[str]
@@ -98,19 +131,39 @@ class Intervention(Protocol):
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """What to return of a site: the values of ``layers`` only, kept in a buffer of just their size (None: of every
+    layer), or what ``reduce`` makes of each value, so that large values never pile up over the layers."""
+
+    layers: tuple[int, ...] | None = None
+    reduce: Callable[[jax.Array], Any] | None = None
+
+
+NO_TAPS: Mapping[str, Tap] = MappingProxyType({})
+#: What callers give: names, or names with the layers to keep or a :class:`Tap`.
+Taps = Iterable[str] | Mapping[str, Tap | Sequence[int] | None]
+
+
 class Probe:
     """Applies interventions and collects taps while one piece of a forward pass is traced."""
 
-    def __init__(self, interventions: Sequence[Intervention], taps: frozenset[str], ctx: Context):
+    def __init__(self, interventions: Sequence[Intervention], taps: Mapping[str, Tap], ctx: Context):
         self.interventions, self.wanted, self.ctx = interventions, taps, ctx
-        self.taps: dict[str, jax.Array] = {}
+        self.taps: dict[str, Any] = {}
 
-    def __call__(self, site: str, value: jax.Array, input: jax.Array | None = None) -> jax.Array:
+    def meets(self, *sites: str) -> bool:
+        """Whether anything happens at one of the sites: a pass may take a faster way around those that are not met."""
+        return any(site in self.wanted or any(site in i.sites for i in self.interventions) for site in sites)
+
+    def __call__(self, site: str, value: jax.Array, input: jax.Array | None = None, read=None) -> jax.Array:
         for intervention in self.interventions:
             if site in intervention.sites:
-                value = intervention(site, value, dataclasses.replace(self.ctx, input=input)).astype(value.dtype)
+                ctx = dataclasses.replace(self.ctx, input=input, read=read)
+                value = intervention(site, value, ctx).astype(value.dtype)
         if site in self.wanted:
-            self.taps[site] = value
+            reduce = self.wanted[site].reduce
+            self.taps[site] = value if reduce is None else reduce(value)
         return value
 
     def linear(self, site: str, module, x: jax.Array) -> jax.Array:
@@ -118,13 +171,63 @@ class Probe:
         return self(site, module(x), x)
 
 
-def check(interventions: Sequence[Intervention], taps: Sequence[str], present: frozenset[str]) -> frozenset[str]:
-    """The taps as a set, once it is sure that every tap and every intervention meets a site of this pass.
+def scan_layers(
+    body: Callable[[Any, Any, jax.Array], tuple[Any, Any, dict]],
+    carry: Any,
+    scanned: Any,
+    index: jax.Array,
+    taps: Mapping[str, Tap],
+) -> tuple[Any, Any, dict[str, Any]]:
+    """``lax.scan`` over stacked layers that keeps the taps of chosen layers in a buffer of just their size.
+
+    Args:
+        body: ``(carry, a layer's part of scanned, its index) -> (carry, out, tapped)``.
+        index: ``(layers,)``, the number of each layer.
+
+    Returns:
+        The carry, the outs stacked over the layers, and the taps with a leading axis of the layers.
+    """
+    chosen = {site: jnp.asarray(tap.layers) for site, tap in taps.items() if tap.layers is not None}
+
+    def step(state, xs):
+        carry, kept = state
+        at, part = xs
+        carry, out, tapped = body(carry, part, at)
+        for site, layers in chosen.items():
+            slot = jnp.where((layers == at).any(), jnp.argmax(layers == at), len(layers))
+            write = functools.partial(lambda slot, k, v: k.at[slot].set(v, mode="drop"), slot)
+            kept = {**kept, site: jax.tree.map(write, kept[site], tapped.pop(site))}
+        return (carry, kept), (out, tapped)
+
+    kept = {}
+    if chosen:
+        at, part = jax.tree.map(lambda a: a[0], (index, scanned))
+        shapes = jax.eval_shape(lambda *args: body(*args)[2], carry, part, at)
+        for site, layers in chosen.items():
+            count = len(layers)
+            kept[site] = jax.tree.map(lambda a, n=count: jnp.zeros((n, *a.shape), a.dtype), shapes[site])
+    (carry, kept), (out, tapped) = jax.lax.scan(step, (carry, kept), (index, scanned))
+    return carry, out, {**tapped, **kept}
+
+
+def check(
+    interventions: Sequence[Intervention], taps: Taps, present: frozenset[str], depths: Mapping[str, int]
+) -> dict[str, Tap]:
+    """The taps by site, once it is sure that every tap and every intervention meets a site of this pass, and acts
+    there as far as can be told: what is traced by jit is not known before the program runs.
 
     Args:
         present: the sites that this model has for these inputs (:meth:`vlm_jax.Model.sites`).
+        depths: tower -> number of layers that are run.
     """
-    for name in taps:
+    if isinstance(taps, Mapping):
+        found = {
+            site: tap if isinstance(tap, Tap) else Tap(None if tap is None else tuple(tap))
+            for site, tap in taps.items()
+        }
+    else:
+        found = {site: Tap() for site in taps}
+    for name, tap in found.items():
         if name not in SITES:
             raise UserError(f"unknown tap {name!r}{nearest(name, SITES)}")
         if name not in present:
@@ -132,15 +235,45 @@ def check(interventions: Sequence[Intervention], taps: Sequence[str], present: f
                 f"tap {name!r} is no site of this pass: this model lacks it, or it needs an image and these inputs "
                 "have none: give images or drop the tap"
             )
+        if tap.layers is not None:
+            depth = depths[name.partition(".")[0]] if layered(name) else 0
+            if not tap.layers or not set(tap.layers) <= set(range(depth)):
+                raise UserError(f"tap {name!r} asks for layers {list(tap.layers)}: this site has {depth} layers")
     for intervention in interventions:
         kind = type(intervention).__name__
         if unknown := intervention.sites - SITES:
             name = sorted(unknown)[0]
             raise UserError(f"{kind} names an unknown site {name!r}{nearest(name, SITES)}")
-        if not intervention.sites & present:
-            where = ", ".join(sorted(intervention.sites)) or "no site"
+        there = intervention.sites & present
+        where = ", ".join(sorted(intervention.sites)) or "no site"
+        if not there:
             raise UserError(f"{kind} touches nothing: it acts at {where}, which this forward pass does not have")
-    return frozenset(taps)
+        _check_acts(intervention, kind, there, depths)
+    return found
+
+
+def layered(site: str) -> bool:
+    """Whether a site occurs once per layer."""
+    return site in LAYER_SITES or site in BLOCK_SITES
+
+
+def _check_acts(intervention: Intervention, kind: str, there: frozenset[str], depths: Mapping[str, int]) -> None:
+    """Refuses tables of another depth and, where the arrays are known, what acts in no layer or on no token."""
+    if not hasattr(intervention, "active"):
+        return
+    active = intervention.active()
+    for site in there:
+        table, depth = active[site], depths[site.partition(".")[0]]
+        if np.ndim(table) != layered(site) or (np.ndim(table) and len(table) != depth):
+            has = f"{depth} layers" if layered(site) else "no layers"
+            raise UserError(f"{kind} at {site!r} has a table of shape {np.shape(table)}, but the site has {has}")
+    known = [active[site] for site in sorted(there)]
+    if not any(isinstance(table, jax.core.Tracer) for table in known) and not any(np.any(table) for table in known):
+        where = ", ".join(sorted(there))
+        raise UserError(f"{kind} touches nothing: it acts in no layer or head of {where}")
+    tokens = intervention.tokens()
+    if tokens is not None and not isinstance(tokens, jax.core.Tracer) and not np.any(tokens):
+        raise UserError(f"{kind} touches nothing: no token is marked for it")
 
 
 def null_slots(num_layers: int, slots: int) -> jnp.ndarray:

@@ -1,12 +1,12 @@
 """What the vision towers share: the features they return, and a scan over blocks that keeps some blocks' outputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.sites import BLOCK_SITES, Context, Probe
+from vlm_jax.sites import BLOCK_SITES, NO_TAPS, Context, Probe, Tap, scan_layers
 
 
 class Features(NamedTuple):
@@ -24,7 +24,7 @@ def scan_blocks(
     each: Any = None,
     keep: tuple[int, ...] = (),
     interventions=(),
-    taps: frozenset[str] = frozenset(),
+    taps: Mapping[str, Tap] = NO_TAPS,
 ):
     """Runs stacked blocks on ``x (I, P, W)``.
 
@@ -38,13 +38,15 @@ def scan_blocks(
     depth, count = len(jax.tree.leaves(blocks)[0]), len(keep)
     slots = jnp.full(depth, count).at[jnp.array(keep, int)].set(jnp.arange(count))
 
-    def body(carry, scanned):
+    taps = {site: tap for site, tap in taps.items() if site in BLOCK_SITES}
+
+    def body(carry, scanned, index):
         x, kept = carry
-        block, index, slot, each = scanned
-        probe = Probe(interventions, taps & BLOCK_SITES, Context(layer=index))
+        block, slot, each = scanned
+        probe = Probe(interventions, taps, Context(index))
         x = call(block, x, each, probe)
-        return (x, kept.at[slot].set(x, mode="drop") if count else kept), probe.taps
+        return (x, kept.at[slot].set(x, mode="drop") if count else kept), None, probe.taps
 
     kept = jnp.zeros((count, *x.shape), x.dtype)
-    (x, kept), tapped = jax.lax.scan(body, (x, kept), (blocks, jnp.arange(depth), slots, each))
+    (x, kept), _, tapped = scan_layers(body, (x, kept), (blocks, slots, each), jnp.arange(depth), taps)
     return x, kept, tapped

@@ -1,6 +1,7 @@
 """LLaVA's vision tower: CLIP, of which one or several hidden layers are read, and a two-layer projector."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 
 from vlm_jax.inputs import Images
 from vlm_jax.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
-from vlm_jax.sites import Context, Probe, tower_sites
+from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
 from vlm_jax.vision.blocks import Features, scan_blocks
 from vlm_jax.vision.vit import ViTVision, encoder_layers
 
@@ -65,7 +66,12 @@ class VisionTower(nnx.Module):
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.multi_modal_projector = Projector(projector, config)
 
-    def __call__(self, images: Images, interventions=(), taps: frozenset[str] = frozenset()):
+    @property
+    def depth(self) -> int:
+        """Layers that are run: none above the highest hidden state that is read."""
+        return max(self.config.hidden_states)
+
+    def __call__(self, images: Images, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
         """Visual tokens of every image.
 
         Returns:
@@ -80,7 +86,7 @@ class VisionTower(nnx.Module):
         x = outer("visual.embeddings", self.pre_layrnorm(x))
         hidden = sorted(set(config.hidden_states))
         _, kept, layer_taps = scan_blocks(
-            jax.tree.map(lambda a: a[: hidden[-1]], self.layers),
+            jax.tree.map(lambda a: a[: self.depth], self.layers),
             x,
             lambda layer, x, _, probe: layer(x, probe),
             keep=tuple(h - 1 for h in hidden if h),

@@ -5,6 +5,7 @@ does not care about order, so here the patches stay where they are and a mask sa
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 from vlm_jax.inputs import Images
 from vlm_jax.layers import ACTIVATIONS, Linear, RMSNorm
 from vlm_jax.rope import rope_2d
-from vlm_jax.sites import Context, Probe, tower_sites
+from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
 from vlm_jax.vision.blocks import Features, scan_blocks
 from vlm_jax.vision.qwen import Attention, QwenVision
 
@@ -91,7 +92,11 @@ class VisionTower(nnx.Module):
         self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(blocks, config.depth))
         self.merger = PatchMerger(merger, config)
 
-    def __call__(self, images: Images, interventions=(), taps: frozenset[str] = frozenset()):
+    @property
+    def depth(self) -> int:
+        return self.config.depth
+
+    def __call__(self, images: Images, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
         """Visual tokens of every image.
 
         Returns:

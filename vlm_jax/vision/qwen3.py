@@ -1,6 +1,7 @@
 """Qwen3-VL's vision tower: interpolated position embeddings, 2-D rotary, DeepStack mergers."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from flax import nnx
 from vlm_jax.inputs import Images
 from vlm_jax.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
 from vlm_jax.rope import rope_2d
-from vlm_jax.sites import Context, Probe, tower_sites
+from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
 from vlm_jax.vision.blocks import Features, scan_blocks
 from vlm_jax.vision.qwen import Attention, QwenVision
 
@@ -110,7 +111,11 @@ class VisionTower(nnx.Module):
             jax.random.split(deepstack, len(config.deepstack_visual_indexes))
         )
 
-    def __call__(self, images: Images, interventions=(), taps: frozenset[str] = frozenset()):
+    @property
+    def depth(self) -> int:
+        return self.config.depth
+
+    def __call__(self, images: Images, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
         """Visual tokens of every image.
 
         Returns:

@@ -1,6 +1,7 @@
 """Gemma 3's vision tower: SigLIP, and a projector that pools neighbouring patches."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 
 from vlm_jax.inputs import Images
 from vlm_jax.layers import Embedding, LayerNorm, Linear, RMSNorm
-from vlm_jax.sites import Context, Probe, tower_sites
+from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
 from vlm_jax.vision.blocks import Features, scan_blocks
 from vlm_jax.vision.vit import ViTVision, encoder_layers
 
@@ -54,7 +55,11 @@ class VisionTower(nnx.Module):
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.multi_modal_projector = Projector(projector, config)
 
-    def __call__(self, images: Images, interventions=(), taps: frozenset[str] = frozenset()):
+    @property
+    def depth(self) -> int:
+        return self.config.depth
+
+    def __call__(self, images: Images, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
         """Visual tokens of every image.
 
         Returns:

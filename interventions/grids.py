@@ -1,0 +1,72 @@
+"""Grids of variants: every layer, head, window of layers or token group of a patch or a cut, as one batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interventions.kinds import Gate, HeadGate, Patch
+from interventions.sweep import Variants
+from vlm_jax import UserError
+
+
+def windows(depth: int, width: int = 1) -> np.ndarray:
+    """``(L, L)`` bool: row l holds the ``width`` layers around l, cut off at the ends; of an even width one more lies
+    before l than behind it (ROME's windows of 10: [l - 5, l + 5))."""
+    if not 1 <= width <= depth:
+        raise UserError(f"a window of {width} layers is not possible: choose 1 to {depth}")
+    low = np.arange(depth)[:, None] - width // 2
+    return (np.arange(depth) >= low) & (np.arange(depth) < low + width)
+
+
+def patch_grid(
+    donors: Mapping[str, jax.Array],
+    *,
+    start: int = 0,
+    window: int = 1,
+    heads: int | None = None,
+    tokens: Sequence[Any] | None = None,
+) -> tuple[Variants, tuple[int, ...]]:
+    """A patch for every site, layer, head and token group.
+
+    Args:
+        donors: site -> values of every layer ``(L, B, T', ...)``, of the tokens from ``start`` on.
+        window: how many layers around each layer a variant patches.
+        heads: patch each of this many heads apart (sites that have heads); None: all at once.
+        tokens: masks ``(B, T)``, each patched apart; None: all tokens at once.
+
+    Returns:
+        The variants, and the shape of their grid: ``(sites, L)``, then heads, then token groups where given.
+    """
+    sites, depth = list(donors), len(next(iter(donors.values())))
+    shape = (len(sites), depth, *(() if heads is None else (heads,)), *(() if tokens is None else (len(tokens),)))
+    which = np.indices(shape).reshape(len(shape), -1)
+    here = jnp.asarray(windows(depth, window))[which[1]]
+    slot = {
+        site: jnp.where(here & (which[0] == number)[:, None], jnp.arange(depth), depth)
+        for number, site in enumerate(sites)
+    }
+    one_hot = None if heads is None else jnp.arange(heads) == which[2][:, None]
+    where = None if tokens is None else jnp.stack([jnp.asarray(m) for m in tokens])[which[-1]]
+    patch = Patch(dict(donors), slot, where, one_hot, start)
+    own = Patch(dict.fromkeys(sites, False), dict.fromkeys(sites, True), where is not None or None, heads and True)
+    return Variants((patch,), tuple(jax.tree.leaves(own))), shape
+
+
+def cut_grid(depth: int, modules: Sequence[str] = ("attn", "mlp"), window: int = 1, scale: float = 0.0) -> Variants:
+    """A :class:`Gate` for every module and window of layers, ``len(modules) * depth`` of them, module by module."""
+    here = windows(depth, window)
+    scales = {
+        f"text.{module}_out": np.concatenate([np.where(here & (m == number), scale, 1) for m in range(len(modules))])
+        for number, module in enumerate(modules)
+    }
+    gate = Gate({site: jnp.asarray(value, jnp.float32) for site, value in scales.items()})
+    return Variants((gate,), (True,) * len(modules))
+
+
+def head_grid(depth: int, heads: int, scale: float = 0.0) -> Variants:
+    """A :class:`HeadGate` for every head of every layer, ``depth * heads`` of them, layer by layer."""
+    scales = 1 - (1 - scale) * np.eye(depth * heads, dtype=np.float32)
+    return Variants((HeadGate(jnp.asarray(scales.reshape(-1, depth, heads))),), (True,))

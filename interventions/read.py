@@ -1,0 +1,86 @@
+"""Read-outs: what is kept of a run's last hidden state, so that only the scored positions are unembedded."""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax import Inputs, Model, UserError
+from vlm_jax.inputs import bucket
+from vlm_jax.prompts import positions
+
+
+class Scores(NamedTuple):
+    """Of gold tokens: log-probabilities ``logp (..., B, A)``, and ``hit``: which are the likeliest token; ``valid``:
+    which entries are tokens at all, the others being 0."""
+
+    logp: jax.Array
+    hit: jax.Array
+    valid: jax.Array
+
+    @property
+    def probability(self) -> jax.Array:
+        """The geometric mean of the gold tokens' probabilities ``(..., B)`` (P0, equation 1)."""
+        return jnp.exp(jnp.sum(self.logp, -1) / jnp.sum(self.valid, -1))
+
+    @property
+    def correct(self) -> jax.Array:
+        """Whether greedy decoding would write just these tokens ``(..., B)``."""
+        return (self.hit | ~self.valid).all(-1)
+
+
+@flax.struct.dataclass
+class Gold:
+    """Reads the gold tokens ``target (B, A)`` at ``index (B, A)``, where ``valid (B, A)``; ``first`` is the first token
+    that is looked at."""
+
+    target: jax.Array
+    index: jax.Array
+    valid: jax.Array
+    first: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, inputs: Inputs, answer_mask) -> "Gold":
+        """The tokens that ``answer_mask (B, T)`` marks in ``inputs``.
+
+        Raises:
+            UserError: if a row has none, or one that nothing precedes.
+        """
+        answer = np.asarray(answer_mask, bool)
+        if not answer.any(1).all():
+            raise UserError(
+                f"row {int(np.argmin(answer.any(1)))} has no gold answer token: mark at least one in its mask"
+            )
+        index, valid = positions(answer, bucket(int(answer.sum(1).max()), 4))
+        if (index[valid] == 0).any():
+            raise UserError("a gold token is the first of its row, so nothing predicts it: put the prompt before it")
+        target = np.take_along_axis(np.asarray(inputs.input_ids), index, 1)
+        return cls(target, index, valid, int(index[valid].min() - 1) // 8 * 8)
+
+    def __call__(self, model: Model, x: jax.Array, start: int) -> Scores:
+        """``x (B, S, D)`` after the final norm, whose first token is token ``start`` of the sequence."""
+        # Unused entries of ``index`` would lie outside of ``x``.
+        before = jnp.maximum(jnp.asarray(self.index) - 1 - start, 0)
+        logits = model.text.logits(jnp.take_along_axis(x, before[..., None], 1)).astype(jnp.float32)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), jnp.asarray(self.target)[..., None], -1)[..., 0]
+        valid = jnp.asarray(self.valid)
+        return Scores(jnp.where(valid, logp, 0), (jnp.argmax(logits, -1) == self.target) & valid, valid)
+
+
+@flax.struct.dataclass
+class Logits:
+    """The logits ``(B, V)`` of the last token of every prompt; ``index (B,)`` is where it is."""
+
+    index: jax.Array
+    first: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "Logits":
+        mask = np.asarray(inputs.attention_mask)
+        index = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
+        return cls(index, int(index.min()) // 8 * 8)
+
+    def __call__(self, model: Model, x: jax.Array, start: int) -> jax.Array:
+        return model.text.logits(x[jnp.arange(len(x)), jnp.asarray(self.index) - start])
