@@ -1,6 +1,6 @@
 """Grids of variants: every layer, head, window of layers or token group of a patch or a cut, as one batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,17 +22,16 @@ def windows(depth: int, width: int = 1) -> np.ndarray:
 
 
 def patch_grid(
-    donors: Mapping[str, jax.Array],
+    sites: Sequence[str],
+    depth: int,
     *,
-    start: int = 0,
     window: int = 1,
     heads: int | None = None,
     tokens: Sequence[Any] | None = None,
 ) -> tuple[Variants, tuple[int, ...]]:
-    """A patch for every site, layer, head and token group.
+    """A patch of the clean run's values for every site, layer, head and token group.
 
     Args:
-        donors: site -> values of every layer ``(L, B, T', ...)``, of the tokens from ``start`` on.
         window: how many layers around each layer a variant patches.
         heads: patch each of this many heads apart (sites that have heads); None: all at once.
         tokens: masks ``(B, T)``, each patched apart; None: all tokens at once.
@@ -40,19 +39,14 @@ def patch_grid(
     Returns:
         The variants, and the shape of their grid: ``(sites, L)``, then heads, then token groups where given.
     """
-    sites, depth = list(donors), len(next(iter(donors.values())))
     shape = (len(sites), depth, *(() if heads is None else (heads,)), *(() if tokens is None else (len(tokens),)))
     which = np.indices(shape).reshape(len(shape), -1)
-    here = jnp.asarray(windows(depth, window))[which[1]]
-    slot = {
-        site: jnp.where(here & (which[0] == number)[:, None], jnp.arange(depth), depth)
-        for number, site in enumerate(sites)
-    }
+    here = windows(depth, window)[which[1]]
+    slot = {site: jnp.asarray(~(here & (which[0] == number)[:, None]), jnp.int32) for number, site in enumerate(sites)}
     one_hot = None if heads is None else jnp.arange(heads) == which[2][:, None]
-    where = None if tokens is None else jnp.stack([jnp.asarray(m) for m in tokens])[which[-1]]
-    patch = Patch(dict(donors), slot, where, one_hot, start)
-    own = Patch(dict.fromkeys(sites, False), dict.fromkeys(sites, True), where is not None or None, heads and True)
-    return Variants((patch,), tuple(jax.tree.leaves(own))), shape
+    where = None if tokens is None else jnp.stack([jnp.asarray(mask) for mask in tokens])[which[-1]]
+    patch = Patch(dict.fromkeys(sites), slot, where, one_hot)
+    return Variants((patch,), (True,) * len(jax.tree.leaves(patch))), shape
 
 
 def cut_grid(depth: int, modules: Sequence[str] = ("attn", "mlp"), window: int = 1, scale: float = 0.0) -> Variants:

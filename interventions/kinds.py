@@ -92,11 +92,12 @@ class OnTokens:
 class Patch:
     """Replaces values by a donor's: causal patching (P0, section 2.2).
 
-    ``donor[site] (K, B, T', ...)`` holds K slots of values of the tokens from ``start`` on. ``heads (H,)`` bool keeps
-    to some heads, at sites that have them. Generated tokens are left alone.
+    ``donor[site] (K, B, T', ...)`` holds K slots of values of the tokens from ``start`` on; None is one slot that a
+    sweep fills with its clean run's value of the same layer. ``heads (H,)`` bool keeps to some heads, at sites that
+    have them. Generated tokens are left alone.
     """
 
-    donor: dict[str, jax.Array]
+    donor: dict[str, jax.Array | None]
     slot: dict[str, jax.Array]
     where: jax.Array | None = None
     heads: jax.Array | None = None
@@ -106,9 +107,23 @@ class Patch:
     def sites(self) -> frozenset[str]:
         return frozenset(self.donor)
 
+    @property
+    def missing(self) -> frozenset[str]:
+        """The sites whose donor is a sweep's clean run."""
+        return frozenset(site for site, donor in self.donor.items() if donor is None)
+
+    def filled(self, values: dict[str, jax.Array]) -> "Patch":
+        """With the missing donors taken from the values of every layer ``(L, B, T, ...)``."""
+        depth = {site: len(values[site]) for site in self.missing}
+        slot = {site: jnp.where(self.slot[site] == 0, jnp.arange(n), n) for site, n in depth.items()}
+        return self.replace(donor=self.donor | {site: values[site] for site in depth}, slot=self.slot | slot)
+
     def active(self) -> dict[str, jax.Array]:
         some = True if self.heads is None else self.heads.any()
-        return {site: (slot < len(self.donor[site])) & some for site, slot in self.slot.items()}
+        return {site: (slot < self._count(site)) & some for site, slot in self.slot.items()}
+
+    def _count(self, site: str) -> int:
+        return 1 if self.donor[site] is None else len(self.donor[site])
 
     def tokens(self) -> jax.Array | None:
         return self.where
@@ -117,8 +132,13 @@ class Patch:
         if ctx.decoding:
             return value
         donor, axis = self.donor[site], token_axis(site)
-        slot, used = _slot(self.slot[site], len(donor), ctx)
-        here = jax.lax.dynamic_slice_in_dim(donor[slot], ctx.start - self.start, value.shape[axis], axis)
+        slot, used = _slot(self.slot[site], self._count(site), ctx)
+        if donor is not None:
+            here = jax.lax.dynamic_slice_in_dim(donor[slot], ctx.start - self.start, value.shape[axis], axis)
+        elif ctx.donors is not None:
+            here = ctx.donors[site]
+        else:
+            raise UserError(f"Patch has no donor at {site!r}: give its values, or sweep it beside a clean run")
         if self.where is not None:
             used = used & _beside(ctx.tokens(jnp.asarray(self.where), value.shape[axis]), site, value.ndim)
         if self.heads is not None:
@@ -334,6 +354,13 @@ class Add(OnTokens):
 
     def active(self) -> dict[str, jax.Array]:
         return {self.site: jnp.asarray(True) if self.slot is None else self.slot < len(self.value)}
+
+    def tokens(self) -> jax.Array | None:
+        own = self.value if self.slot is None else self.value.any(0)
+        if self.where is not None or own.ndim < 3:
+            return self.where
+        changed = (own != 0).any(tuple(range(2, own.ndim)))
+        return changed | ~changed.any()  # zeros are there to be differentiated: they stand for all tokens
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         added, used = self.value, True

@@ -5,6 +5,7 @@ once and only attended to (shared prefix). A variant that first acts in layer l 
 starts there from the base run's residual (shared depth). And only what the read-out looks at is unembedded.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from interventions.kinds import Patch
 from vlm_jax import Inputs, Model, UserError
 from vlm_jax.decoder import Window
 from vlm_jax.generate import continued, decoding
 from vlm_jax.model import Embedded
-from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, check, layered
+from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, Tap, check, layered, token_axis
+from vlm_jax.vision.blocks import Features
 
 #: Tokens of the variants that are worked on together: enough rows for a full matmul, few enough that hardly any
 #: variant is carried along before its first layer. An accelerator wants more rows.
-CHUNK_TOKENS = {"cpu": 256}
+CHUNK_TOKENS = {"cpu": 192}
 _ACCELERATOR_TOKENS = 8192
 #: The shared prefix ends at a multiple of this, so that prompts of nearly the same shape share a program.
 PREFIX_BUCKET = 8
@@ -89,39 +92,49 @@ def stack(variants: Sequence[Any]) -> Variants:
     return Variants(structures[0].unflatten(stacked), mapped)
 
 
-class Shared(NamedTuple):
-    """What all runs share: the embedded tokens of the window ``(B, S, D)``, who sees whom, and the keys and values of
-    the tokens before it."""
+@dataclasses.dataclass(frozen=True)
+class PerVariant:
+    """N interventions as one, on values whose batch holds all variants' rows, variant by variant ``(N * B, ...)``."""
 
-    embedded: Embedded
-    window: Window
-    past: tuple
+    interventions: tuple
+    axes: tuple
+    count: int
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset().union(*(i.sites for i in self.interventions))
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        def apart(x):
+            return x.reshape(self.count, -1, *x.shape[1:])
+
+        def one(interventions, value, input, own):
+            read = None if own is None else ctx.read.replace(own=own)
+            for intervention in interventions:
+                if site in intervention.sites:
+                    here = dataclasses.replace(ctx, input=input, read=read)
+                    value = intervention(site, value, here).astype(value.dtype)
+            return value
+
+        input = None if ctx.input is None else apart(ctx.input)
+        own = None if ctx.read is None else apart(ctx.read.own)
+        axes = (self.axes, 0, None if input is None else 0, None if own is None else 0)
+        return jax.vmap(one, in_axes=axes)(self.interventions, apart(value), input, own).reshape(value.shape)
 
 
-def share(model: Model, inputs: Inputs, start: int, interventions=()) -> Shared:
-    """Runs the tokens before ``start`` once."""
-    text = model.text
-    embedded, _ = model.embed(inputs, interventions)
-    x, deepstack = embedded
-    window, past = model.window(inputs, start), ()
-    if start:
-        is_image = None if inputs.is_image is None else inputs.is_image[:, :start]
-        head = text.window(inputs.attention_mask[:, :start], inputs.position_ids[:, :, :start], is_image=is_image)
-        added = None if deepstack is None else deepstack[:, :, :start]
-        _, kv, _ = text.scan(x[:, :start], head, deepstack=added, interventions=interventions)
-        past = (kv,)
-    return Shared(Embedded(x[:, start:], None if deepstack is None else deepstack[:, :, start:]), window, past)
+class Runs(NamedTuple):
+    """The read-outs of a sweep: of the variants, with a leading axis of N; of the base run; and of the clean run (None
+    where there is none)."""
+
+    variants: Any
+    base: Any
+    clean: Any
 
 
-def run(model: Model, shared: Shared, interventions=(), taps=NO_TAPS) -> tuple[jax.Array, dict]:
-    """The window's tokens once: ``x (B, S, D)`` after the final norm, and taps."""
-    (x, deepstack), window, past = shared
-    x, _, tapped = model.text.scan(x, window, past=past, deepstack=deepstack, interventions=interventions, taps=taps)
-    return _normed(model, x, window, interventions), tapped
-
-
-def _normed(model: Model, x: jax.Array, window: Window, interventions) -> jax.Array:
-    return Probe(interventions, NO_TAPS, Context(start=window.start))("text.norm", model.text.norm(x))
+def _tiled(window: Window, count: int) -> Window:
+    """The window of one layer for ``count`` variants, which share their past and its mask."""
+    rope, mask = jax.tree.map(lambda a: jnp.tile(a, (count, *[1] * (a.ndim - 1))), (window.rope, window.mask))
+    return window._replace(rope=rope, mask=mask)
 
 
 def first_layers(variants: Variants, depth: int) -> jax.Array:
@@ -150,6 +163,8 @@ def first_token(variants: Variants, length: int) -> int:
     """The first token of the prompt that any variant changes (concrete arrays only)."""
     seen = []
     for number, i in enumerate(variants.interventions):
+        if isinstance(i, Patch) and i.missing == i.sites:
+            continue  # the clean run's values differ from the base run's only where those two differ
         if not hasattr(i, "tokens") or any(s.startswith(("visual.", "projector.")) for s in i.sites):
             return 0
         axes = variants.axes[number]
@@ -158,7 +173,7 @@ def first_token(variants: Variants, length: int) -> int:
             return 0
         marked = np.asarray(where).reshape(-1, length).any(0)
         seen.append(int(marked.argmax()) if marked.any() else length)
-    return min(seen, default=0)
+    return min(seen, default=length)
 
 
 def _check_acts(variants: Variants) -> None:
@@ -200,184 +215,254 @@ def sweep(
     read: Read,
     *,
     base: Sequence[Any] = (),
+    clean: Sequence[Any] | None = None,
     engine: Literal["sweep", "naive"] = "sweep",
     start: int | None = None,
     chunk: int | None = None,
+    features: Features | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Any:
-    """What ``read`` makes of every variant of a base run.
+    """What ``read`` makes of every variant of a base run, with a leading axis of N, in the order of ``variants``.
 
     Args:
         variants: :class:`Variants`, or a list to be stacked. They may differ in layers, heads, tokens and strengths.
         read: see :mod:`interventions.read`; its ``first`` is the first token it looks at.
-        base: interventions of every run, applied before the variant's own.
+        base: interventions of every variant, applied before its own.
+        clean: interventions of a clean run, () for none: it supplies the values of patches without a donor. Causal
+            tracing has the noise in ``base`` ("denoise"); with the noise in ``clean`` instead, patches spread it.
         engine: "sweep", or "naive": the whole model for every variant (the oracle).
-        start: tokens before this are shared. Found from ``variants`` and ``read`` where None.
+        start: tokens before this are the same in all runs. Found from the interventions and ``read`` where None.
         chunk: variants that are worked on together.
+        features: ``model.features(inputs)[0]``, to run the vision tower once for several sweeps of the same images.
         mesh: shards the variants over the first axis of a mesh. To shard samples, shard ``inputs``.
-
-    Returns:
-        The read-outs with a leading axis of N, in the order of ``variants``.
 
     Raises:
         UserError: a variant that acts nowhere, or variants that differ in more than values.
     """
+    return sweep_runs(
+        model,
+        inputs,
+        variants,
+        read,
+        base=base,
+        clean=clean,
+        engine=engine,
+        start=start,
+        chunk=chunk,
+        features=features,
+        mesh=mesh,
+    ).variants
+
+
+def sweep_runs(
+    model: Model,
+    inputs: Inputs,
+    variants: Variants | Sequence[Any],
+    read: Read,
+    *,
+    base: Sequence[Any] = (),
+    clean: Sequence[Any] | None = None,
+    engine: Literal["sweep", "naive"] = "sweep",
+    start: int | None = None,
+    chunk: int | None = None,
+    features: Features | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Runs:
+    """:func:`sweep`, with the read-outs of the base run and the clean run too."""
     variants = variants if isinstance(variants, Variants) else stack(variants)
-    base = tuple(base)
+    base, clean = tuple(base), None if clean is None else tuple(clean)
     if engine not in ("sweep", "naive"):
         raise UserError(f"unknown engine {engine!r}: use 'sweep' or 'naive'")
-    present, depths = model.sites(inputs), model.depths
-    check((*base, *variants.take(0).interventions), (), present, depths)
+    check((*base, *variants.take(0).interventions, *(clean or ())), (), model.sites(inputs), model.depths)
     _check_acts(variants)
+    missing = _missing(variants)
+    if missing and clean is None:
+        raise UserError(
+            f"Patch has no donor at {sorted(missing)[0]!r}: give its values, or clean=() to take the clean run's"
+        )
+    if not missing <= LAYER_SITES:
+        raise UserError(f"a clean run supplies no {sorted(missing - LAYER_SITES)[0]!r}: give the donor's values")
     if engine == "naive":
-        return _naive(model, inputs, base, variants, read)
-    if start is None:
-        start = min(first_token(variants, inputs.input_ids.shape[1]), read.first)
-    start = prefix(model, inputs, start)
-    return _sweep(model, inputs, base, variants, read, start=start, chunk=chunk, mesh=mesh)
+        return _naive(model, inputs, clean, base, variants, read)
+    start = plan(model, inputs, variants, read, base, clean) if start is None else prefix(model, inputs, start)
+    length = inputs.input_ids.shape[1]
+    if chunk is None:
+        tokens = CHUNK_TOKENS.get(jax.default_backend(), _ACCELERATOR_TOKENS)
+        chunk = max(1, tokens // (len(inputs.input_ids) * (length - start)))
+    return _sweep(model, inputs, clean, base, variants, read, features, start=start, chunk=chunk, mesh=mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("start", "chunk", "mesh"))
-def _sweep(model: Model, inputs: Inputs, base, variants: Variants, read: Read, *, start, chunk, mesh):
-    shared = share(model, inputs, start, base)
-    _, tapped = run(model, shared, base, {"text.resid_pre": Tap()})
-    embedded = None
-    if any(site.startswith(("visual.", "projector.")) for site in variants.sites):
-        embedded = _embed_variants(model, inputs, base, variants, start)
-    return sweep_window(
-        model, shared, tapped["text.resid_pre"], variants, read, base=base, embedded=embedded, chunk=chunk, mesh=mesh
-    )
+def plan(model: Model, inputs: Inputs, variants: Variants, read: Read, base=(), clean=None) -> int:
+    """How many tokens the runs of a sweep share."""
+    length = inputs.input_ids.shape[1]
+    runs = [variants] if clean is None else [variants, *(stack([i]) for i in (*base, *clean))]
+    return prefix(model, inputs, min(read.first, *(first_token(run, length) for run in runs)))
+
+
+def _missing(variants: Variants) -> frozenset[str]:
+    """The sites of patches that take the clean run's values."""
+    return frozenset().union(*(i.missing for i in variants.interventions if isinstance(i, Patch)))
 
 
 @jax.jit
-def _naive(model: Model, inputs: Inputs, base, variants: Variants, read: Read):
-    def one(number):
-        interventions = (*base, *variants.take(number).interventions)
-        return read(model, model(inputs, interventions, ["text.norm"]).taps["text.norm"], 0)
+def _naive(model: Model, inputs: Inputs, clean, base, variants: Variants, read: Read) -> Runs:
+    missing = _missing(variants)
 
-    return jax.lax.map(one, jnp.arange(len(variants)))
+    def run(interventions, taps=()):
+        tapped = model(inputs, interventions, ("text.norm", *taps)).taps
+        return read(model, tapped.pop("text.norm"), 0), tapped
 
-
-def _embed_variants(model: Model, inputs: Inputs, base, variants: Variants, start: int) -> Embedded:
-    """What enters layer 0 in each variant, ``x (N, B, S, D)``, ``deepstack (N, K, B, S, D)``: the vision tower is run
-    for every variant."""
+    clean_read, values = (None, {}) if clean is None else run(clean, missing)
 
     def one(number):
-        (x, deepstack), _ = model.embed(inputs, (*base, *variants.take(number).interventions))
-        return Embedded(x[:, start:], None if deepstack is None else deepstack[:, :, start:])
+        own = variants.take(number).interventions
+        return run((*base, *(i.filled(values) if isinstance(i, Patch) else i for i in own)))[0]
 
-    return jax.lax.map(one, jnp.arange(len(variants)))
+    return Runs(jax.lax.map(one, jnp.arange(len(variants))), run(base)[0], clean_read)
 
 
-def sweep_window(
-    model: Model,
-    shared: Shared,
-    resid: jax.Array,
-    variants: Variants,
-    read: Read,
-    *,
-    base=(),
-    embedded: Embedded | None = None,
-    chunk: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Any:
-    """The engine itself, on the tokens of a window; for use inside ``jit``.
+def _embed(model: Model, inputs: Inputs, interventions, features) -> Embedded:
+    """What enters layer 0; the vision tower is run only where an intervention reaches into it."""
+    inside = any(site.startswith(("visual.", "projector.")) for i in interventions for site in i.sites)
+    return model.embed(inputs, interventions, features=None if inside else features)[0]
 
-    Args:
-        resid: ``(L, B, S, D)``, the base run's ``resid_pre`` of every layer.
-        embedded: what enters layer 0 in each variant, where that differs in more than ``text.embeddings``.
-    """
-    own, window, past = shared
-    depth, batch, length, _ = resid.shape
-    # Python numbers, which must not be traced.
-    fixed = {"start": window.start, "causal": window.causal, "decoding": window.decoding}
-    if chunk is None:
-        tokens = CHUNK_TOKENS.get(jax.default_backend(), _ACCELERATOR_TOKENS)
-        chunk = max(1, tokens // (batch * length))
+
+def _from(embedded: Embedded, start: int) -> Embedded:
+    x, deepstack = embedded
+    return Embedded(x[:, start:], None if deepstack is None else deepstack[:, :, start:])
+
+
+@functools.partial(jax.jit, static_argnames=("start", "chunk", "mesh"))
+def _sweep(
+    model: Model, inputs: Inputs, clean, base, variants: Variants, read: Read, features, *, start, chunk, mesh
+) -> Runs:
+    """One scan over the layers carries the clean run, the base run and every variant that is alive."""
+    count, depth = len(variants), model.config.text.num_hidden_layers
+    if features is None:
+        features, _ = model.features(inputs)
     first = first_layers(variants, depth)
     # The variants of higher first layers come behind, so that those alive in a layer are the first few chunks.
     order = jnp.argsort(first)
     devices = 1 if mesh is None else mesh.devices.shape[0]
-    chunk = min(chunk, -(-len(variants) // devices))
-    step = chunk * devices
-    padded = jnp.pad(order, (0, -len(variants) % step), constant_values=-1)
+    chunk = min(chunk, -(-count // devices))
+    padded = jnp.pad(order, (0, -count % (chunk * devices)), constant_values=-1)
     # Devices take turns in the order of the first layers, so each has its share of the long and the short runs.
     places = padded.reshape(-1, devices).T.reshape(-1)
-
-    def work(places, model, own, window, past, resid, variants, read, base, first, embedded):
-        text, count, window = model.text, len(places), window._replace(**fixed)
-        mine = jnp.maximum(places, 0)
-        # A variant that only fills a chunk up never comes alive: its first layer lies behind the last.
-        starts = jnp.where(places < 0, depth + 1, first[mine])
-        held = variants.take(mine)
-        leaves, structure = jax.tree.flatten(held.interventions)
-        at_entry = any(not layered(site) and site != "text.norm" for site in held.sites)
-        deepstack = None if embedded is None or embedded.deepstack is None else embedded.deepstack[mine]
-
-        def slice_of(array, at):
-            return jax.lax.dynamic_slice_in_dim(array, at, chunk)
-
-        def interventions_of(at):
-            parts = [slice_of(leaf, at) if own else leaf for leaf, own in zip(leaves, held.mapped, strict=True)]
-            return structure.unflatten(parts)
-
-        def through_layer(live, scanned):
-            layer, index, past, before = scanned
-            here = text.at(window, index)
-
-            def one(x, interventions, added):
-                added = text.deepstack_at(own.deepstack if added is None else added, index)
-                probe = Probe((*base, *interventions), NO_TAPS, Context(index, start=window.start))
-                return layer(x, here, past, added, probe)[0]
-
-            def step(i, live):
-                at = i * chunk
-                begins = slice_of(starts, at) == index
-                x = slice_of(live, at)
-                if at_entry:  # layer 0 reads what the variants made of the embeddings
-                    begins = begins & (index > 0)
-                x = jnp.where(begins[:, None, None, None], before, x)
-                added = None if deepstack is None else slice_of(deepstack, at)
-                axes = (0, held.axes, None if added is None else 0)
-                x = jax.vmap(one, in_axes=axes)(x, interventions_of(at), added)
-                return jax.lax.dynamic_update_slice_in_dim(live, x, at, 0)
-
-            alive = jnp.sum(starts <= index)
-            return jax.lax.fori_loop(0, -(-alive // chunk), step, live), None
-
-        if at_entry:
-
-            def enter(x, interventions):
-                return Probe(interventions, NO_TAPS, Context(start=window.start))("text.embeddings", x)
-
-            if embedded is None:
-                live = jax.vmap(enter, in_axes=(None, held.axes))(own.x, held.interventions)
-                live = jnp.broadcast_to(live, (count, *own.x.shape))
-            else:  # already through the embeddings' site
-                live = embedded.x[mine]
-        else:
-            live = jnp.zeros((count, *own.x.shape), own.x.dtype)
-        live, _ = jax.lax.scan(through_layer, live, (text.layers, jnp.arange(depth), past, resid))
-
-        def finish(number):
-            interventions = (*base, *held.take(number).interventions)
-            return read(model, _normed(model, live[number], window, interventions), window.start)
-
-        return jax.lax.map(finish, jnp.arange(count), batch_size=chunk)
-
-    args = (model, own, window, past, resid, variants, read, base, first, embedded)
-    if mesh is None:
-        out = work(places, *args)
-    else:
-        by_variant = PartitionSpec(mesh.axis_names[0])
-        specs = (by_variant, *(PartitionSpec() for _ in args))
-        out = jax.shard_map(work, mesh=mesh, in_specs=specs, out_specs=by_variant, check_vma=False)(places, *args)
+    work = functools.partial(_work, start=start, chunk=chunk)
+    args = (model, inputs, clean, base, variants, read, features, first)
+    if mesh is not None:
+        mine, same = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+        work = jax.shard_map(
+            work,
+            mesh=mesh,
+            in_specs=(mine, *(same for _ in args)),
+            out_specs=Runs(mine, same, same),
+            check_vma=False,
+        )
+    runs = work(places, *args)
     back = (
-        jnp.zeros(len(variants), jnp.int32)
-        .at[jnp.where(places < 0, len(variants), places)]
-        .set(jnp.arange(len(places)), mode="drop")
+        jnp.zeros(count, jnp.int32).at[jnp.where(places < 0, count, places)].set(jnp.arange(len(places)), mode="drop")
     )
-    return jax.tree.map(lambda a: a[back], out)
+    return runs._replace(variants=jax.tree.map(lambda a: a[back], runs.variants))
+
+
+def _work(places, model, inputs, clean, base, variants, read, features, first, *, start: int, chunk: int) -> Runs:
+    """The variants at ``places`` (-1: none, to fill a chunk up), those of lower first layers first."""
+    text, depth, total = model.text, model.config.text.num_hidden_layers, len(places)
+    whole, window = model.window(inputs), model.window(inputs, start)
+    # Whole prompts: the clean run, or without one the base run.
+    lead = base if clean is None else clean
+    entire = _embed(model, inputs, lead, features)
+    own = _from(entire if clean is None else _embed(model, inputs, base, features), start)
+
+    mine = jnp.maximum(places, 0)
+    held = variants.take(mine)
+    # What fills a chunk up never comes alive: its first layer lies behind the last.
+    starts = jnp.where(places < 0, depth + 1, first[mine])
+    leaves, structure = jax.tree.flatten(held.interventions)
+    missing = _missing(variants)
+
+    def slice_of(array, at):
+        return jax.lax.dynamic_slice_in_dim(array, at, chunk)
+
+    def interventions_at(at):
+        """Those of the base run and of one chunk of variants, as one intervention on the chunk's rows."""
+        parts = [slice_of(leaf, at) if moves else leaf for leaf, moves in zip(leaves, held.mapped, strict=True)]
+        return PerVariant((*base, *structure.unflatten(parts)), ((None,) * len(base)) + held.axes, chunk)
+
+    entered = _enter(model, inputs, base, held, own, features, start)
+
+    def through_layer(carry, scanned):
+        lead_x, own_x, live = carry
+        layer, index = scanned
+        here = text.at(window, index)
+        probe = Probe(lead, dict.fromkeys(missing, Tap()), Context(index))
+        before = own_x if clean is not None else lead_x[:, start:]
+        lead_x, (k, v) = layer(lead_x, text.at(whole, index), (), text.deepstack_at(entire.deepstack, index), probe)
+        past = [(k[:, :start], v[:, :start])] if start else []
+        donors = {
+            site: jax.lax.slice_in_dim(value, start, None, axis=token_axis(site)) for site, value in probe.taps.items()
+        }
+        if clean is not None:
+            probe = Probe(base, NO_TAPS, Context(index, start=start))
+            own_x, _ = layer(own_x, here, past, text.deepstack_at(own.deepstack, index), probe)
+        here = _tiled(here, chunk)
+
+        def step(i, live):
+            at = i * chunk
+            x = slice_of(live, at)
+            begins = slice_of(starts, at) == index
+            if entered is not None:  # layer 0 reads what the variants made of the embeddings
+                begins = begins & (index > 0)
+            x = jnp.where(begins[:, None, None, None], before, x)
+            if own.deepstack is None:
+                added = None
+            elif entered is not None and entered.deepstack is not None:
+                added = slice_of(entered.deepstack, at).swapaxes(0, 1).reshape(len(own.deepstack), -1, *x.shape[2:])
+                added = text.deepstack_at(added, index)
+            else:
+                added = jnp.tile(text.deepstack_at(own.deepstack, index), (chunk, 1, 1))
+            probe = Probe((interventions_at(at),), NO_TAPS, Context(index, donors=donors, start=start))
+            x = layer(x.reshape(-1, *x.shape[2:]), here, past, added, probe)[0].reshape(x.shape)
+            return jax.lax.dynamic_update_slice_in_dim(live, x, at, 0)
+
+        alive = jnp.sum(starts <= index)
+        live = jax.lax.fori_loop(0, -(-alive // chunk), step, live)
+        return (lead_x, own_x, live), None
+
+    live = jnp.zeros((total, *own.x.shape), own.x.dtype) if entered is None else entered.x
+    carry = (entire.x, own.x if clean is not None else None, live)
+    (lead_x, own_x, live), _ = jax.lax.scan(through_layer, carry, (text.layers, jnp.arange(depth)))
+
+    def finish(x, interventions):
+        x = Probe(interventions, NO_TAPS, Context(start=start))("text.norm", text.norm(x))
+        return read(model, x, start)
+
+    out = jax.lax.map(
+        lambda n: finish(live[n], (*base, *held.take(n).interventions)), jnp.arange(total), batch_size=chunk
+    )
+    lead_read = finish(lead_x[:, start:], lead)
+    return Runs(out, lead_read, None) if clean is None else Runs(out, finish(own_x, base), lead_read)
+
+
+def _enter(model: Model, inputs: Inputs, base, held: Variants, own: Embedded, features, start: int) -> Embedded | None:
+    """What enters layer 0 in each variant, ``x (N, B, S, D)``, with ``deepstack (N, K, B, S, D)`` where the variants
+    reach into the vision tower; None where all enter as the base run does."""
+    sites = [site for site in held.sites if not layered(site) or site.startswith("visual.")]
+    if any(site.startswith(("visual.", "projector.")) for site in sites):
+
+        def one(number):
+            return _from(_embed(model, inputs, (*base, *held.take(number).interventions), features), start)
+
+        size = next(len(a) for a, moves in zip(jax.tree.leaves(held.interventions), held.mapped, strict=True) if moves)
+        return jax.lax.map(one, jnp.arange(size))
+    if "text.embeddings" not in sites:
+        return None
+
+    def enter(x, interventions):
+        return Probe(interventions, NO_TAPS, Context(start=start))("text.embeddings", x)
+
+    return Embedded(jax.vmap(enter, in_axes=(None, held.axes), out_axes=0)(own.x, held.interventions), None)
 
 
 def generate_variants(
@@ -412,17 +497,24 @@ def generate_variants(
 
 @functools.partial(jax.jit, static_argnames=("start", "chunk", "how"))
 def _generate_variants(model: Model, inputs: Inputs, base, variants: Variants, *, start, chunk, how):
-    shared = share(model, inputs, start, base)
-    vision = any(site.startswith(("visual.", "projector.")) for site in variants.sites)
+    text = model.text
+    features, _ = model.features(inputs)
+    entire = _embed(model, inputs, base, features)
+    past = ()
+    if start:
+        is_image = None if inputs.is_image is None else inputs.is_image[:, :start]
+        head = text.window(inputs.attention_mask[:, :start], inputs.position_ids[:, :, :start], is_image=is_image)
+        added = None if entire.deepstack is None else entire.deepstack[:, :, :start]
+        past = (text.scan(entire.x[:, :start], head, deepstack=added, interventions=base)[1],)
+    entered = _enter(model, inputs, base, variants, _from(entire, start), features, start)
+    window = model.window(inputs, start)
 
     def one(number):
+        own = _from(entire, start)
+        if entered is not None:
+            own = own._replace(x=entered.x[number])
+            own = own if entered.deepstack is None else own._replace(deepstack=entered.deepstack[number])
         interventions = (*base, *variants.take(number).interventions)
-        if vision:
-            own, _ = model.embed(inputs, interventions)
-        else:
-            own = shared.embedded
-            probe = Probe(variants.take(number).interventions, NO_TAPS, Context(start=start))
-            own = own._replace(x=probe("text.embeddings", own.x))
-        return continued(model, inputs, own, shared.window, shared.past, interventions, how, jax.random.key(0))
+        return continued(model, inputs, own, window, past, interventions, how, jax.random.key(0))
 
     return jax.lax.map(one, jnp.arange(len(variants)), batch_size=chunk)

@@ -4,7 +4,6 @@ python -m interventions.trace --task mini-okvqa --limit 64 --out runs/trace
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,14 +17,13 @@ from tqdm import tqdm
 from interventions.grids import patch_grid
 from interventions.kinds import Add
 from interventions.read import Gold
-from interventions.sweep import PREFIX_BUCKET, prefix, run, share, sweep_window
+from interventions.sweep import PREFIX_BUCKET, sweep_runs
 from vlm_jax import Inputs, Model
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command
 from vlm_jax.options import ModelOptions
 from vlm_jax.prompts import batches, compiled_shapes
 from vlm_jax.runs import Run
-from vlm_jax.sites import Tap
 
 #: The last axis of ``ie`` and ``rr``.
 MODULES = ("attn", "mlp")
@@ -72,8 +70,6 @@ def causal_trace(
     question, answer = np.asarray(question_mask, bool), np.asarray(answer_mask, bool)
     if not question.any(1).all():
         raise UserError(f"row {int(np.argmin(question.any(1)))} has no question token: mark at least one in its mask")
-    if engine not in ("sweep", "naive"):
-        raise UserError(f"unknown engine {engine!r}: use 'sweep' or 'naive'")
     gold = Gold.of(inputs, answer)
     if noise is None:
         embedded = _embed(model, inputs)
@@ -81,11 +77,10 @@ def causal_trace(
         key = jax.random.key(0) if key is None else key
         noise = noise_scale * sigma * jax.random.normal(key, embedded.x.shape)
     noise = jnp.where(question[..., None], noise, 0)
-    if engine == "naive":
-        p_clean, p_corrupt, p_patch = _naive(model, inputs, noise, gold)
-    else:
-        start = prefix(model, inputs, min(int(question.argmax(1).min()), gold.first))
-        p_clean, p_corrupt, p_patch = _sweep(model, inputs, noise, gold, start=start)
+    variants, shape = patch_grid(_SITES, model.config.text.num_hidden_layers)
+    runs = sweep_runs(model, inputs, variants, gold, base=(Add(noise),), clean=(), engine=engine)
+    p_clean, p_corrupt = runs.clean.probability, runs.base.probability
+    p_patch = runs.variants.probability.reshape(*shape, -1).transpose(2, 1, 0)
     te = p_clean - p_corrupt
     ie = p_patch - p_corrupt[:, None, None]
     return Trace(p_clean, p_corrupt, te, ie, ie / (te[:, None, None] + eps))
@@ -100,39 +95,6 @@ def _embed(model: Model, inputs: Inputs):
 def embedding_std(x: jax.Array, mask: jax.Array) -> jax.Array:
     """sigma_E: the standard deviation over all elements of ``x (B, T, D)`` at real tokens."""
     return jnp.std(x.astype(jnp.float32), where=jnp.broadcast_to(mask[..., None], x.shape))
-
-
-@functools.partial(jax.jit, static_argnames="start")
-def _sweep(model: Model, inputs: Inputs, noise, gold: Gold, *, start: int):
-    shared = share(model, inputs, start)
-    x, clean = run(model, shared, (), dict.fromkeys(_SITES, Tap()))
-    p_clean, x = gold(model, x, start).probability, shared.embedded.x
-    # The noise starts in the window, so both runs share what lies before it.
-    shared = shared._replace(embedded=shared.embedded._replace(x=x + noise[:, start:].astype(x.dtype)))
-    x, corrupt = run(model, shared, (), {"text.resid_pre": Tap()})
-    variants, shape = patch_grid(clean, start=start)
-    scores = sweep_window(model, shared, corrupt["text.resid_pre"], variants, gold)
-    return p_clean, gold(model, x, start).probability, _by_sample(scores.probability, shape)
-
-
-@jax.jit
-def _naive(model: Model, inputs: Inputs, noise, gold: Gold):
-    """Every cell as a whole forward pass with ordinary interventions."""
-
-    def run(interventions, taps=()):
-        tapped = model(inputs, interventions, ("text.norm", *taps)).taps
-        return gold(model, tapped.pop("text.norm"), 0).probability, tapped
-
-    p_clean, clean = run((), _SITES)
-    p_corrupt, _ = run((Add(noise),))
-    variants, shape = patch_grid(clean)
-    p = jax.lax.map(lambda n: run((Add(noise), *variants.take(n).interventions))[0], jnp.arange(len(variants)))
-    return p_clean, p_corrupt, _by_sample(p, shape)
-
-
-def _by_sample(p: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """``(2 L, B)``, site by site -> ``(B, L, 2)``."""
-    return p.reshape(*shape, -1).transpose(2, 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)

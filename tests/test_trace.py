@@ -351,9 +351,7 @@ def test_chunk_size_does_not_matter(model, cases, traces, monkeypatch, variants)
     """Chunks of one variant (too little room for even that), and chunks that do not divide the 8 variants."""
     case = cases["text"]
     monkeypatch.setattr(sweep_module, "CHUNK_TOKENS", {"cpu": 1 + variants * case.question.size})
-    trace_module._sweep.clear_cache()  # the size is read while tracing
     traced = causal_trace(model, inputs_of(model, case), case.question, case.answer, noise=case.noise)
-    trace_module._sweep.clear_cache()
     whole = traces("text", "naive")
     assert max(errors(traced, (whole.p_clean, whole.p_corrupt, whole.ie))) < TOLERANCE
 
@@ -396,12 +394,16 @@ def drawn_noise(model, case, monkeypatch, **how):
     """What the engine is given where the caller gives no noise."""
     seen = []
 
-    def engine(model, inputs, noise, gold, *, start):
-        seen.append(np.asarray(noise))
-        return jnp.ones(2), jnp.zeros(2), jnp.zeros((2, LAYERS, 2))
+    class Stopped(Exception):
+        pass
 
-    monkeypatch.setattr(trace_module, "_sweep", engine)
-    causal_trace(model, inputs_of(model, case), case.question, case.answer, **how)
+    def engine(*args, base, **how):
+        seen.append(np.asarray(base[0].value))
+        raise Stopped
+
+    monkeypatch.setattr(trace_module, "sweep_runs", engine)
+    with pytest.raises(Stopped):
+        causal_trace(model, inputs_of(model, case), case.question, case.answer, **how)
     return seen[0]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -98,8 +99,8 @@ def attend(
         q: ``(B, S, H, d)``; k, v: ``(B, S, G, d)`` with ``H`` a multiple of ``G``.
         mask: ``(B, S, S)`` bool, True where a query (axis 1) may see a key (axis 2); None where all see all.
         probe: the sites ``attn_scores``, ``attn_probs`` ``(B, H, S, keys)`` and ``head_out`` ``(B, S, H, d)``.
-        past: segments ``(k, v, mask)`` of earlier tokens, ``(B, P, G, d)`` twice and ``(B, S, P)``. They stay apart
-            so that many variants of the later tokens share one copy of them.
+        past: segments ``(k, v, mask)`` of earlier tokens, ``(b, P, G, d)`` twice and ``(b, S, P)``, where ``b`` divides
+            ``B``: row ``i`` has the past ``i % b``. So many variants of the later tokens share one copy of it.
         scale: of the scores, ``d ** -0.5`` where None; softcap: squashes scores into (-softcap, softcap).
         causal: ``mask`` lets no query see a later key.
 
@@ -108,7 +109,7 @@ def attend(
     """
     batch, length, heads, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    # Keys and values by head: (B, G, keys, d).
+    q = q.reshape(batch, length, k.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)  # (B, G, H / G, S, d)
     segments = [(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), m) for k, v, m in (*past, (k, v, mask))]
 
     def scores_of(q, keys):
@@ -116,72 +117,90 @@ def attend(
         return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
     if probe.meets(f"{tower}.attn_scores", f"{tower}.attn_probs"):
-        out = _attend_openly(_by_head(q, k.shape[2]), segments, scores_of, (batch, heads, length), probe, tower)
+        out = _attend_openly(q, segments, scores_of, probe, tower)
     else:
-        step = _QUERY_BLOCK if causal else length
-        out = []
+        step, parts = _QUERY_BLOCK if causal else length, []
         for at in range(0, length, step):
-            here, end = slice(at, at + step), min(at + step, length)
+            block, end = slice(at, at + step), min(at + step, length)
             own_k, own_v, own_mask = segments[-1]
-            own_mask = None if own_mask is None else own_mask[:, here, :end]
-            seen = [(k, v, m[:, here]) for k, v, m in segments[:-1]] + [
+            own_mask = None if own_mask is None else own_mask[:, block, :end]
+            seen = [(k, v, m[:, block]) for k, v, m in segments[:-1]] + [
                 (own_k[:, :, :end], own_v[:, :, :end], own_mask)
             ]
-            out.append(_attend_closed(_by_head(q[:, here], k.shape[2]), seen, scores_of, end - at))
-        out = out[0] if len(out) == 1 else jnp.concatenate(out, 1)
-    out = probe(f"{tower}.head_out", out)
+            parts.append(_attend_closed(q[..., block, :], seen, scores_of))
+        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 3)
+    out = probe(f"{tower}.head_out", out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim))
     return out.reshape(batch, length, heads * dim)
 
 
-def _by_head(q: jax.Array, groups: int) -> jax.Array:
-    """``(B, S, H, d) -> (B, G, H / G * S, d)``: one matmul per key-value head, with (heads x tokens) rows, is several
-    times faster than einsum's own choice."""
-    batch, length, heads, dim = q.shape
-    q = q.reshape(batch, length, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
-    return q.reshape(batch, groups, -1, dim)
+def _fold(x: jax.Array, batch: int) -> jax.Array:
+    """``(B, G, H / G, S, n) -> (batch, G, B / batch * H / G * S, n)``: one matmul per key-value head, with a row for
+    every variant, head and token, is several times faster than einsum's own choice."""
+    rows, groups, heads, length, last = x.shape
+    x = x.reshape(rows // batch, batch, groups, heads, length, last).transpose(1, 2, 0, 3, 4, 5)
+    return x.reshape(batch, groups, -1, last)
 
 
-def _by_token(out: jax.Array, length: int) -> jax.Array:
-    """The inverse of :func:`_by_head`."""
-    batch, groups, rows, dim = out.shape
-    out = out.reshape(batch, groups, rows // length, length, dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, -1, dim)
+def _unfold(x: jax.Array, rows: int, length: int) -> jax.Array:
+    """The inverse of :func:`_fold`."""
+    batch, groups, _, last = x.shape
+    x = x.reshape(batch, groups, rows // batch, -1, length, last).transpose(2, 0, 1, 3, 4, 5)
+    return x.reshape(rows, groups, -1, length, last)
 
 
-def _attend_closed(q, segments, scores_of, length: int) -> jax.Array:
-    """Attention whose probabilities nobody sees: the segments' sums meet only after the values are read."""
-    lowest = jnp.finfo(jnp.float32).min
+def _attend_closed(q: jax.Array, segments, scores_of) -> jax.Array:
+    """Attention whose probabilities nobody sees: the segments meet only after their values are read."""
+    rows, length = len(q), q.shape[3]
     scores = []
     for keys, _, mask in segments:
-        part = scores_of(q, keys)
+        part = scores_of(_fold(q, len(keys)), keys)
         if mask is not None:
-            open_ = part.reshape(*part.shape[:2], -1, length, part.shape[-1])
-            part = jnp.where(mask[:, None, None], open_, lowest).reshape(part.shape)
+            apart = part.reshape(*part.shape[:2], -1, length, part.shape[-1])
+            part = jnp.where(mask[:, None, None], apart, jnp.finfo(jnp.float32).min).reshape(part.shape)
         scores.append(part)
-    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in scores])
+    tops = [_unfold(part.max(-1, keepdims=True), rows, length) for part in scores]
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
     out = total = 0
     for part, (_, values, _) in zip(scores, segments, strict=True):
-        part = jnp.exp(part - jax.lax.stop_gradient(top))
-        total = total + part.sum(-1, keepdims=True)
-        out = out + jnp.einsum("bgnt,bgtd->bgnd", part.astype(values.dtype), values)
-    return _by_token((out / total).astype(out.dtype), length)
+        part = jnp.exp(part - _fold(top, len(part)))
+        total = total + _unfold(part.sum(-1, keepdims=True), rows, length)
+        out = out + _unfold(jnp.einsum("bgnt,bgtd->bgnd", part.astype(values.dtype), values), rows, length)
+    return (out / total).astype(out.dtype)
 
 
-def _attend_openly(q, segments, scores_of, shape, probe, tower: str) -> jax.Array:
-    """Attention with its scores and probabilities laid out as sites."""
-    length = shape[-1]
-
-    def read(probs):
-        probs = probs.reshape(*q.shape[:3], -1)
-        out, at = 0, 0
-        for _, values, _ in segments:
-            part = probs[..., at : at + values.shape[2]].astype(values.dtype)
-            out, at = out + jnp.einsum("bgnt,bgtd->bgnd", part, values), at + values.shape[2]
-        return _by_token(out, length)
-
-    scores = jnp.concatenate([scores_of(q, keys) for keys, _, _ in segments], -1).reshape(*shape, -1)
+def _attend_openly(q: jax.Array, segments, scores_of, probe, tower: str) -> jax.Array:
+    """Attention with its scores and probabilities laid out as sites. A query that sees no key reads nothing."""
+    rows, groups, heads, length, _ = q.shape
+    lowest = jnp.finfo(jnp.float32).min
+    scores = [_unfold(scores_of(_fold(q, len(keys)), keys), rows, length) for keys, _, _ in segments]
+    scores = jnp.concatenate(scores, -1).reshape(rows, groups * heads, length, -1)
     scores = probe(f"{tower}.attn_scores", scores)
-    if segments[-1][2] is not None:
-        mask = jnp.concatenate([mask for _, _, mask in segments], -1)
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-    return read(probe(f"{tower}.attn_probs", jax.nn.softmax(scores, -1), read=read))
+    masks = [mask for _, _, mask in segments if mask is not None]
+    if masks:
+        mask = jnp.concatenate([jnp.tile(mask, (rows // len(mask), 1, 1)) for mask in masks], -1)
+        scores = jnp.where(mask[:, None], scores, lowest)
+    probs = jnp.where(scores > lowest, jax.nn.softmax(scores, -1), 0)
+    values = tuple(values for _, values, _ in segments)
+    reader = Reader(values[:-1], values[-1])
+    probs = probe(f"{tower}.attn_probs", probs, read=reader)
+    out = reader(probs)
+    return out.reshape(rows, length, groups, heads, -1).transpose(0, 2, 3, 1, 4)
+
+
+@flax.struct.dataclass
+class Reader:
+    """What heads read with their probabilities: ``(B, H, S, keys) -> (B, S, H, d)``, from the values of the past
+    segments ``(b, G, P, d)`` and of the tokens themselves ``(B, G, S, d)``."""
+
+    past: tuple[jax.Array, ...]
+    own: jax.Array
+
+    def __call__(self, probs: jax.Array) -> jax.Array:
+        rows, heads, length, _ = probs.shape
+        probs = probs.reshape(rows, self.own.shape[1], -1, length, probs.shape[-1])
+        out, at = 0, 0
+        for values in (*self.past, self.own):
+            part = _fold(probs[..., at : at + values.shape[2]].astype(values.dtype), len(values))
+            out = out + _unfold(jnp.einsum("bgnt,bgtd->bgnd", part, values), rows, length)
+            at += values.shape[2]
+        return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, -1)

@@ -81,9 +81,17 @@ class Model(nnx.Module):
             return None, {}
         return self.visual(inputs.images, interventions, taps)
 
-    def embed(self, inputs: Inputs, interventions=(), taps: Mapping[str, Tap] = NO_TAPS) -> tuple[Embedded, dict]:
-        """Token embeddings with the visual tokens merged in, and the taps up to there."""
-        features, tapped = self.features(inputs, interventions, taps)
+    def embed(
+        self, inputs: Inputs, interventions=(), taps: Mapping[str, Tap] = NO_TAPS, features: Features | None = None
+    ) -> tuple[Embedded, dict]:
+        """Token embeddings with the visual tokens merged in, and the taps up to there.
+
+        Args:
+            features: of the vision tower, where they are known already.
+        """
+        tapped: dict = {}
+        if features is None:
+            features, tapped = self.features(inputs, interventions, taps)
         probe = Probe(interventions, taps, Context())
         embedded = self.merge(inputs, features)
         return Embedded(probe("text.embeddings", embedded.x), embedded.deepstack), {**tapped, **probe.taps}

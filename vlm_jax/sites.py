@@ -90,6 +90,7 @@ class Context:
     ``input``: what the linear at this site read, ``None`` where the site is not a linear.
     ``read``: at ``attn_probs``, the function from the probabilities ``(B, H, S, keys)`` to what the heads read with
     them ``(B, S, H, d)``.
+    ``donors``: in a sweep beside a clean run, site -> the clean run's value at this layer, else None.
     ``start``: index in the sequence of the first token in ``value`` (not 0 after a shared prefix).
     ``decoding``: the tokens are generated ones, which no ``(B, T)`` array knows.
     """
@@ -97,6 +98,7 @@ class Context:
     layer: Any = None
     input: Any = None
     read: Any = None
+    donors: Any = None
     start: Any = 0
     decoding: bool = False
 

@@ -49,6 +49,7 @@ class VisionTower(nnx.Module):
 
     def __init__(self, key, config: SiglipVision):
         patch, position, layers, projector = jax.random.split(key, 4)
+        self.config = config
         self.patch_embedding = Linear(patch, config.patch_dim, config.hidden_size, bias=True)
         self.position_embedding = Embedding(position, config.side**2, config.hidden_size)
         self.layers = encoder_layers(layers, config)

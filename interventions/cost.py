@@ -1,0 +1,69 @@
+"""What a sweep costs: said before a long one, and measured against after it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from interventions.sweep import Variants, first_layers, plan
+from vlm_jax import Inputs, Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """token_layers: tokens x layers that are run; flops: of the matmuls that are necessary (multiply and add are two),
+    prompt runs and unembedding included; bytes: of the variants' states that are held at once; naive_flops: of a whole
+    forward pass per variant. The vision tower is in none of them."""
+
+    token_layers: int
+    flops: float
+    bytes: int
+    naive_flops: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.token_layers + other.token_layers,
+            self.flops + other.flops,
+            max(self.bytes, other.bytes),
+            self.naive_flops + other.naive_flops,
+        )
+
+    def __str__(self) -> str:
+        less = self.naive_flops / self.flops
+        return (
+            f"{self.token_layers:,} token-layers, {self.flops / 1e9:,.1f} GFLOP ({less:.1f} times less than a pass per "
+            f"variant), {self.bytes / 2**20:,.1f} MiB of live variants"
+        )
+
+    def measured(self, seconds: float) -> str:
+        """The same, after the fact."""
+        return f"{seconds:.1f} s, {self.flops / seconds / 1e9:,.1f} GFLOP/s of necessary work"
+
+
+def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(), clean=None, gold: int = 4) -> Cost:
+    """The cost of :func:`interventions.sweep.sweep` with these arguments.
+
+    Args:
+        gold: positions that the read-out unembeds.
+    """
+    config = model.config.text
+    batch, length = inputs.input_ids.shape
+    start = plan(model, inputs, variants, read, base, clean)
+    depth, window = config.num_hidden_layers, length - start
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.text.layers) if leaf.ndim == 3) / depth
+    alive = int(np.sum(depth - np.minimum(np.asarray(first_layers(variants, depth)), depth)))
+    runs = alive + (depth if clean is not None else 0)
+
+    def attention(tokens: int, before: int) -> float:
+        """Scores and reading for ``tokens`` causal queries behind ``before`` keys, in one layer."""
+        return 4 * config.num_attention_heads * config.head_dim * tokens * (before + (tokens + 1) / 2)
+
+    head = 2 * config.hidden_size * config.vocab_size * gold * batch
+    entire = depth * batch * (2 * weights * length + attention(length, 0))
+    flops = entire + runs * batch * (2 * weights * window + attention(window, start))
+    return Cost(
+        token_layers=batch * (depth * length + runs * window),
+        flops=flops + head * (len(variants) + 1 + (clean is not None)),
+        bytes=len(variants) * batch * window * config.hidden_size * model.text.norm.weight[...].dtype.itemsize,
+        naive_flops=(len(variants) + 1) * (entire + head),
+    )

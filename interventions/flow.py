@@ -1,0 +1,222 @@
+"""P1: what text reads of the image, and what becomes of answers when it cannot (section 3, equations 1-4).
+
+python -m interventions.flow --tasks mini-okvqa mini-docvqa --limit 48 --out runs/flow
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from scipy.stats import bootstrap
+
+from interventions.attention import Reading, read_examples
+from interventions.groups import GROUPS, members
+from interventions.knockout import EDGES, FAILURES, Effect, edge, knocked_out_answers, window_effects, window_layers
+from vlm_jax.data import load_task
+from vlm_jax.errors import UserError, command
+from vlm_jax.families import FAMILIES
+from vlm_jax.options import ModelOptions
+from vlm_jax.prompts import check_fit
+from vlm_jax.runs import Run
+
+
+def interval(values: np.ndarray, seed: int = 0) -> dict:
+    """The mean over samples (axis 0; NaN is left out) and its 95 % percentile bootstrap interval."""
+    values = np.asarray(values, np.float64)
+    low = high = mean = np.nanmean(values, 0)
+    if len(values) > 1:
+        found = bootstrap((values,), np.nanmean, n_resamples=2000, method="percentile", rng=seed, vectorized=True)
+        low, high = found.confidence_interval
+    return {"mean": np.asarray(mean).tolist(), "low": np.asarray(low).tolist(), "high": np.asarray(high).tolist()}
+
+
+def summarise_reading(reading: Reading, seed: int = 0) -> dict:
+    """By layer: what share of the text's attention goes where (mean over heads), equation 2, and how many image tokens
+    carry 80 and 90 % of what the image gets."""
+    groups = [name for name in ("before", "image", "image_end", "text") if reading.tokens[:, members(name)].any()]
+    found = {f"to_{group}": interval(reading.share(group).mean(2), seed) for group in groups}
+    if "image_end" in groups:
+        found |= {"ratio": interval(reading.ratio(), seed), "ratio_if_uniform": float(reading.uniform().mean())}
+    found |= {f"tokens_for_{part}": interval(reading.needed(part / 100), seed) for part in (80, 90)}
+    return found
+
+
+def summarise_answers(records: list[dict], seed: int = 0) -> list[dict]:
+    """Per condition: accuracy, and how many answers are none, by why."""
+    conditions: dict[str, list[dict]] = {}
+    for record in records:
+        conditions.setdefault(str([record[key] for key in ("edge", "layers", "mode")]), []).append(record)
+    return [
+        {
+            **{key: part[0][key] for key in ("edge", "layers", "mode")},
+            "samples": len(part),
+            "accuracy": interval([r["correct"] for r in part], seed),
+            "failures": {why: sum(r["failure"] == why for r in part) for why in FAILURES},
+        }
+        for part in conditions.values()
+    ]
+
+
+def summarise_effect(effect: Effect, edges: Sequence[str], seed: int = 0) -> dict:
+    """p(gold), and by edge its change in every window of layers and with all layers cut."""
+    window, whole = effect.window - effect.base[:, None, None], effect.whole - effect.base[:, None]
+    return {
+        "p_base": interval(effect.base, seed),
+        "change": {name: interval(window[:, number], seed) for number, name in enumerate(edges)},
+        "change_all_layers": {name: interval(whole[:, number], seed) for number, name in enumerate(edges)},
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(ModelOptions):
+    """Measure how visual information flows to text: attention, knock-outs of it, and in which layers they hurt (P1)."""
+
+    tasks: tuple[str, ...] = ("mini-okvqa", "mini-docvqa")
+    """Task names, families (knowledge, perception) or JSONL files."""
+    limit: int = 48
+    """Samples of each task."""
+    edges: tuple[str, ...] | None = None
+    """What answers are generated without, as queries:keys in token groups joined by +; by default text:image,
+    text:image_end and text:image+image_end, the last two where the model has an end-of-image token."""
+    modes: tuple[Literal["post_softmax", "pre_softmax", "random_mass", "value_norm"], ...] = (
+        "post_softmax",
+        "pre_softmax",
+        "random_mass",
+        "value_norm",
+    )
+    """How: P1's equations 3 and 4, masked scores (Geva et al. 2023), and two controls; the first also in windows."""
+    answers: Literal["all", "windows"] = "all"
+    """Generate with edges cut in all layers, or also in every window of layers."""
+    window: int = 3
+    """Layers of a window."""
+    window_edges: tuple[str, ...] = ("text:image", "question:image", "answer:image", "text:question")
+    """What is cut in windows to see the gold answer's probability; "answer" are the tokens that write the answer."""
+    batch: int = 16
+    """Samples per compiled call."""
+    max_new_tokens: int = 12
+    """Longest answer, in tokens."""
+    seed: int = 0
+    """Seed of the bootstrap and of random_mass."""
+    out: Path = Path("runs/flow")
+    """Run folder: results.json, four figures, and per task attention.npz, samples.jsonl and windows.npz."""
+
+
+def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
+    """The edges to generate without and those to cut in windows, checked; and without those that need an end-of-image
+    token where the model has none and nobody asked for them."""
+    lacks = "this model has no end-of-image token (text follows its image tokens directly)"
+    chosen = (EDGES if args.edges is None else args.edges), args.window_edges
+    for name in (*chosen[0], *chosen[1]):
+        needs = GROUPS.index("image_end") in [number for group in edge(name) for number in members(group)]
+        if needs and not image_end and (args.edges is not None or name in args.window_edges):
+            raise UserError(f"{lacks}: drop {name}")
+    if args.edges is None and not image_end:
+        print(f"note: {lacks}, so nothing is cut from it")
+        chosen = [name for name in EDGES if "image_end" not in name], args.window_edges
+    for names, option in zip(
+        (*chosen, args.modes, args.tasks), ("edges", "window-edges", "modes", "tasks"), strict=True
+    ):
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"--{option} is {' '.join(names) or 'empty'}: name at least one, and none twice")
+    return tuple(map(list, chosen))
+
+
+def _kept(run: Run, file: str, kind: type, make: Callable[..., Any], *args, **how) -> Any:
+    """The arrays of a stage, made now or read from an earlier, interrupted run."""
+    path = run.folder / file
+    if not path.is_file():
+        run.save_arrays(file, **make(*args, **how)._asdict())
+    with np.load(path) as found:
+        return kind(**found)
+
+
+def _kept_lines(run: Run, file: str, make: Callable[..., list[dict]], *args, **how) -> list[dict]:
+    path = run.folder / file
+    if not path.is_file():
+        run.save_lines(file, make(*args, **how))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _report(task: str, found: dict) -> None:
+    seen = found["attention"]
+    names = [name for name in ("to_image", "to_image_end", "ratio", "tokens_for_80", "tokens_for_90") if name in seen]
+    print(f"{task}: {found['samples']} samples\n  layer  " + "  ".join(f"{name:>13s}" for name in names))
+    for layer in range(len(seen["to_image"]["mean"])):
+        print(f"  {layer:<5d}  " + "  ".join(f"{seen[name]['mean'][layer]:13.3f}" for name in names))
+    for part in (part for part in found["answers"] if part["layers"] is None):
+        mean, low, high = (part["accuracy"][key] for key in ("mean", "low", "high"))
+        none = ", ".join(f"{count} {why}" for why, count in part["failures"].items() if count)
+        cut = f"without {part['edge'] or 'nothing':20s}  {part['mode'] or '':12s}"
+        print(f"  {cut}  right {mean:.3f} [{low:.3f}, {high:.3f}]  {none}".rstrip())
+
+
+@command
+def main(args: Args) -> None:
+    from interventions import flow_figures as figures
+
+    tasks = {
+        Path(t).stem if t.endswith(".jsonl") else t: load_task(t, split="trace", limit=args.limit) for t in args.tasks
+    }
+    if not tasks or len(tasks) < len(args.tasks):
+        raise UserError(
+            f"--tasks is {' '.join(args.tasks) or 'empty'}: name at least one, and none (nor a file's stem) twice"
+        )
+    for name in ("batch", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    for example in (example for examples in tasks.values() for example in examples):
+        if not example.images:
+            raise UserError(f"example {example.id!r} has no image for its text to read: leave it out")
+    model, processor = args.load()
+    edges, window_edges = edges_of(args, FAMILIES[model.config.family].chat.image_end is not None)
+    in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
+    for examples in tasks.values():
+        check_fit(examples, processor, model.config)
+    run = Run.open(args.out, args, model.config)
+    how = {"size": args.batch, "seed": args.seed}
+    to_generate = how | {
+        "modes": args.modes,
+        "layers": [None, *in_windows] if args.answers == "windows" else [None],
+        "max_new_tokens": args.max_new_tokens,
+    }
+    readings, results = {}, {}
+    for task, examples in tasks.items():
+        on = (model, processor, examples)
+        readings[task] = _kept(run, f"{task}/attention.npz", Reading, read_examples, *on, args.batch, task)
+        records = _kept_lines(run, f"{task}/samples.jsonl", knocked_out_answers, *on, edges, name=task, **to_generate)
+        effect = _kept(
+            run,
+            f"{task}/windows.npz",
+            Effect,
+            window_effects,
+            *on,
+            window_edges,
+            args.window,
+            mode=args.modes[0],
+            name=task,
+            **how,
+        )
+        results[task] = {
+            "samples": len(examples),
+            "attention": summarise_reading(readings[task], args.seed),
+            "answers": summarise_answers(records, args.seed),
+            "windows": summarise_effect(effect, window_edges, args.seed),
+        }
+        _report(task, results[task])
+    parts = {
+        part: {task: found[part] for task, found in results.items()} for part in ("attention", "answers", "windows")
+    }
+    run.write("attention.png", lambda path: figures.attention(path, parts["attention"]))
+    run.write("cumulative.png", lambda path: figures.cumulative(path, readings))
+    run.write("answers.png", lambda path: figures.answers(path, parts["answers"]))
+    run.write("windows.png", lambda path: figures.windows(path, parts["windows"]))
+    run.save_json("results.json", results)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,160 @@
+"""Answers and their probabilities when tokens are cut off from others (P1, section 3.1, equations 3 and 4)."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from interventions.attention import encoded
+from interventions.grids import windows
+from interventions.groups import GROUPS, label, members
+from interventions.kinds import MODES, AttentionKnockout
+from interventions.read import Gold
+from interventions.sweep import generate_variants, sweep
+from vlm_jax import Inputs, Model, generate
+from vlm_jax.data import Example
+from vlm_jax.errors import UserError
+from vlm_jax.prompts import Batch
+
+#: What text is cut off from by default. P1 cuts the first two; behind the third no picture reaches the text at all.
+EDGES = ("text:image", "text:image_end", "text:image+image_end")
+#: Prompts of nearly any length share a shape: generation takes longer to compile than padding costs.
+_LENGTH_STEP = 64
+#: Why an answer is none: the model ends at once; it writes nothing that can be read; or what it writes is none of the
+#: question's choices or, where it has none, has not the form (:func:`form`) of any gold answer of the task.
+FAILURES = ("end token only", "empty", "no possible answer")
+
+
+def edge(name: str) -> tuple[str, str]:
+    """``"text:image"`` -> the groups of the queries and of the keys."""
+    query, colon, key = name.partition(":")
+    if not colon:
+        raise UserError(f"{name!r} is no pair of token groups: write queries:keys, such as text:image")
+    members(query), members(key)
+    return query, key
+
+
+def writers(batch: Batch) -> np.ndarray:
+    """The groups ``(B, T)`` in which "answer" is every token that *writes* one of the answer: the prompt's last too."""
+    labels, mask = label(batch), np.asarray(batch.inputs.attention_mask)
+    answer = batch.spans["answer"]
+    behind = np.where(answer.any(1), answer.argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1))
+    labels[np.arange(len(labels)), behind - 1] = GROUPS.index("answer")
+    return labels
+
+
+def knockouts(depth: int, edges: Iterable[str], layers: Iterable[Sequence[int] | None], **how) -> list:
+    """A knock-out of every edge in every one of the sets of layers (None: all); ``how``: see
+    :meth:`AttentionKnockout.between`."""
+    return [AttentionKnockout.between(depth, *edge(name), where, **how) for name in edges for where in layers]
+
+
+def window_layers(depth: int, width: int) -> list[list[int]]:
+    """The layers of every window of :func:`interventions.grids.windows`."""
+    return [np.flatnonzero(row).tolist() for row in windows(depth, width)]
+
+
+def knocked_out_answers(
+    model: Model,
+    processor,
+    examples: list[Example],
+    edges: Sequence[str] = EDGES,
+    *,
+    modes: Sequence[str] = MODES,
+    layers: Sequence[Sequence[int] | None] = (None,),
+    size: int = 16,
+    max_new_tokens: int = 12,
+    seed: int = 0,
+    name: str = "",
+) -> list[dict]:
+    """Greedy answers as the model is and under every knock-out: a record per sample and condition.
+
+    The knock-outs of one mode are one compiled call per batch. They hold for the generated tokens too.
+    """
+    depth, conditions = model.config.text.num_hidden_layers, [(e, where) for e in edges for where in layers]
+    forms, found = {form(example.answers[0]) for example in examples}, {}
+    how = {"with_answer": False, "step": _LENGTH_STEP}
+    for rows, batch in encoded(model, processor, examples, size, f"answers {name}", **how):
+        labels = writers(batch)
+        said = [((None, None, None), np.asarray(generate(model, batch.inputs, max_new_tokens)))]
+        for mode in modes:
+            cuts = [cut.bound(labels) for cut in knockouts(depth, edges, layers, mode=mode, seed=seed)]
+            tokens = np.asarray(generate_variants(model, batch.inputs, cuts, max_new_tokens))
+            said += [((*condition, mode), part) for condition, part in zip(conditions, tokens, strict=True)]
+        for i, row in enumerate(rows):
+            found[row] = [
+                {"id": examples[row].id, "edge": cut, "layers": where, "mode": mode}
+                | judged(examples[row], tokens[i], processor.tokenizer, model.config.eos_token_ids, forms)
+                for (cut, where, mode), tokens in said
+            ]
+    return [record for row in range(len(examples)) for record in found[row]]
+
+
+def judged(example: Example, tokens: np.ndarray, tokenizer, ends: Iterable[int], forms: set[str]) -> dict:
+    """The answer as it is and as it reads; whether it is right; and if it is none, why."""
+    ended = np.isin(tokens, list(ends))
+    written = tokens[: ended.argmax() + 1] if ended.any() else tokens
+    text = tokenizer.decode(written, skip_special_tokens=True).strip()
+    if example.choices:
+        possible = plain(text) in map(plain, (*example.choices, *example.answers))
+    else:
+        possible = form(text) in forms
+    failure = "end token only" if ended[0] else "empty" if not text else None if possible else "no possible answer"
+    return {
+        "answers": list(example.answers),
+        "output": text,
+        "raw": tokenizer.decode(written, skip_special_tokens=False),
+        "correct": plain(text) in map(plain, example.answers),
+        "failure": failure,
+    }
+
+
+def plain(text: str) -> str:
+    """Lower case, white space collapsed: what is compared. A full stop too many is a mistake."""
+    return " ".join(text.casefold().split())
+
+
+def form(text: str) -> str:
+    """What an answer looks like: numbers as 9, words as a. A possible answer has the form of a gold one of the task."""
+    return re.sub(r"\d+", "9", re.sub(r"[^\W\d_]+", "a", plain(text)))
+
+
+class Effect(NamedTuple):
+    """p(gold) (P0, equation 1) of each sample: ``base (B,)`` as the model is; ``window (B, E, L)`` with each edge cut
+    in the layers around each layer; ``whole (B, E)`` in all layers."""
+
+    base: np.ndarray
+    window: np.ndarray
+    whole: np.ndarray
+
+
+def window_effects(
+    model: Model,
+    processor,
+    examples: list[Example],
+    edges: Sequence[str],
+    width: int = 1,
+    *,
+    mode: str = "post_softmax",
+    size: int = 16,
+    seed: int = 0,
+    name: str = "",
+) -> Effect:
+    """What cutting an edge in a window of layers does to the gold answer's probability (as Geva et al. 2023 plot)."""
+    depth = model.config.text.num_hidden_layers
+    cuts = knockouts(depth, edges, [*window_layers(depth, width), None], mode=mode, seed=seed)
+    found: dict[int, tuple] = {}
+    for rows, batch in encoded(model, processor, examples, size, f"windows {name}"):
+        gold, labels = Gold.of(batch.inputs, batch.spans["answer"]), writers(batch)
+        base = np.asarray(_probability(model, batch.inputs, gold))
+        p = np.asarray(sweep(model, batch.inputs, [cut.bound(labels) for cut in cuts], gold).probability)
+        p = p.T.reshape(-1, len(edges), depth + 1)
+        found |= zip(rows, zip(base, p[..., :depth], p[..., depth], strict=True), strict=False)
+    return Effect(*map(np.stack, zip(*(found[row] for row in range(len(examples))), strict=True)))
+
+
+@jax.jit
+def _probability(model: Model, inputs: Inputs, gold: Gold) -> jax.Array:
+    return gold(model, model(inputs, taps=["text.norm"]).taps["text.norm"], 0).probability
