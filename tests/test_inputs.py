@@ -18,6 +18,7 @@ from vlm_jax import prompts
 from vlm_jax.checkpoint import read_config
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
+from vlm_jax.families import read_config as read_hf_config
 from vlm_jax.families.qwen3_vl import load_processor
 from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, batches, encode, positions
 
@@ -315,6 +316,16 @@ def test_batches_pass_options_on(processor, config):
     ((rows, batch),) = batches([example()], processor, config, 2, prompt=PLAIN_PROMPT, with_answer=False)
     assert rows == [0] and not batch.spans["answer"].any()
     assert written(processor, batch, 1) == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("family, types", [("qwen3_vl", "mm_token_type_ids"), ("gemma3", "token_type_ids")])
+def test_token_types_are_optional(family, types):
+    hf = tiny_config(family)
+    batch = make_batch([[5, (8, 8), 3], [17], [(8, 8), 9]], config=hf)
+    config = read_hf_config(hf.to_dict(), "config.json")
+    want = vlm_jax.Inputs.from_hf(config, **batch)
+    assert batch.pop(types).any() and (want.image_index >= 0).sum() == 32
+    jax.tree.map(np.testing.assert_array_equal, vlm_jax.Inputs.from_hf(config, **batch), want)
 
 
 # Parts of a batch

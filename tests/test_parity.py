@@ -238,6 +238,14 @@ def test_no_site_is_left_out(cases, name):
     assert {*sites, "logits"} == oracle_sites(case.oracle, batch).keys()
 
 
+def test_a_site_that_a_pass_does_not_have_is_refused(cases):
+    """For a tap as for an intervention: there is no DeepStack without images."""
+    model = cases("qwen3_vl").model
+    inputs = vlm_jax.Inputs.from_hf(model.config, **make_batch([[11], [19]]))
+    with pytest.raises(vlm_jax.UserError, match=r"text\.deepstack.*image"):
+        model(inputs, taps=["text.deepstack"])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_generation_matches(cases, name):
     """Ragged rows, padded on either side, token for token."""
