@@ -153,13 +153,15 @@ def test_unknown_precision(dtype):
 
 
 def test_precision_on_load(folder, tmp_path):
-    """Rounded as NumPy rounds, and said in the config that is saved."""
+    """Rounded as NumPy rounds, and said in the config that is saved, in its parts too."""
+    edit_config(folder, lambda c: [part.update(dtype="float32") for part in (c["text_config"], c["vision_config"])])
     model, _ = vlm_jax.load(folder, dtype="bfloat16")
     exact = named_leaves(vlm_jax.load(folder)[0])
     for name, leaf in named_leaves(model).items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(exact[name]).astype(ml_dtypes.bfloat16))
     vlm_jax.save(model, tmp_path / "half")
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert {part["dtype"] for part in (config, config["text_config"], config["vision_config"])} == {"bfloat16"}
     assert vlm_jax.load(tmp_path / "half")[0].text.norm.weight[...].dtype == ml_dtypes.bfloat16
 
 

@@ -309,9 +309,14 @@ def _read(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, d
 
 def _config_of(model: Model) -> dict:
     """The model's ``config.json``, with the precision that its parameters have now."""
-    hf = json.loads(model.config.hf)
-    dtype = str(model.text.embed_tokens.weight[...].dtype)
-    return hf | {name: dtype for name in ("dtype", "torch_dtype") if name in hf}
+    return with_dtype(json.loads(model.config.hf), str(model.text.embed_tokens.weight[...].dtype))
+
+
+def with_dtype(config: Any, dtype: str) -> Any:
+    """A ``config.json`` whose dtype fields, those of its parts too, say ``dtype``."""
+    if not isinstance(config, dict):
+        return config
+    return {k: dtype if k in ("dtype", "torch_dtype") else with_dtype(v, dtype) for k, v in config.items()}
 
 
 def save_orbax(model: Model, folder: Path) -> None:
