@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -145,6 +146,13 @@ def test_the_same_tensor_in_both_spellings(tmp_path):
     respell(folder, lambda t: t | {"model.language_model.norm.weight": t["language_model.model.norm.weight"]})
     message = refusal(folder)
     assert "twice" in message and "language_model.model.norm.weight" in message
+
+
+def test_pan_and_scan(tmp_path):
+    folder = shutil.copytree(MINI / "mini-gemma3", tmp_path / "copy")
+    options = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(options | {"do_pan_and_scan": True}))
+    assert re.search(r"copy: do_pan_and_scan = True is not supported.*: set it to false in preproc", refusal(folder))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp16"])

@@ -230,9 +230,19 @@ def test_special_token_in_the_text(processor, config, special):
             encode([example(), bad], processor, config)
 
 
-def test_question_too_long(processor, config):
-    with pytest.raises(UserError, match=r"'long'.*512"):
-        encode([example(), example("What is it? " * 200, name="long")], processor, config)
+@pytest.mark.parametrize(
+    "model, tokenizer, takes", [(512, 512, 512), (100, 512, 100), (512, 100, 100), (100, 1e30, 100)]
+)
+def test_question_too_long(processor, folder, monkeypatch, model, tokenizer, takes):
+    """For the model's positions or for what its tokeniser says, whichever is less."""
+    hf = json.loads((folder / "config.json").read_text())
+    hf["text_config"]["max_position_embeddings"] = model
+    config = read_hf_config(hf, "config.json")
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", int(tokenizer))
+    fits = example("What is it? " * 10)
+    assert 50 < encode([fits], processor, config).inputs.attention_mask.sum() <= 100
+    with pytest.raises(UserError, match=rf"'long' has \d+ tokens, but the model takes {takes}: shorten"):
+        encode([fits, example("What is it? " * 200, name="long")], processor, config)
 
 
 def test_positions():

@@ -123,6 +123,8 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         return model, None
     try:
         return model, FAMILIES[config.family].load_processor(folder)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: the tokeniser or image processor cannot be loaded ({reason}): repair it") from None
