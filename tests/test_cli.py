@@ -139,7 +139,6 @@ def test_accuracy_folder(refused, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert [r["id"] for r in records] == [make_example("mini-docvqa", "test", i).id for i in range(3)]
     assert results["accuracy"] == sum(r["correct"] for r in records) / 3
-    assert json.loads((out / "manifest.json").read_text())["image_backend"] == "pil"
     run_accuracy(out)
     assert "limit 3 there, 4 here" in refused(
         eval.accuracy, task="mini-docvqa", limit=4, batch=4, max_new_tokens=3, out=out

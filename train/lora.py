@@ -261,7 +261,7 @@ def main(args: Args) -> None:
         )
     model, processor = args.load()
     check_options(args, model.config.text.num_hidden_layers)
-    run = Run.open(args.out, args, model.config)
+    run = Run.open(args.out, args, model.config, processor)
     for examples in (*train.values(), *test.values(), *traced.values()):
         check_fit(examples, processor, model.config)
 
