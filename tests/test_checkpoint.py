@@ -140,6 +140,19 @@ def test_tensors_of_another_architecture(folder):
     assert "config of a qwen3" in refusal(folder)
 
 
+def test_projector_of_another_size(tmp_path):
+    """A linear projector has one tensor pair, and a folder that says so may hold no second one."""
+    folder = tmp_path / "llava"
+    untrained(folder, "mini-llava")
+    edit_config(folder, lambda config: config.update(mm_projector_type="linear"))
+    message = refusal(folder)
+    assert "extra multi_modal_projector.linear_2.bias" in message and "missing" not in message
+    respell(folder, lambda tensors: {k: x for k, x in tensors.items() if "linear_2" not in k})
+    assert vlm_jax.load(folder)[0].visual.multi_modal_projector.linear_1.kernel.shape == (128, 128)
+    edit_config(folder, lambda config: config.pop("mm_projector_type"))
+    assert "missing multi_modal_projector.linear_2.bias" in refusal(folder)
+
+
 def test_the_same_tensor_in_both_spellings(tmp_path):
     folder = tmp_path / "gemma"
     untrained(folder, "mini-gemma3")

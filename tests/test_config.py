@@ -101,3 +101,9 @@ def test_config_that_is_not_supported(field, value, says):
     with pytest.raises(UserError, match=r"^config\.json: ") as error:
         read_config(config, "config.json")
     assert says in str(error.value)
+
+
+def test_projector_that_is_not_supported():
+    hf = json.loads(tiny_config("llava", top={"mm_projector_type": "mlp3x_gelu"}).to_json_string())
+    with pytest.raises(UserError, match=r"mm_projector_type = 'mlp3x_gelu' .* only 'mlp2x_gelu', 'linear'"):
+        read_config(hf, "config.json")
