@@ -45,3 +45,15 @@ def test_every_stage_keeps_its_own_metrics(out):
         for stage in ("text", "align")
     }
     assert steps == {"text": [1], "align": [1]}
+
+
+def test_another_run_is_refused(out, capsys):
+    """Before anything is changed; which stages to run, and how often to save, makes no other run."""
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(SystemExit):
+        run(out, batch=4, seed=1)
+    error = capsys.readouterr().err
+    assert "holds another run (batch 2 there, 4 here, seed 0 there, 1 here): choose another --out" in error
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    run(out, stages=(), save_every=7)
+    assert json.loads((out / "config.json").read_text())["batch"] == 2

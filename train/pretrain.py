@@ -23,6 +23,7 @@ from vlm_jax.data import Example, pretraining
 from vlm_jax.errors import UserError, command
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
 from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, encode, positions
+from vlm_jax.runs import Run
 
 STAGES = ("text", "align", "instruct")
 
@@ -33,7 +34,7 @@ class Args:
 
     out: Path
     """Folder for the stages: OUT/text, OUT/align, OUT/instruct, each a Hugging Face folder, and OUT/backbone: the
-    text-only model that the text stage made."""
+    text-only model that the text stage made. A folder of a run with other options is refused."""
     model: Literal["mini-qwen3-vl", "mini-gemma3", "mini-llava"] = "mini-qwen3-vl"
     """Which of the embedded models to train."""
     stages: tuple[Literal["text", "align", "instruct"], ...] = STAGES
@@ -166,6 +167,8 @@ def copy_files(source: Path, folder: Path, *leave_out: str) -> None:
 
 @command
 def main(args: Args) -> None:
+    run = Run.open(args.out, args, ignored=("stages", "save_every"))
+    run.save_json("manifest.json", run.manifest)  # before the stages, which write into the folder themselves
     base = untrained = args.out / "untrained"
     mini.WRITERS[args.model](base)
     config = read_config(base)
