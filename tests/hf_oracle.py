@@ -204,6 +204,8 @@ def tiny_model(config, seed=0):
     """A float32 model whose every parameter is random, at a scale where each of them matters."""
     cls = FAMILIES[config.model_type].model
     model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    if getattr(config, "mm_projector_type", None) == "linear":  # which transformers does not know
+        model.model.multi_modal_projector.act = model.model.multi_modal_projector.linear_2 = torch.nn.Identity()
     generator = torch.Generator().manual_seed(seed)
     offset_norms = {
         f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Gemma3RMSNorm"
@@ -486,7 +488,7 @@ class ViTTower:
         linears = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
         record_blocks(recorder, self.blocks, "self_attn", "self_attn.out_proj", [*linears, "mlp.fc1", "mlp.fc2"])
         for name, module in self.projector.named_children():
-            if name in ("mm_soft_emb_norm", "linear_1", "linear_2"):
+            if name in ("mm_soft_emb_norm", "linear_1", "linear_2") and not isinstance(module, torch.nn.Identity):
                 recorder.output(f"projector.{name}", module)
         if hasattr(self.projector, "mm_input_projection_weight"):
             recorder.output("projector.mm_input_projection", self.projector)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,13 @@ def respell(folder: Path, change) -> None:
     """Rewrites the tensors of a folder."""
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors) or tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, change) -> None:
+    """Rewrites ``config.json`` by ``change``, which alters the parsed value in place."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def shard(folder: Path, file: str) -> None:
@@ -102,6 +110,49 @@ def test_quantised_tensor(folder):
     assert key in message and "I8" in message
 
 
+def test_every_wrong_tensor_is_named(folder):
+    missing = ["model.visual.merger.norm.weight", "model.language_model.layers.3.self_attn.k_norm.weight"]
+    extra = ["model.language_model.layers.8.mlp.up_proj.weight", "model.visual.deepstack_merger_list.2.norm.bias"]
+    misshapen = ["model.language_model.layers.0.mlp.down_proj.weight", "model.visual.pos_embed.weight"]
+
+    def spoil(tensors):
+        for key in missing:
+            del tensors[key]
+        for key in extra:
+            tensors[key] = np.zeros(3, np.float32)
+        for key in misshapen:  # the right number of elements, so that only a look at the shape can tell
+            tensors[key] = np.ascontiguousarray(tensors[key].T)
+
+    respell(folder, spoil)
+    message = refusal(folder)
+    assert [key for key in missing + extra + misshapen if key not in message] == []
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.001], ids=["data", "header"])
+def test_truncated(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    assert "model.safetensors" in refusal(folder)
+
+
+def test_tensors_of_another_architecture(folder):
+    edit_config(folder, lambda config: config.update(config["text_config"], model_type="qwen3"))
+    assert "config of a qwen3" in refusal(folder)
+
+
+def test_projector_of_another_size(tmp_path):
+    """A linear projector has one tensor pair, and a folder that says so may hold no second one."""
+    folder = tmp_path / "llava"
+    untrained(folder, "mini-llava")
+    edit_config(folder, lambda config: config.update(mm_projector_type="linear"))
+    message = refusal(folder)
+    assert "extra multi_modal_projector.linear_2.bias" in message and "missing" not in message
+    respell(folder, lambda tensors: {k: x for k, x in tensors.items() if "linear_2" not in k})
+    assert vlm_jax.load(folder)[0].visual.multi_modal_projector.linear_1.kernel.shape == (128, 128)
+    edit_config(folder, lambda config: config.pop("mm_projector_type"))
+    assert "missing multi_modal_projector.linear_2.bias" in refusal(folder)
+
+
 def test_the_same_tensor_in_both_spellings(tmp_path):
     folder = tmp_path / "gemma"
     untrained(folder, "mini-gemma3")
@@ -110,38 +161,11 @@ def test_the_same_tensor_in_both_spellings(tmp_path):
     assert "twice" in message and "language_model.model.norm.weight" in message
 
 
-@pytest.mark.parametrize(
-    "field, value, says",
-    [
-        (("text_config", "rope_parameters"), {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}, "yarn"),
-        (("text_config", "hidden_act"), "relu6", "relu6"),
-        (("text_config", "num_hidden_layers"), "eight", "num_hidden_layers"),
-        (("text_config", "num_key_value_heads"), 3, "num_key_value_heads"),
-        (("text_config", "rope_parameters"), {"rope_type": "default", "rope_theta": "abc"}, "rope_theta"),
-        (
-            ("text_config", "rope_parameters"),
-            {"rope_type": "default", "rope_theta": 1.0, "mrope_section": [8, 8]},
-            "mrope_section",
-        ),
-        (("quantization_config",), {"quant_method": "fp8"}, "quantization_config"),
-        (("vision_config", "num_heads"), 5, "heads"),
-        (("vision_config", "deepstack_visual_indexes"), [1, 9], "deepstack_visual_indexes"),
-        (("vision_config", "deepstack_visual_indexes"), [2, 1], "deepstack_visual_indexes"),
-        (("vision_config", "depth"), 0, "depth"),
-        (("vision_config",), None, "vision_config"),
-        (("model_type",), "mamba", "'mamba'"),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-def test_config_that_is_not_supported(folder, field, value, says):
-    config = json.loads((folder / "config.json").read_text())
-    section = config
-    for part in field[:-1]:
-        section = section[part]
-    section[field[-1]] = value
-    (folder / "config.json").write_text(json.dumps(config))
-    message = refusal(folder)
-    assert says in message and "config.json" in message
+def test_pan_and_scan(tmp_path):
+    folder = shutil.copytree(MINI / "mini-gemma3", tmp_path / "copy")
+    options = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(options | {"do_pan_and_scan": True}))
+    assert re.search(r"copy: do_pan_and_scan = True is not supported.*: set it to false in preproc", refusal(folder))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp16"])
@@ -150,13 +174,15 @@ def test_unknown_precision(dtype):
 
 
 def test_precision_on_load(folder, tmp_path):
-    """Rounded as NumPy rounds, and said in the config that is saved."""
+    """Rounded as NumPy rounds, and said in the config that is saved, in its parts too."""
+    edit_config(folder, lambda c: [part.update(dtype="float32") for part in (c["text_config"], c["vision_config"])])
     model, _ = vlm_jax.load(folder, dtype="bfloat16")
     exact = named_leaves(vlm_jax.load(folder)[0])
     for name, leaf in named_leaves(model).items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(exact[name]).astype(ml_dtypes.bfloat16))
     vlm_jax.save(model, tmp_path / "half")
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert {part["dtype"] for part in (config, config["text_config"], config["vision_config"])} == {"bfloat16"}
     assert vlm_jax.load(tmp_path / "half")[0].text.norm.weight[...].dtype == ml_dtypes.bfloat16
 
 

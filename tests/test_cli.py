@@ -103,6 +103,30 @@ def test_lora_options(refused, options, says):
 
 
 @pytest.mark.parametrize(
+    "change, says",
+    [
+        ({}, "has the id of training example '1'"),
+        ({"id": "2"}, "has the question and image of training example '1'"),
+        ({"id": "2", "image": "same.png"}, "has the question and image"),
+        ({"question": "What else is it?"}, "has the id"),
+        ({"id": "2", "question": "What else is it?"}, None),
+        ({"id": "2", "image": "b.png"}, None),
+    ],
+    ids=["all", "another id", "another file", "another question", "another id and question", "another image"],
+)
+def test_examples_to_train_and_to_evaluate_on(refused, tmp_path, change, says):
+    """Whatever is not refused for that is refused for its placement, which comes later."""
+    line = {**LINE, "family": "knowledge"}
+    train_file = write_jsonl(tmp_path, json.dumps(line))
+    (tmp_path / "same.png").write_bytes((tmp_path / "a.png").read_bytes())
+    Image.new("RGB", (64, 64), "black").save(tmp_path / "b.png")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(line | change) + "\n")
+    error = refused(train.lora, train=train_file, eval=str(held_out), placement="nowhere.json")
+    assert (f"example {(line | change)['id']!r} " in error and says in error) if says else "nowhere.json" in error
+
+
+@pytest.mark.parametrize(
     "content, says",
     [
         ('["L9-attn"]', "L9-attn"),
@@ -139,7 +163,6 @@ def test_accuracy_folder(refused, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert [r["id"] for r in records] == [make_example("mini-docvqa", "test", i).id for i in range(3)]
     assert results["accuracy"] == sum(r["correct"] for r in records) / 3
-    assert json.loads((out / "manifest.json").read_text())["image_backend"] == "pil"
     run_accuracy(out)
     assert "limit 3 there, 4 here" in refused(
         eval.accuracy, task="mini-docvqa", limit=4, batch=4, max_new_tokens=3, out=out

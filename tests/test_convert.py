@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import vlm_jax
 from vlm_jax import convert
-from vlm_jax.checkpoint import MINI, abstract, named_leaves
+from vlm_jax.checkpoint import MINI, abstract, named_leaves, with_dtype
 from vlm_jax.families import read_config
 from vlm_jax.published import PUBLISHED
 
@@ -93,7 +93,7 @@ def test_dtype(tmp_path):
 def test_dtype_of_parts():
     config = {"dtype": "float32", "text_config": {"torch_dtype": "float32", "hidden_size": 8}, "layers": ["float32"]}
     expected = {"dtype": "float16", "text_config": {"torch_dtype": "float16", "hidden_size": 8}, "layers": ["float32"]}
-    assert convert._with_dtype(config, "float16") == expected
+    assert with_dtype(config, "float16") == expected
 
 
 def test_empty_destination_is_filled(tmp_path):

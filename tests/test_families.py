@@ -1,5 +1,6 @@
 """Every family through the whole pipeline: prompts as its own processor makes them, tracing, LoRA and PEFT."""
 
+import dataclasses
 import importlib
 import json
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from model_folders import TEXT, VISION
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import vlm_jax
 from interventions import causal_trace
@@ -22,17 +24,22 @@ from vlm_jax.checkpoint import leaf_name, read_config
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
+from vlm_jax.families.base import TextProcessor
 from vlm_jax.options import ModelOptions
 from vlm_jax.prompts import encode
 
 sweep_module = importlib.import_module("interventions.sweep")
 
 
-@pytest.fixture(scope="module", params=mini.WRITERS)
+#: Tests that are about images, or as long with a text-only backbone as with the model around it.
+of_vision_models = pytest.mark.parametrize("folder", VISION, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=[*VISION, *TEXT])
 def folder(request, tmp_path_factory):
     """An untrained model of the family with weights at which every module matters."""
     folder = tmp_path_factory.mktemp("models") / request.param
-    mini.WRITERS[request.param](folder)
+    (VISION | TEXT)[request.param](folder)
     model = Model(read_config(folder), jax.random.key(0))
 
     def louder(path, leaf):
@@ -49,35 +56,31 @@ def loaded(folder):
 
 
 @pytest.fixture(scope="module")
-def examples():
+def examples(loaded):
+    """Questions about one image, two and none; the same questions without images for a text-only model."""
     one = [*load_task("knowledge", split="trace", limit=3), *load_task("perception", split="trace", limit=3)]
     several = Example("two", (one[0].images[0], one[3].images[0]), "Which is larger?", ("the first",))
-    return [*one, several]
+    found = [*one, several, Example("text", (), "What is it?", ("red",))]
+    if loaded[0].config.vision is None:
+        return [dataclasses.replace(example, images=()) for example in found]
+    return found
 
 
 @pytest.fixture(scope="module")
-def oracle(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+def oracle(folder, loaded):
+    auto = AutoModelForCausalLM if loaded[0].config.vision is None else AutoModelForImageTextToText
+    return auto.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 def test_tokens_and_pixels_are_the_processors_own(loaded, examples):
-    """What transformers' processor makes of the chat, token for token; two images and none among the examples."""
+    """What transformers' processor makes of the chat, token for token."""
     model, processor = loaded
-    for example in [*examples, Example("text", (), "What is it?", ("red",))]:
+    for example in examples:
         ours = encode([example], processor, model.config, prompt="{QUESTION}", with_answer=False)
-        content = [{"type": "image"} for _ in example.images] + [{"type": "text", "text": example.question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        bos = processor.tokenizer.bos_token
-        if bos and text.startswith(bos):  # the processor's tokeniser writes one itself
-            text = text.removeprefix(bos)
-        images = {"images": list(example.images)} if example.images else {}
-        theirs = processor(text=[text], return_tensors="np", **images)
+        texts, pixels = _hf_inputs(processor, [example])
         mask = ours.inputs.attention_mask[0]
-        np.testing.assert_array_equal(ours.inputs.input_ids[0][mask], theirs["input_ids"][0])
-        want = vlm_jax.Inputs.from_hf(
-            model.config,
-            **{k: theirs[k] for k in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw") if k in theirs},
-        )
+        np.testing.assert_array_equal(ours.inputs.input_ids[0][mask], texts["input_ids"][0])
+        want = vlm_jax.Inputs.from_hf(model.config, **texts, **pixels)
         assert (want.images is None) == (not example.images)
         if example.images:
             np.testing.assert_array_equal(ours.inputs.images.pixel_values, want.images.pixel_values)
@@ -131,6 +134,7 @@ def decided(model, batch):
     return batch
 
 
+@of_vision_models
 def test_sweep_equals_naive(loaded, examples):
     model, processor = loaded
     batch = decided(model, encode(examples, processor, model.config))
@@ -145,6 +149,7 @@ def test_sweep_equals_naive(loaded, examples):
         np.testing.assert_allclose(getattr(sweep, name), getattr(naive, name), atol=1e-5, err_msg=name)
 
 
+@of_vision_models
 def test_shared_prefix_does_not_end_inside_an_image(loaded, examples, monkeypatch):
     """Noise on one visual token: tokens of its image that stand before it see it, where images are bidirectional."""
     model, processor = loaded
@@ -169,6 +174,7 @@ def test_shared_prefix_does_not_end_inside_an_image(loaded, examples, monkeypatc
     assert (error > 1e-4) == model.config.text.bidirectional_images, (error, effect)
 
 
+@of_vision_models
 def test_trunk_and_window_give_the_models_loss(loaded, examples):
     """LoRA training from the cached trunk reads the same loss as a whole forward pass."""
     model, processor = loaded
@@ -204,12 +210,18 @@ def test_adapter_in_peft(loaded, oracle, examples, tmp_path):
 
 
 def _hf_inputs(processor, examples):
+    """What transformers' processor, or a text-only model's tokeniser, makes of the questions."""
+    prepare = processor.tokenizer if isinstance(processor, TextProcessor) else processor
     chats = []
     for example in examples:
         content = [{"type": "image"} for _ in example.images] + [{"type": "text", "text": example.question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        content = example.question if prepare is processor.tokenizer else content
+        turns = [{"role": "user", "content": content}]
+        text = prepare.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        # The tokeniser writes one itself.
         chats.append(text.removeprefix(processor.tokenizer.bos_token or ""))
-    batch = processor(text=chats, images=[list(e.images) for e in examples], return_tensors="np", padding=True)
+    images = {"images": [list(e.images) for e in examples]} if examples[0].images else {}
+    batch = prepare(text=chats, return_tensors="np", padding=True, **images)
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     texts = {k: np.asarray(batch[k]) for k in names if k in batch}
     return texts, {k: np.asarray(batch[k]) for k in ("pixel_values", "image_grid_thw") if k in batch}

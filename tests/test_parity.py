@@ -91,6 +91,8 @@ CONFIGS = {
             "multimodal_projector_bias": False,
         },
     ),
+    # the first LLaVA's projector, from two layers at once
+    "llava-linear": tiny_config("llava", top={"vision_feature_layer": [-2, 2], "mm_projector_type": "linear"}),
     "llama-plain": tiny_config(
         "llama",
         tied=True,
@@ -229,13 +231,21 @@ def matches(case, batch, absent=None):
     assert max(errors.values()) < TOLERANCE, far(errors)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "llava-linear"])
 def test_no_site_is_left_out(cases, name):
     """What the oracle compares is everything that vlm_jax says the model has."""
     case = cases(name)
     batch = case.batch("left")
     sites = case.model.sites(vlm_jax.Inputs.from_hf(case.model.config, **batch))
     assert {*sites, "logits"} == oracle_sites(case.oracle, batch).keys()
+
+
+def test_a_site_that_a_pass_does_not_have_is_refused(cases):
+    """For a tap as for an intervention: there is no DeepStack without images."""
+    model = cases("qwen3_vl").model
+    inputs = vlm_jax.Inputs.from_hf(model.config, **make_batch([[11], [19]]))
+    with pytest.raises(vlm_jax.UserError, match=r"text\.deepstack.*image"):
+        model(inputs, taps=["text.deepstack"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -299,6 +309,8 @@ def test_round_trip_is_bit_equal(cases, tmp_path, name):
     vlm_jax.save(vlm_jax.load(tmp_path / "published")[0], tmp_path / "saved")
     assert same_bits(load_file(tmp_path / "saved" / "model.safetensors"), want)
 
+    if name == "llava-linear":  # transformers' own class has two layers
+        return
     theirs, loading = type(case.oracle).from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(loading.values()), loading
     want, got = ({key: x.numpy() for key, x in model.state_dict().items()} for model in (case.oracle, theirs))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import PIL
 import pytest
 
 import train.lora as lora_command
@@ -150,6 +151,9 @@ def test_the_command_resumes_and_keeps_its_scores(tmp_path, capsys):
     lora_command.main(options)
     first = capsys.readouterr().out
     out = tmp_path / "run"
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["family"] == "qwen3_vl" and manifest["versions"]["pillow"] == PIL.__version__
+    assert manifest["image_processor"] == "Qwen2VLImageProcessorPil"
     results = json.loads((out / "results.json").read_text())
     assert [row["condition"] for row in results["rows"]] == ["Baseline", "LLM-all", "Random-2", "Top-2-task-diff"]
     for row in results["rows"][1:]:

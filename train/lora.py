@@ -5,6 +5,7 @@ python -m train.lora --placement task_diff --out runs/demo
 
 import dataclasses
 import functools
+import itertools
 import time
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,7 @@ from interventions.trace import Trace, TraceOptions, module_names, summarise, tr
 from train.loop import fit
 from vlm_jax import Model
 from vlm_jax.data import Example, load_task
+from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError, command, nearest
 from vlm_jax.inputs import Inputs
 from vlm_jax.options import ModelOptions
@@ -249,6 +251,7 @@ def check_options(args: Args, depth: int) -> None:
 def main(args: Args) -> None:
     started = time.perf_counter()
     train, test = examples_of(args.train, "train"), examples_of(args.eval, "test")
+    check_disjoint(itertools.chain(*train.values()), itertools.chain(*test.values()))
     families = [family for family in train if family in test]
     if not families:
         raise UserError(f"--train has {' and '.join(train)}, --eval has {' and '.join(test)}: they share no family")
@@ -261,7 +264,7 @@ def main(args: Args) -> None:
         )
     model, processor = args.load()
     check_options(args, model.config.text.num_hidden_layers)
-    run = Run.open(args.out, args, model.config)
+    run = Run.open(args.out, args, model.config, processor)
     for examples in (*train.values(), *test.values(), *traced.values()):
         check_fit(examples, processor, model.config)
 

@@ -23,6 +23,7 @@ from vlm_jax.data import Example, pretraining
 from vlm_jax.errors import UserError, command
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
 from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, encode, positions
+from vlm_jax.runs import Run
 
 STAGES = ("text", "align", "instruct")
 
@@ -32,7 +33,8 @@ class Args:
     """Pre-train an embedded model on the miniworld, stage after stage, each a checkpoint folder of its own."""
 
     out: Path
-    """Folder for the stages: OUT/text, OUT/align, OUT/instruct, each a Hugging Face folder."""
+    """Folder for the stages: OUT/text, OUT/align, OUT/instruct, each a Hugging Face folder, and OUT/backbone: the
+    text-only model that the text stage made. A folder of a run with other options is refused."""
     model: Literal["mini-qwen3-vl", "mini-gemma3", "mini-llava"] = "mini-qwen3-vl"
     """Which of the embedded models to train."""
     stages: tuple[Literal["text", "align", "instruct"], ...] = STAGES
@@ -155,23 +157,35 @@ def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> 
     )
 
 
+def copy_files(source: Path, folder: Path, *leave_out: str) -> None:
+    """Everything that goes with the weights (tokeniser, processor, chat template), but what is left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in leave_out:
+            shutil.copy(file, folder)
+
+
 @command
 def main(args: Args) -> None:
-    base = args.out / "untrained"
+    run = Run.open(args.out, args, ignored=("stages", "save_every"))
+    run.save_json("manifest.json", run.manifest)  # before the stages, which write into the folder themselves
+    base = untrained = args.out / "untrained"
     mini.WRITERS[args.model](base)
     config = read_config(base)
     model = jax.jit(functools.partial(Model, config))(jax.random.key(args.seed))
     save(model, base)
-    for stage in STAGES:
+    last = max(map(STAGES.index, args.stages), default=-1)
+    for stage in STAGES[: last + 1]:
         folder = args.out / stage
         if stage in args.stages:
             model, processor = load(base)
             started = time.perf_counter()
             model = run_stage(stage, model, processor, args, folder)
-            for file in base.iterdir():
-                if file.is_file() and file.suffix != ".safetensors":
-                    shutil.copy(file, folder)
+            copy_files(untrained, folder)  # not from the stage before, whose metrics and recipe are its own
             save(model, folder)
+            if stage == "text":
+                copy_files(untrained, args.out / "backbone", "preprocessor_config.json")
+                save(model.backbone(), args.out / "backbone")
             recipe = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "stages", "save_every")}
             recipe |= {"stage": stage, "seconds": round(time.perf_counter() - started)}
             (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")

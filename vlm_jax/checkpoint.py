@@ -123,6 +123,8 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         return model, None
     try:
         return model, FAMILIES[config.family].load_processor(folder)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: the tokeniser or image processor cannot be loaded ({reason}): repair it") from None
@@ -309,9 +311,14 @@ def _read(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, d
 
 def _config_of(model: Model) -> dict:
     """The model's ``config.json``, with the precision that its parameters have now."""
-    hf = json.loads(model.config.hf)
-    dtype = str(model.text.embed_tokens.weight[...].dtype)
-    return hf | {name: dtype for name in ("dtype", "torch_dtype") if name in hf}
+    return with_dtype(json.loads(model.config.hf), str(model.text.embed_tokens.weight[...].dtype))
+
+
+def with_dtype(config: Any, dtype: str) -> Any:
+    """A ``config.json`` whose dtype fields, those of its parts too, say ``dtype``."""
+    if not isinstance(config, dict):
+        return config
+    return {k: dtype if k in ("dtype", "torch_dtype") else with_dtype(v, dtype) for k, v in config.items()}
 
 
 def save_orbax(model: Model, folder: Path) -> None:

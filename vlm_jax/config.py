@@ -39,6 +39,7 @@ class TextConfig:
     query_pre_attn_scalar: scores are divided by its root; head_dim where None.
     attn_logit_softcapping: for families that apply it, of which none is here yet.
     bidirectional_images: tokens of one image see each other in both directions.
+    max_position_embeddings: most tokens of a prompt; the tokeniser may set a lower bound.
     """
 
     vocab_size: int
@@ -64,6 +65,7 @@ class TextConfig:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     bidirectional_images: bool = False
+    max_position_embeddings: int | None = None
 
     @property
     def mrope(self) -> bool:

@@ -8,12 +8,12 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from safetensors import SafetensorError
 
-from vlm_jax.checkpoint import ORBAX, load, read_json, resolve, save, save_orbax
+from vlm_jax.checkpoint import ORBAX, load, read_json, resolve, save, save_orbax, with_dtype
 from vlm_jax.errors import UserError, command
 
 #: What goes with the weights: tokeniser, image processor, chat template, generation defaults.
@@ -59,20 +59,13 @@ def convert(source: str, destination: Path, dtype: str | None = None) -> str:
                 if file.name != "config.json" and not file.name.endswith(".index.json"):
                     shutil.copyfile(file, made / file.name)
             if dtype is not None:
-                config = _with_dtype({"dtype": dtype, **config}, dtype)
+                config = with_dtype({"dtype": dtype, **config}, dtype)
             (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             made.rename(destination)
     except (OSError, ValueError, SafetensorError) as error:  # Orbax reports a full disk as a ValueError
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"cannot write {destination} ({reason}): free the disk or choose another destination") from None
     return kind
-
-
-def _with_dtype(value: Any, dtype: str) -> Any:
-    """A config whose dtype fields, those of its parts too, say ``dtype``."""
-    if not isinstance(value, dict):
-        return value
-    return {k: dtype if k in ("dtype", "torch_dtype") else _with_dtype(v, dtype) for k, v in value.items()}
 
 
 @command

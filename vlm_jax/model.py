@@ -9,6 +9,7 @@ from flax import nnx
 
 from vlm_jax.config import Config
 from vlm_jax.decoder import Decoder, Window
+from vlm_jax.families import backbone_config
 from vlm_jax.inputs import Inputs
 from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check
 from vlm_jax.vision.blocks import Features
@@ -58,6 +59,17 @@ class Model(nnx.Module):
         probe = Probe(interventions, wanted, Context())
         logits = self.text.head(x, probe)
         return Output(logits, {**outer, **layer_taps, **probe.taps})
+
+    def backbone(self) -> "Model":
+        """The text-only model inside: the same arrays, not copies, under the backbone's own config.
+
+        Saved, it is a folder that transformers' ``AutoModelForCausalLM`` loads. A text-only model is its own backbone.
+        """
+        if self.visual is None:
+            return self
+        config = backbone_config(self.config)
+        shapes = jax.eval_shape(lambda: Model(config, jax.random.key(0)))
+        return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(self.text))
 
     def sites(self, inputs: Inputs) -> frozenset[str]:
         """The sites that a pass over these inputs has."""

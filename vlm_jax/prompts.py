@@ -92,10 +92,11 @@ def encode(
     begun = bos is not None and texts[0].startswith(bos)
     tokens = tokenizer(list(texts), add_special_tokens=not begun, return_offsets_mapping=True)
     rows, offsets = tokens["input_ids"], tokens["offset_mapping"]
+    most = min(tokenizer.model_max_length, config.text.max_position_embeddings or tokenizer.model_max_length)
     for example, row in zip(examples, rows, strict=True):
-        if len(row) > tokenizer.model_max_length:
+        if len(row) > most:
             raise UserError(
-                f"example {example.id!r} has {len(row)} tokens, but the model takes {tokenizer.model_max_length}: "
+                f"example {example.id!r} has {len(row)} tokens, but the model takes {most}: "
                 "shorten its question or use smaller images"
             )
     total = bucket(max(map(len, rows)), step)

@@ -30,17 +30,21 @@ class Run:
     manifest: dict
 
     @classmethod
-    def open(cls, folder: Path, args: Any, model: Config | None = None) -> "Run":
+    def open(
+        cls, folder: Path, args: Any, model: Config | None = None, processor: Any = None, ignored: tuple[str, ...] = ()
+    ) -> "Run":
         """Starts a run, or goes on with it where ``folder`` holds one of the same configuration.
 
         Args:
-            args: the command's frozen dataclass; where it writes (``out``) does not make a run another run.
+            args: the command's frozen dataclass; where it writes (``out``) does not make a run another run, nor do the
+                ``ignored`` fields.
+            model, processor: what the manifest describes, where the command has them.
 
         Raises:
             UserError: if the folder holds another run (the differences are named) or anything else, or cannot be
                 written to.
         """
-        config = {k: v for k, v in _plain(args).items() if k != "out"}
+        config = {k: v for k, v in _plain(args).items() if k not in ("out", *ignored)}
         # A file that was edited since makes it another run.
         config["files"] = {k: _digest(Path(v)) for k, v in config.items() if isinstance(v, str) and Path(v).is_file()}
         file = folder / "config.json"
@@ -64,7 +68,7 @@ class Run:
         if jax.config.jax_compilation_cache_dir is None:
             # What one run compiled, the next one loads.
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vlm-jax"))
-        return cls(folder, config, _manifest(model))
+        return cls(folder, config, _manifest(model, processor))
 
     def path(self, name: str) -> Path:
         """A path in the folder, its parents made."""
@@ -129,17 +133,18 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _manifest(config: Config | None) -> dict:
+def _manifest(config: Config | None, processor: Any) -> dict:
     def version(package: str) -> str | None:
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    images = getattr(processor, "image_processor", None)  # a text-only model's processor has none
     return {
         "family": config and config.family,
         "model_config": config and json.loads(config.hf),
-        "image_backend": "pil",
+        "image_processor": images and type(images).__name__,
         "versions": {package: version(package) for package in _PACKAGES},
         "python": platform.python_version(),
         "machine": {"devices": [str(d) for d in jax.devices()], "cores": os.cpu_count(), "arch": platform.machine()},

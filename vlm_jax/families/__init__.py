@@ -8,11 +8,12 @@ from vlm_jax.errors import UserError, nearest
 from vlm_jax.families import gemma3, llava, qwen2_5_vl, qwen3_vl
 from vlm_jax.families.base import Family
 
+_MODULES = (qwen3_vl, qwen2_5_vl, gemma3, llava)
 FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for module in (qwen3_vl, qwen2_5_vl, gemma3, llava)
-    for family in (module.FAMILY, module.BACKBONE)
+    family.model_type: family for module in _MODULES for family in (module.FAMILY, module.BACKBONE)
 }
+#: ``model_type`` of a vision-language model -> that of the text-only model inside it.
+BACKBONES: dict[str, str] = {module.FAMILY.model_type: module.BACKBONE.model_type for module in _MODULES}
 
 
 def read_config(hf: dict, where: str) -> Config:
@@ -38,3 +39,26 @@ def read_config(hf: dict, where: str) -> Config:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: transformers cannot read this config ({reason}): repair it") from None
     return dataclasses.replace(family.read_config(hf, config, where), hf=json.dumps(hf))
+
+
+def backbone_config(config: Config) -> Config:
+    """The config of the text-only model inside a vision-language model, as that model's own ``config.json`` has it."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    hf, model_type = json.loads(config.hf), BACKBONES[config.family]
+    text = CONFIG_MAPPING[config.family].from_dict(json.loads(config.hf)).get_text_config().to_diff_dict()
+    known = CONFIG_MAPPING[model_type]().to_dict()
+    text = {k: v for k, v in text.items() if k in known}
+    # Three axes that agree, as they do on text, are one.
+    text["rope_parameters"] = {
+        k: v for k, v in text["rope_parameters"].items() if k != "type" and not k.startswith("mrope")
+    }
+    text |= {k: hf[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if hf.get(k) is not None}
+    text |= {
+        "model_type": model_type,
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
+        "dtype": hf.get("dtype", hf.get("torch_dtype")),  # saving writes the precision that the parameters have
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+    }
+    return read_config(text, f"the text_config of a {config.family}")

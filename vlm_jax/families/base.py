@@ -139,6 +139,7 @@ def read_text(text: Any, where: str, *, tied: bool, **own: Any) -> TextConfig:
         layer_types=layer_types,
         sliding_window=text.sliding_window if "sliding_attention" in layer_types else None,
         hidden_act=supported(where, "hidden_act", act, tuple(ACTIVATIONS)),
+        **positive(where, text, "max_position_embeddings"),
         **own,
     )
 

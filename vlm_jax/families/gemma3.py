@@ -71,7 +71,13 @@ def load_processor(folder: Path):
     from transformers import Gemma3Processor
 
     tokens = json.loads((folder / "config.json").read_text()).get("mm_tokens_per_image", 256)
-    return Gemma3Processor(**load_parts(folder), image_seq_length=tokens)
+    parts = load_parts(folder)
+    if parts["image_processor"].do_pan_and_scan:
+        raise UserError(
+            f"{folder}: do_pan_and_scan = True is not supported, as it makes several images of one: set it to false in "
+            "preprocessor_config.json"
+        )
+    return Gemma3Processor(**parts, image_seq_length=tokens)
 
 
 _PROJECTOR = "model.multi_modal_projector"

@@ -50,6 +50,10 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
             out_hidden_size=text.hidden_size,
             vision_feature_layer=chosen,
             keep_cls=supported(where, "vision_feature_select_strategy", strategy, ("default", "full")) == "full",
+            # transformers knows the two-layer projector only; the field is the original LLaVA's.
+            mm_projector_type=supported(
+                where, "mm_projector_type", hf.get("mm_projector_type", "mlp2x_gelu"), ("mlp2x_gelu", "linear")
+            ),
             projector_hidden_act=supported(
                 where, "projector_hidden_act", config.projector_hidden_act, tuple(ACTIVATIONS)
             ),

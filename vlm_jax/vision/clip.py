@@ -1,4 +1,4 @@
-"""LLaVA's vision tower: CLIP, of which one or several hidden layers are read, and a two-layer projector."""
+"""LLaVA's vision tower: CLIP, of which one or several hidden layers are read, and a projector of one or two layers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,10 +17,13 @@ from vlm_jax.vision.vit import ViTVision, encoder_layers
 @dataclasses.dataclass(frozen=True)
 class ClipVision(ViTVision):
     """vision_feature_layer: the hidden states read, 0 being the embeddings and negative ones counted from the last.
-    keep_cls: whether the class token is one of the visual tokens (``vision_feature_select_strategy`` "full")."""
+    keep_cls: whether the class token is one of the visual tokens (``vision_feature_select_strategy`` "full").
+    mm_projector_type: "mlp2x_gelu", two linears with ``projector_hidden_act`` between them; or "linear", the first
+    alone."""
 
     vision_feature_layer: tuple[int, ...]
     keep_cls: bool
+    mm_projector_type: str
     projector_hidden_act: str
     projector_bias: bool
 
@@ -43,17 +46,19 @@ class Projector(nnx.Module):
         self.act = config.projector_hidden_act
         width = config.hidden_size * len(config.vision_feature_layer)
         self.linear_1 = Linear(first, width, config.out_hidden_size, config.projector_bias)
-        self.linear_2 = Linear(second, config.out_hidden_size, config.out_hidden_size, config.projector_bias)
+        outputs = config.out_hidden_size
+        two = config.mm_projector_type != "linear"
+        self.linear_2 = Linear(second, outputs, outputs, config.projector_bias) if two else None
 
     def __call__(self, x, probe: Probe):
-        x = ACTIVATIONS[self.act](probe.linear("projector.linear_1", self.linear_1, x))
-        return probe.linear("projector.linear_2", self.linear_2, x)
+        x = probe.linear("projector.linear_1", self.linear_1, x)
+        if self.linear_2 is None:
+            return x
+        return probe.linear("projector.linear_2", self.linear_2, ACTIVATIONS[self.act](x))
 
 
 class VisionTower(nnx.Module):
     """The layers above the highest hidden state that is read are kept, for saving, but not run."""
-
-    SITES = tower_sites("vit", "linear_1", "linear_2")
 
     def __init__(self, key, config: ClipVision):
         patch, position, layers, projector = jax.random.split(key, 4)
@@ -65,6 +70,11 @@ class VisionTower(nnx.Module):
         self.layers = encoder_layers(layers, config)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.multi_modal_projector = Projector(projector, config)
+
+    @property
+    def SITES(self) -> frozenset[str]:
+        projector = ("linear_1", "linear_2") if self.multi_modal_projector.linear_2 is not None else ("linear_1",)
+        return tower_sites("vit", *projector)
 
     @property
     def depth(self) -> int:
