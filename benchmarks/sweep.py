@@ -1,61 +1,73 @@
 """How much faster the sweep engine traces the whole layer x module grid than one hooked forward pass per cell.
 
-    python benchmarks/sweep.py --layers 12 --width 512 --image-tokens 256
+    python benchmarks/sweep.py --figure docs/sweep_speed.png
 
-Both sides run in this process on the same random Qwen3-VL and the same noise: the sweep, the library's own naive
-engine, and transformers with PyTorch forward hooks (vision features already computed). Medians of several calls.
+Both sides run in this process on the same random Qwen3-VL and the same noise: the sweep, and transformers with PyTorch
+forward hooks, both with the visual features already computed. The sweep's times are medians of several calls; the
+hooked grid of minutes is run once, whole, in float32, and for its first cells in bfloat16.
 """
 
 import dataclasses
+import functools
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import tyro
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import vlm_jax
-from interventions import causal_trace
+from interventions.cost import estimate
+from interventions.grids import patch_grid
+from interventions.kinds import Add
+from interventions.read import Gold
+from interventions.sweep import sweep_runs
+
+SITES = ("text.attn_out", "text.mlp_out")
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Time the layer x module grid: sweep, naive, and transformers with hooks."""
+    """Time the layer x module grid: sweep against transformers with hooks; and how the sweep's time grows."""
 
-    layers: int = 12
-    width: int = 512
-    heads: int = 8
-    image_tokens: int = 256
-    """Visual tokens; a square number, times 4."""
+    layers: int = 28
+    width: int = 1024
+    heads: int = 16
+    """Query heads; half as many key-value heads. Heads are 64 wide."""
+    ffn: int = 3072
+    image_tokens: int = 1024
+    """Visual tokens, a square number."""
     before: int = 12
     """Text tokens before the image."""
     after: int = 32
-    """Question and answer tokens."""
-    repeats: int = 3
+    """Question and answer tokens, of which 4 are the answer."""
+    repeats: int = 5
+    hooked_cells: int | None = None
+    """Run only so many cells with hooks and extrapolate; None: all of them."""
+    growth: bool = True
+    """Also time the sweep at other numbers of image tokens, layers and variants."""
+    figure: Path | None = None
+    """Where to draw the growth."""
 
 
 def build(args: Args) -> Qwen3VLForConditionalGeneration:
-    head_dim = args.width // args.heads
-    third = head_dim // 6
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": 8192,
             "hidden_size": args.width,
-            "intermediate_size": 3 * args.width,
+            "intermediate_size": args.ffn,
             "num_hidden_layers": args.layers,
             "num_attention_heads": args.heads,
             "num_key_value_heads": args.heads // 2,
-            "head_dim": head_dim,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [head_dim // 2 - 2 * third, third, third],
-            },
+            "head_dim": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]},
         },
         vision_config={
             "depth": 2,
@@ -76,54 +88,99 @@ def build(args: Args) -> Qwen3VLForConditionalGeneration:
     return Qwen3VLForConditionalGeneration(config).eval()
 
 
-def hooked_grid(model, arrays: dict, noise: np.ndarray, question: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """IE of every cell by forward hooks, one decoder pass a cell (batch of one)."""
-    text, tensors = model.model.language_model, {k: torch.tensor(v) for k, v in arrays.items()}
-    modules = [module for layer in text.layers for module in (layer.self_attn, layer.mlp)]
-    captured = {}
+def prompt(args: Args, image_tokens: int) -> dict:
+    """Random tokens around an image of noise, as transformers takes them."""
+    rng = np.random.default_rng(0)
+    side = 2 * int(image_tokens**0.5)
+    ids = rng.integers(0, 8000, (1, args.before + image_tokens + args.after))
+    ids[0, args.before : args.before + image_tokens] = 8000
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "mm_token_type_ids": (ids == 8000).astype(int),
+        "pixel_values": rng.normal(size=(side * side, 96)).astype(np.float32),
+        "image_grid_thw": np.array([[1, side, side]]),
+    }
 
-    def embed_once():
+
+class Sweep:
+    """The grid on one prompt, ready to be called; everything but the vision tower is inside of the call."""
+
+    def __init__(self, model, arrays: dict, args: Args, variants=None):
+        self.model, depth = model, model.config.text.num_hidden_layers
+        self.inputs = jax.device_put(vlm_jax.Inputs.from_hf(model.config, **arrays))
+        length = arrays["input_ids"].shape[1]
+        question, answer = np.zeros((1, length), bool), np.zeros((1, length), bool)
+        question[0, -args.after : -4], answer[0, -4:] = True, True
+        noise = 0.05 * np.random.default_rng(1).normal(size=(1, length, args.width)).astype(np.float32)
+        self.noise, self.answer = noise * question[..., None], np.flatnonzero(answer[0])
+        self.read, self.base = Gold.of(self.inputs, answer), (Add(jnp.asarray(self.noise)),)
+        self.variants = patch_grid(SITES, depth)[0] if variants is None else variants
+        self.features = jax.jit(lambda model, inputs: model.features(inputs)[0])(model, self.inputs)
+
+    def __call__(self):
+        how = {"base": self.base, "clean": (), "features": self.features}
+        return sweep_runs(self.model, self.inputs, self.variants, self.read, **how)
+
+    @property
+    def cost(self):
+        return estimate(self.model, self.inputs, self.variants, self.read, base=self.base, clean=())
+
+
+class Hooked:
+    """The peer: transformers with forward hooks, one decoder pass a cell."""
+
+    def __init__(self, model, arrays: dict, sweep: Sweep, dtype=torch.float32):
+        self.model, self.dtype = model.to(dtype), dtype
+        self.text, self.gold = model.model.language_model, sweep.answer
+        tensors = {name: torch.tensor(value) for name, value in arrays.items()}
+        tensors["pixel_values"] = tensors["pixel_values"].to(dtype)
+        self.target = tensors["input_ids"][0, self.gold]
+        self.modules = [module for layer in self.text.layers for module in (layer.self_attn, layer.mlp)]
+        self.kwargs = {}
+
         def keep(_, args, kwargs):
-            captured["kwargs"] = {**kwargs, "use_cache": False}
+            self.kwargs = {**kwargs, "use_cache": False}
 
-        handle = text.register_forward_pre_hook(keep, with_kwargs=True)
-        model(**tensors)
+        handle = self.text.register_forward_pre_hook(keep, with_kwargs=True)
+        with torch.no_grad():
+            model(**tensors)
         handle.remove()
-
-    def probability(embeds):
-        kwargs = {**captured["kwargs"], "inputs_embeds": embeds}
-        logits = model.lm_head(text(**kwargs).last_hidden_state[:, gold - 1])
-        logp = torch.log_softmax(logits, -1)[0, torch.arange(len(gold)), tensors["input_ids"][0, gold]]
-        return float(logp.mean().exp())
-
-    with torch.no_grad():
-        embed_once()
-        embeds = captured["kwargs"]["inputs_embeds"]
-        outputs = {}
-
-        def record(i):
-            return lambda module, args, out: outputs.__setitem__(i, out[0] if isinstance(out, tuple) else out)
-
-        handles = [module.register_forward_hook(record(i)) for i, module in enumerate(modules)]
-        probability(embeds)
+        self.embeds = self.kwargs["inputs_embeds"]
+        self.corrupt = self.embeds + torch.tensor(sweep.noise).to(dtype)
+        self.outputs = {}
+        handles = [
+            module.register_forward_hook(functools.partial(self.record, i)) for i, module in enumerate(self.modules)
+        ]
+        self.probability(self.embeds)
         for handle in handles:
             handle.remove()
-        corrupt = embeds + torch.tensor(noise * question[..., None])
-        p_corrupt = probability(corrupt)
-        cells = []
-        for i, module in enumerate(modules):
 
-            def patch(module, args, out, clean=outputs[i]):
-                return (clean, *out[1:]) if isinstance(out, tuple) else clean
+    def record(self, i, module, args, out):
+        self.outputs[i] = out[0] if isinstance(out, tuple) else out
 
-            handle = module.register_forward_hook(patch)
-            cells.append(probability(corrupt) - p_corrupt)
-            handle.remove()
-    return np.array(cells).reshape(-1, 2)
+    def probability(self, embeds) -> float:
+        with torch.no_grad():
+            hidden = self.text(**{**self.kwargs, "inputs_embeds": embeds}).last_hidden_state[:, self.gold - 1]
+            logp = torch.log_softmax(self.model.lm_head(hidden).float(), -1)[
+                0, torch.arange(len(self.gold)), self.target
+            ]
+        return float(logp.mean().exp())
+
+    def cell(self, i: int) -> float:
+        """The corrupted run's probability with module ``i``'s clean output put in."""
+
+        def patch(module, args, out):
+            return (self.outputs[i], *out[1:]) if isinstance(out, tuple) else self.outputs[i]
+
+        handle = self.modules[i].register_forward_hook(patch)
+        value = self.probability(self.corrupt)
+        handle.remove()
+        return value
 
 
-def median_seconds(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Seconds of the first call and the median of the next ones."""
+def seconds(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Of the first call, and the median of the next ones."""
     times = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()
@@ -132,45 +189,91 @@ def median_seconds(call: Callable[[], object], repeats: int) -> tuple[float, flo
     return times[0], float(np.median(times[1:]))
 
 
-def main(args: Args) -> None:
+def matmul_rate(size: int = 2048) -> float:
+    """FLOP/s of this machine on one float32 matmul."""
+    x = jax.random.normal(jax.random.key(0), (size, size))
+    return 2 * size**3 / seconds(functools.partial(jax.jit(jnp.matmul), x, x), 9)[1]
+
+
+def loaded(args: Args):
     hf = build(args)
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
-        model, _ = vlm_jax.load(folder)
-    rng = np.random.default_rng(0)
-    side = 2 * int(args.image_tokens**0.5)
-    ids = rng.integers(0, 8000, (1, args.before + args.image_tokens + args.after))
-    ids[0, args.before : args.before + args.image_tokens] = 8000
-    arrays = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "mm_token_type_ids": (ids == 8000).astype(int),
-        "pixel_values": rng.normal(size=(side * side, 96)).astype(np.float32),
-        "image_grid_thw": np.array([[1, side, side]]),
-    }
-    inputs = jax.device_put(vlm_jax.Inputs.from_hf(model.config, **arrays))
-    question, answer = np.zeros(ids.shape, bool), np.zeros(ids.shape, bool)
-    question[0, args.before + args.image_tokens : -4], answer[0, -4:] = True, True
-    noise = rng.normal(size=(*ids.shape, args.width)).astype(np.float32) * 0.05
+        return hf, vlm_jax.load(folder)[0]
 
-    def trace(engine):
-        return causal_trace(model, inputs, question, answer, noise=noise, engine=engine).ie
 
-    gold = np.flatnonzero(answer[0])
-    hooked = hooked_grid(hf, arrays, noise, question, gold)
-    worst = max(float(np.abs(np.asarray(trace(engine))[0] - hooked).max()) for engine in ("sweep", "naive"))
-    jax.clear_caches()
-    sides = {
-        "sweep": lambda: trace("sweep"),
-        "naive": lambda: trace("naive"),
-        "transformers + hooks": lambda: hooked_grid(hf, arrays, noise, question, gold),
-    }
-    seconds = {name: median_seconds(call, args.repeats) for name, call in sides.items()}
+def compare(args: Args, model, hf) -> None:
+    arrays = prompt(args, args.image_tokens)
+    sweep = Sweep(model, arrays, args)
+    rate = matmul_rate()
+    first, median = seconds(sweep, args.repeats)
+    cells = np.asarray(sweep().variants.probability)[:, 0].reshape(2, -1).T.ravel()
+    cost, count = sweep.cost, len(sweep.variants)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}")
-    print(f"{2 * args.layers} cells, {ids.shape[1]} tokens, width {args.width}; largest difference in IE {worst:.1e}")
-    print("| engine | first call (s) | median (s) | times the sweep |\n|---|---|---|---|")
-    for name, (first, median) in seconds.items():
-        print(f"| {name} | {first:.2f} | {median:.3f} | {median / seconds['sweep'][1]:.1f} |")
+    print(f"{count} cells, {arrays['input_ids'].shape[1]} tokens, {args.layers} layers, width {args.width}")
+    print(f"sweep: {cost}")
+    print(f"matmul rate {rate / 1e9:.0f} GFLOP/s; the sweep reaches {cost.flops / median / rate:.0%} of it")
+    rows = [("sweep, float32", first - median, median, 1.0)]
+    for dtype in (torch.float32, torch.bfloat16):
+        hooked = Hooked(hf, arrays, sweep, dtype)
+        run = min(count, args.hooked_cells or count) if dtype is torch.float32 else min(count, 8)
+        hooked.cell(0)
+        begun = time.perf_counter()
+        values = np.array([hooked.cell(i) for i in range(run)])
+        spent = (time.perf_counter() - begun) * count / run
+        if dtype is torch.float32:
+            print(f"largest difference in a cell's probability {np.abs(values - cells[:run]).max():.1e}")
+        name = f"transformers + hooks, {str(dtype).removeprefix('torch.')}"
+        rows.append((name + (f" ({run} cells, extrapolated)" if run < count else ""), 0.0, spent, spent / median))
+    print("\n| engine | compilation (s) | grid (s) | times the sweep |\n|---|---|---|---|")
+    for name, compilation, grid, ratio in rows:
+        print(f"| {name} | {compilation:.1f} | {grid:.2f} | {ratio:.1f} |")
+
+
+def growth(args: Args, model) -> dict[str, list[tuple[int, float]]]:
+    """Median seconds of the sweep by image tokens, layers and variants; the others as in the comparison."""
+    found: dict[str, list[tuple[int, float]]] = {"image tokens": [], "layers": [], "variants": []}
+
+    def add(axis: str, at: int, sweep: Sweep) -> None:
+        found[axis].append((at, seconds(sweep, 2)[1]))
+        print(f"{axis} {at}: {found[axis][-1][1]:.2f} s", flush=True)
+
+    for tokens in (64, 256, 1024):
+        add("image tokens", tokens, Sweep(model, prompt(args, tokens), args))
+    for layers in (args.layers // 4, args.layers // 2):
+        less = dataclasses.replace(args, layers=layers)
+        add("layers", layers, Sweep(loaded(less)[1], prompt(args, args.image_tokens), less))
+    found["layers"].append((args.layers, found["image tokens"][-1][1]))
+    heads, _ = patch_grid(("text.head_out",), args.layers, heads=args.heads)
+    for count in (14, 56, 224, len(heads)):
+        rows = np.linspace(0, len(heads) - 1, count).astype(int)
+        add("variants", count, Sweep(model, prompt(args, args.image_tokens), args, heads.take(rows)))
+    return found
+
+
+def draw(path: Path, found: dict[str, list[tuple[int, float]]], cells: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(10, 3), layout="constrained")
+    for axis, (name, points) in zip(axes, found.items(), strict=True):
+        x, y = zip(*points, strict=True)
+        axis.plot(x, y, "o-")
+        axis.set(xlabel=name, ylabel="seconds", ylim=(0, None), xlim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"Seconds of one sweep; {cells} cells unless said otherwise")
+    figure.savefig(path, dpi=150)
+
+
+def main(args: Args) -> None:
+    hf, model = loaded(args)
+    compare(args, model, hf)
+    if args.growth:
+        found = growth(args, model)
+        if args.figure is not None:
+            draw(args.figure, found, 2 * args.layers)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import tyro
 from scipy.stats import bootstrap
 
 from interventions.attention import Reading, read_examples
-from interventions.groups import GROUPS, members
+from interventions.groups import members
 from interventions.knockout import EDGES, FAILURES, Effect, edge, knocked_out_answers, window_effects, window_layers
 from vlm_jax.data import load_task
 from vlm_jax.errors import UserError, command
@@ -111,15 +111,13 @@ def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
     lacks = "this model has no end-of-image token (text follows its image tokens directly)"
     chosen = (EDGES if args.edges is None else args.edges), args.window_edges
     for name in (*chosen[0], *chosen[1]):
-        needs = GROUPS.index("image_end") in [number for group in edge(name) for number in members(group)]
-        if needs and not image_end and (args.edges is not None or name in args.window_edges):
+        edge(name)
+        if "image_end" in name and not image_end and (args.edges is not None or name in args.window_edges):
             raise UserError(f"{lacks}: drop {name}")
     if args.edges is None and not image_end:
         print(f"note: {lacks}, so nothing is cut from it")
         chosen = [name for name in EDGES if "image_end" not in name], args.window_edges
-    for names, option in zip(
-        (*chosen, args.modes, args.tasks), ("edges", "window-edges", "modes", "tasks"), strict=True
-    ):
+    for names, option in zip((*chosen, args.modes), ("edges", "window-edges", "modes"), strict=True):
         if not names or len(set(names)) < len(names):
             raise UserError(f"--{option} is {' '.join(names) or 'empty'}: name at least one, and none twice")
     return tuple(map(list, chosen))
