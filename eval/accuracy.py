@@ -13,12 +13,12 @@ import tyro
 from tqdm import tqdm
 
 import vlm_jax
-from eval.metrics import exact_match
 from interventions.adapters import load_peft
 from interventions.groups import bind
 from interventions.store import describe, digest, load_interventions
 from vlm_jax import Model
 from vlm_jax.data import Example, load_task
+from vlm_jax.data.metrics import exact_match
 from vlm_jax.errors import UserError, command
 from vlm_jax.options import ModelOptions
 from vlm_jax.prompts import batches, compiled_shapes
@@ -120,7 +120,7 @@ def main(args: Args) -> None:
         interventions += load_interventions(args.intervention)
     for intervention in interventions:
         print(describe(intervention))
-    run = Run.open(args.out, args, model.config)
+    run = Run.open(args.out, args, model.config, processor)
     answers = answer(
         model,
         processor,

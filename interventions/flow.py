@@ -93,8 +93,8 @@ class Args(ModelOptions):
     """Generate with edges cut in all layers, or also in every window of layers."""
     window: int = 3
     """Layers of a window."""
-    window_edges: tuple[str, ...] = ("text:image", "question:image", "answer:image", "text:question")
-    """What is cut in windows to see the gold answer's probability; "answer" are the tokens that write the answer."""
+    window_edges: tuple[str, ...] = ("text:image", "question:image", "writers:image", "text:question")
+    """What is cut in windows to see the gold answer's probability; "writers" are the tokens that write the answer."""
     batch: int = 16
     """Samples per compiled call."""
     max_new_tokens: int = 12
@@ -174,7 +174,7 @@ def main(args: Args) -> None:
     in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
     for examples in tasks.values():
         check_fit(examples, processor, model.config)
-    run = Run.open(args.out, args, model.config)
+    run = Run.open(args.out, args, model.config, processor)
     how = {"size": args.batch, "seed": args.seed}
     to_generate = how | {
         "modes": args.modes,

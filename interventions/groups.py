@@ -8,12 +8,15 @@ import numpy as np
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.prompts import Batch
 
-#: Labels of tokens. "before" comes before the first image, "after" behind it: template text that is no other group.
-GROUPS = ("padding", "before", "image", "image_end", "after", "question", "answer")
-#: Names for several of them. "text" is P1's T, the text behind the image; "prompt" all that is not generated.
+#: Labels of tokens. "before" comes before the first image, "after" behind it: template text that is no other group;
+#: "last" is the last token before the answer, which writes its first one.
+GROUPS = ("padding", "before", "image", "image_end", "after", "question", "last", "answer")
+#: Names for several of them. "text" is P1's T, the text behind the image; "writers" are the tokens that write the
+#: answer; "prompt" is all that is not generated.
 UNIONS = {
-    "text": ("after", "question", "answer"),
-    "prompt": ("before", "image", "image_end", "after", "question"),
+    "text": ("after", "question", "last", "answer"),
+    "writers": ("last", "answer"),
+    "prompt": ("before", "image", "image_end", "after", "question", "last"),
     "all": GROUPS[1:],
 }
 #: The six roles of ROME (Meng et al. 2022), with the question as the subject.
@@ -39,7 +42,14 @@ def label(batch: Batch) -> np.ndarray:
     for name, span in (("image", "image"), ("image_end", "image_end"), ("question", "question"), ("answer", "answer")):
         labels[spans[span]] = GROUPS.index(name)
     labels[spans["end"]] = GROUPS.index("answer")
+    labels[np.arange(len(labels)), _answer_begins(batch) - 1] = GROUPS.index("last")
     return np.where(mask, labels, GROUPS.index("padding")).astype(np.int32)
+
+
+def _answer_begins(batch: Batch) -> np.ndarray:
+    """Where the answer begins ``(B,)``; where there is none, the end of the row."""
+    answer, mask = batch.spans["answer"], np.asarray(batch.inputs.attention_mask)
+    return np.where(answer.any(1), answer.argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1))
 
 
 def bind(interventions: Sequence[Any], batch: Batch) -> tuple:
@@ -55,12 +65,10 @@ def bind(interventions: Sequence[Any], batch: Batch) -> tuple:
 def roles(batch: Batch) -> dict[str, np.ndarray]:
     """ROME's roles, ``(B, T)`` bool each: the question's first, middle and last tokens, the token after it, the
     further ones, and the last before the answer."""
-    question, mask = batch.spans["question"], np.asarray(batch.inputs.attention_mask)
+    question, stop = batch.spans["question"], _answer_begins(batch)[:, None]
     place = np.arange(question.shape[1])
     first = question & (place == question.argmax(1)[:, None])
     end = question.shape[1] - 1 - question[:, ::-1].argmax(1)[:, None]
-    answered = batch.spans["answer"].any(1)[:, None]
-    stop = np.where(answered[:, 0], batch.spans["answer"].argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1))[:, None]
     last_question = place == end
     return {
         "first question": first,

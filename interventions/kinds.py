@@ -313,8 +313,10 @@ class AttentionKnockout:
                 ratio = norms[0] / jnp.maximum(norms[1], jnp.finfo(value.dtype).tiny)
                 return value * ratio.transpose(0, 2, 1)[..., None]
         mass = (value * (1 - keep)).sum(-1, keepdims=True)
+        # A draw per key, so that the order of some keys does not depend on how many there are.
         random = jax.random.fold_in(jax.random.wrap_key_data(self.key), ctx.layer)
-        order = jax.random.permutation(random, value.shape[-1])
+        draw = jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(random, place)))
+        order = jnp.argsort(draw(jnp.arange(value.shape[-1])))
         others = jnp.where(keep == 1, value, 0)[..., order]
         taken = jnp.clip(mass - (jnp.cumsum(others, -1) - others), 0, others)
         return value - taken[..., jnp.argsort(order)]

@@ -9,14 +9,14 @@ import numpy as np
 
 from interventions.attention import encoded
 from interventions.grids import windows
-from interventions.groups import GROUPS, label, members
+from interventions.groups import label, members
 from interventions.kinds import MODES, AttentionKnockout
 from interventions.read import Gold
 from interventions.sweep import generate_variants, sweep
 from vlm_jax import Inputs, Model, generate
 from vlm_jax.data import Example
+from vlm_jax.data.metrics import exact_match, normalise
 from vlm_jax.errors import UserError
-from vlm_jax.prompts import Batch
 
 #: What text is cut off from by default. P1 cuts the first two; behind the third no picture reaches the text at all.
 EDGES = ("text:image", "text:image_end", "text:image+image_end")
@@ -34,15 +34,6 @@ def edge(name: str) -> tuple[str, str]:
         raise UserError(f"{name!r} is no pair of token groups: write queries:keys, such as text:image")
     members(query), members(key)
     return query, key
-
-
-def writers(batch: Batch) -> np.ndarray:
-    """The groups ``(B, T)`` in which "answer" is every token that *writes* one of the answer: the prompt's last too."""
-    labels, mask = label(batch), np.asarray(batch.inputs.attention_mask)
-    answer = batch.spans["answer"]
-    behind = np.where(answer.any(1), answer.argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1))
-    labels[np.arange(len(labels)), behind - 1] = GROUPS.index("answer")
-    return labels
 
 
 def knockouts(depth: int, edges: Iterable[str], layers: Iterable[Sequence[int] | None], **how) -> list:
@@ -77,7 +68,7 @@ def knocked_out_answers(
     forms, found = {form(example.answers[0]) for example in examples}, {}
     how = {"with_answer": False, "step": _LENGTH_STEP}
     for rows, batch in encoded(model, processor, examples, size, f"answers {name}", **how):
-        labels = writers(batch)
+        labels = label(batch)
         said = [((None, None, None), np.asarray(generate(model, batch.inputs, max_new_tokens)))]
         for mode in modes:
             cuts = [cut.bound(labels) for cut in knockouts(depth, edges, layers, mode=mode, seed=seed)]
@@ -97,28 +88,21 @@ def judged(example: Example, tokens: np.ndarray, tokenizer, ends: Iterable[int],
     ended = np.isin(tokens, list(ends))
     written = tokens[: ended.argmax() + 1] if ended.any() else tokens
     text = tokenizer.decode(written, skip_special_tokens=True).strip()
-    if example.choices:
-        possible = plain(text) in map(plain, (*example.choices, *example.answers))
-    else:
-        possible = form(text) in forms
+    choices = (*example.choices, *example.answers) if example.choices else ()
+    possible = exact_match(text, choices) if choices else form(text) in forms
     failure = "end token only" if ended[0] else "empty" if not text else None if possible else "no possible answer"
     return {
         "answers": list(example.answers),
         "output": text,
         "raw": tokenizer.decode(written, skip_special_tokens=False),
-        "correct": plain(text) in map(plain, example.answers),
+        "correct": exact_match(text, example.answers),
         "failure": failure,
     }
 
 
-def plain(text: str) -> str:
-    """Lower case, white space collapsed: what is compared. A full stop too many is a mistake."""
-    return " ".join(text.casefold().split())
-
-
 def form(text: str) -> str:
     """What an answer looks like: numbers as 9, words as a. A possible answer has the form of a gold one of the task."""
-    return re.sub(r"\d+", "9", re.sub(r"[^\W\d_]+", "a", plain(text)))
+    return re.sub(r"\d+", "9", re.sub(r"[^\W\d_]+", "a", normalise(text)))
 
 
 class Effect(NamedTuple):
@@ -147,7 +131,7 @@ def window_effects(
     cuts = knockouts(depth, edges, [*window_layers(depth, width), None], mode=mode, seed=seed)
     found: dict[int, tuple] = {}
     for rows, batch in encoded(model, processor, examples, size, f"windows {name}"):
-        gold, labels = Gold.of(batch.inputs, batch.spans["answer"]), writers(batch)
+        gold, labels = Gold.of(batch.inputs, batch.spans["answer"]), label(batch)
         base = np.asarray(_probability(model, batch.inputs, gold))
         p = np.asarray(sweep(model, batch.inputs, [cut.bound(labels) for cut in cuts], gold).probability)
         p = p.T.reshape(-1, len(edges), depth + 1)

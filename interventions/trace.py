@@ -203,7 +203,7 @@ def main(args: Args) -> None:
     if args.batch < 1:
         raise UserError(f"--batch is {args.batch}: give at least 1")
     model, processor = args.load()
-    run = Run.open(args.out, args, model.config)
+    run = Run.open(args.out, args, model.config, processor)
     traced = trace_examples(model, processor, examples, args, args.task)
     summary = {"task": args.task, **summarise(traced, args.min_te)}
     trace = traced.trace

@@ -13,7 +13,7 @@ from hf_oracle import IMAGE, VISION_END, make_batch, tensors, tiny_config, tiny_
 import vlm_jax
 from interventions import AttentionKnockout, bind, flow, label
 from interventions.attention import read_examples, text_attention
-from interventions.groups import GROUPS
+from interventions.groups import GROUPS, members
 from interventions.knockout import (
     EDGES,
     FAILURES,
@@ -24,7 +24,6 @@ from interventions.knockout import (
     knockouts,
     window_effects,
     window_layers,
-    writers,
 )
 from vlm_jax import Inputs, UserError
 from vlm_jax.data import Example, load_task
@@ -154,7 +153,7 @@ def test_no_picture_gets_around_the_third_edge(mini, docvqa):
 
 
 def test_widest_window_is_every_layer(mini, docvqa):
-    effect = window_effects(*mini, docvqa, ["text:image", "answer:question"], 8, size=4)
+    effect = window_effects(*mini, docvqa, ["text:image", "writers:question"], 8, size=4)
     assert window_layers(8, 8)[4] == list(range(8)) and window_layers(8, 1) == [[i] for i in range(8)]
     np.testing.assert_allclose(effect.window[:, :, 4], effect.whole, rtol=1e-5)
     assert effect.whole[:, 0].mean() < 0.2 * effect.base.mean()
@@ -164,7 +163,7 @@ def test_the_last_token_of_the_prompt_writes_the_answer(mini, docvqa):
     model, processor = mini
     for with_answer in (True, False):
         batch = encode(docvqa, processor, model.config, with_answer=with_answer)
-        mask, writing = np.asarray(batch.inputs.attention_mask), writers(batch) == GROUPS.index("answer")
+        mask, writing = np.asarray(batch.inputs.attention_mask), np.isin(label(batch), members("writers"))
         last = (mask & ~batch.spans["answer"] & ~batch.spans["end"]).sum(1) - 1
         assert (writing.argmax(1) == last).all()
         assert (writing.sum(1) == (batch.spans["answer"] | batch.spans["end"]).sum(1) + 1).all()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from eval.metrics import exact_match
 from eval.tables import table1
+from vlm_jax.data.metrics import exact_match
 
 
 @pytest.mark.parametrize(
