@@ -1,12 +1,16 @@
 """What a sweep costs: said before a long one, and measured against after it."""
 
 import dataclasses
+import time
 
 import jax
 import numpy as np
 
 from interventions.sweep import Variants, first_layers, plan
 from vlm_jax import Inputs, Model
+
+#: A job of fewer FLOPs is over before it is worth a line.
+_LONG = 1e11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,26 @@ class Cost:
     def measured(self, seconds: float) -> str:
         """The same, after the fact."""
         return f"{seconds:.1f} s, {self.flops / seconds / 1e9:,.1f} GFLOP/s of necessary work"
+
+
+class Meter:
+    """Says what a long job's sweeps will cost, and what they did cost.
+
+    Used as ``with Meter(cost) as meter``; short jobs say nothing.
+    """
+
+    def __init__(self, cost: Cost):
+        self.cost, self.long = cost, cost.flops > _LONG
+
+    def __enter__(self) -> "Meter":
+        self.begun = time.perf_counter()
+        if self.long:
+            print(f"to do: {self.cost}")
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self.long and kind is None:
+            print(f"done: {self.cost.measured(time.perf_counter() - self.begun)}")
 
 
 def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(), clean=None, gold: int = 4) -> Cost:

@@ -84,7 +84,7 @@ class OnTokens:
             if self.group is not None:
                 raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}: bind it to a batch first")
             return changed
-        here = ctx.tokens(jnp.asarray(self.where), value.shape[token_axis(site)], self.new)
+        here = ctx.tokens(self.where, value.shape[token_axis(site)], self.new)
         return jnp.where(_beside(here, site, value.ndim), changed, value)
 
 
@@ -140,7 +140,7 @@ class Patch:
         else:
             raise UserError(f"Patch has no donor at {site!r}: give its values, or sweep it beside a clean run")
         if self.where is not None:
-            used = used & _beside(ctx.tokens(jnp.asarray(self.where), value.shape[axis]), site, value.ndim)
+            used = used & _beside(ctx.tokens(self.where, value.shape[axis]), site, value.ndim)
         if self.heads is not None:
             used = used & _beside_heads(self.heads, site, value.ndim)
         return jnp.where(used, here, value)
@@ -195,7 +195,7 @@ class Gate(OnTokens):
         return {site: scale != 1 for site, scale in self.scale.items()}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        scale = self.scale[site] if ctx.layer is None else jnp.asarray(self.scale[site])[ctx.layer]
+        scale = self.scale[site] if ctx.layer is None else self.scale[site][ctx.layer]
         return self.only(site, value * scale, value, ctx)
 
 
@@ -224,7 +224,7 @@ class HeadGate(OnTokens):
         return {self.site: (self.scale != 1).any(-1)}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        scale = jnp.asarray(self.scale)[ctx.layer]
+        scale = self.scale[ctx.layer]
         if len(scale) != value.shape[head_axis(site)]:
             raise UserError(f"HeadGate is for {len(scale)} heads, but {site} has {value.shape[head_axis(site)]}")
         return self.only(site, value * _beside_heads(scale, site, value.ndim), value, ctx)
@@ -296,11 +296,11 @@ class AttentionKnockout:
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         if self.groups is None:
             raise UserError("AttentionKnockout must know the token groups: bind it to a batch first")
-        groups, new = jnp.asarray(self.groups), GROUPS.index(self.new)
+        groups, new = self.groups, GROUPS.index(self.new)
         queries = ctx.tokens(groups, value.shape[2], new)
         keys = ctx.keys(groups, value.shape[3], new)
         # (B, S, G) by one-hot rather than by gathering (B, S, keys) entries one by one.
-        rows = jnp.asarray(self.keep)[ctx.layer][queries]
+        rows = self.keep[ctx.layer][queries]
         keep = jnp.einsum("bsg,bkg->bsk", rows, jax.nn.one_hot(keys, len(GROUPS), dtype=rows.dtype))[:, None]
         match self.mode:
             case "pre_softmax":
@@ -338,7 +338,7 @@ class UniformAttention(OnTokens):
         return {self.site: self.strength != 0}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        return self.only(site, value * (1 - jnp.asarray(self.strength)[ctx.layer]), value, ctx)
+        return self.only(site, value * (1 - self.strength[ctx.layer]), value, ctx)
 
 
 @flax.struct.dataclass
@@ -393,7 +393,7 @@ class Replace(OnTokens):
         return {self.site: jnp.asarray(True) if self.slot is None else self.slot < len(self.value)}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        put, used = jnp.asarray(self.value), True
+        put, used = self.value, True
         if self.slot is not None:
             slot, used = _slot(self.slot, len(put), ctx)
             put = put[slot]
@@ -422,8 +422,8 @@ class ProjectOut(OnTokens):
         return {site: slot < len(self.directions) for site, slot in self.slot.items()}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        slot, used = _slot(jnp.asarray(self.slot[site]), len(self.directions), ctx)
-        v = jnp.asarray(self.directions)[slot].astype(value.dtype)
+        slot, used = _slot(self.slot[site], len(self.directions), ctx)
+        v = self.directions[slot].astype(value.dtype)
         return self.only(site, jnp.where(used, value - (value @ v.T) @ v, value), value, ctx)
 
 
@@ -447,7 +447,7 @@ class LoReFT(OnTokens):
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         r, w, b = self.weights[site]
-        slot, used = _slot(jnp.asarray(self.slot[site]), len(r), ctx)
+        slot, used = _slot(self.slot[site], len(r), ctx)
         u, upper = jnp.linalg.qr(r[slot].astype(jnp.float32))
         u = (u * jnp.where(jnp.diagonal(upper) < 0, -1, 1)).astype(value.dtype)
         edited = value + (value @ w[slot] + b[slot] - value @ u) @ u.T

@@ -4,19 +4,21 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
+from tqdm import tqdm
 
 from interventions.attention import encoded
+from interventions.cost import Meter, estimate
 from interventions.grids import windows
 from interventions.groups import label, members
 from interventions.kinds import MODES, AttentionKnockout
 from interventions.read import Gold
-from interventions.sweep import generate_variants, sweep
-from vlm_jax import Inputs, Model, generate
+from interventions.sweep import generate_variants, stack, sweep_runs
+from vlm_jax import Model, generate
 from vlm_jax.data import Example
 from vlm_jax.data.metrics import exact_match, normalise
 from vlm_jax.errors import UserError
+from vlm_jax.prompts import batches
 
 #: What text is cut off from by default. P1 cuts the first two; behind the third no picture reaches the text at all.
 EDGES = ("text:image", "text:image_end", "text:image+image_end")
@@ -129,16 +131,18 @@ def window_effects(
     """What cutting an edge in a window of layers does to the gold answer's probability (as Geva et al. 2023 plot)."""
     depth = model.config.text.num_hidden_layers
     cuts = knockouts(depth, edges, [*window_layers(depth, width), None], mode=mode, seed=seed)
+    work = []
+    for rows, batch in batches(examples, processor, model.config, size):
+        bound = stack([cut.bound(label(batch)) for cut in cuts])
+        work.append((rows, batch.inputs, bound, Gold.of(batch.inputs, batch.spans["answer"])))
+    costs = [estimate(model, *rest) for _, *rest in work]
     found: dict[int, tuple] = {}
-    for rows, batch in encoded(model, processor, examples, size, f"windows {name}"):
-        gold, labels = Gold.of(batch.inputs, batch.spans["answer"]), label(batch)
-        base = np.asarray(_probability(model, batch.inputs, gold))
-        p = np.asarray(sweep(model, batch.inputs, [cut.bound(labels) for cut in cuts], gold).probability)
-        p = p.T.reshape(-1, len(edges), depth + 1)
-        found |= zip(rows, zip(base, p[..., :depth], p[..., depth], strict=True), strict=False)
+    bar = tqdm(total=len(examples), desc=f"windows {name}".strip(), unit="sample", leave=False)
+    with Meter(sum(costs[1:], costs[0])), bar:
+        for rows, *rest in work:
+            runs = sweep_runs(model, *rest)
+            p = np.asarray(runs.variants.probability).T.reshape(-1, len(edges), depth + 1)
+            base = np.asarray(runs.base.probability)
+            found |= zip(rows, zip(base, p[..., :depth], p[..., depth], strict=True), strict=False)
+            bar.update(len(rows))
     return Effect(*map(np.stack, zip(*(found[row] for row in range(len(examples))), strict=True)))
-
-
-@jax.jit
-def _probability(model: Model, inputs: Inputs, gold: Gold) -> jax.Array:
-    return gold(model, model(inputs, taps=["text.norm"]).taps["text.norm"], 0).probability

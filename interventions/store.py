@@ -51,12 +51,12 @@ def _pack(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
     return name
 
 
-def save_interventions(path: Path, interventions: Sequence[Any]) -> None:
+def save_interventions(path: str | Path, interventions: Sequence[Any]) -> None:
     """Writes the interventions, in their order, to one file."""
-    path.write_bytes(dump(interventions))
+    Path(path).write_bytes(dump(interventions))
 
 
-def load_interventions(path: Path) -> tuple:
+def load_interventions(path: str | Path) -> tuple:
     """The interventions of a file.
 
     Raises:

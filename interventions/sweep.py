@@ -226,7 +226,7 @@ def sweep(
 
     Args:
         variants: :class:`Variants`, or a list to be stacked. They may differ in layers, heads, tokens and strengths.
-        read: see :mod:`interventions.read`; its ``first`` is the first token it looks at.
+        read: see :mod:`interventions.read`; its field ``first`` is the first token it looks at (0 without).
         base: interventions of every variant, applied before its own.
         clean: interventions of a clean run, () for none: it supplies the values of patches without a donor. Causal
             tracing has the noise in ``base`` ("denoise"); with the noise in ``clean`` instead, patches spread it.
@@ -282,9 +282,11 @@ def sweep_runs(
         )
     if not missing <= LAYER_SITES:
         raise UserError(f"a clean run supplies no {sorted(missing - LAYER_SITES)[0]!r}: give the donor's values")
+    start = plan(model, inputs, variants, read, base, clean) if start is None else prefix(model, inputs, start)
+    if hasattr(read, "first"):  # said what it had to, and programs must not differ for it
+        read = read.replace(first=0)
     if engine == "naive":
         return _naive(model, inputs, clean, base, variants, read)
-    start = plan(model, inputs, variants, read, base, clean) if start is None else prefix(model, inputs, start)
     length = inputs.input_ids.shape[1]
     if chunk is None:
         tokens = CHUNK_TOKENS.get(jax.default_backend(), _ACCELERATOR_TOKENS)
@@ -296,7 +298,7 @@ def plan(model: Model, inputs: Inputs, variants: Variants, read: Read, base=(), 
     """How many tokens the runs of a sweep share."""
     length = inputs.input_ids.shape[1]
     runs = [variants] if clean is None else [variants, *(stack([i]) for i in (*base, *clean))]
-    return prefix(model, inputs, min(read.first, *(first_token(run, length) for run in runs)))
+    return prefix(model, inputs, min(getattr(read, "first", 0), *(first_token(run, length) for run in runs)))
 
 
 def _missing(variants: Variants) -> frozenset[str]:

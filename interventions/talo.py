@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-import jax
 import numpy as np
 import tyro
 from tqdm import tqdm
 
+from interventions.cost import Meter, estimate
 from interventions.kinds import Gate, UniformAttention, table
 from interventions.read import Gold
 from interventions.selection import (
@@ -37,8 +37,8 @@ from interventions.selection import (
     tree,
 )
 from interventions.store import save_interventions
-from interventions.sweep import sweep
-from vlm_jax import Inputs, Model
+from interventions.sweep import stack, sweep_runs
+from vlm_jax import Model
 from vlm_jax.data import Example, load_task
 from vlm_jax.data.miniworld import TASKS
 from vlm_jax.data.wordings import held_out_words, words
@@ -66,11 +66,6 @@ def layer_cut(depth: int, layer: int, cut: Cut) -> Gate | UniformAttention:
     return Gate.cut(depth, [layer], ("attn", "mlp") if cut == "block" else (cut,))
 
 
-@jax.jit
-def _base(model: Model, inputs: Inputs, gold: Gold) -> jax.Array:
-    return gold(model, model(inputs, (), ["text.norm"]).taps["text.norm"], 0).correct
-
-
 def tabulate(
     model: Model, processor, examples: Sequence[Example], cut: Cut = "attn", *, batch: int = 32, label: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -82,14 +77,16 @@ def tabulate(
     depth = model.config.text.num_hidden_layers
     cuts = [layer_cut(depth, layer, cut) for layer in range(depth)]
     groups = list(batches(examples, processor, model.config, batch, step=_LENGTH_STEP))
-    # An estimate of what the sweep will cost belongs here, before its first call.
+    golds = [Gold.of(encoded.inputs, encoded.spans["answer"] | encoded.spans["end"]) for _, encoded in groups]
+    asked = [(encoded.inputs, stack(cuts), gold) for (_, encoded), gold in zip(groups, golds, strict=True)]
+    costs = [estimate(model, *sweep) for sweep in asked]
     right = np.zeros((1 + depth, len(examples)), bool)
-    with tqdm(total=len(examples), desc=f"cut {cut} {label}".strip(), unit="sample") as bar:
-        for rows, encoded in groups:
-            gold = Gold.of(encoded.inputs, encoded.spans["answer"] | encoded.spans["end"])
-            gold = gold.replace(first=0)  # a cut acts on every token, so nothing is shared and programs need not differ
-            right[0, rows] = _base(model, encoded.inputs, gold)[: len(rows)]
-            right[1:, rows] = sweep(model, encoded.inputs, cuts, gold).correct[:, : len(rows)]
+    bar = tqdm(total=len(examples), desc=f"cut {cut} {label}".strip(), unit="sample")
+    with Meter(sum(costs[1:], costs[0])), bar:
+        for (rows, _), sweep in zip(groups, asked, strict=True):
+            runs = sweep_runs(model, *sweep)
+            right[0, rows] = runs.base.correct[: len(rows)]
+            right[1:, rows] = runs.variants.correct[:, : len(rows)]
             bar.update(len(rows))
     return right[0], right[1:]
 

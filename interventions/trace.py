@@ -14,6 +14,7 @@ import tyro
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
+from interventions.cost import Cost, Meter, estimate
 from interventions.grids import patch_grid
 from interventions.kinds import Add
 from interventions.read import Gold
@@ -22,7 +23,7 @@ from vlm_jax import Inputs, Model
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError, command
 from vlm_jax.options import ModelOptions
-from vlm_jax.prompts import batches, compiled_shapes
+from vlm_jax.prompts import Batch, batches, compiled_shapes
 from vlm_jax.runs import Run
 
 #: The last axis of ``ie`` and ``rr``.
@@ -130,7 +131,9 @@ def trace_examples(model: Model, processor, examples: list[Example], options: Tr
         square, total, count = square + (x**2).sum(), total + x.sum(), count + x.size
     sigma = float(np.sqrt(square / count - (total / count) ** 2))
     parts: list[Trace | None] = [None] * len(examples)
-    with tqdm(total=len(examples), desc=f"trace {label}", unit="sample") as bar:
+    costs = [grid_cost(model, batch) for _, batch in groups]
+    bar = tqdm(total=len(examples), desc=f"trace {label}", unit="sample")
+    with Meter(sum(costs[1:], costs[0])), bar:
         for rows, batch in groups:
             shape = (batch.inputs.input_ids.shape[1], model.config.text.hidden_size)
             keys = [jax.random.fold_in(jax.random.key(options.seed), row) for row in rows]
@@ -145,6 +148,14 @@ def trace_examples(model: Model, processor, examples: list[Example], options: Tr
     return TaskTrace(
         Trace(*map(np.stack, zip(*parts, strict=True))), [e.id for e in examples], sigma, compiled_shapes(groups)
     )
+
+
+def grid_cost(model: Model, batch: Batch) -> Cost:
+    """What :func:`causal_trace` costs on a batch."""
+    variants, _ = patch_grid(_SITES, model.config.text.num_hidden_layers)
+    noise = Add(np.asarray(batch.spans["question"], np.float32)[..., None])
+    gold = Gold.of(batch.inputs, batch.spans["answer"])
+    return estimate(model, batch.inputs, variants, gold, base=(noise,), clean=())
 
 
 def summarise(traced: TaskTrace, min_te: float, seed: int = 0) -> dict:

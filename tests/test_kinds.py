@@ -233,10 +233,12 @@ def test_labels_are_the_prompts_parts(case):
     """The groups that knock-outs go by, against how the prompts were made."""
     masks = case.masks["left"]
     labels = label(Batch(case.inputs["left"], spans_of(masks), 2))
-    for name in ("image", "image_end", "question", "answer"):
-        np.testing.assert_array_equal(labels == GROUPS.index(name), masks[name])
+    writes = np.pad(masks["answer"], ((0, 0), (0, 1)))[:, 1:] & ~masks["answer"]  # here the end of the question
+    for name, tokens in (masks | {"question": masks["question"] & ~writes, "last": writes}).items():
+        if name != "behind":
+            np.testing.assert_array_equal(labels == GROUPS.index(name), tokens)
     np.testing.assert_array_equal(labels == GROUPS.index("padding"), ~case.real["left"])
-    text = np.isin(labels, [GROUPS.index(name) for name in ("after", "question", "answer")])
+    text = np.isin(labels, [GROUPS.index(name) for name in ("after", "question", "last", "answer")])
     with_image = masks["image"].any(1)
     np.testing.assert_array_equal(text[with_image], masks["behind"][with_image])
 

@@ -426,17 +426,22 @@ def test_windows():
     np.testing.assert_array_equal(windows(4, 2)[[0, 3]], [[1, 0, 0, 0], [0, 0, 1, 1]])
 
 
-def test_patch_grid_is_its_patches(texts):
-    masks = [texts.some(), texts.late]
-    grid, shape = patch_grid(texts.head_donor, heads=HEADS, tokens=masks)
+def test_patch_grid_takes_the_clean_runs_values(texts):
+    """Every layer, head and token group: what explicit patches of a clean run's taps give."""
+    masks, site = [texts.some(), texts.late], "text.head_out"
+    grid, shape = patch_grid([site], LAYERS, heads=HEADS, tokens=masks)
     assert shape == (1, LAYERS, HEADS, 2) and len(grid) == np.prod(shape)
-    for _, layer, head, token in [(0, 2, 1, 0), (0, 0, 3, 1), (0, 3, 0, 1)]:
-        (patch,) = grid.take(np.ravel_multi_index((0, layer, head, token), shape)).interventions
-        used = np.asarray(patch.slot["text.head_out"])
-        np.testing.assert_array_equal(used < LAYERS, np.arange(LAYERS) == layer)
-        assert used[layer] == layer
-        np.testing.assert_array_equal(patch.heads, np.arange(HEADS) == head)
-        np.testing.assert_array_equal(patch.where, masks[token])
+    places = [(0, 2, 1, 0), (0, 0, 3, 1), (0, 3, 0, 1)]
+    donor = {site: jax.jit(lambda m, x: m(x, taps=[site]).taps[site])(texts.model, texts.inputs)}
+    patches = [
+        Patch(donor, {site: slot(layer, layer)}, masks[token], np.arange(HEADS) == head)
+        for _, layer, head, token in places
+    ]
+    naive = agree(texts, patches)
+    rows = np.array([np.ravel_multi_index(place, shape) for place in places])
+    for engine in ("sweep", "naive"):
+        got = sweep(texts.model, texts.inputs, grid.take(rows), texts.read, base=texts.base, clean=(), engine=engine)
+        assert error(np.asarray(got), naive) < EXACT
 
 
 def test_cut_and_head_grids():

@@ -51,6 +51,7 @@ class Model(nnx.Module):
             UserError: for an unknown tap or site, or an intervention that touches nothing.
         """
         wanted = check(interventions, taps, self.sites(inputs), self.depths)
+        interventions = jax.tree.map(jnp.asarray, tuple(interventions))  # layers index them while being traced
         embedded, outer = self.embed(inputs, interventions, wanted)
         window = self.window(inputs)
         x, _, layer_taps = self.text.scan(

@@ -46,7 +46,8 @@ class Run:
         """
         config = {k: v for k, v in _plain(args).items() if k not in ("out", *ignored)}
         # A file that was edited since makes it another run.
-        config["files"] = {k: _digest(Path(v)) for k, v in config.items() if isinstance(v, str) and Path(v).is_file()}
+        values = [v for value in config.values() for v in (value if isinstance(value, list) else [value])]
+        config["files"] = {v: _digest(Path(v)) for v in values if isinstance(v, str) and Path(v).is_file()}
         file = folder / "config.json"
         if file.is_file():
             try:
