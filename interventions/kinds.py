@@ -76,7 +76,12 @@ class OnTokens:
 
     def bound(self, labels: np.ndarray):
         """With ``where`` taken from the labels ``(B, T)`` of a batch."""
-        return self if self.group is None else self.replace(where=np.isin(labels, members(self.group)))
+        if self.group is None:
+            return self
+        where = np.isin(labels, members(self.group))
+        if not where.any():
+            raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}, of which this batch has none")
+        return self.replace(where=where)
 
     def only(self, site: str, changed: jax.Array, value: jax.Array, ctx: Context) -> jax.Array:
         """``changed`` at the tokens that are meant, ``value`` elsewhere."""
@@ -277,6 +282,8 @@ class AttentionKnockout:
 
     @property
     def sites(self) -> frozenset[str]:
+        if self.mode not in MODES:
+            raise UserError(f"unknown mode {self.mode!r}: use one of {', '.join(MODES)}")
         return frozenset({"text.attn_scores" if self.mode == "pre_softmax" else "text.attn_probs"})
 
     def active(self) -> dict[str, jax.Array]:
@@ -312,9 +319,13 @@ class AttentionKnockout:
                 norms = [jnp.linalg.norm(ctx.read(p), axis=-1) for p in (value * keep, value)]
                 ratio = norms[0] / jnp.maximum(norms[1], jnp.finfo(value.dtype).tiny)
                 return value * ratio.transpose(0, 2, 1)[..., None]
+        return self._without_mass(value, keep, ctx.layer)
+
+    def _without_mass(self, value: jax.Array, keep: jax.Array, layer) -> jax.Array:
+        """The probabilities less the mass that ``keep`` would take, taken from other keys in a random order."""
         mass = (value * (1 - keep)).sum(-1, keepdims=True)
         # A draw per key, so that the order of some keys does not depend on how many there are.
-        random = jax.random.fold_in(jax.random.wrap_key_data(self.key), ctx.layer)
+        random = jax.random.fold_in(jax.random.wrap_key_data(self.key), layer)
         draw = jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(random, place)))
         order = jnp.argsort(draw(jnp.arange(value.shape[-1])))
         others = jnp.where(keep == 1, value, 0)[..., order]

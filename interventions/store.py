@@ -19,7 +19,7 @@ from vlm_jax.errors import UserError, nearest
 KINDS = {
     name: kind
     for name, kind in vars(kinds).items()
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind is not kinds.OnTokens
+    if isinstance(kind, type) and kind.__module__ == kinds.__name__ and kind is not kinds.OnTokens
 }
 
 
@@ -47,7 +47,7 @@ def _pack(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
         return {key: _pack(part, f"{name}.{key}", tensors) for key, part in sorted(value.items())}
     if isinstance(value, tuple):
         return [_pack(part, f"{name}.{i}", tensors) for i, part in enumerate(value)]
-    tensors[name] = np.ascontiguousarray(value)
+    tensors[name] = np.asarray(value, order="C")
     return name
 
 
@@ -85,7 +85,9 @@ def _unpack(entry: dict, tensors: dict[str, np.ndarray]) -> Any:
             return {key: arrays(part) for key, part in layout.items()}
         return tuple(arrays(part) for part in layout) if isinstance(layout, list) else tensors[layout]
 
-    return KINDS[entry["kind"]](**entry["options"], **{k: arrays(v) for k, v in entry["arrays"].items()})
+    found = KINDS[entry["kind"]](**entry["options"], **{k: arrays(v) for k, v in entry["arrays"].items()})
+    found.sites  # noqa: B018  refuses options that the kind does not know
+    return found
 
 
 def digest(interventions: Sequence[Any]) -> str:

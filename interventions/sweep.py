@@ -435,6 +435,9 @@ def _work(places, model, inputs, clean, base, variants, read, features, first, *
     live = jnp.zeros((total, *own.x.shape), own.x.dtype) if entered is None else entered.x
     carry = (entire.x, own.x if clean is not None else None, live)
     (lead_x, own_x, live), _ = jax.lax.scan(through_layer, carry, (text.layers, jnp.arange(depth)))
+    # What acts behind the layers never came alive in them.
+    last = lead_x[:, start:] if clean is None else own_x
+    live = jnp.where((starts >= depth)[:, None, None, None], last, live)
 
     def finish(x, interventions):
         x = Probe(interventions, NO_TAPS, Context(start=start))("text.norm", text.norm(x))

@@ -749,7 +749,6 @@ def taps(qwen):
         "visual.attn_out": [2, 0],
         "text.attn_out": Tap((1, 2), lambda x: (x * x).sum(-1)),
         "text.mlp_out": Tap(None, lambda x: {"mean": x.mean(), "top": x.max(-1)}),
-        "text.resid_mid": [1, 1],
         "text.norm": None,
     }
     run = jax.jit(lambda m, x: (m(x, taps=list(chosen)).taps, m(x, taps=chosen).taps))
@@ -782,13 +781,15 @@ def test_reduced_taps_may_be_any_tree(taps):
     np.testing.assert_allclose(some["top"], whole.max(-1), atol=EXACT)
 
 
-def test_a_layer_tapped_twice_is_given_twice(taps):
-    whole, some = (t["text.resid_mid"] for t in taps)
-    np.testing.assert_allclose(some, whole[np.array([1, 1])], atol=EXACT)
-
-
 @pytest.mark.parametrize(
-    "taps", [{"text.attn_out": [LAYERS]}, {"text.attn_out": [-1]}, {"text.attn_out": []}, {"text.norm": [0]}]
+    "taps",
+    [
+        {"text.attn_out": [LAYERS]},
+        {"text.attn_out": [-1]},
+        {"text.attn_out": []},
+        {"text.attn_out": [1, 1]},
+        {"text.norm": [0]},
+    ],
 )
 def test_taps_of_layers_that_are_not_there(qwen, taps):
     with pytest.raises(UserError, match="layers"):

@@ -239,8 +239,11 @@ def check(
             )
         if tap.layers is not None:
             depth = depths[name.partition(".")[0]] if layered(name) else 0
-            if not tap.layers or not set(tap.layers) <= set(range(depth)):
-                raise UserError(f"tap {name!r} asks for layers {list(tap.layers)}: this site has {depth} layers")
+            once = len(set(tap.layers)) == len(tap.layers) > 0
+            if not once or not set(tap.layers) <= set(range(depth)):
+                raise UserError(
+                    f"tap {name!r} asks for layers {list(tap.layers)}: name some of its {depth} layers, each once"
+                )
     for intervention in interventions:
         kind = type(intervention).__name__
         if unknown := intervention.sites - SITES:
@@ -265,10 +268,10 @@ def _check_acts(intervention: Intervention, kind: str, there: frozenset[str], de
         return
     active = intervention.active()
     for site in there:
-        table, depth = active[site], depths[site.partition(".")[0]]
-        if np.ndim(table) != layered(site) or (np.ndim(table) and len(table) != depth):
-            has = f"{depth} layers" if layered(site) else "no layers"
-            raise UserError(f"{kind} at {site!r} has a table of shape {np.shape(table)}, but the site has {has}")
+        shape = (depths[site.partition(".")[0]],) if layered(site) else ()
+        if np.shape(active[site]) != shape:
+            has = f"{shape[0]} layers" if shape else "no layers"
+            raise UserError(f"{kind} at {site!r} has a table of shape {np.shape(active[site])}, but the site has {has}")
     known = [active[site] for site in sorted(there)]
     if not any(isinstance(table, jax.core.Tracer) for table in known) and not any(np.any(table) for table in known):
         where = ", ".join(sorted(there))
