@@ -139,6 +139,8 @@ class Patch:
         donor, axis = self.donor[site], token_axis(site)
         slot, used = _slot(self.slot[site], self._count(site), ctx)
         if donor is not None:
+            if isinstance(ctx.start, int) and ctx.start < self.start:
+                raise UserError(f"Patch knows the donor from token {self.start} on, but the run begins at {ctx.start}")
             here = jax.lax.dynamic_slice_in_dim(donor[slot], ctx.start - self.start, value.shape[axis], axis)
         elif ctx.donors is not None:
             here = ctx.donors[site]

@@ -170,7 +170,8 @@ def first_token(variants: Variants, length: int) -> int:
         axes = variants.axes[number]
         where = jax.vmap(lambda i: i.tokens(), in_axes=(axes,), out_axes=0)(i) if jax.tree.leaves(axes) else i.tokens()
         if where is None:
-            return 0
+            seen.append(getattr(i, "start", 0))
+            continue
         marked = np.asarray(where).reshape(-1, length).any(0)
         seen.append(int(marked.argmax()) if marked.any() else length)
     return min(seen, default=length)

@@ -9,6 +9,7 @@ from PIL import Image
 import eval.accuracy
 import interventions.trace
 import train.lora
+from interventions import Gate, digest, save_interventions
 from vlm_jax.data.miniworld import make_example
 
 LINE = {"id": "1", "image": "a.png", "question": "What is it?", "answers": ["sun"]}
@@ -167,3 +168,27 @@ def test_accuracy_folder(refused, tmp_path):
     assert "limit 3 there, 4 here" in refused(
         eval.accuracy, task="mini-docvqa", limit=4, batch=4, max_new_tokens=3, out=out
     )
+
+
+def test_saved_intervention_that_does_not_fit(refused, tmp_path):
+    file = tmp_path / "cut.safetensors"
+    assert "no saved interventions" in refused(eval.accuracy, intervention=file)
+    save_interventions(file, (Gate.cut(4, [1]),))
+    assert "has 8 layers" in refused(eval.accuracy, intervention=file, limit=2)
+
+
+def test_accuracy_under_a_saved_intervention(tmp_path, capsys):
+    """The answers change with the attention of layer 1 cut, and the run says under what they were given."""
+    cut = (Gate.cut(8, [1]),)
+    save_interventions(tmp_path / "cut.safetensors", cut)
+
+    def predictions(name, **options):
+        args = eval.accuracy.Args(task="mini-docvqa", limit=8, batch=8, out=tmp_path / name, **options)
+        eval.accuracy.main(args)
+        lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()
+        return [json.loads(line)["prediction"] for line in lines]
+
+    base, under = predictions("base"), predictions("cut", intervention=tmp_path / "cut.safetensors")
+    assert base != under
+    assert json.loads((tmp_path / "cut" / "results.json").read_text())["interventions"] == digest(cut)
+    assert "text.attn_out L1" in capsys.readouterr().out
