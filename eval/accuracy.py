@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 import vlm_jax
-from interventions.adapters import load_peft
+from interventions.adapters import load_peft, merge
 from interventions.groups import bind
 from interventions.store import describe, digest, load_interventions
 from vlm_jax import Model
@@ -115,9 +115,9 @@ def main(args: Args) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
     model, processor = args.load()
-    interventions = () if args.adapter is None else (load_peft(model, args.adapter),)
-    if args.intervention is not None:
-        interventions += load_interventions(args.intervention)
+    if args.adapter is not None:  # part of the model: it acts on every token whatever --steps says
+        model = merge(model, load_peft(model, args.adapter))
+    interventions = () if args.intervention is None else load_interventions(args.intervention)
     for intervention in interventions:
         print(describe(intervention))
     run = Run.open(args.out, args, model.config, processor)

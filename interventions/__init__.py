@@ -16,7 +16,7 @@ from interventions.kinds import (
 )
 from interventions.read import Gold, Logits, Scores
 from interventions.store import describe, digest, load_interventions, save_interventions
-from interventions.sweep import Variants, generate_variants, stack, sweep
+from interventions.sweep import Variants, generate_variants, stack, sweep, sweep_runs
 from interventions.trace import Trace, causal_trace
 
 __all__ = [
@@ -47,4 +47,5 @@ __all__ = [
     "save_interventions",
     "stack",
     "sweep",
+    "sweep_runs",
 ]

@@ -78,6 +78,8 @@ class OnTokens:
         """With ``where`` taken from the labels ``(B, T)`` of a batch."""
         if self.group is None:
             return self
+        if other := sorted(site for site in self.sites if not site.startswith("text.")):
+            raise UserError(f"{type(self).__name__} is on tokens of the prompt, which {other[0]!r} does not have")
         where = np.isin(labels, members(self.group))
         if not where.any():
             raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}, of which this batch has none")
@@ -139,8 +141,12 @@ class Patch:
         donor, axis = self.donor[site], token_axis(site)
         slot, used = _slot(self.slot[site], self._count(site), ctx)
         if donor is not None:
-            if isinstance(ctx.start, int) and ctx.start < self.start:
-                raise UserError(f"Patch knows the donor from token {self.start} on, but the run begins at {ctx.start}")
+            begin, end = self.start, self.start + donor.shape[axis + 1]
+            if ctx.start < begin or ctx.start + value.shape[axis] != end:
+                raise UserError(
+                    f"Patch holds a donor's tokens {begin} to {end} at {site!r}, but the run has "
+                    f"{ctx.start} to {ctx.start + value.shape[axis]}: give values of a prompt of this shape"
+                )
             here = jax.lax.dynamic_slice_in_dim(donor[slot], ctx.start - self.start, value.shape[axis], axis)
         elif ctx.donors is not None:
             here = ctx.donors[site]
@@ -190,9 +196,12 @@ class Gate(OnTokens):
     scale: dict[str, jax.Array]
 
     @classmethod
-    def cut(cls, depth: int, layers: Iterable[int], modules: Iterable[str] = ("attn",), scale: float = 0.0) -> "Gate":
-        """Takes the attention and/or MLP of some layers out, at every token: modules "attn", "mlp"."""
-        return cls({f"text.{module}_out": table(depth, layers, scale, 1.0) for module in modules})
+    def cut(
+        cls, depth: int, layers: Iterable[int], modules: Iterable[str] = ("attn",), scale: float = 0.0, **tokens
+    ) -> "Gate":
+        """Takes the attention and/or MLP of some layers out: modules "attn", "mlp". ``tokens``: where, group, new."""
+        layers = list(layers)
+        return cls({f"text.{module}_out": table(depth, layers, scale, 1.0) for module in modules}, **tokens)
 
     @property
     def sites(self) -> frozenset[str]:
@@ -294,10 +303,11 @@ class AttentionKnockout:
     def tokens(self) -> jax.Array | None:
         if self.groups is None:
             return None
-        number = np.arange(len(GROUPS))
-        present = (self.groups[:, :, None] == number).any(1)  # (B, G)
-        met = ((self.keep != 1).any(0) & present[:, None, :]).any(-1)  # (B, G): queries that meet such a key
-        return (met[:, None, :] & (self.groups[:, :, None] == number)).any(-1)
+        groups, length = jnp.asarray(self.groups), self.groups.shape[1]
+        member = groups[:, :, None] == jnp.arange(len(GROUPS))
+        first = jnp.where(member.any(1), member.argmax(1), length)  # (B, G): where the first key of a group is
+        cut = (jnp.asarray(self.keep) != 1).any(0)[groups]  # (B, T, G)
+        return (cut & (first[:, None] <= jnp.arange(length)[:, None])).any(-1)  # no token sees a later one
 
     def bound(self, labels: np.ndarray) -> "AttentionKnockout":
         return self.replace(groups=labels)
@@ -321,18 +331,20 @@ class AttentionKnockout:
                 norms = [jnp.linalg.norm(ctx.read(p), axis=-1) for p in (value * keep, value)]
                 ratio = norms[0] / jnp.maximum(norms[1], jnp.finfo(value.dtype).tiny)
                 return value * ratio.transpose(0, 2, 1)[..., None]
-        return self._without_mass(value, keep, ctx.layer)
+        return self._without_mass(value, keep, keys, ctx.layer)
 
-    def _without_mass(self, value: jax.Array, keep: jax.Array, layer) -> jax.Array:
+    def _without_mass(self, value: jax.Array, keep: jax.Array, keys: jax.Array, layer) -> jax.Array:
         """The probabilities less the mass that ``keep`` would take, taken from other keys in a random order."""
         mass = (value * (1 - keep)).sum(-1, keepdims=True)
-        # A draw per key, so that the order of some keys does not depend on how many there are.
+        # One order for all rows, heads and queries; by a key's number in its row, so that padding does not matter.
         random = jax.random.fold_in(jax.random.wrap_key_data(self.key), layer)
-        draw = jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(random, place)))
-        order = jnp.argsort(draw(jnp.arange(value.shape[-1])))
-        others = jnp.where(keep == 1, value, 0)[..., order]
+        draw = jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(random, number)))
+        number = jnp.cumsum(keys != GROUPS.index("padding"), 1)
+        order = jnp.argsort(draw(jnp.arange(value.shape[-1] + 1))[number], 1)
+        others = jnp.where(keep == 1, value, 0)
+        others = jnp.take_along_axis(others, order[:, None, None], -1)
         taken = jnp.clip(mass - (jnp.cumsum(others, -1) - others), 0, others)
-        return value - taken[..., jnp.argsort(order)]
+        return value - jnp.take_along_axis(taken, jnp.argsort(order, 1)[:, None, None], -1)
 
 
 @flax.struct.dataclass
@@ -374,7 +386,7 @@ class Add(OnTokens):
         own = self.value if self.slot is None else self.value.any(0)
         if self.where is not None or own.ndim < 3:
             return self.where
-        changed = (own != 0).any(tuple(range(2, own.ndim)))
+        changed = (own != 0).any(tuple(set(range(1, own.ndim)) - {token_axis(self.site)}))
         return changed | ~changed.any()  # zeros are there to be differentiated: they stand for all tokens
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
@@ -424,7 +436,9 @@ class ProjectOut(OnTokens):
     def of(cls, vectors: np.ndarray, slot: dict[str, jax.Array], **tokens) -> "ProjectOut":
         """From any vectors ``(K, R, D)``: their spans are taken out."""
         _, size, rows = np.linalg.svd(np.asarray(vectors, np.float64), full_matrices=False)
-        rank = size > 1e-6 * size.max()
+        rank = size > 1e-6 * size.max(-1, keepdims=True)
+        if not rank.any(-1).all():
+            raise UserError("ProjectOut has a slot whose vectors are all zero: they span no direction")
         return cls((rows * rank[..., None]).astype(np.float32), slot, **tokens)
 
     @property
@@ -493,19 +507,19 @@ class LoRA:
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         a, b = self.weights[site]
-        slot = self.slot[site][ctx.layer]
+        slot, used = _slot(self.slot[site], len(a), ctx)
 
         def delta(x):
             if self.key is not None and self.dropout:
-                key = jax.random.fold_in(jax.random.fold_in(self.key, ctx.layer), sorted(self.weights).index(site))
+                layer = 0 if ctx.layer is None else ctx.layer
+                key = jax.random.fold_in(jax.random.fold_in(self.key, layer), sorted(self.weights).index(site))
                 x = _drop(x, self.dropout, key)
-            at = jnp.minimum(slot, len(a) - 1)
             flat = x.reshape(-1, x.shape[-1])
-            return ((flat @ a[at]) @ b[at] * self.scale).reshape(value.shape).astype(value.dtype)
+            return ((flat @ a[slot]) @ b[slot] * self.scale).reshape(value.shape).astype(value.dtype)
 
-        if len(a) == len(self.slot[site]):  # every layer has one: nothing to decide
-            return value + delta(ctx.input)
-        return value + jax.lax.cond(slot < len(a), delta, lambda x: jnp.zeros_like(value), ctx.input)
+        if len(a) == np.size(self.slot[site]):  # hardly a layer without one: skipping it costs more than it saves
+            return value + jnp.where(used, delta(ctx.input), 0)
+        return value + jax.lax.cond(used, delta, lambda x: jnp.zeros_like(value), ctx.input)
 
 
 def _drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

@@ -133,7 +133,8 @@ def window_effects(
     cuts = knockouts(depth, edges, [*window_layers(depth, width), None], mode=mode, seed=seed)
     work = []
     for rows, batch in batches(examples, processor, model.config, size):
-        bound = stack([cut.bound(label(batch)) for cut in cuts])
+        labels = label(batch)
+        bound = stack([cut.bound(labels) for cut in cuts])
         work.append((rows, batch.inputs, bound, Gold.of(batch.inputs, batch.spans["answer"])))
     costs = [estimate(model, *rest) for _, *rest in work]
     found: dict[int, tuple] = {}

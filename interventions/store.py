@@ -43,6 +43,8 @@ def dump(interventions: Sequence[Any]) -> bytes:
 
 def _pack(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
     """Puts the arrays of ``value`` into ``tensors`` and returns their names in its place."""
+    if value is None:
+        return None
     if isinstance(value, dict):
         return {key: _pack(part, f"{name}.{key}", tensors) for key, part in sorted(value.items())}
     if isinstance(value, tuple):
@@ -81,6 +83,8 @@ def _unpack(entry: dict, tensors: dict[str, np.ndarray]) -> Any:
         raise UserError(f"unknown kind of intervention {entry['kind']!r}{nearest(entry['kind'], KINDS)}")
 
     def arrays(layout):
+        if layout is None:
+            return None
         if isinstance(layout, dict):
             return {key: arrays(part) for key, part in layout.items()}
         return tuple(arrays(part) for part in layout) if isinstance(layout, list) else tensors[layout]

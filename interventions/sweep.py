@@ -28,6 +28,8 @@ from vlm_jax.vision.blocks import Features
 #: variant is carried along before its first layer. An accelerator wants more rows.
 CHUNK_TOKENS = {"cpu": 192}
 _ACCELERATOR_TOKENS = 8192
+#: What the states of the variants that are swept at once may take.
+LIVE_BYTES = 2**30
 #: The shared prefix ends at a multiple of this, so that prompts of nearly the same shape share a program.
 PREFIX_BUCKET = 8
 
@@ -110,11 +112,7 @@ class PerVariant:
 
         def one(interventions, value, input, own):
             read = None if own is None else ctx.read.replace(own=own)
-            for intervention in interventions:
-                if site in intervention.sites:
-                    here = dataclasses.replace(ctx, input=input, read=read)
-                    value = intervention(site, value, here).astype(value.dtype)
-            return value
+            return Probe(interventions, NO_TAPS, ctx)(site, value, input, read)
 
         input = None if ctx.input is None else apart(ctx.input)
         own = None if ctx.read is None else apart(ctx.read.own)
@@ -183,7 +181,7 @@ def _check_acts(variants: Variants) -> None:
     def acts(interventions):
         found = []
         for i in (i for i in interventions if hasattr(i, "active")):
-            tokens = i.tokens()
+            tokens = i.tokens() if hasattr(i, "tokens") else None
             active = functools.reduce(jnp.logical_or, [jnp.any(table) for table in i.active().values()], False)
             found.append(active if tokens is None else active & jnp.any(tokens))
         return jnp.array(found)
@@ -209,50 +207,10 @@ def prefix(model: Model, inputs: Inputs, start: int) -> int:
     return start
 
 
-def sweep(
-    model: Model,
-    inputs: Inputs,
-    variants: Variants | Sequence[Any],
-    read: Read,
-    *,
-    base: Sequence[Any] = (),
-    clean: Sequence[Any] | None = None,
-    engine: Literal["sweep", "naive"] = "sweep",
-    start: int | None = None,
-    chunk: int | None = None,
-    features: Features | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Any:
-    """What ``read`` makes of every variant of a base run, with a leading axis of N, in the order of ``variants``.
-
-    Args:
-        variants: :class:`Variants`, or a list to be stacked. They may differ in layers, heads, tokens and strengths.
-        read: see :mod:`interventions.read`; its field ``first`` is the first token it looks at (0 without).
-        base: interventions of every variant, applied before its own.
-        clean: interventions of a clean run, () for none: it supplies the values of patches without a donor. Causal
-            tracing has the noise in ``base`` ("denoise"); with the noise in ``clean`` instead, patches spread it.
-        engine: "sweep", or "naive": the whole model for every variant (the oracle).
-        start: tokens before this are the same in all runs. Found from the interventions and ``read`` where None.
-        chunk: variants that are worked on together.
-        features: ``model.features(inputs)[0]``, to run the vision tower once for several sweeps of the same images.
-        mesh: shards the variants over the first axis of a mesh. To shard samples, shard ``inputs``.
-
-    Raises:
-        UserError: a variant that acts nowhere, or variants that differ in more than values.
-    """
-    return sweep_runs(
-        model,
-        inputs,
-        variants,
-        read,
-        base=base,
-        clean=clean,
-        engine=engine,
-        start=start,
-        chunk=chunk,
-        features=features,
-        mesh=mesh,
-    ).variants
+def sweep(model: Model, inputs: Inputs, variants: "Variants | Sequence[Any]", read: Read, **how: Any) -> Any:
+    """What ``read`` makes of every variant of a base run, with a leading axis of N: :func:`sweep_runs` without the
+    read-outs of the other runs."""
+    return sweep_runs(model, inputs, variants, read, **how).variants
 
 
 def sweep_runs(
@@ -269,12 +227,31 @@ def sweep_runs(
     features: Features | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Runs:
-    """:func:`sweep`, with the read-outs of the base run and the clean run too."""
+    """The read-outs of every variant of a base run, in the order of ``variants``, and those of the base run and the
+    clean run themselves.
+
+    Args:
+        variants: :class:`Variants`, or a list to be stacked. They may differ in layers, heads, tokens and strengths.
+        read: see :mod:`interventions.read`; its field ``first`` is the first token it looks at (0 without).
+        base: interventions of every variant, applied before its own.
+        clean: interventions of a clean run, () for none: it supplies the values of patches without a donor. Causal
+            tracing has the noise in ``base`` ("denoise"); with the noise in ``clean`` instead, patches spread it.
+        engine: "sweep", or "naive": the whole model for every variant (the oracle).
+        start: share at most so many tokens; as many as can be where None.
+        chunk: variants that are worked on together.
+        features: ``model.features(inputs)[0]``, to run the vision tower once for several sweeps of the same images.
+        mesh: shards the variants over the first axis of a mesh, each device with a whole model. To shard samples, shard
+            ``inputs``.
+
+    Raises:
+        UserError: a variant that acts nowhere, or variants that differ in more than values.
+    """
     variants = variants if isinstance(variants, Variants) else stack(variants)
     base, clean = tuple(base), None if clean is None else tuple(clean)
     if engine not in ("sweep", "naive"):
         raise UserError(f"unknown engine {engine!r}: use 'sweep' or 'naive'")
-    check((*base, *variants.take(0).interventions, *(clean or ())), (), model.sites(inputs), model.depths)
+    own = variants.take(0).interventions
+    check((*base, *own, *(clean or ())), (), model.sites(inputs), model.depths, inputs.input_ids.shape)
     _check_acts(variants)
     missing = _missing(variants)
     if missing and clean is None:
@@ -283,7 +260,8 @@ def sweep_runs(
         )
     if not missing <= LAYER_SITES:
         raise UserError(f"a clean run supplies no {sorted(missing - LAYER_SITES)[0]!r}: give the donor's values")
-    start = plan(model, inputs, variants, read, base, clean) if start is None else prefix(model, inputs, start)
+    most = plan(model, inputs, variants, read, base, clean)
+    start = most if start is None else prefix(model, inputs, min(start, most))
     if hasattr(read, "first"):  # said what it had to, and programs must not differ for it
         read = read.replace(first=0)
     if engine == "naive":
@@ -292,7 +270,17 @@ def sweep_runs(
     if chunk is None:
         tokens = CHUNK_TOKENS.get(jax.default_backend(), _ACCELERATOR_TOKENS)
         chunk = max(1, tokens // (len(inputs.input_ids) * (length - start)))
-    return _sweep(model, inputs, clean, base, variants, read, features, start=start, chunk=chunk, mesh=mesh)
+    # So many variants that their states fill the budget are swept at once; the other runs are repeated for the rest.
+    count, state = len(variants), len(inputs.input_ids) * (length - start) * model.config.text.hidden_size * 4
+    block = min(count, max(chunk, LIVE_BYTES // state))
+    parts = []
+    for at in range(0, count, block):
+        part = variants.take(np.minimum(np.arange(at, at + block), count - 1))
+        parts.append(_sweep(model, inputs, clean, base, part, read, features, start=start, chunk=chunk, mesh=mesh))
+    if len(parts) == 1:
+        return parts[0]
+    joined = jax.tree.map(lambda *a: jnp.concatenate(a)[:count], *(runs.variants for runs in parts))
+    return parts[0]._replace(variants=joined)
 
 
 def plan(model: Model, inputs: Inputs, variants: Variants, read: Read, base=(), clean=None) -> int:
@@ -488,7 +476,8 @@ def generate_variants(
         chunk: variants that generate together.
     """
     variants = variants if isinstance(variants, Variants) else stack(variants)
-    check((*base, *variants.take(0).interventions), (), model.sites(inputs), model.depths)
+    own = variants.take(0).interventions
+    check((*base, *own), (), model.sites(inputs), model.depths, inputs.input_ids.shape)
     _check_acts(variants)
     how = decoding(model, max_new_tokens, steps)
     # The last token of every prompt must lie in the window.
@@ -521,6 +510,6 @@ def _generate_variants(model: Model, inputs: Inputs, base, variants: Variants, *
             own = own._replace(x=entered.x[number])
             own = own if entered.deepstack is None else own._replace(deepstack=entered.deepstack[number])
         interventions = (*base, *variants.take(number).interventions)
-        return continued(model, inputs, own, window, past, interventions, how, jax.random.key(0))
+        return continued(model, inputs, own, window, past, interventions, how)
 
     return jax.lax.map(one, jnp.arange(len(variants)), batch_size=chunk)

@@ -260,7 +260,7 @@ def main(args: Args) -> None:
     args.layers(model.config.text.num_hidden_layers)
     for examples in loaded.values():
         check_fit(examples, processor, model.config)
-    run = Run.open(args.out, args, model.config)
+    run = Run.open(args.out, args, model.config, processor)
     tasks, results, lines = {}, {}, []
     for label, examples in loaded.items():
         file = f"{label}/table.npz"

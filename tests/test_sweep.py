@@ -39,6 +39,8 @@ from interventions import (
     sweep,
 )
 from interventions.grids import cut_grid, head_grid, patch_grid, windows
+from interventions.groups import GROUPS
+from interventions.sweep import plan
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import Batch
 
@@ -282,6 +284,37 @@ def test_what_acts_outside_of_the_layers(runs, name):
     naive = agree(case, [tuple(make(case, i) for make in kinds) for i in range(COUNT)])
     if name in ("blocks", "images"):  # the row without an image is the base run's
         assert error(naive[:, 2], naive[:1, 2].repeat(COUNT, 0)) < EXACT
+
+
+def tail_kinds(case, i):
+    """Layer kinds on the last two tokens of every row, and a knock-out from there: behind all images."""
+    where = np.zeros_like(case.real)
+    where[:, -2:] = case.real[:, -2:]
+    groups = np.where(where, GROUPS.index("last"), GROUPS.index("image"))
+    knock = AttentionKnockout.between(LAYERS, "last", "image", [i % LAYERS], mode="pre_softmax", keep=0.1)
+    gate = Gate({"text.resid_post": only(i % LAYERS, 0.2 * i, 1)}, where=where)
+    return (knock.replace(groups=groups), gate, UniformAttention(only(i % LAYERS, 0.3, 0), where=where))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_may_hold_images(runs, family):
+    case = runs(family)
+    variants = stack([tail_kinds(case, i) for i in range(COUNT)])
+    start = plan(case.model, case.inputs, variants, case.read)
+    assert case.masks["image"][:, :start].any() and not case.masks["image"][:, start:].any()
+    naive, fast = case.both(variants)
+    assert min(np.abs(naive[0] - other).max() for other in naive[1:]) > CAUGHT
+    # Logits reach 10, and the two engines sum attention over the prefix in another order.
+    assert (np.abs(fast - naive) / np.maximum(1, np.abs(naive))).max() < EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_variants_share_a_prefix_of_images(runs, family):
+    case = runs(family)
+    variants = [tail_kinds(case, i) for i in range(2)]
+    got = np.asarray(generate_variants(case.model, case.inputs, variants, 3))
+    want = [np.asarray(vlm_jax.generate(case.model, case.inputs, 3, v)) for v in variants]
+    np.testing.assert_array_equal(got, want)
 
 
 def test_prefix_ends_before_an_image_that_sees_itself(runs):
@@ -574,6 +607,7 @@ import jax
 import numpy as np
 import vlm_jax
 from interventions import Add, Gate, Gold, bind, sweep
+from interventions.groups import GROUPS
 from interventions.grids import cut_grid
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode

@@ -41,26 +41,26 @@ def generate(
     Returns:
         ``(B, max_new_tokens)`` int32, the end token included.
     """
-    check(interventions, (), model.sites(inputs), model.depths)
-    how = decoding(model, max_new_tokens, steps, temperature, top_p, eos_token_id, pad_token_id)
+    check(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
+    how = decoding(model, max_new_tokens, steps, bool(temperature), eos_token_id, pad_token_id)
     if temperature and key is None:
         raise UserError("sampling needs a key: pass key=jax.random.key(seed)")
-    return _generate(model, inputs, tuple(interventions), how, jax.random.key(0) if key is None else key)
+    sampling = (jnp.float32(temperature), jnp.float32(top_p), key) if temperature else None
+    return _generate(model, inputs, tuple(interventions), how, sampling)
 
 
 class Decoding(NamedTuple):
-    """How to generate; static, but for a temperature and ``top_p`` that are."""
+    """How to generate: what is static of it."""
 
     count: int
     steps: str
-    temperature: float
-    top_p: float
+    sampled: bool
     eos: tuple[int, ...]
     pad: int
 
 
 def decoding(
-    model: Model, count: int, steps: str = "all", temperature=0.0, top_p=1.0, eos_token_id=None, pad_token_id=None
+    model: Model, count: int, steps: str = "all", sampled=False, eos_token_id=None, pad_token_id=None
 ) -> Decoding:
     """The options of :func:`generate`, checked, with the config's tokens where none are given."""
     if count < 1:
@@ -70,13 +70,13 @@ def decoding(
     eos = model.config.eos_token_ids if eos_token_id is None else eos_token_id
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
-    return Decoding(count, steps, float(temperature), float(top_p), eos, pad)
+    return Decoding(count, steps, sampled, eos, pad)
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def _generate(model: Model, inputs: Inputs, interventions, how: Decoding, key: jax.Array):
+def _generate(model: Model, inputs: Inputs, interventions, how: Decoding, sampling) -> jax.Array:
     embedded, _ = model.embed(inputs, interventions)
-    return continued(model, inputs, embedded, model.window(inputs), (), interventions, how, key)
+    return continued(model, inputs, embedded, model.window(inputs), (), interventions, how, sampling)
 
 
 def continued(
@@ -87,13 +87,14 @@ def continued(
     past: tuple,
     interventions,
     how: Decoding,
-    key: jax.Array,
+    sampling: tuple | None = None,
 ) -> jax.Array:
     """Prefills the tokens of ``window`` and generates the next ones.
 
     Args:
         embedded: of the window's tokens; past: the segments before it, ``(L, B, P, G, head_dim)`` twice each, which
             stay as they are, so that ``vmap`` over interventions keeps one copy of them.
+        sampling: temperature, top_p and key, where ``how.sampled``.
 
     Returns:
         ``(B, how.count)`` int32.
@@ -117,10 +118,10 @@ def continued(
     bounds = [0, *([start] if past else []), start + length + count]
 
     def choose(logits, step):
-        if not how.temperature:
+        if not how.sampled:
             return jnp.argmax(logits, -1).astype(jnp.int32)
-        scaled = logits.astype(jnp.float32) / how.temperature
-        return _sample(scaled, jnp.float32(how.top_p), jax.random.fold_in(key, step))
+        temperature, top_p, key = sampling
+        return _sample(logits.astype(jnp.float32) / temperature, top_p, jax.random.fold_in(key, step))
 
     def is_end(token):
         return functools.reduce(jnp.logical_or, [token == e for e in how.eos], jnp.zeros_like(token, bool))

@@ -50,7 +50,7 @@ class Model(nnx.Module):
         Raises:
             UserError: for an unknown tap or site, or an intervention that touches nothing.
         """
-        wanted = check(interventions, taps, self.sites(inputs), self.depths)
+        wanted = check(interventions, taps, self.sites(inputs), self.depths, inputs.input_ids.shape)
         interventions = jax.tree.map(jnp.asarray, tuple(interventions))  # layers index them while being traced
         embedded, outer = self.embed(inputs, interventions, wanted)
         window = self.window(inputs)
@@ -81,8 +81,10 @@ class Model(nnx.Module):
 
     @property
     def depths(self) -> dict[str, int]:
-        """Layers that each tower runs."""
-        return {"text": self.config.text.num_hidden_layers, "visual": 0 if self.visual is None else self.visual.depth}
+        """Layers that each tower runs, and after how many of the decoder's DeepStack adds something."""
+        stacked = getattr(self.config.vision, "deepstack_visual_indexes", ())
+        visual = 0 if self.visual is None else self.visual.depth
+        return {"text": self.config.text.num_hidden_layers, "visual": visual, "deepstack": len(stacked)}
 
     def window(self, inputs: Inputs, start: int = 0) -> Window:
         """Who sees whom, and the rotary angles, for the tokens from ``start`` on."""

@@ -113,7 +113,7 @@ class Context:
     def keys(self, array: jax.Array, count: int, new: Any = 0) -> jax.Array:
         """``array (B, T)`` for the ``count`` keys that attention sees; generated ones, which come last, are
         ``new``."""
-        return jnp.pad(array, [(0, 0), (0, count - array.shape[1])], constant_values=new)
+        return jnp.pad(array[:, :count], [(0, 0), (0, max(0, count - array.shape[1]))], constant_values=new)
 
 
 @runtime_checkable
@@ -213,14 +213,19 @@ def scan_layers(
 
 
 def check(
-    interventions: Sequence[Intervention], taps: Taps, present: frozenset[str], depths: Mapping[str, int]
+    interventions: Sequence[Intervention],
+    taps: Taps,
+    present: frozenset[str],
+    depths: Mapping[str, int],
+    shape: tuple[int, int],
 ) -> dict[str, Tap]:
     """The taps by site, once it is sure that every tap and every intervention meets a site of this pass, and acts
     there as far as can be told: what is traced by jit is not known before the program runs.
 
     Args:
         present: the sites that this model has for these inputs (:meth:`vlm_jax.Model.sites`).
-        depths: tower -> number of layers that are run.
+        depths: tower -> number of layers that are run; "deepstack" -> after how many of them it adds something.
+        shape: ``(B, T)`` of the inputs.
     """
     if isinstance(taps, Mapping):
         found = {
@@ -249,11 +254,10 @@ def check(
         if unknown := intervention.sites - SITES:
             name = sorted(unknown)[0]
             raise UserError(f"{kind} names an unknown site {name!r}{nearest(name, SITES)}")
-        there = intervention.sites & present
-        where = ", ".join(sorted(intervention.sites)) or "no site"
-        if not there:
-            raise UserError(f"{kind} touches nothing: it acts at {where}, which this forward pass does not have")
-        _check_acts(intervention, kind, there, depths)
+        if absent := sorted(intervention.sites - present) or not intervention.sites:
+            where = "no site" if absent is True else absent[0]
+            raise UserError(f"{kind} touches nothing at {where}, which this forward pass does not have")
+        _check_acts(intervention, kind, depths, shape)
     return found
 
 
@@ -262,22 +266,30 @@ def layered(site: str) -> bool:
     return site in LAYER_SITES or site in BLOCK_SITES
 
 
-def _check_acts(intervention: Intervention, kind: str, there: frozenset[str], depths: Mapping[str, int]) -> None:
-    """Refuses tables of another depth and, where the arrays are known, what acts in no layer or on no token."""
-    if not hasattr(intervention, "active"):
-        return
-    active = intervention.active()
-    for site in there:
-        shape = (depths[site.partition(".")[0]],) if layered(site) else ()
-        if np.shape(active[site]) != shape:
-            has = f"{shape[0]} layers" if shape else "no layers"
-            raise UserError(f"{kind} at {site!r} has a table of shape {np.shape(active[site])}, but the site has {has}")
-    known = [active[site] for site in sorted(there)]
-    if not any(isinstance(table, jax.core.Tracer) for table in known) and not any(np.any(table) for table in known):
-        where = ", ".join(sorted(there))
+def _check_acts(intervention: Intervention, kind: str, depths: Mapping[str, int], shape: tuple[int, int]) -> None:
+    """Refuses tables of another depth, tokens of another batch and, where the arrays are known, what acts in no layer
+    or on no token."""
+    known = []
+    active = intervention.active() if hasattr(intervention, "active") else {}
+    for site in sorted(intervention.sites & active.keys()):
+        table, tower = active[site], site.partition(".")[0]
+        right = (depths[tower],) if layered(site) else ()
+        if np.shape(table) != right:
+            has = f"{right[0]} layers" if right else "no layers"
+            raise UserError(f"{kind} at {site!r} has a table of shape {np.shape(table)}, but the site has {has}")
+        known.append(table[: depths["deepstack"]] if site == "text.deepstack" else table)
+    where = ", ".join(sorted(intervention.sites))
+    if known and not any(isinstance(table, jax.core.Tracer) or np.any(table) for table in known):
         raise UserError(f"{kind} touches nothing: it acts in no layer or head of {where}")
-    tokens = intervention.tokens()
-    if tokens is not None and not isinstance(tokens, jax.core.Tracer) and not np.any(tokens):
+    tokens = intervention.tokens() if hasattr(intervention, "tokens") else None
+    if tokens is None:
+        return
+    text = all(site.startswith("text.") for site in intervention.sites)
+    if text and np.shape(tokens) not in (tuple(shape), (1, shape[1])):
+        raise UserError(
+            f"{kind} is for prompts of shape {np.shape(tokens)}, but these have {tuple(shape)}: bind it anew"
+        )
+    if not isinstance(tokens, jax.core.Tracer) and not np.any(tokens):
         raise UserError(f"{kind} touches nothing: no token is marked for it")
 
 
