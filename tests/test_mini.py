@@ -2,24 +2,27 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from eval.accuracy import answer, score
 from interventions.trace import TraceOptions, trace_examples
 from vlm_jax import load
 from vlm_jax.checkpoint import MINI, embedded_models
-from vlm_jax.data import load_task
+from vlm_jax.data import Example, load_task, pretraining
 from vlm_jax.prompts import encode
 
 #: Embedded model -> its ``model_type``.
-MODELS = {"mini-qwen3-vl": "qwen3_vl", "mini-gemma3": "gemma3"}
+MODELS = {"mini-qwen3-vl": "qwen3_vl", "mini-gemma3": "gemma3", "mini-llava": "llava"}
+#: The stages that mini-llava went through before, kept to be compared with it.
+STAGES = {"mini-llava-text": "llama", "mini-llava-align": "llava"}
 #: What zero-shot accuracy must reach; mini-gemma3 reads charts but hardly words.
-FLOOR = {"mini-qwen3-vl": 0.30, "mini-gemma3": 0.20}
+FLOOR = {"mini-qwen3-vl": 0.30, "mini-gemma3": 0.20, "mini-llava": 0.30}
 #: Share of correctly answered samples on which noise must hurt.
-HURT = {"mini-qwen3-vl": 0.8, "mini-gemma3": 0.6}
+HURT = {"mini-qwen3-vl": 0.8, "mini-gemma3": 0.6, "mini-llava": 0.8}
 FAMILIES = ("knowledge", "perception")
 
 
@@ -34,13 +37,14 @@ def mini(name):
 
 
 def test_these_are_all():
-    assert embedded_models() == sorted(MODELS)
+    assert embedded_models() == sorted(MODELS | STAGES)
 
 
-def test_it_is_an_ordinary_folder_of_at_most_10_mb(name):
+@pytest.mark.parametrize("name, model_type", (MODELS | STAGES).items())
+def test_it_is_an_ordinary_folder_of_at_most_10_mb(name, model_type):
     folder = MINI / name
     assert (folder / "model.safetensors").stat().st_size <= 10_000_000
-    assert json.loads((folder / "config.json").read_text())["model_type"] == MODELS[name]
+    assert json.loads((folder / "config.json").read_text())["model_type"] == model_type
     assert {file.suffix for file in folder.iterdir()} == {".json", ".jinja", ".md", ".safetensors"}
 
 
@@ -59,7 +63,8 @@ def test_transformers_answers_the_same(name, mini, family):
         arrays = {"input_ids": torch.tensor(inputs.input_ids[:, :length], dtype=torch.long)}
         pixels = processor.image_processor(images=list(example.images), return_tensors="np")
         arrays |= {k: torch.tensor(pixels[k]) for k in ("pixel_values", "image_grid_thw") if k in pixels}
-        arrays["mm_token_type_ids" if "image_grid_thw" in pixels else "token_type_ids"] = kinds
+        if named := {"qwen3_vl": "mm_token_type_ids", "gemma3": "token_type_ids"}.get(MODELS[name]):
+            arrays[named] = kinds
         with torch.no_grad():
             logits = oracle(**arrays).logits.numpy()
             tokens = oracle.generate(**arrays, max_new_tokens=4)[0, length:]
@@ -86,3 +91,29 @@ def test_noise_on_the_question_hurts_what_is_known(name, mini, family):
     te = trace_examples(model, processor, examples, TraceOptions(), family).trace.te
     assert correct.sum() >= 20
     assert np.mean(te[correct] > 0) >= HURT[name]
+
+
+def test_the_text_stage_knows_the_facts():
+    """The decoder before it ever saw a picture: facts by name, here as in transformers."""
+    model, processor = load("mini-llava-text")
+    oracle = AutoModelForCausalLM.from_pretrained(MINI / "mini-llava-text", attn_implementation="eager").eval()
+    turns = [turn for turn in map(pretraining.text_fact, range(40)) if turn.qa][:20]
+    examples = [Example(str(i), (), turn.prompt, (turn.answer,)) for i, turn in enumerate(turns)]
+    results, _ = score(examples, answer(model, processor, examples).texts)
+    assert results["accuracy"] >= 0.8
+    inputs = encode(examples[:1], processor, model.config).inputs
+    length = int(inputs.attention_mask.sum())
+    with torch.no_grad():
+        logits = oracle(torch.tensor(inputs.input_ids[:, :length], dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(np.asarray(model(inputs).logits)[:, :length], logits, atol=1e-4)
+
+
+def test_the_stages_are_one_model_on_its_way():
+    """Equal shapes, and every stage's decoder is nearer to the next stage's than to the last one's."""
+    text, align, last = (load(name)[0].text for name in ("mini-llava-text", "mini-llava-align", "mini-llava"))
+
+    def apart(a, b):
+        return sum(float(((x - y) ** 2).sum()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)) ** 0.5
+
+    assert 0 < apart(text, align) < apart(text, last)
+    assert 0 < apart(align, last) < apart(text, last)
