@@ -267,9 +267,7 @@ def sweep_runs(
     if engine == "naive":
         return _naive(model, inputs, clean, base, variants, read)
     length = inputs.input_ids.shape[1]
-    if chunk is None:
-        tokens = CHUNK_TOKENS.get(jax.default_backend(), _ACCELERATOR_TOKENS)
-        chunk = max(1, tokens // (len(inputs.input_ids) * (length - start)))
+    chunk = _chunk(inputs, start) if chunk is None else chunk
     # So many variants that their states fill the budget are swept at once; the other runs are repeated for the rest.
     count, state = len(variants), len(inputs.input_ids) * (length - start) * model.config.text.hidden_size * 4
     block = min(count, max(chunk, LIVE_BYTES // state))
@@ -281,6 +279,12 @@ def sweep_runs(
         return parts[0]
     joined = jax.tree.map(lambda *a: jnp.concatenate(a)[:count], *(runs.variants for runs in parts))
     return parts[0]._replace(variants=joined)
+
+
+def _chunk(inputs: Inputs, start: int) -> int:
+    """How many variants of the tokens from ``start`` on to work on together."""
+    batch, length = inputs.input_ids.shape
+    return max(1, CHUNK_TOKENS.get(jax.default_backend(), _ACCELERATOR_TOKENS) // (batch * (length - start)))
 
 
 def plan(model: Model, inputs: Inputs, variants: Variants, read: Read, base=(), clean=None) -> int:
@@ -484,9 +488,7 @@ def generate_variants(
     last = int(np.asarray(inputs.attention_mask)[:, ::-1].argmax(1).max())
     length = inputs.input_ids.shape[1]
     start = prefix(model, inputs, min(first_token(variants, length), length - 1 - last))
-    if chunk is None:
-        tokens = CHUNK_TOKENS.get(jax.default_backend(), _ACCELERATOR_TOKENS)
-        chunk = max(1, tokens // (len(inputs.input_ids) * (length - start)))
+    chunk = _chunk(inputs, start) if chunk is None else chunk
     return _generate_variants(model, inputs, tuple(base), variants, start=start, chunk=chunk, how=how)
 
 
