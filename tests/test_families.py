@@ -18,7 +18,7 @@ import vlm_jax
 from interventions import causal_trace
 from interventions.adapters import init_lora, lowest_layer, save_peft
 from train import mini
-from train.lora import Frozen, loss, trunk
+from train.trunk import Frozen, loss, trunk
 from vlm_jax import Model
 from vlm_jax.checkpoint import leaf_name, read_config
 from vlm_jax.data import Example, load_task

@@ -1,6 +1,7 @@
-"""Which model a command runs and how it is loaded: the options that every command shares."""
+"""Which model a command runs and on which data: the options that every command shares."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from vlm_jax.checkpoint import load
@@ -30,3 +31,14 @@ class ModelOptions:
                 raise UserError(f"{self.model} is a text-only model: drop --min-pixels and --max-pixels")
             model.config.vision.limit_pixels(processor.image_processor, self.min_pixels, self.max_pixels)
         return model, processor
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """How the examples of a real dataset are made."""
+
+    data_root: Path | None = None
+    """Folder with local copies of hub datasets, ROOT/OWNER/NAME or ROOT/NAME; by default the hub is asked."""
+    choices: Literal["listed", "lettered", "hidden"] = "listed"
+    """How a multiple-choice question shows its choices: as a list of texts (the answer is a text), as lettered lines
+    (the answer is a letter), or not at all. P0 does not say."""
