@@ -13,6 +13,7 @@ import pytest
 
 import train.lora as lora_command
 from interventions.adapters import init_lora, lowest_layer
+from train import trunk
 from train.loop import fit
 from vlm_jax import UserError, load
 from vlm_jax.data import load_task
@@ -34,17 +35,17 @@ def problem(mini, names, **changed):
     options = args(**changed)
     lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=jax.random.key(1))
     lowest = lowest_layer(lora)
-    data = lora_command.trunk(
+    data = trunk.trunk(
         model, encode(load_task("perception", split="train", limit=8), processor, model.config), lowest, size=8
     )
-    return lora, lora_command.Frozen(model, lora.slot, lora.scale, options.dropout, lowest), data
+    return lora, trunk.Frozen(model, lora.slot, lora.scale, options.dropout, lowest), data
 
 
 def test_only_the_adapter_moves(mini):
     model, processor = mini
     before = jax.tree.map(np.array, model)
     examples = load_task("knowledge", split="train", limit=8)
-    lora = lora_command.train_lora(
+    lora = trunk.train_lora(
         model, ["L5-attn", "L7-mlp"], encode(examples, processor, model.config), args(epochs=3), "test"
     )
     chex.assert_trees_all_equal(jax.tree.map(np.array, model), before)
@@ -73,7 +74,7 @@ def matmul_flops(jaxpr, times: int = 1) -> int:
 def gradient_flops(mini, name: str) -> int:
     lora, frozen, data = problem(mini, [name])
     key = jax.random.key(0)
-    return matmul_flops(jax.make_jaxpr(jax.grad(lora_command.loss))(lora.weights, frozen, data, key).jaxpr)
+    return matmul_flops(jax.make_jaxpr(jax.grad(trunk.loss))(lora.weights, frozen, data, key).jaxpr)
 
 
 def test_gradients_reach_no_lower_than_the_lowest_adapter(mini):
@@ -90,8 +91,8 @@ def test_trunk_gives_the_same_loss_from_any_layer(mini):
     _, _, whole = problem(mini, ["L0-attn"])
     key = jax.random.key(0)
     np.testing.assert_allclose(
-        lora_command.loss(lora.weights, frozen, data, key),
-        lora_command.loss(lora.weights, frozen.replace(lowest=0), whole, key),
+        trunk.loss(lora.weights, frozen, data, key),
+        trunk.loss(lora.weights, frozen.replace(lowest=0), whole, key),
         rtol=1e-6,
     )
 
@@ -99,7 +100,7 @@ def test_trunk_gives_the_same_loss_from_any_layer(mini):
 def test_dropout_needs_its_key_and_changes_the_loss(mini):
     lora, frozen, data = problem(mini, ["L6-mlp"], dropout=0.5)
     lora = lora.replace(weights=jax.tree.map(lambda w: w + 0.1, lora.weights))
-    losses = [float(lora_command.loss(lora.weights, frozen, data, jax.random.key(i))) for i in (0, 0, 1)]
+    losses = [float(trunk.loss(lora.weights, frozen, data, jax.random.key(i))) for i in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
