@@ -11,27 +11,17 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from scipy.stats import bootstrap
 
 from interventions.attention import Reading, read_examples
 from interventions.groups import members
 from interventions.knockout import EDGES, FAILURES, Effect, edge, knocked_out_answers, window_effects, window_layers
-from vlm_jax.data import load_task
+from interventions.statistics import interval
+from vlm_jax.data import load_task, source, task_label
 from vlm_jax.errors import UserError, command
 from vlm_jax.families import FAMILIES
-from vlm_jax.options import ModelOptions
+from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.prompts import check_fit
 from vlm_jax.runs import Run
-
-
-def interval(values: np.ndarray, seed: int = 0) -> dict:
-    """The mean over samples (axis 0; NaN is left out) and its 95 % percentile bootstrap interval."""
-    values = np.asarray(values, np.float64)
-    low = high = mean = np.nanmean(values, 0)
-    if len(values) > 1:
-        found = bootstrap((values,), np.nanmean, n_resamples=2000, method="percentile", rng=seed, vectorized=True)
-        low, high = found.confidence_interval
-    return {"mean": np.asarray(mean).tolist(), "low": np.asarray(low).tolist(), "high": np.asarray(high).tolist()}
 
 
 def summarise_reading(reading: Reading, seed: int = 0) -> dict:
@@ -72,11 +62,11 @@ def summarise_effect(effect: Effect, edges: Sequence[str], seed: int = 0) -> dic
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(ModelOptions):
+class Args(DataOptions, ModelOptions):
     """Measure how visual information flows to text: attention, knock-outs of it, and in which layers they hurt (P1)."""
 
     tasks: tuple[str, ...] = ("mini-okvqa", "mini-docvqa")
-    """Task names, families (knowledge, perception) or JSONL files."""
+    """Task names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
     limit: int = 48
     """Samples of each task."""
     edges: tuple[str, ...] | None = None
@@ -156,9 +146,7 @@ def _report(task: str, found: dict) -> None:
 def main(args: Args) -> None:
     from interventions import flow_figures as figures
 
-    tasks = {
-        Path(t).stem if t.endswith(".jsonl") else t: load_task(t, split="trace", limit=args.limit) for t in args.tasks
-    }
+    tasks = {task_label(t): load_task(t, split="trace", limit=args.limit, options=args) for t in args.tasks}
     if not tasks or len(tasks) < len(args.tasks):
         raise UserError(
             f"--tasks is {' '.join(args.tasks) or 'empty'}: name at least one, and none (nor a file's stem) twice"
@@ -175,6 +163,7 @@ def main(args: Args) -> None:
     for examples in tasks.values():
         check_fit(examples, processor, model.config)
     run = Run.open(args.out, args, model.config, processor)
+    run.manifest["data"] = {name: source(name, split="trace", options=args) for name in args.tasks}
     how = {"size": args.batch, "seed": args.seed}
     to_generate = how | {
         "modes": args.modes,

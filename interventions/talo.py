@@ -26,7 +26,6 @@ from interventions.selection import (
     assess,
     gains,
     in_two,
-    interval,
     layer_name,
     outside,
     permuted,
@@ -36,15 +35,14 @@ from interventions.selection import (
     together,
     tree,
 )
+from interventions.statistics import percentiles
 from interventions.store import save_interventions
 from interventions.sweep import stack, sweep_runs
 from vlm_jax import Model
-from vlm_jax.data import Example, load_task
+from vlm_jax.data import Example, load_task, source, task_label
 from vlm_jax.data.miniworld import TASKS
-from vlm_jax.data.wordings import held_out_words, words
-from vlm_jax.data.world import RELATIONS
 from vlm_jax.errors import UserError, command
-from vlm_jax.options import ModelOptions
+from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.prompts import batches, check_fit
 from vlm_jax.runs import Run
 
@@ -92,16 +90,8 @@ def tabulate(
 
 
 def subtask(example: Example) -> str:
-    """What a miniworld question is about: the relation of the fact, or the part of a picture, which is named by its key
-    or by its place. Of any other example, its task."""
-    task = TASKS.get(example.task)
-    if task is None:
-        return example.task
-    if task.family == "knowledge":
-        about = next((name for name, values in RELATIONS.items() if example.answers[0] in values), "other")
-    else:
-        about = "by place" if words(example.question) & set(held_out_words()) else "by key"
-    return f"{example.task}: {about}"
+    """An example's task, and its category within it where the task has any."""
+    return example.task if example.subtask is None else f"{example.task}: {example.subtask}"
 
 
 class Task(NamedTuple):
@@ -114,14 +104,14 @@ class Task(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(SelectOptions, ModelOptions):
+class Args(SelectOptions, DataOptions, ModelOptions):
     """Find, for every task, which layers hurt it, choose one to cut on a few samples, and measure that on others (P3).
 
     Accuracy is forced-greedy: greedy decoding would write the first gold answer to the letter and stop.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
-    """Task names, families (knowledge, perception) or JSONL files."""
+    """Task names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
     cut: Cut = "attn"
     """What is taken out of a layer: its attention's output (attn, the paper's), the even attention of zeroed queries
     (uniform), its MLP's output (mlp), or attention and MLP (block)."""
@@ -130,7 +120,7 @@ class Args(SelectOptions, ModelOptions):
     limit: int | None = 240
     """Samples of every task: the pool takes up to a third of them, the others evaluate the choice."""
     by: Literal["task", "subtask"] = "task"
-    """Whose interaction vectors are compared. Sub-tasks are known of the miniworld."""
+    """Whose interaction vectors are compared. Sub-tasks are a dataset's categories."""
     similarity: Similarity = "pearson"
     """What is compared of two interaction vectors."""
     batch: int = 32
@@ -144,11 +134,11 @@ class Args(SelectOptions, ModelOptions):
 
 
 def load_tasks(args: Args) -> dict[str, list[Example]]:
-    """The examples of every task, by its name; of a file, the name without its ending."""
-    named = {Path(name).stem if name.endswith(".jsonl") else name: name for name in args.tasks}
+    """The examples of every task, by its label."""
+    named = {task_label(name): name for name in args.tasks}
     if len(named) != len(args.tasks) or not named:
         raise UserError(f"--tasks is {' '.join(args.tasks) or 'empty'}: give at least one task, each once")
-    loaded = {label: load_task(name, split=args.split, limit=args.limit) for label, name in named.items()}
+    loaded = {label: load_task(name, split=args.split, limit=args.limit, options=args) for label, name in named.items()}
     for label, examples in loaded.items():
         try:
             args.check(len(examples))
@@ -173,7 +163,7 @@ def study(task: Task, args: Args) -> tuple[dict, Choice]:
         "rounds": choice.rounds,
         "eval_samples": len(rows),
         "eval_base": float(base[rows].mean()),
-        "eval_gain": {**interval(spread), "mean": float(gained.mean())},
+        "eval_gain": {**percentiles(spread.ravel()), "mean": float(gained.mean())},
         "over_probe_sets": assess(base, correct, strata, args, args.draws, args.seed),
         "best_of_all": permuted(base, correct, args.layers(len(correct)), args.draws, args.seed),
     }, choice
@@ -261,6 +251,7 @@ def main(args: Args) -> None:
     for examples in loaded.values():
         check_fit(examples, processor, model.config)
     run = Run.open(args.out, args, model.config, processor)
+    run.manifest["data"] = {name: source(name, split=args.split, options=args) for name in args.tasks}
     tasks, results, lines = {}, {}, []
     for label, examples in loaded.items():
         file = f"{label}/table.npz"

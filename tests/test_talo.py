@@ -112,7 +112,7 @@ def test_subtasks(monkeypatch, share, about):
     for e in facts:
         wording = FACTS[subtask(e).split(": ")[1]]
         assert any(words(t) <= words(e.question) for t in wording.familiar + wording.held_out)
-    assert subtask(dataclasses.replace(facts[0], task="my-file")) == "my-file"
+    assert subtask(dataclasses.replace(facts[0], task="my-file", subtask=None)) == "my-file"
 
 
 # The choice.

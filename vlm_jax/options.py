@@ -42,3 +42,5 @@ class DataOptions:
     choices: Literal["listed", "lettered", "hidden"] = "listed"
     """How a multiple-choice question shows its choices: as a list of texts (the answer is a text), as lettered lines
     (the answer is a letter), or not at all. P0 does not say."""
+    stream: bool = False
+    """Read a dataset over the network instead of storing it: for a few samples of a large one."""

@@ -6,7 +6,7 @@ the question begins is known by construction and no text or token id is ever sea
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -201,9 +201,9 @@ def batches(
                 yield [first + row for row in part], Batch(inputs, spans, most)
 
 
-def compiled_shapes(groups: Iterable[tuple[list[int], Batch]]) -> int:
-    """How many shapes the batches have: as many programs were compiled for them."""
-    return len({tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch.inputs)) for _, batch in groups})
+def shape_of(batch: Batch) -> tuple:
+    """What a program is compiled for."""
+    return tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch.inputs))
 
 
 def check_fit(examples: Sequence[Example], processor, config: Config) -> None:

@@ -6,9 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
-import tempfile
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ class Run:
         if jax.config.jax_compilation_cache_dir is None:
             # What one run compiled, the next one loads.
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vlm-jax"))
-        return cls(folder, config, _manifest(model, processor))
+        shutil.rmtree(folder / ".partial", ignore_errors=True)
+        return cls(folder, config, manifest(model, processor))
 
     def path(self, name: str) -> Path:
         """A path in the folder, its parents made."""
@@ -79,16 +80,14 @@ class Run:
 
     def write(self, name: str, writer: Callable[[Path], None]) -> Path:
         """Lets ``writer`` fill a temporary file, then puts it in place whole."""
-        if name != "config.json" and not (self.folder / "config.json").is_file():
+        if name not in ("config.json", "manifest.json") and not (self.folder / "manifest.json").is_file():
             self.save_json("config.json", self.config)
             self.save_json("manifest.json", self.manifest)
         temporary = None
         try:
             path = self.path(name)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-            os.close(handle)
-            writer(Path(temporary))
-            os.chmod(temporary, 0o644)
+            temporary = self._partial() / path.name
+            writer(temporary)
             os.replace(temporary, path)
         except OSError as error:
             raise UserError(
@@ -96,8 +95,22 @@ class Run:
             ) from None
         finally:
             if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
+                temporary.parent.rmdir()
         return path
+
+    def write_folder(self, name: str, writer: Callable[[Path], None]) -> Path:
+        """Lets ``writer`` make a temporary folder, then puts it in place whole."""
+        path, temporary = self.path(name), self._partial() / Path(name).name
+        shutil.rmtree(temporary, ignore_errors=True)
+        writer(temporary)
+        temporary.rename(path)
+        temporary.parent.rmdir()
+        return path
+
+    def _partial(self) -> Path:
+        """Where files grow. What a killed session left there is of no use."""
+        return self.path(".partial/_").parent
 
     def save_json(self, name: str, value: Any) -> Path:
         return self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
@@ -108,6 +121,10 @@ class Run:
 
     def save_arrays(self, name: str, **arrays: Any) -> Path:
         return self.write(name, lambda path: np.savez(path, **arrays))
+
+    def log(self, name: str) -> "Log":
+        """The append-only file ``name`` of records, a JSON object a line, with what an earlier session left there."""
+        return Log(self, name)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value of stage ``name``, made now or read from an earlier, interrupted run."""
@@ -122,6 +139,64 @@ class Run:
         self.save_json("seconds.json", {**seconds, stage: round(time.perf_counter() - begun, 1)})
 
 
+class Log:
+    """Records that are on disk as soon as they are known, in an order that does not change from session to session.
+
+    A killed run leaves a file that ends anywhere; what is kept of it are whole batches. Without a run, records are in
+    memory alone.
+    """
+
+    def __init__(self, run: Run | None = None, name: str = ""):
+        self.run, self.name = run, name
+        self.records: list[dict] = []
+        if run is not None and (path := run.folder / name).is_file():
+            whole = path.read_bytes().rpartition(b"\n")[0]
+            self.records = [json.loads(line) for line in whole.splitlines()]
+
+    def missing(self, batches: Iterable[tuple[Sequence[int], Any]]) -> Iterator[tuple[Sequence[int], Any]]:
+        """Those of the batches (rows and content) whose records are not all there. What follows the first of them is
+        taken back: :meth:`append` its records before the next one is asked for."""
+        done, cut = 0, False
+        for rows, batch in batches:
+            if not cut and done + len(rows) <= len(self.records):
+                done += len(rows)
+                continue
+            if not cut:
+                self._keep(done)
+                cut = True
+            yield rows, batch
+        if not cut:
+            self._keep(done)
+
+    def append(self, records: Sequence[dict]) -> None:
+        """Writes the records of one batch and makes sure that they are on the disk."""
+        if self.run is None:
+            self.records += records
+            return
+        if not self.records:
+            self.run.write(self.name, lambda path: path.write_bytes(b""))
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        try:
+            with open(self.run.folder / self.name, "ab") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.run.folder / self.name} ({error.strerror}): free the disk or choose another --out"
+            ) from None
+        self.records += [json.loads(line) for line in text.encode().splitlines()]
+
+    def _keep(self, count: int) -> None:
+        """Cuts the file after ``count`` records."""
+        self.records = self.records[:count]
+        if self.run is not None and (path := self.run.folder / self.name).is_file():
+            with open(path, "rb+") as file:
+                for _ in range(count):
+                    file.readline()
+                file.truncate(file.tell())
+
+
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -134,7 +209,7 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _manifest(config: Config | None, processor: Any) -> dict:
+def manifest(config: Config | None, processor: Any) -> dict:
     def version(package: str) -> str | None:
         try:
             return importlib.metadata.version(package)

@@ -1,36 +1,85 @@
-"""Examples to work on: the built-in miniworld tasks by name, or a user's own JSON Lines file by path."""
+"""Examples to work on: the miniworld, public datasets by name, or a user's own file or folder by path."""
 
+import hashlib
 import pathlib
 
+from vlm_jax.data import easy_vqa, loading, specs
 from vlm_jax.data.example import FAMILIES, Example
+from vlm_jax.data.folder import open_folder
 from vlm_jax.data.jsonl import read_jsonl
 from vlm_jax.data.miniworld import SPLIT_SIZES, TASKS, make_example
+from vlm_jax.data.world import WORLD_SEED
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.options import DataOptions
 
-__all__ = ["Example", "load_task", "task_names"]
+__all__ = ["Example", "load_task", "source", "task_label", "task_names"]
 
 
 def task_names() -> list[str]:
-    """The built-in tasks, then the families, each of which stands for its tasks in turn."""
-    return [*TASKS, *FAMILIES]
+    """All names: the miniworld's tasks and their families, easy-VQA, P0's families of datasets, datasets by their plain
+    names, and lmms-eval's tasks on them. A family stands for its tasks in turn."""
+    return [*TASKS, *FAMILIES, easy_vqa.NAME, *specs.names()]
 
 
-def load_task(name_or_path: str | pathlib.Path, *, split: str = "eval", limit: int | None = None) -> list[Example]:
-    """The first ``limit`` examples (all by default) of a task, a family or a JSON Lines file.
+def task_label(name_or_path: str | pathlib.Path) -> str:
+    """A short name, fit for a file: a task's own, or that of a file (without its ending) or of a folder."""
+    name, path = str(name_or_path), pathlib.Path(name_or_path)
+    return name if name in task_names() else path.stem if name.endswith(".jsonl") else path.resolve().name
 
-    A family takes its tasks' examples in turn, and ``limit`` counts them all. A file, known by its
-    ending ``.jsonl``, has no splits, so ``split`` is ignored.
+
+def load_task(
+    name_or_path: str | pathlib.Path,
+    *,
+    split: str = "eval",
+    limit: int | None = None,
+    options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
+) -> list[Example]:
+    """The first ``limit`` examples (all by default) of a task, a family, a JSON Lines file or a folder.
+
+    A family takes its tasks' examples in turn, and ``limit`` counts them all. Splits (trace, train, eval, test) are
+    the same everywhere and share no image; ``all`` is what a public dataset's benchmark scores. lmms-eval's tasks and a
+    file, known by its ending ``.jsonl``, have no splits, so there ``split`` is ignored; a folder
+    (:mod:`vlm_jax.data.folder`) has its own.
+
+    Raises:
+        UserError: for an unknown name or split; a dataset that cannot be reached, has other columns than it had, or
+            has too few rows; a row without an answer; a file or folder that cannot be read.
     """
     if limit is not None and limit <= 0:
         raise UserError(f"limit is {limit}: ask for at least one example")
-    if str(name_or_path).endswith(".jsonl"):
-        return read_jsonl(name_or_path)[:limit]
-    name = str(name_or_path)
-    if name not in task_names():
-        raise UserError(f"unknown task {name!r}{nearest(name, task_names())} (or give the path of a .jsonl file)")
+    name, path = str(name_or_path), pathlib.Path(name_or_path)
+    if name.endswith(".jsonl"):
+        return read_jsonl(path)[:limit]
+    if name in specs.names():
+        return loading.load(name, split, limit, options)
+    if name == easy_vqa.NAME:
+        return easy_vqa.load(split, limit)
+    if name not in (*TASKS, *FAMILIES):
+        if path.is_dir():
+            task, opened = open_folder(path, split)
+            return loading.read_all(opened, task, limit, options)
+        raise UserError(
+            f"unknown task {name!r}{nearest(name, task_names())} (or give the path of a .jsonl file or a folder)"
+        )
     if split not in SPLIT_SIZES:
         raise UserError(f"unknown split {split!r}{nearest(split, SPLIT_SIZES)}")
     tasks = [task.name for task in TASKS.values() if name in (task.name, task.family)]
     count = len(tasks) * SPLIT_SIZES[split]
     places = range(count if limit is None else min(limit, count))
     return [make_example(tasks[i % len(tasks)], split, i // len(tasks)) for i in places]
+
+
+def source(name_or_path: str | pathlib.Path, *, split: str = "eval", options: DataOptions = DataOptions()) -> dict:  # noqa: B008
+    """Where :func:`load_task`'s examples come from, for a run's manifest: what the name resolved to, its revision, its
+    rows, and a digest of what was read. ``{}`` for what has no such thing."""
+    name, path = str(name_or_path), pathlib.Path(name_or_path)
+    if name.endswith(".jsonl"):
+        return {"dataset": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    if name in specs.names():
+        return loading.source(name, split, options)
+    if name == easy_vqa.NAME:
+        return easy_vqa.source()
+    if name in (*TASKS, *FAMILIES):
+        return {"dataset": "miniworld", "seed": WORLD_SEED}
+    opened = open_folder(path, split)[1]
+    return {"dataset": opened.resolved, **loading.contents(opened)}

@@ -41,11 +41,12 @@ SPLIT_SIZES = {"trace": 1000, "train": 3000, "eval": 1000, "test": 1000}
 
 
 class Question(NamedTuple):
-    """A question as it is asked, its answer, and the choices that are written into it."""
+    """A question as it is asked, its answer, the choices that are written into it, and what it is about."""
 
     text: str
     answer: str
     choices: tuple[str, ...] | None = None
+    subtask: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def ask_fact(
         options = [answer, *rng.choice(others, choices - 1, replace=False).tolist()]
         options = tuple(options[i] for i in rng.permutation(choices))
         lines.append(_word(rng, wordings.CHOICES, held_out).format(choices=", ".join(options)))
-    return Question("\n".join(lines), answer, options)
+    return Question("\n".join(lines), answer, options, relation)
 
 
 def _word(rng: np.random.Generator, wording: wordings.Wording, held_out: bool) -> str:
@@ -121,7 +122,8 @@ def _ask_part(rng: np.random.Generator, parts, wording: wordings.Wording, held_o
     slot, key, value = pick(rng, parts)
     # One house style a task: a few hundred examples are then enough to learn it.
     template = wording.held_out[0] if held_out else pick(rng, wording.familiar)
-    return Question(wordings.place(template, slot) if held_out else template.format(key=key), str(value))
+    text = wordings.place(template, slot) if held_out else template.format(key=key)
+    return Question(text, str(value), subtask="by place" if held_out else "by key")
 
 
 TASKS = {
@@ -165,4 +167,5 @@ def make_example(task: str, split: str, index: int) -> Example:
         choices=question.choices,
         family=TASKS[task].family,
         task=task,
+        subtask=question.subtask,
     )

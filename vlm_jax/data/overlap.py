@@ -8,7 +8,7 @@ from vlm_jax.errors import UserError
 
 
 def check_disjoint(train: Iterable[Example], held_out: Iterable[Example]) -> None:
-    """Raises a UserError that names an example of both: by its id, or by its question about the same pixels."""
+    """Raises a UserError that names an example of both: by its id, or by its question about the same image."""
     ids, asked = set(), {}
     for example in train:
         ids.add(example.id)
@@ -24,8 +24,11 @@ def check_disjoint(train: Iterable[Example], held_out: Iterable[Example]) -> Non
 
 
 def _asked(example: Example) -> str:
-    """A digest of the question and the pixels."""
+    """A digest of the question and of which image it is about: its name where it has one, else its pixels."""
     digest = hashlib.sha256(example.question.encode())
+    if example.image_id is not None:
+        digest.update(b"\0" + example.image_id.encode())
+        return digest.hexdigest()
     for image in example.images:
         digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
     return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""easy-VQA: a small published, synthetic benchmark that a Python package carries (PyPI ``easy-vqa``, MIT).
+
+Its files are found through the package's metadata; nothing of it is imported.
+"""
+
+import functools
+import importlib.metadata
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vlm_jax.data.example import Example
+from vlm_jax.data.images import LazyImages
+from vlm_jax.data.splits import Row, deal
+from vlm_jax.errors import UserError, nearest
+
+NAME = PACKAGE = "easy-vqa"
+#: trace, train and eval are dealt out of the package's train part by image; test is its test part.
+SPLITS = {"trace": ("train", 1000), "train": ("train", 36000), "eval": ("train", 1000), "test": ("test", 9673)}
+
+
+class Question(NamedTuple):
+    text: str
+    answer: str
+    image: int
+
+
+def questions(part: str) -> list[Question]:
+    """The questions of the package's ``train`` or ``test`` part, in its order."""
+    return [Question(*record) for record in json.loads((_folder() / part / "questions.json").read_text())]
+
+
+def load(split: str, limit: int | None) -> list[Example]:
+    """The first ``limit`` examples of a split; ``subtask`` is the type of the question: yes/no, shape or colour."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r} of {NAME}{nearest(split, SPLITS)}")
+    part = SPLITS[split][0]
+    asked, folder = questions(part), _folder() / part / "images"
+    found = []
+    for number in _dealt(part)[split][:limit]:
+        text, answer, image = asked[number]
+        label = f"{NAME}/{part}/{number}"
+        found.append(
+            Example(
+                id=label,
+                images=LazyImages([(folder / f"{image}.png").read_bytes], label),
+                question=text,
+                answers=(answer,),
+                family="perception",
+                task=NAME,
+                subtask=kind(answer),
+                image_id=f"{NAME}/{part}/{image}",
+            )
+        )
+    return found
+
+
+def source() -> dict:
+    """What was read, for a run's manifest."""
+    version = importlib.metadata.version(PACKAGE)
+    rows = {part: len(questions(part)) for part in ("train", "test")}
+    return {"dataset": f"pypi:{NAME}=={version}", "licence": "MIT", "rows": rows}
+
+
+def kind(answer: str) -> str:
+    """The type of a question, by its answer."""
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
+
+
+def question_only_baseline(examples: Sequence[Example] | None = None) -> dict[str, float]:
+    """Accuracy without looking: every question is given the commonest answer that it has in the train part.
+
+    Args:
+        examples: what to score, by default the whole test part (67.0 %).
+
+    Returns:
+        ``accuracy`` in all, and by type of question under its name.
+    """
+    counts: dict[str, Counter] = {}
+    for text, answer, _ in questions("train"):
+        counts.setdefault(text, Counter())[answer] += 1
+    commonest = {text: counter.most_common(1)[0][0] for text, counter in counts.items()}
+    asked = questions("test") if examples is None else [(e.question, e.answers[0], None) for e in examples]
+    right: dict[str, list[bool]] = {}
+    for text, answer, _ in asked:
+        for name in ("accuracy", kind(answer)):
+            right.setdefault(name, []).append(commonest.get(text) == answer)
+    return {name: sum(part) / len(part) for name, part in right.items()}
+
+
+def show_baseline(examples: Sequence[Example]) -> None:
+    """Prints :func:`question_only_baseline` of examples that are all of easy-VQA, and nothing of others."""
+    if examples and all(example.task == NAME for example in examples):
+        accuracy = question_only_baseline(examples)["accuracy"]
+        print(f"{NAME}: the commonest answer to the question alone, without its image, scores {accuracy:.3f}")
+
+
+@functools.cache
+def _dealt(part: str) -> dict[str, list[int]]:
+    rows = [
+        Row(number, f"{NAME}/{part}/{number}", f"{NAME}/{part}/{question.image}", number)
+        for number, question in enumerate(questions(part))
+    ]
+    return deal(rows, {split: size for split, (of, size) in SPLITS.items() if of == part}, {})
+
+
+@functools.cache
+def _folder() -> Path:
+    """The package's data folder."""
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"the task {NAME} needs the package {NAME}: pip install 'vlm-jax[{NAME}]' "
+            "(it also installs a top-level package called test)"
+        ) from None
+    found = next((file for file in files if file.as_posix() == "easy_vqa/data/test/questions.json"), None)
+    if found is None or not found.locate().is_file():
+        raise UserError(f"the package {NAME} lacks its data files: install it again")
+    return Path(found.locate()).parent.parent
