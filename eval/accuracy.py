@@ -4,7 +4,7 @@ python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
 """
 
 import dataclasses
-import math
+import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,27 +13,39 @@ import tyro
 from tqdm import tqdm
 
 import vlm_jax
+from eval.metrics import (
+    METRICS,
+    Judged,
+    MetricOptions,
+    Summary,
+    check,
+    clusters_of,
+    judge,
+    mean,
+    metric_name,
+    summarise_tasks,
+)
+from eval.results import file_name, lmms_eval_results, lmms_eval_samples
 from interventions.adapters import load_peft, merge
 from interventions.groups import bind
 from interventions.store import describe, digest, load_interventions
 from vlm_jax import Model
-from vlm_jax.data import Example, load_task
-from vlm_jax.data.metrics import exact_match
+from vlm_jax.data import Example, load_task, source
 from vlm_jax.errors import UserError, command
-from vlm_jax.options import ModelOptions
-from vlm_jax.prompts import batches, compiled_shapes
-from vlm_jax.runs import Run
+from vlm_jax.options import DataOptions, ModelOptions
+from vlm_jax.prompts import P0_PROMPT, batches, shape_of
+from vlm_jax.runs import Log, Run
 
 #: Generation takes longer to compile than padding costs, so prompts of nearly any length share a shape.
 _LENGTH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(ModelOptions):
-    """Score a model's greedy answers to P0's prompt by exact match (case, outer punctuation and spacing ignored)."""
+class Args(MetricOptions, DataOptions, ModelOptions):
+    """Score a model's greedy answers to P0's prompt, by exact match or as the task's own benchmark does."""
 
     task: str = "mini-okvqa"
-    """Task name, family (knowledge, perception) or JSONL file."""
+    """Task name, family (knowledge, perception, p0-knowledge ...), JSONL file or folder."""
     adapter: Path | None = None
     """PEFT folder of a LoRA adapter to evaluate with."""
     intervention: Path | None = None
@@ -41,7 +53,7 @@ class Args(ModelOptions):
     steps: Literal["all", "prefill"] = "all"
     """Whether interventions also act on generated tokens, or on the prompt only."""
     split: str = "test"
-    """Split of a named task: trace, train, eval or test."""
+    """Split of a named task: trace, train, eval, test, or of a public dataset all that its benchmark scores."""
     limit: int | None = 300
     """Samples to evaluate."""
     batch: int = 64
@@ -49,7 +61,7 @@ class Args(ModelOptions):
     max_new_tokens: int = 12
     """Longest answer, in tokens."""
     out: Path = Path("runs/accuracy")
-    """Run folder: results.json, samples.jsonl."""
+    """Run folder: results.json, samples.jsonl, and samples_TASK.jsonl in lmms-eval's shape."""
 
 
 class Answers(NamedTuple):
@@ -69,24 +81,56 @@ def answer(
     max_new_tokens: int = 12,
     steps: Literal["all", "prefill"] = "all",
     label: str = "",
+    prompt: str = P0_PROMPT,
+    log: Log | None = None,
 ) -> Answers:
-    """Greedy answers to P0's prompt, under interventions or without; token groups are looked up in every batch."""
-    texts: list[str] = [""] * len(examples)
-    groups = list(batches(examples, processor, model.config, batch, step=_LENGTH_STEP, with_answer=False))
+    """Greedy answers to a prompt, under interventions or without; token groups are looked up in every batch.
+
+    Args:
+        log: where answers go as they come, and where those of an earlier session are.
+    """
+    log = Log() if log is None else log
+    shapes: set = set()
+
+    def groups():
+        how = {"prompt": prompt, "step": _LENGTH_STEP, "with_answer": False}
+        for rows, encoded in batches(examples, processor, model.config, batch, **how):
+            shapes.add(shape_of(encoded))
+            yield rows, encoded
+
     with tqdm(total=len(examples), desc=f"answer {label}".strip(), unit="sample", leave=False) as bar:
-        for rows, encoded in groups:
+        for rows, encoded in log.missing(groups()):
+            bar.update(len(log.records) - bar.n)
             acting = bind(interventions, encoded)
             tokens = np.asarray(vlm_jax.generate(model, encoded.inputs, max_new_tokens, acting, steps=steps))[
                 : len(rows)
             ]
-            for row, text in zip(rows, processor.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-                texts[row] = text.strip()
+            texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            log.append(
+                [{"id": examples[row].id, "answer": text.strip()} for row, text in zip(rows, texts, strict=True)]
+            )
             bar.update(len(rows))
-    return Answers(texts, compiled_shapes(groups))
+    by_id = {record["id"]: record["answer"] for record in log.records}
+    return Answers([by_id[example.id] for example in examples], len(shapes))
 
 
-def score(examples: list[Example], answers: list[str]) -> tuple[dict, list[dict]]:
-    """Accuracy with its standard error, per task and in all; and a record per sample."""
+class Scored(NamedTuple):
+    """The scores of some answers: in all and per task, one by one, and as the metrics report them."""
+
+    results: dict
+    records: list[dict]
+    judged: list[Judged]
+    summaries: dict[str, dict[str, Summary]]
+
+
+def scored(examples: list[Example], answers: list[str], options: MetricOptions) -> Scored:
+    """Scores answers by a metric, or each by its task's own.
+
+    ``results``: the mean score (``accuracy``) with its standard error, in all and per task, where ``metrics`` has the
+    metric's own values. ``records``: a sample each; ``correct`` says whether the score is the full one.
+    """
+    judged = judge(examples, answers, options)
+    summaries = summarise_tasks(examples, judged, options)
     records = [
         {
             "id": e.id,
@@ -95,25 +139,84 @@ def score(examples: list[Example], answers: list[str]) -> tuple[dict, list[dict]
             "question": e.question,
             "answers": list(e.answers),
             "prediction": a,
-            "correct": exact_match(a, e.answers),
+            "correct": j.score == 1,
+            "metric": metric_name(e, options),
+            "score": j.score,
+            "read": j.read,
         }
-        for e, a in zip(examples, answers, strict=True)
+        for e, a, j in zip(examples, answers, judged, strict=True)
     ]
 
-    def accuracy(part: list[dict]) -> dict:
-        mean = sum(r["correct"] for r in part) / len(part)
-        return {"accuracy": mean, "stderr": math.sqrt(mean * (1 - mean) / len(part)), "samples": len(part)}
+    def accuracy(rows: list[int]) -> dict:
+        found = mean([judged[row].score for row in rows], clusters_of([examples[row] for row in rows]))
+        return {"accuracy": found.value, "stderr": found.stderr, "samples": len(rows)}
 
-    tasks = sorted({r["task"] for r in records})
-    return {**accuracy(records), "tasks": {t: accuracy([r for r in records if r["task"] == t]) for t in tasks}}, records
+    tasks = {
+        task: {
+            **accuracy([row for row, e in enumerate(examples) if e.task == task]),
+            "metrics": {name: summary.asdict() for name, summary in parts.items()},
+        }
+        for task, parts in summaries.items()
+    }
+    return Scored({**accuracy(list(range(len(examples)))), "tasks": tasks}, records, judged, summaries)
+
+
+def score(examples: list[Example], answers: list[str], options: MetricOptions | None = None) -> tuple[dict, list[dict]]:
+    """``results`` and ``records`` of :func:`scored`; P0's exact match by default."""
+    found = scored(examples, answers, options or MetricOptions())
+    return found.results, found.records
+
+
+def show(task: str, scores: Scored) -> None:
+    """Prints every task's headline, and the mean score over all of them."""
+    for name, parts in scores.summaries.items():
+        for metric, summary in parts.items():
+            headline = METRICS[metric].headline
+            value, title = summary.values[headline], "" if headline == "exact_match" else f" {headline}"
+            unread = f", {summary.unparsed} unread" if summary.unparsed else ""
+            unread += f", {summary.incomplete} incomplete groups" if summary.incomplete else ""
+            score = f"{value.value:.3f} ± {value.stderr:.3f}"
+            print(f"{name or task:20s} {score}  ({summary.samples} samples{unread}){title}")
+    mean_score = f"{scores.results['accuracy']:.3f} ± {scores.results['stderr']:.3f}"
+    print(f"{'all':20s} {mean_score}  ({scores.results['samples']} samples)")
+
+
+def metric_options(args: Args) -> dict:
+    """What P0 leaves open, as it was decided here."""
+    return {"normalisation": args.normalisation, "multi_gold": args.multi_gold, "choices": args.choices}
+
+
+def in_lmms_eval_shape(args: Args, found: Scored, samples: dict[str, list[dict]]) -> dict:
+    """The keys of lmms-eval's results, for :func:`main`."""
+    whole = args.limit is None or sum(map(len, samples.values())) < args.limit
+    names = ("dtype", "min_pixels", "max_pixels", "adapter", "intervention", "steps")
+    model_args = {"pretrained": args.model} | {name: getattr(args, name) for name in names}
+    return lmms_eval_results(
+        found.summaries,
+        samples,
+        config={
+            "model": "vlm_jax",
+            "model_args": ",".join(f"{name}={value}" for name, value in model_args.items() if value is not None),
+            "batch_size": args.batch,
+            "limit": args.limit,
+        },
+        task_config={
+            "doc_to_text": P0_PROMPT,
+            "test_split": args.split,
+            "generation_kwargs": {"max_new_tokens": args.max_new_tokens, "temperature": 0, "do_sample": False},
+            "metadata": metric_options(args),
+        },
+        original={task: len(lines) if whole else None for task, lines in samples.items()},
+    )
 
 
 @command
 def main(args: Args) -> None:
-    examples = load_task(args.task, split=args.split, limit=args.limit)
+    examples = load_task(args.task, split=args.split, limit=args.limit, options=args)
     for name in ("batch", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    check(examples, args)
     model, processor = args.load()
     if args.adapter is not None:  # part of the model: it acts on every token whatever --steps says
         model = merge(model, load_peft(model, args.adapter))
@@ -121,6 +224,8 @@ def main(args: Args) -> None:
     for intervention in interventions:
         print(describe(intervention))
     run = Run.open(args.out, args, model.config, processor)
+    run.manifest["data"] = source(args.task, split=args.split, options=args)
+    begun = time.perf_counter()
     answers = answer(
         model,
         processor,
@@ -130,21 +235,25 @@ def main(args: Args) -> None:
         max_new_tokens=args.max_new_tokens,
         steps=args.steps,
         label=args.task,
+        log=run.log("predictions.jsonl"),
     )
-    results, records = score(examples, answers.texts)
-    run.save_lines("samples.jsonl", records)
-    run.save_json(
-        "results.json",
-        {
-            "task": args.task,
-            "metric": "exact_match",
-            "compiled_shapes": answers.compiled_shapes,
-            "interventions": digest(interventions),
-            **results,
-        },
-    )
-    for name, part in [*results["tasks"].items(), ("all", results)]:
-        print(f"{name or args.task:20s} {part['accuracy']:.3f} ± {part['stderr']:.3f}  ({part['samples']} samples)")
+    run.timed("answer", begun)
+    found = scored(examples, answers.texts, args)
+    results = {
+        "task": args.task,
+        "metric": args.metric,
+        "metric_options": metric_options(args),
+        "compiled_shapes": answers.compiled_shapes,
+        "interventions": digest(interventions),
+        **found.results,
+    }
+    run.save_lines("samples.jsonl", found.records)
+    prompts = [P0_PROMPT.replace("{QUESTION}", example.question) for example in examples]
+    samples = lmms_eval_samples(examples, prompts, answers.texts, found.judged, args)
+    for task, lines in samples.items():
+        run.save_lines(f"samples_{file_name(task)}.jsonl", lines)
+    run.save_json("results.json", {**results, **in_lmms_eval_shape(args, found, samples)})
+    show(args.task, found)
     print(f"written to {args.out}")
 
 

@@ -1,0 +1,136 @@
+"""Our models, under an intervention or none, as a model of lmms-eval: its official tasks, scored by itself.
+
+In an environment that has both packages, ``lmms-eval --model vlm_jax --model_args pretrained=FOLDER,intervention=FILE``
+finds this through the entry point ``lmms_eval.models``. lmms-eval (which brings torch) is imported only then. Written
+against lmms-eval 0.7.2; it could not be installed where this was written, so it was tested against a stand-in only.
+"""
+
+import functools
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from eval.accuracy import answer
+from interventions import Gold, Scores, bind, load_interventions
+from interventions.adapters import load_peft, merge
+from vlm_jax.data import Example
+from vlm_jax.errors import UserError
+from vlm_jax.options import ModelOptions
+from vlm_jax.prompts import PLAIN_PROMPT, batches
+
+CLASS = "VLMJax"
+
+
+def manifest() -> Any:
+    """What the entry point gives to lmms-eval: our name there, and where the class is."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="vlm_jax", simple_class_path=f"{__name__}.{CLASS}")
+
+
+def __getattr__(name: str) -> Any:
+    """The class that the manifest names; it is made when it is asked for, since its base is lmms-eval's."""
+    if name == CLASS:
+        return _plugin()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _plugin() -> type:
+    from lmms_eval.api.model import lmms
+
+    class VLMJax(lmms):
+        """A model of ours in lmms-eval.
+
+        Args (of ``--model_args``):
+            pretrained, dtype, min_pixels, max_pixels: as ``--model`` ... of our commands.
+            adapter: PEFT folder of a LoRA adapter.
+            intervention: file of saved interventions; steps: "all" or "prefill".
+            max_new_tokens: longest answer where a task does not say.
+        """
+
+        is_simple = True
+
+        def __init__(
+            self,
+            pretrained: str = "mini-qwen3-vl",
+            dtype: str | None = None,
+            min_pixels: int | None = None,
+            max_pixels: int | None = None,
+            adapter: str | None = None,
+            intervention: str | None = None,
+            steps: str = "all",
+            max_new_tokens: int = 128,
+            batch_size: int | str = 1,
+            max_batch_size: int | None = None,  # lmms-eval gives these two to every model
+            device: str | None = None,
+        ) -> None:
+            super().__init__()
+            options = ModelOptions(model=pretrained, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+            self.model, self.processor = options.load()
+            if adapter is not None:
+                self.model = merge(self.model, load_peft(self.model, Path(adapter)))
+            self.interventions = () if intervention is None else load_interventions(intervention)
+            self.steps, self.max_new_tokens, self.batch = steps, int(max_new_tokens), int(batch_size)
+
+        def _example(self, row: int, text: str, doc_to_visual, doc_id, task: str, split: str, gold="") -> Example:
+            """The images of a request, then its text."""
+            visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or ()
+            if any(not hasattr(visual, "convert") for visual in visuals):
+                raise UserError(f"task {task} shows something else than images: choose a task about images")
+            images = tuple(visual.convert("RGB") for visual in visuals)
+            return Example(f"{row}/{task}/{doc_id}", images, text.replace("<image>", "").strip(), (gold,))
+
+        def generate_until(self, requests: list) -> list[str]:
+            """Greedy answers, each cut off where its task says."""
+            alike = defaultdict(list)  # what is generated to one length goes together
+            for row, request in enumerate(requests):
+                how = request.args[1]
+                if how.get("temperature") or how.get("do_sample") or how.get("num_beams") not in (None, 1):
+                    raise UserError(f"task {request.args[4]} samples or searches beams: vlm_jax answers greedily")
+                alike[int(how.get("max_new_tokens") or self.max_new_tokens)].append(row)
+            found = [""] * len(requests)
+            for longest, rows in alike.items():
+                examples = [self._example(r, requests[r].args[0], *requests[r].args[2:]) for r in rows]
+                how = {"batch": self.batch, "max_new_tokens": longest, "steps": self.steps, "prompt": PLAIN_PROMPT}
+                texts = answer(self.model, self.processor, examples, self.interventions, **how).texts
+                for row, text in zip(rows, texts, strict=True):
+                    found[row] = _cut(text, requests[row].args[1].get("until"))
+                    self.cache_hook.add_partial("generate_until", requests[row].args[:2], found[row])
+            return found
+
+        def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+            """Of every continuation its log-probability, and whether it is what greedy decoding writes."""
+            examples = []
+            for row, request in enumerate(requests):
+                text, gold, doc_to_visual, doc_id, task, split = request.args
+                gold = gold(self.task_dict[task][split][doc_id]) if callable(gold) else gold
+                examples.append(self._example(row, text, doc_to_visual, doc_id, task, split, str(gold).strip()))
+            found: dict[int, tuple[float, bool]] = {}
+            config = self.model.config
+            for rows, batch in batches(examples, self.processor, config, self.batch, prompt=PLAIN_PROMPT):
+                read = Gold.of(batch.inputs, batch.spans["answer"])
+                scores = _read(self.model, batch.inputs, bind(self.interventions, batch), read)
+                logp, greedy = np.asarray(scores.logp.sum(-1)), np.asarray(scores.correct)
+                found |= {row: (float(logp[i]), bool(greedy[i])) for i, row in enumerate(rows)}
+            return [found[row] for row in range(len(requests))]
+
+        def generate_until_multi_round(self, requests: list) -> list[str]:
+            raise NotImplementedError("vlm_jax answers one question at a time: choose a task of one round")
+
+    return VLMJax
+
+
+@jax.jit
+def _read(model, inputs, interventions, read: Gold) -> Scores:
+    return read(model, model(inputs, interventions, ["text.norm"]).taps["text.norm"], 0)
+
+
+def _cut(text: str, until: str | list[str] | None) -> str:
+    """What comes before the first of the texts that end an answer."""
+    for stop in [until] if isinstance(until, str) else until or ():
+        text = text.split(stop)[0] if stop else text
+    return text.strip()

@@ -1,0 +1,412 @@
+"""Scores of a task: what each answer is worth, the values that its benchmark reports, and their standard errors."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.stats import bootstrap
+
+from vlm_jax.data import Example
+from vlm_jax.data.metrics import (
+    LETTERS,
+    NORMALISATIONS,
+    anls,
+    evalai,
+    exact_match,
+    extract_choice,
+    extract_yes_no,
+    normalise,
+    relaxed_match,
+    vqa_accuracy,
+)
+from vlm_jax.errors import UserError, nearest
+
+VERSION = 1
+"""Of the definitions here; raised when the same answers would score differently."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricOptions:
+    """How answers are scored."""
+
+    metric: str = "exact_match"
+    """Measure (exact_match, vqa_accuracy, anls, multiple_choice, circular, yes_no, mme, pope, relaxed_accuracy), or
+    "task" for the one of each task's own benchmark. P0 says "exact match"."""
+    normalisation: Literal["strip", "lower", "evalai"] = "lower"
+    """What exact_match compares: texts without outer white space; in lower case without outer punctuation; or as VQA
+    accuracy does. P0 does not say."""
+    multi_gold: Literal["any", "first"] = "any"
+    """Whether exact_match takes any gold answer, or only the one that most annotators gave. P0 does not say."""
+
+
+class Judged(NamedTuple):
+    """One answer: its ``score`` in [0, 1]; what was ``read`` out of it, None where nothing could be; and scores by
+    other rules."""
+
+    score: float
+    read: str | None
+    others: Mapping[str, float] = {}
+
+
+class Value(NamedTuple):
+    """A reported number, its standard error, and how many independent things (images, groups, samples) it is from."""
+
+    value: float
+    stderr: float
+    clusters: int
+
+
+class Summary(NamedTuple):
+    """A metric of a task: its ``values`` by name; how many ``samples`` there were, in how many of them nothing could be
+    read (``unparsed``, scored as wrong), and how many groups lacked rows (``incomplete``, left out of the values about
+    groups); and the same of every subtask."""
+
+    values: dict[str, Value]
+    samples: int
+    unparsed: int
+    incomplete: int
+    subtasks: dict[str, "Summary"]
+
+    def asdict(self) -> dict:
+        """As JSON has it."""
+        values = {name: value._asdict() for name, value in self.values.items()}
+        subtasks = {name: summary.asdict() for name, summary in self.subtasks.items()}
+        return {**self._asdict(), "values": values, "subtasks": subtasks}
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """``judge`` scores an answer, ``aggregate`` makes the reported values of a task, of which ``headline`` is the one
+    to quote. A ``group_size`` says how many rows a complete group has."""
+
+    headline: str
+    judge: Callable[[Example, str, MetricOptions], Judged]
+    aggregate: Callable[[Sequence[Example], Sequence[Judged]], dict[str, Value]]
+    group_size: Callable[[Example], int] | None = None
+
+
+# What independent samples there are.
+
+
+def clusters_of(examples: Sequence[Example]) -> np.ndarray:
+    """Which examples hang together ``(N,)``: those of a task that share an image or a group; the others stand alone."""
+    keys: dict[Hashable, int] = {}
+    edges = [
+        (row, keys.setdefault((example.task, kind, name), len(examples) + len(keys)))
+        for row, example in enumerate(examples)
+        for kind, name in (("image", example.image_id), ("group", example.group))
+        if name is not None
+    ]
+    rows, shared = np.array(edges, int).reshape(-1, 2).T
+    size = len(examples) + len(keys)
+    links = coo_array((np.ones(len(rows)), (rows, shared)), shape=(size, size))
+    return connected_components(links, directed=False)[1][: len(examples)]
+
+
+def mean(scores: Sequence[float], clusters: np.ndarray | None = None) -> Value:
+    """The mean and its standard error: sqrt(var / n) or, of clustered samples, with the products of the deviations
+    within a cluster (Miller 2024, "Adding error bars to evals", equation 4; var is divided by n, not n - 1)."""
+    scores = np.asarray(scores, float)
+    clusters = np.arange(len(scores)) if clusters is None else clusters
+    deviations = np.bincount(clusters, scores - scores.mean())
+    return Value(float(scores.mean()), float(np.sqrt(np.sum(deviations**2)) / len(scores)), len(set(clusters.tolist())))
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray, clusters: np.ndarray, resamples: int = 1000) -> Value:
+    """sum(numerator) / sum(denominator), 0 where there is nothing to divide by; its standard error is a bootstrap's
+    over clusters, with a fixed seed (0 of a single cluster)."""
+
+    def statistic(above, below, axis):
+        below = below.sum(axis)
+        return np.divide(above.sum(axis), below, out=np.zeros(np.shape(below)), where=below > 0)
+
+    counts = [np.bincount(clusters, np.asarray(part, float)) for part in (numerator, denominator)]
+    count, error = len(counts[0]), 0.0
+    if count > 1:
+        how = {"n_resamples": resamples, "batch": 100, "method": "percentile", "rng": np.random.default_rng(0)}
+        error = float(bootstrap(counts, statistic, paired=True, vectorized=True, **how).standard_error)
+    return Value(float(statistic(*counts, axis=0)), error, count)
+
+
+def groups_of(examples: Sequence[Example]) -> list[list[int]]:
+    """The rows of every group, in their order."""
+    groups = defaultdict(list)
+    for row, example in enumerate(examples):
+        if example.group is not None:
+            groups[example.subtask, example.group].append(row)
+    return list(groups.values())
+
+
+# What an answer is worth.
+
+
+def _judge_exact_match(example: Example, prediction: str, options: MetricOptions) -> Judged:
+    right = exact_match(prediction, example.answers, options.normalisation, options.multi_gold)
+    return Judged(float(right), _text(NORMALISATIONS[options.normalisation](prediction), prediction))
+
+
+def _judge_vqa_accuracy(example: Example, prediction: str, _: MetricOptions) -> Judged:
+    return Judged(vqa_accuracy(prediction, example.answers), _text(evalai(prediction), prediction))
+
+
+def _judge_anls(example: Example, prediction: str, _: MetricOptions) -> Judged:
+    return Judged(anls(prediction, example.answers), _text(prediction))
+
+
+def _judge_relaxed(example: Example, prediction: str, _: MetricOptions) -> Judged:
+    return Judged(float(relaxed_match(prediction, example.answers)), _text(prediction))
+
+
+def _text(*forms: str) -> str | None:
+    """The first form of which anything is left."""
+    return next(filter(None, map(str.strip, forms)), None)
+
+
+def _judge_choice(example: Example, prediction: str, _: MetricOptions) -> Judged:
+    choices, gold, lettered = _question(example)
+    choice = extract_choice(prediction, choices, lettered=lettered)
+    right = exact_match(prediction, [LETTERS[gold] if lettered else choices[gold]], "strip")
+    return Judged(float(choice == gold), None if choice is None else LETTERS[choice], {"strict": float(right)})
+
+
+#: Options that are not known but by their letters: as many as the question may have.
+_UNKNOWN_CHOICES = ("",) * 8
+
+
+def _question(example: Example) -> tuple[Sequence[str], int, bool]:
+    """The choices, the index of the right one, and whether the question showed letters: then one is a gold answer."""
+    gold, choices = example.gold, example.choices
+    letters = [a.strip() for a in example.answers if len(a.strip()) == 1 and a.strip() in LETTERS]
+    if choices is None and letters:  # they are written in the question alone
+        return _UNKNOWN_CHOICES, LETTERS.index(letters[0]), True
+    if choices is None:
+        raise UserError(f"example {example.id!r} has no choices: choose another --metric, or give its line choices")
+    if gold is None:
+        forms = [normalise(choice) for choice in choices]
+        found = [forms.index(form) for form in map(normalise, example.answers) if form in forms]
+        found += [LETTERS.index(letter) for letter in letters if LETTERS.index(letter) < len(choices)]
+        if not found:
+            raise UserError(f"example {example.id!r}: no gold answer is one of its choices: correct one of them")
+        gold = found[0]
+    return choices, gold, LETTERS[gold] in letters
+
+
+def _judge_yes_no(example: Example, prediction: str, _: MetricOptions) -> Judged:
+    said = extract_yes_no(prediction)
+    return Judged(float(said == _gold_yes_no(example)), said)
+
+
+def _gold_yes_no(example: Example) -> str:
+    gold = extract_yes_no(example.answers[0])
+    if gold is None:
+        raise UserError(
+            f"example {example.id!r}: its answer {example.answers[0]!r} is neither yes nor no: choose another --metric"
+        )
+    return gold
+
+
+# What a task reports.
+
+
+def _mean_of(name: str) -> Callable[[Sequence[Example], Sequence[Judged]], dict[str, Value]]:
+    """The mean score, and those by the other rules."""
+
+    def aggregate(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
+        clusters = clusters_of(examples)
+        values = {name: mean([j.score for j in judged], clusters)}
+        return values | {
+            f"{name}_{other}": mean([j.others[other] for j in judged], clusters) for other in judged[0].others
+        }
+
+    return aggregate
+
+
+def _complete(examples: Sequence[Example], size: Callable[[Example], int]) -> list[list[int]]:
+    return [rows for rows in groups_of(examples) if len(rows) >= size(examples[rows[0]])]
+
+
+def _rotations(example: Example) -> int:
+    """A question is asked once with every choice in the first place."""
+    return len(_question(example)[0])
+
+
+def _circular(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
+    """MMBench's CircularEval: a question counts if all its rotations are answered rightly."""
+    rows = _mean_of("circular_per_row")(examples, judged)
+    groups = _complete(examples, _rotations)
+    if not groups:
+        return rows
+    clusters = clusters_of([examples[rows[0]] for rows in groups])
+    return {
+        "circular": mean([min(judged[row].score for row in rows) for rows in groups], clusters),
+        "circular_strict": mean([min(judged[row].others["strict"] for row in rows) for rows in groups], clusters),
+        "circular_vanilla": mean([judged[rows[0]].score for rows in groups], clusters),
+        **rows,
+    }
+
+
+def _yes_no(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
+    """Accuracy and, where questions come in groups, how many groups are wholly right."""
+    values = _mean_of("yes_no")(examples, judged)
+    if groups := groups_of(examples):
+        clusters = clusters_of([examples[rows[0]] for rows in groups])
+        values["yes_no_plus"] = mean([min(judged[row].score for row in rows) for rows in groups], clusters)
+    return values
+
+
+# fmt: off
+MME = {
+    "mme_perception_score": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
+                             "artwork", "OCR"),
+    "mme_cognition_score": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
+}
+# fmt: on
+"""The categories of MME (Fu et al. 2023), by the total that they add to."""
+
+
+def _judge_mme(example: Example, prediction: str, options: MetricOptions) -> Judged:
+    known = [category for categories in MME.values() for category in categories]
+    if example.subtask not in known:
+        raise UserError(
+            f"example {example.id!r}: {example.subtask!r} is no category of MME{nearest(str(example.subtask), known)} "
+            "(the metric yes_no takes any)"
+        )
+    return _judge_yes_no(example, prediction, options)
+
+
+def _mme(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
+    """MME's scores: of each category 100 (accuracy + accuracy+), where accuracy+ counts the images both of whose
+    questions are answered rightly; and their sums."""
+    pairs = _complete(examples, _pair)
+    categories = defaultdict(list)
+    for rows in pairs:
+        right = [judged[row].score for row in rows]
+        categories[examples[rows[0]].subtask].append(100 * (np.mean(right) + min(right)))
+    scores = {category: mean(of_pairs) for category, of_pairs in categories.items()}
+    totals = {name: [scores[c] for c in parts if c in scores] for name, parts in MME.items()}
+    totals = {"mme_total_score": list(scores.values()), **totals}
+    values = {name: _sum(parts) for name, parts in totals.items() if parts}
+    if pairs:
+        values["mme_accuracy"] = mean([j.score for j in judged], clusters_of(examples))
+        values["mme_accuracy_plus"] = mean([min(judged[row].score for row in rows) for rows in pairs])
+    return values
+
+
+def _pair(_: Example) -> int:
+    return 2
+
+
+def _sum(values: Sequence[Value]) -> Value:
+    """The sum of independent values."""
+    value, stderr, clusters = map(np.array, zip(*values, strict=True))
+    return Value(float(value.sum()), float(np.sqrt(np.sum(stderr**2))), int(clusters.sum()))
+
+
+def _pope(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
+    """POPE's rates (Li et al. 2023), "yes" being positive; an answer that is neither yes nor no is not a "yes"."""
+    clusters = clusters_of(examples)
+    gold = np.array([_gold_yes_no(example) == "yes" for example in examples])
+    said = np.array([j.read == "yes" for j in judged])
+    return {
+        "pope_accuracy": mean([j.score for j in judged], clusters),
+        "pope_precision": ratio(gold & said, said, clusters),
+        "pope_recall": ratio(gold & said, gold, clusters),
+        "pope_f1_score": ratio(2 * (gold & said), gold.astype(int) + said, clusters),
+        "pope_yes_ratio": mean(said, clusters),
+    }
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": Metric("exact_match", _judge_exact_match, _mean_of("exact_match")),
+    "vqa_accuracy": Metric("vqa_accuracy", _judge_vqa_accuracy, _mean_of("vqa_accuracy")),
+    "anls": Metric("anls", _judge_anls, _mean_of("anls")),
+    "multiple_choice": Metric("multiple_choice", _judge_choice, _mean_of("multiple_choice")),
+    "circular": Metric("circular", _judge_choice, _circular, _rotations),
+    "yes_no": Metric("yes_no", _judge_yes_no, _yes_no),
+    "mme": Metric("mme_total_score", _judge_mme, _mme, _pair),
+    "pope": Metric("pope_f1_score", _judge_yes_no, _pope),
+    "relaxed_accuracy": Metric("relaxed_accuracy", _judge_relaxed, _mean_of("relaxed_accuracy")),
+}
+"""Name -> metric; the names are those of :attr:`vlm_jax.data.Example.metric`."""
+
+NEITHER_BETTER = ("pope_yes_ratio",)
+"""Values of which neither more nor less is better."""
+
+
+def metric_name(example: Example, options: MetricOptions) -> str:
+    """Which metric scores an example."""
+    name = example.metric if options.metric == "task" else options.metric
+    if name not in METRICS:
+        where = f"example {example.id!r} names the" if options.metric == "task" else "the"
+        raise UserError(f"{where} unknown metric {name!r}{nearest(name, [*METRICS, 'task'])}")
+    return name
+
+
+def judge(examples: Sequence[Example], predictions: Sequence[str], options: MetricOptions) -> list[Judged]:
+    """What every answer is worth."""
+    return [
+        METRICS[metric_name(example, options)].judge(example, prediction, options)
+        for example, prediction in zip(examples, predictions, strict=True)
+    ]
+
+
+def check(examples: Sequence[Example], options: MetricOptions) -> None:
+    """Raises a UserError for examples that the metric cannot score, before any work is spent on them."""
+    judge(examples, [""] * len(examples), options)
+    for (_, name), rows in _parts(examples, options).items():
+        _check_groups(name, [examples[row] for row in rows])
+
+
+def summarise(name: str, examples: Sequence[Example], judged: Sequence[Judged]) -> Summary:
+    """The values of metric ``name`` over the examples of one task, and over each of its subtasks if it has several.
+
+    Raises:
+        UserError: a metric about groups where no group is complete.
+    """
+    incomplete = _check_groups(name, examples)
+    values = METRICS[name].aggregate(examples, judged)
+    subtasks = sorted({e.subtask for e in examples if e.subtask is not None})
+    parts = {}
+    for subtask in subtasks if len(subtasks) > 1 else ():
+        rows = [row for row, e in enumerate(examples) if e.subtask == subtask]
+        part = [examples[row] for row in rows]
+        if METRICS[name].group_size is None or _complete(part, METRICS[name].group_size):
+            parts[subtask] = summarise(name, part, [judged[row] for row in rows])
+    unparsed = sum(j.read is None for j in judged)
+    return Summary(values, len(examples), unparsed, incomplete, parts)
+
+
+def _check_groups(name: str, examples: Sequence[Example]) -> int:
+    """How many groups lack rows, for a metric about groups; a UserError where all of them do."""
+    size = METRICS[name].group_size
+    if size is None:
+        return 0
+    complete = len(_complete(examples, size))
+    if complete == 0:
+        raise UserError(
+            f"{name} scores groups of questions, and task {examples[0].task!r} has no complete one among these "
+            f"{len(examples)} examples: raise --limit or choose another --metric"
+        )
+    return len(groups_of(examples)) - complete
+
+
+def summarise_tasks(
+    examples: Sequence[Example], judged: Sequence[Judged], options: MetricOptions
+) -> dict[str, dict[str, Summary]]:
+    """Task -> metric -> summary. (A task whose questions are of two kinds may have two metrics.)"""
+    found: dict[str, dict[str, Summary]] = defaultdict(dict)
+    for (task, name), rows in _parts(examples, options).items():
+        found[task][name] = summarise(name, [examples[row] for row in rows], [judged[row] for row in rows])
+    return dict(found)
+
+
+def _parts(examples: Sequence[Example], options: MetricOptions) -> dict[tuple[str, str], list[int]]:
+    """Task and metric -> rows."""
+    rows = defaultdict(list)
+    for row, example in enumerate(examples):
+        rows[example.task, metric_name(example, options)].append(row)
+    return dict(sorted(rows.items()))
