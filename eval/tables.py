@@ -1,6 +1,36 @@
-"""Tables in the papers' shape."""
+"""Tables: a header and rows, as Markdown, CSV and LaTeX."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+
+from vlm_jax.runs import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells are text already: what a number means decides how it is written."""
+
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        lines = [self.header, ("---",) * len(self.header), *self.rows]
+        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+    def save(self, run: Run, name: str) -> None:
+        """``name.md``, ``name.csv`` and ``name.tex`` (booktabs) in a run folder."""
+        frame = pd.DataFrame(list(self.rows), columns=list(self.header))
+        run.write(f"{name}.md", lambda path: path.write_text(self.markdown()))
+        run.write(f"{name}.csv", lambda path: frame.to_csv(path, index=False))
+        run.write(f"{name}.tex", lambda path: _latex(path, frame))
+
+
+def _latex(path: Path, frame: pd.DataFrame) -> None:
+    path.write_text(frame.style.hide(axis="index").format(escape="latex").to_latex(hrules=True))
 
 
 def table1(rows: list[dict], families: list[str]) -> str:
@@ -9,14 +39,12 @@ def table1(rows: list[dict], families: list[str]) -> str:
     Args:
         rows: ``condition``, ``parameters`` (family -> count, or None) and per family a list of scores, one per seed.
     """
-    lines = [
-        "| LoRA target | " + " | ".join(families) + " | trainable parameters |",
-        "|---" * (len(families) + 2) + "|",
+    header = ("LoRA target", *families, "trainable parameters")
+    cells = [
+        (row["condition"], *(_accuracy(row[family]) for family in families), _parameters(row["parameters"]))
+        for row in rows
     ]
-    for row in rows:
-        cells = [_accuracy(row[family]) for family in families]
-        lines.append(f"| {row['condition']} | " + " | ".join(cells) + f" | {_parameters(row['parameters'])} |")
-    return "\n".join(lines) + "\n"
+    return Table(header, cells).markdown()
 
 
 def _accuracy(scores: list[dict]) -> str:

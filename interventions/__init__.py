@@ -1,5 +1,6 @@
 """Interventions on a forward pass, the sweep engine, and one file per analysis."""
 
+from interventions.causal import Trace, causal_trace
 from interventions.groups import GROUPS, bind, label
 from interventions.kinds import (
     Add,
@@ -17,7 +18,6 @@ from interventions.kinds import (
 from interventions.read import Gold, Logits, Scores
 from interventions.store import describe, digest, load_interventions, save_interventions
 from interventions.sweep import Variants, generate_variants, stack, sweep, sweep_runs
-from interventions.trace import Trace, causal_trace
 
 __all__ = [
     "GROUPS",

@@ -11,6 +11,15 @@ from interventions.kinds import Gate, HeadGate, Patch
 from interventions.sweep import Variants
 from vlm_jax import UserError
 
+#: The modules of a layer, and where their outputs are.
+MODULES = ("attn", "mlp")
+MODULE_SITES = ("text.attn_out", "text.mlp_out")
+
+
+def module_names(depth: int) -> list[str]:
+    """``L0-attn, L0-mlp, L1-attn, ...``: the modules in the order of ``rr[...].ravel()``."""
+    return [f"L{layer}-{module}" for layer in range(depth) for module in MODULES]
+
 
 def windows(depth: int, width: int = 1) -> np.ndarray:
     """``(L, L)`` bool: row l holds the ``width`` layers around l, cut off at the ends; of an even width one more lies

@@ -21,9 +21,14 @@ class Scores(NamedTuple):
     valid: jax.Array
 
     @property
+    def log_probability(self) -> jax.Array:
+        """The mean of the gold tokens' log-probabilities ``(..., B)``."""
+        return jnp.sum(self.logp, -1) / jnp.sum(self.valid, -1)
+
+    @property
     def probability(self) -> jax.Array:
         """The geometric mean of the gold tokens' probabilities ``(..., B)`` (P0, equation 1)."""
-        return jnp.exp(jnp.sum(self.logp, -1) / jnp.sum(self.valid, -1))
+        return jnp.exp(self.log_probability)
 
     @property
     def correct(self) -> jax.Array:
@@ -84,3 +89,36 @@ class Logits:
 
     def __call__(self, model: Model, x: jax.Array, start: int) -> jax.Array:
         return model.text.logits(x[jnp.arange(len(x)), jnp.asarray(self.index) - start])
+
+
+@flax.struct.dataclass
+class Difference:
+    """Reads how much likelier the gold answer is than a foil where the two first differ: the difference of the two
+    tokens' logits ``(B,)``, after what they share (Zhang and Nanda 2024)."""
+
+    gold: jax.Array
+    foil: jax.Array
+    index: jax.Array
+    first: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, inputs: Inputs, answer_mask, foils: Inputs) -> "Difference":
+        """Of prompts that are equal but for their answers, of which ``answer_mask (B, T)`` marks those of ``inputs``.
+
+        Raises:
+            UserError: if a foil is no other answer.
+        """
+        begins = np.asarray(answer_mask).argmax(1)
+        width = min(inputs.input_ids.shape[1], foils.input_ids.shape[1])
+        gold, foil = (np.asarray(i.input_ids)[:, :width] for i in (inputs, foils))
+        differ = (gold != foil) & (np.arange(width) >= begins[:, None])
+        if not differ.any(1).all():
+            raise UserError(f"row {int(np.argmin(differ.any(1)))} has its gold answer as its foil: give another one")
+        index = differ.argmax(1)
+        rows = np.arange(len(index))
+        return cls(gold[rows, index], foil[rows, index], index, int(index.min() - 1) // 8 * 8)
+
+    def __call__(self, model: Model, x: jax.Array, start: int) -> jax.Array:
+        rows = jnp.arange(len(x))
+        logits = model.text.logits(x[rows, jnp.asarray(self.index) - 1 - start]).astype(jnp.float32)
+        return logits[rows, self.gold] - logits[rows, self.foil]

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
+from interventions.statistics import percentiles
 from vlm_jax.errors import UserError
 
 Ties = Literal["first", "last", "more_samples", "median"]
@@ -151,18 +152,12 @@ def assess(
     values, counts = np.unique(chosen.astype(int), return_counts=True)
     return {
         "probe_gain": float(probe.mean()),
-        "held_out": interval(held),
-        "random_layer": interval(random),
-        "over_random": interval(over_random),
+        "held_out": percentiles(held),
+        "random_layer": percentiles(random),
+        "over_random": percentiles(over_random),
         "stability": float(counts.max() / draws),
         "chosen": {layer_name(v): int(c) for v, c in zip(values, counts, strict=True)},
     }
-
-
-def interval(values: np.ndarray) -> dict:
-    """The mean of bootstrap values and their 95 % percentile interval."""
-    low, high = np.percentile(values, [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def layer_name(layer: int) -> str:

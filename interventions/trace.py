@@ -1,235 +1,403 @@
-"""P0: causal tracing of every layer's attention and MLP (section 2.2, equations 1-6).
+"""P0: causal tracing of a task's examples, with everything that the paper leaves open as an option.
 
 python -m interventions.trace --task mini-okvqa --limit 64 --out runs/trace
 """
 
 import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from interventions.cost import Cost, Meter, estimate
-from interventions.grids import patch_grid
-from interventions.kinds import Add
-from interventions.read import Gold
-from interventions.sweep import PREFIX_BUCKET, sweep_runs
+from interventions import statistics
+from interventions.corruption import (
+    CORRUPTIONS,
+    Corrupter,
+    Survey,
+    Surveyor,
+    counterpart,
+)
+from interventions.figures import heatmap, intervals
+from interventions.grids import MODULE_SITES, module_names, patch_grid, windows
+from interventions.groups import label, members
+from interventions.placement import PAPER_SHARE
+from interventions.read import Difference, Gold
+from interventions.sweep import PREFIX_BUCKET, Variants, sweep_runs
 from vlm_jax import Inputs, Model
-from vlm_jax.data import Example, load_task
-from vlm_jax.errors import UserError, command
-from vlm_jax.options import ModelOptions
-from vlm_jax.prompts import Batch, batches, compiled_shapes
-from vlm_jax.runs import Run
-
-#: The last axis of ``ie`` and ``rr``.
-MODULES = ("attn", "mlp")
-_SITES = ("text.attn_out", "text.mlp_out")
-
-
-class Trace(NamedTuple):
-    """Per sample: ``p_clean, p_corrupt, te (B,)`` and ``ie, rr (B, L, 2)``, last axis attention, mlp."""
-
-    p_clean: Any
-    p_corrupt: Any
-    te: Any
-    ie: Any
-    rr: Any
-
-
-def causal_trace(
-    model: Model,
-    inputs: Inputs,
-    question_mask,
-    answer_mask,
-    *,
-    noise=None,
-    noise_scale: float = 2.0,
-    key: jax.Array | None = None,
-    engine: Literal["sweep", "naive"] = "sweep",
-    eps: float = 1e-8,
-) -> Trace:
-    """Restoration rate of every layer's attention and MLP output (P0, equations 1-6).
-
-    The corrupted run adds noise to the embeddings of the question tokens; each cell patches one module's clean
-    output, at all positions, into the corrupted run.
-
-    Args:
-        question_mask: ``(B, T)``, where the noise goes; answer_mask: ``(B, T)``, the gold tokens in ``inputs``.
-        noise: ``(B, T, D)``, added as it is at question positions. Where None it is drawn with ``key`` from
-            N(0, (noise_scale * sigma_E)^2), sigma_E the standard deviation of all embeddings of real tokens.
-        engine: "sweep" shares prefix and depth; "naive" runs the whole model for every cell (the oracle).
-        eps: of equation 4.
-
-    Raises:
-        UserError: if a row has no question or no gold token.
-    """
-    question, answer = np.asarray(question_mask, bool), np.asarray(answer_mask, bool)
-    if not question.any(1).all():
-        raise UserError(f"row {int(np.argmin(question.any(1)))} has no question token: mark at least one in its mask")
-    gold = Gold.of(inputs, answer)
-    if noise is None:
-        embedded = _embed(model, inputs)
-        sigma = embedding_std(embedded.x, inputs.attention_mask)
-        key = jax.random.key(0) if key is None else key
-        noise = noise_scale * sigma * jax.random.normal(key, embedded.x.shape)
-    noise = jnp.where(question[..., None], noise, 0)
-    variants, shape = patch_grid(_SITES, model.config.text.num_hidden_layers)
-    runs = sweep_runs(model, inputs, variants, gold, base=(Add(noise),), clean=(), engine=engine)
-    p_clean, p_corrupt = runs.clean.probability, runs.base.probability
-    p_patch = runs.variants.probability.reshape(*shape, -1).transpose(2, 1, 0)
-    te = p_clean - p_corrupt
-    ie = p_patch - p_corrupt[:, None, None]
-    return Trace(p_clean, p_corrupt, te, ie, ie / (te[:, None, None] + eps))
-
-
-@jax.jit
-def _embed(model: Model, inputs: Inputs):
-    return model.embed(inputs)[0]
-
-
-@jax.jit
-def embedding_std(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """sigma_E: the standard deviation over all elements of ``x (B, T, D)`` at real tokens."""
-    return jnp.std(x.astype(jnp.float32), where=jnp.broadcast_to(mask[..., None], x.shape))
+from vlm_jax.config import Config
+from vlm_jax.data import Example, load_task, source, task_label
+from vlm_jax.data.metrics import LETTERS, normalise
+from vlm_jax.errors import UserError, command, nearest
+from vlm_jax.fingerprint import fingerprint
+from vlm_jax.options import DataOptions, ModelOptions
+from vlm_jax.prompts import Batch, batches, encode
+from vlm_jax.runs import Log, Run
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceOptions:
-    """How a task is traced."""
+    """How a task is traced. Every default is P0's choice, or ours where P0 is silent."""
 
+    corruption: Literal[tuple(CORRUPTIONS)] = "question_noise"
+    """How the prompt is corrupted: noise on the question's embeddings (P0) or on the image's, DeepStack included;
+    another sample's question or image; the mean image embedding; blurred pixels."""
     noise_scale: float = 2.0
     """s of equation 5: noise has standard deviation s * sigma_E."""
+    sigma: Literal["sequence", "question", "vocabulary"] = "sequence"
+    """What sigma_E is measured on: all real tokens of the task's prompts (P0), their question tokens, or the embedding
+    table."""
+    replicates: int = 1
+    """Independent corruptions of every sample; all cells of a replicate meet the same one."""
+    positions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP [GROUP ...]")] = ("all",)
+    """Tokens that a patch restores: all (P0), or groups such as question, last, image, answer; several are patched
+    apart."""
+    window: int = 1
+    """Layers that a patch restores at once, around each layer (P0: 1; ROME: 10)."""
+    heads: bool = False
+    """Patch every attention head apart instead of attention and MLP outputs."""
+    metric: Literal["probability", "log_probability", "logit_difference"] = "probability"
+    """What TE and IE are differences of: the geometric mean probability of the gold tokens (P0), their mean
+    log-probability, or the logit of the gold answer minus that of a foil where the two first differ."""
+    gold: Literal["commonest", "shortest", "longest"] = "commonest"
+    """Which of several gold answers is forced; the first where none is commonest."""
+    correct_only: bool = False
+    """Trace only samples whose gold answer greedy decoding would write."""
     min_te: float = 0.01
-    """Samples whose TE is below this do not enter RR_mean: the ratio would be noise over noise."""
+    """Samples whose TE is below this do not enter RR: the ratio would be noise over noise."""
+    eps: float = 1e-8
+    """eps of equation 4."""
+    statistic: Literal["mean_of_ratios", "ratio_of_means", "median"] = "mean_of_ratios"
+    """How samples are summed up in the ranking: mean of IE / TE (P0), mean IE / mean TE, or median of IE / TE."""
     batch: int = 16
     """Samples per compiled call."""
     seed: int = 0
     """Seed of the noise; a sample's noise does not depend on the batch that it is in."""
 
+    def check(self, depth: int) -> None:
+        """Refuses options that cannot be."""
+        for field in dataclasses.fields(TraceOptions):
+            known, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in known:
+                raise UserError(f"unknown {field.name} {value!r}{nearest(str(value), known)}")
+        for name, least in (("batch", 1), ("replicates", 1), ("seed", 0), ("eps", 0)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"--{name} is {getattr(self, name)}: give at least {least}")
+        if not 0 < self.noise_scale < float("inf"):
+            raise UserError(f"--noise-scale is {self.noise_scale}: give a number above 0")
+        if not self.positions or len(set(self.positions)) < len(self.positions):
+            named = " ".join(self.positions) or "empty"
+            raise UserError(f"--positions is {named}: give at least one token group, such as all, each once")
+        for group in self.positions:
+            members(group)
+        windows(depth, self.window)
+        if self.replicates > 1 and not CORRUPTIONS[self.corruption].random:
+            raise UserError(f"--corruption {self.corruption} leaves nothing to chance: drop --replicates")
+
 
 class TaskTrace(NamedTuple):
-    """A traced task: the :class:`Trace` of all samples as NumPy arrays, their ids, sigma_E, compiled shapes."""
+    """A traced task as NumPy arrays: of N samples, R replicates and C cells ``p_clean (N,)``, ``p_corrupt (N, R)`` and
+    ``ie (N, R, C)`` in the metric's units, and ``correct (N,)``: whether greedy decoding writes the gold answer."""
 
-    trace: Trace
     ids: list[str]
+    tasks: list[str]
+    cells: list[str]
+    p_clean: np.ndarray
+    p_corrupt: np.ndarray
+    ie: np.ndarray
+    correct: np.ndarray
     sigma: float
-    shapes: int
+
+    @property
+    def te(self) -> np.ndarray:
+        """TE of every sample and replicate ``(N, R)``."""
+        return self.p_clean[:, None] - self.p_corrupt
 
 
-def trace_examples(model: Model, processor, examples: list[Example], options: TraceOptions, label: str) -> TaskTrace:
-    """Traces every example. sigma_E is measured once, over all of them."""
-    groups = list(batches(examples, processor, model.config, options.batch, align=PREFIX_BUCKET))
-    square = total = count = 0.0
-    for rows, batch in groups:
-        x = np.asarray(_embed(model, batch.inputs).x, np.float64)[: len(rows)]
-        x = x[batch.inputs.attention_mask[: len(rows)]]
-        square, total, count = square + (x**2).sum(), total + x.sum(), count + x.size
-    sigma = float(np.sqrt(square / count - (total / count) ** 2))
-    parts: list[Trace | None] = [None] * len(examples)
-    costs = [grid_cost(model, batch) for _, batch in groups]
-    bar = tqdm(total=len(examples), desc=f"trace {label}", unit="sample")
-    with Meter(sum(costs[1:], costs[0])), bar:
-        for rows, batch in groups:
-            shape = (batch.inputs.input_ids.shape[1], model.config.text.hidden_size)
-            keys = [jax.random.fold_in(jax.random.key(options.seed), row) for row in rows]
-            noise = np.zeros((len(batch.inputs.input_ids), *shape), np.float32)
-            for i, k in enumerate(keys):
-                noise[i] = options.noise_scale * sigma * np.asarray(jax.random.normal(k, shape))
-            spans = batch.spans
-            result = causal_trace(model, batch.inputs, spans["question"], spans["answer"], noise=noise)
-            for i, row in enumerate(rows):
-                parts[row] = Trace(*(np.asarray(a)[i] for a in result))
+def trace_examples(
+    model: Model, processor, examples: list[Example], options: TraceOptions, label: str, log: Log | None = None
+) -> TaskTrace:
+    """Traces every example.
+
+    Args:
+        log: where results go as they come, and where those of an earlier session are.
+    """
+    config = model.config
+    options.check(config.text.num_hidden_layers)
+    examples = [forced(example, options.gold) for example in examples]
+    if options.correct_only:
+        examples = answered(model, processor, examples, options.batch)
+
+    def groups() -> Iterator[tuple[list[int], Batch]]:
+        return batches(examples, processor, config, options.batch, align=PREFIX_BUCKET)
+
+    found = survey(model, groups())
+    if CORRUPTIONS[options.corruption].visual and found.mean_image is None:
+        raise UserError(f"--corruption {options.corruption} needs images, and no sample has one: corrupt the question")
+    corrupt = Corrupter(model, processor, examples, found, options)
+    log = Log() if log is None else log
+    with tqdm(total=len(examples), desc=f"trace {label}", unit="sample") as bar:
+        for rows, batch in log.missing(groups()):
+            bar.update(len(log.records) - bar.n)
+            log.append(trace_batch(corrupt, rows, batch))
             bar.update(len(rows))
+    by_id = {record["id"]: record for record in log.records}
+    kept = [by_id[example.id] for example in examples]
+    columns = {name: np.array([record[name] for record in kept]) for name in ("p_clean", "p_corrupt", "ie", "correct")}
     return TaskTrace(
-        Trace(*map(np.stack, zip(*parts, strict=True))), [e.id for e in examples], sigma, compiled_shapes(groups)
+        [example.id for example in examples],
+        [example.task for example in examples],
+        cell_names(config, options),
+        sigma=found.sigma[options.sigma],
+        **columns,
     )
 
 
-def grid_cost(model: Model, batch: Batch) -> Cost:
-    """What :func:`causal_trace` costs on a batch."""
-    variants, _ = patch_grid(_SITES, model.config.text.num_hidden_layers)
-    noise = Add(np.asarray(batch.spans["question"], np.float32)[..., None])
-    gold = Gold.of(batch.inputs, batch.spans["answer"])
-    return estimate(model, batch.inputs, variants, gold, base=(noise,), clean=())
+def trace_batch(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> list[dict]:
+    """One record a sample of a batch, whose examples are those of ``rows``: ``id, correct, p_clean, p_corrupt (R,)``
+    and ``ie (R, C)`` as JSON has them."""
+    model, options = corrupt.model, corrupt.options
+    examples = [corrupt.examples[row] for row in rows]
+    read = gold = Gold.of(batch.inputs, batch.spans["answer"])
+    if options.metric == "logit_difference":
+        read = _difference(corrupt, rows, batch)
+    variants, shape = grid(model.config, options, batch)
+    features = _features(model, batch.inputs)
+    p_corrupt, ie = [], []
+    for replicate in range(options.replicates):
+        base = corrupt(rows, batch, replicate)
+        runs = sweep_runs(model, batch.inputs, variants, read, base=base, clean=(), features=features)
+        clean, corrupted, patched = (measured(r, options.metric) for r in (runs.clean, runs.base, runs.variants))
+        patched = patched.reshape(*shape, -1).swapaxes(0, 1).reshape(len(variants), -1)  # layer by layer
+        p_corrupt.append(corrupted)
+        ie.append((patched - corrupted).T)
+    scores = runs.clean if read is gold else _scores(model, batch.inputs, gold.replace(first=0))
+    correct = np.asarray(scores.correct)
+    return [
+        {
+            "id": example.id,
+            "task": example.task,
+            "correct": bool(correct[i]),
+            "p_clean": _short(clean[i]),
+            "p_corrupt": [_short(p[i]) for p in p_corrupt],
+            "ie": [[_short(value) for value in cells[i]] for cells in ie],
+        }
+        for i, example in enumerate(examples)
+    ]
 
 
-def summarise(traced: TaskTrace, min_te: float, seed: int = 0) -> dict:
-    """RR_mean with its 95 % percentile bootstrap interval, the ranking, the ratio of means, and counts."""
-    trace = traced.trace
-    used = trace.te >= min_te
-    if not used.any():
-        raise UserError(f"no sample has TE >= {min_te}: raise --noise-scale, or choose samples that the model answers")
-    rr = trace.rr[used]
-    if len(rr) > 1:
-        interval = bootstrap((rr,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=seed, vectorized=True)
-        low, high = interval.confidence_interval
-    else:
-        low = high = rr[0]
-    mean = rr.mean(0)
-    names = module_names(len(mean))
-    order = np.argsort(-mean.ravel(), kind="stable")
+def _difference(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> Difference:
+    examples = corrupt.examples
+    foils = [dataclasses.replace(examples[row], answers=(foil(examples, row),)) for row in rows]
+    foils += foils[-1:] * (len(batch.inputs.input_ids) - len(rows))
+    encoded = encode(foils, corrupt.processor, corrupt.model.config)
+    return Difference.of(batch.inputs, batch.spans["answer"] | batch.spans["end"], encoded.inputs)
+
+
+def survey(model: Model, groups: Iterable[tuple[Sequence[int], Batch]]) -> Survey:
+    """What corruptions need to know of a whole task, from all its batches."""
+    surveyor = Surveyor(model)
+    for rows, batch in groups:
+        surveyor.add(batch, len(rows))
+    return surveyor.survey()
+
+
+@jax.jit
+def _features(model: Model, inputs: Inputs):
+    return model.features(inputs)[0]
+
+
+@jax.jit
+def _scores(model: Model, inputs: Inputs, gold: Gold):
+    embedded, _ = model.embed(inputs)
+    x, _, _ = model.text.scan(embedded.x, model.window(inputs), deepstack=embedded.deepstack)
+    return gold(model, model.text.norm(x), 0)
+
+
+def _short(value: np.float32) -> float:
+    """The float with the fewest digits that is the same float32."""
+    return float(str(np.float32(value)))
+
+
+def measured(scores, metric: str) -> np.ndarray:
+    """What a run's read-out is in the metric's units, ``(..., B)``."""
+    match metric:
+        case "probability":
+            return np.asarray(scores.probability)
+        case "log_probability":
+            return np.asarray(scores.log_probability)
+        case "logit_difference":
+            return np.asarray(scores)
+
+
+def forced(example: Example, rule: str) -> Example:
+    """The example with the gold string of a rule in front."""
+    if rule == "commonest":  # as they come
+        return example
+    answers = sorted(example.answers, key=len, reverse=rule == "longest")
+    return dataclasses.replace(example, answers=tuple(answers))
+
+
+def foil(examples: Sequence[Example], row: int) -> str:
+    """A wrong answer to compare with: another choice, or where there is none the answer of another sample."""
+    example = examples[row]
+    right = {normalise(answer) for answer in example.answers}
+    choices, gold = example.choices or (), example.gold
+    if choices and gold is not None and example.answers[0] not in choices and example.answers[0] in set(LETTERS):
+        choices = LETTERS[: len(choices)]  # which the question asks for
+    wrong = [choice for i, choice in enumerate(choices) if i != gold and normalise(choice) not in right]
+    return wrong[0] if wrong else counterpart(examples, row).answers[0]
+
+
+def answered(model: Model, processor, examples: list[Example], size: int) -> list[Example]:
+    """The examples whose gold answer greedy decoding would write."""
+    right = np.zeros(len(examples), bool)
+    for rows, batch in batches(examples, processor, model.config, size, align=PREFIX_BUCKET):
+        gold = Gold.of(batch.inputs, batch.spans["answer"]).replace(first=0)
+        right[rows] = np.asarray(_scores(model, batch.inputs, gold).correct)[: len(rows)]
+    kept = [example for example, keep in zip(examples, right, strict=True) if keep]
+    if not kept:
+        raise UserError("the model answers no sample rightly: drop --correct-only or choose other samples")
+    return kept
+
+
+def grid(config: Config, options: TraceOptions, batch: Batch) -> tuple[Variants, tuple[int, ...]]:
+    """The patches of a batch, and the shape of their grid: sites, layers, then heads and token groups if any."""
+    tokens = None
+    if options.positions != ("all",):
+        labels = label(batch)
+        tokens = [np.isin(labels, members(group)) for group in options.positions]
+        for group, mask in zip(options.positions, tokens, strict=True):
+            if not mask.any():
+                raise UserError(f"--positions {group}: a batch of samples has no such token, choose other groups")
+    depth, window = config.text.num_hidden_layers, options.window
+    if options.heads:
+        heads = config.text.num_attention_heads
+        return patch_grid(("text.head_out",), depth, window=window, heads=heads, tokens=tokens)
+    return patch_grid(MODULE_SITES, depth, window=window, tokens=tokens)
+
+
+def cell_names(config: Config, options: TraceOptions) -> list[str]:
+    """``L0-attn, L0-mlp, L1-attn, ...``; heads are ``L0-H0, L0-H1, ...``; of several token groups each is named:
+    ``L0-attn@question, L0-attn@last, ...``."""
+    depth = config.text.num_hidden_layers
+    heads = range(config.text.num_attention_heads)
+    names = [f"L{layer}-H{head}" for layer in range(depth) for head in heads] if options.heads else module_names(depth)
+    groups = [f"@{group}" for group in options.positions] if len(options.positions) > 1 else [""]
+    return [name + group for name in names for group in groups]
+
+
+def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
+    """What ``summary.json`` says of a traced task: RR of every cell by the chosen statistic with its 95 % bootstrap
+    interval over samples, the ranking, all statistics side by side, how stable the ranking is, and counts."""
+    te, how = traced.te, {"min_te": options.min_te, "eps": options.eps}
+    rows = statistics.summary(te, traced.ie, traced.cells, seed=options.seed, **how)
+    chosen = [row for row in rows if row["statistic"] == options.statistic]
+    if not chosen:  # says why
+        statistics.rr(te, traced.ie, statistic=options.statistic, **how)
+    ranked = sorted(chosen, key=lambda row: row["rank"])
+    try:
+        top = sorted({max(1, round(PAPER_SHARE * len(traced.cells))), 10})
+    stability = statistics.rank_stability(te, traced.ie, top=top, seed=options.seed, statistic=options.statistic, **how)
+    except UserError:  # too few samples to be halved
+        stability = []
     return {
-        "samples": len(trace.te),
-        "te_not_positive": int((trace.te <= 0).sum()),
-        "excluded_by_min_te": int((~used).sum()),
-        "p_clean": float(trace.p_clean.mean()),
-        "p_corrupt": float(trace.p_corrupt.mean()),
+        "samples": len(te),
+        "replicates": te.shape[1],
+        "te_not_positive": int((te.mean(1) <= 0).sum()),
+        "excluded_by_min_te": int((te.mean(1) < options.min_te).sum()),
+        "correct": float(traced.correct.mean()),
+        "p_clean": float(traced.p_clean.mean()),
+        "p_corrupt": float(traced.p_corrupt.mean()),
         "sigma_E": traced.sigma,
-        "compiled_shapes": traced.shapes,
-        "ranking": [names[i] for i in order],
-        "rr_mean": dict(zip(names, mean.ravel().tolist(), strict=True)),
-        "rr_low": dict(zip(names, low.ravel().tolist(), strict=True)),
-        "rr_high": dict(zip(names, high.ravel().tolist(), strict=True)),
-        "ratio_of_means": dict(zip(names, (trace.ie.mean(0) / trace.te.mean()).ravel().tolist(), strict=True)),
+        "statistic": options.statistic,
+        "ranking": [row["cell"] for row in ranked],
+        "rr": {row["cell"]: row["rr"] for row in chosen},
+        "tasks": {task: rates for task in dict.fromkeys(traced.tasks) if (rates := _of_task(traced, task, options))},
+        "stability": stability,
+        "cells": rows,
     }
 
 
-def module_names(depth: int) -> list[str]:
-    """``L0-attn, L0-mlp, L1-attn, ...``: the modules in the order of ``rr[...].ravel()``."""
-    return [f"L{layer}-{module}" for layer in range(depth) for module in MODULES]
+def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, float]:
+    """RR of every cell in one of the tasks of a family, none where no sample of it counts."""
+    here = np.array(traced.tasks) == task
+    how = {"min_te": options.min_te, "eps": options.eps, "statistic": options.statistic}
+    try:
+        found = statistics.rr(traced.te[here], traced.ie[here], **how)
+    except UserError:
+        return {}
+    return dict(zip(traced.cells, found.tolist(), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(TraceOptions, ModelOptions):
-    """Trace which layers' attention and MLP outputs restore the answer when the question is corrupted (P0)."""
+class Args(TraceOptions, DataOptions, ModelOptions):
+    """Trace which layers' attention and MLP outputs restore the answer when the prompt is corrupted (P0)."""
 
     task: str = "mini-okvqa"
-    """Task name, family (knowledge, perception) or JSONL file."""
+    """Task name, family (knowledge, perception), dataset or JSONL file."""
     limit: int = 96
     """Samples to trace."""
     out: Path = Path("runs/trace")
-    """Run folder: trace.npz, summary.json, heatmap.png."""
+    """Run folder: samples.jsonl, trace.parquet, summary.json, summary.parquet, heatmap.png, intervals.png."""
 
 
 @command
 def main(args: Args) -> None:
-    from interventions.figures import heatmap
-
-    examples = load_task(args.task, split="trace", limit=args.limit)
-    if args.batch < 1:
-        raise UserError(f"--batch is {args.batch}: give at least 1")
+    examples = load_task(args.task, split="trace", limit=args.limit, options=args)
     model, processor = args.load()
+    args.check(model.config.text.num_hidden_layers)
     run = Run.open(args.out, args, model.config, processor)
-    traced = trace_examples(model, processor, examples, args, args.task)
-    summary = {"task": args.task, **summarise(traced, args.min_te)}
-    trace = traced.trace
-    run.save_arrays("trace.npz", **trace._asdict(), ids=np.array(traced.ids))
-    rr_mean = np.array(list(summary["rr_mean"].values())).reshape(-1, 2)
-    run.write("heatmap.png", lambda path: heatmap(path, {args.task: rr_mean}))
-    run.save_json("summary.json", summary)
+    run.manifest["data"] = source(args.task, split="trace", options=args)
+    run.manifest["data"] = source(args.task, split="trace", options=args)
+    summary = trace_task(run, "", model, processor, task_label(args.task), examples, args)
     print(
         f"{args.task}: {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "
         f"p_clean {summary['p_clean']:.3f}, p_corrupt {summary['p_corrupt']:.3f}"
     )
+    rows = {row["cell"]: row for row in summary["cells"] if row["statistic"] == args.statistic}
     for name in summary["ranking"][:10]:
-        mean, low, high = (summary[key][name] for key in ("rr_mean", "rr_low", "rr_high"))
-        print(f"  {name:10s} RR {mean:+.3f}  [{low:+.3f}, {high:+.3f}]")
+        print(f"  {name:10s} RR {rows[name]['rr']:+.3f}  [{rows[name]['low']:+.3f}, {rows[name]['high']:+.3f}]")
     print(f"written to {args.out}")
+
+
+def trace_task(
+    run: Run, folder: str, model: Model, processor, task: str, examples: list[Example], options: TraceOptions
+) -> dict:
+    """The summary of a task that is traced into ``folder`` of a run, now or in an earlier session, with its files:
+    ``samples.jsonl`` as results come; ``summary.json``, ``summary.parquet``, ``trace.parquet`` and figures."""
+
+    def make() -> dict:
+        begun = time.perf_counter()
+        traced = trace_examples(model, processor, examples, options, task, run.log(f"{folder}samples.jsonl"))
+        summary = {"task": task, "fingerprint": fingerprint(model), **summarise(traced, options)}
+        run.write(f"{folder}trace.parquet", lambda path: statistics.tidy(path, {task: traced}, options.eps))
+        run.write(f"{folder}summary.parquet", lambda path: statistics.tidy_summary(path, summary["cells"]))
+        if set(traced.cells) == set(module_names(model.config.text.num_hidden_layers)):
+            run.write(f"{folder}heatmap.png", lambda path: heatmap(path, {task: by_module(summary)}))
+        bounds = _bounds(summary)
+        run.write(f"{folder}intervals.png", lambda path: intervals(path, traced.cells, {task: bounds}))
+        run.timed(f"trace {task}", begun)
+        return summary
+
+    return run.once(f"{folder}summary.json", make)
+
+
+def _bounds(summary: dict) -> statistics.Interval:
+    """RR of every cell by the chosen statistic, with its interval over samples."""
+    rows = [row for row in summary["cells"] if row["statistic"] == summary["statistic"]]
+    return statistics.Interval(*(np.array([row[name] for row in rows]) for name in ("rr", "low", "high")))
+
+
+def by_module(summary: dict) -> np.ndarray:
+    """RR ``(L, 2)`` of a summary, last axis attention, MLP."""
+    rates = summary["rr"]
+    depth = len(rates) // 2
+    return np.array([rates[name] for name in module_names(depth)]).reshape(depth, 2)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 import vlm_jax
 from interventions import LoRA
 from interventions.adapters import init_lora, load_peft, lowest_layer, merge, parameters, save_peft
+from interventions.grids import module_names
 from interventions.placement import check_k, check_names, random_k, read_names
-from interventions.trace import module_names
 from vlm_jax.checkpoint import abstract
 from vlm_jax.errors import UserError
 from vlm_jax.families import read_config

@@ -88,7 +88,7 @@ def test_noise_on_the_question_hurts_what_is_known(name, mini, family):
     examples = load_task(family, split="trace", limit=96)
     _, records = score(examples, answer(model, processor, examples).texts)
     correct = np.array([record["correct"] for record in records])
-    te = trace_examples(model, processor, examples, TraceOptions(), family).trace.te
+    te = trace_examples(model, processor, examples, TraceOptions(), family).te[:, 0]
     assert correct.sum() >= 20
     assert np.mean(te[correct] > 0) >= HURT[name]
 

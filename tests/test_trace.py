@@ -21,7 +21,7 @@ from interventions import Add, Patch, causal_trace, sweep
 from vlm_jax.errors import UserError
 
 # ``interventions.sweep`` is the function, which hides the module of that name from a plain import.
-sweep_module, trace_module = (importlib.import_module(f"interventions.{name}") for name in ("sweep", "trace"))
+sweep_module, causal_module = (importlib.import_module(f"interventions.{name}") for name in ("sweep", "causal"))
 
 TOLERANCE, CAUGHT = 1e-5, 1e-4
 LAYERS = 4  # one more than DeepStack reaches
@@ -401,7 +401,7 @@ def drawn_noise(model, case, monkeypatch, **how):
         seen.append(np.asarray(base[0].value))
         raise Stopped
 
-    monkeypatch.setattr(trace_module, "sweep_runs", engine)
+    monkeypatch.setattr(causal_module, "sweep_runs", engine)
     with pytest.raises(Stopped):
         causal_trace(model, inputs_of(model, case), case.question, case.answer, **how)
     return seen[0]
@@ -411,7 +411,7 @@ def test_sigma_is_the_std_of_all_elements_of_real_tokens(oracle, model, cases):
     case = cases["both"]
     embeddings = oracle_sites(oracle, case.batch)["text.embeddings"]  # visual tokens included, NaN at padding
     padded = np.nan_to_num(embeddings, nan=50)
-    sigma = float(trace_module.embedding_std(padded, case.batch["attention_mask"] == 1))
+    sigma = float(causal_module.embedding_std(padded, case.batch["attention_mask"] == 1))
     assert sigma == pytest.approx(np.nanstd(embeddings.astype(np.float64)), rel=1e-5)
 
 

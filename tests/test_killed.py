@@ -1,0 +1,106 @@
+"""Runs survive: real processes killed with SIGKILL at random points, and then finished, leave the files of a run that
+nobody disturbed, byte for byte."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMANDS = {
+    "trace": [
+        *("interventions.trace", "--task", "mini-okvqa", "--limit", "24", "--batch", "4"),
+        *("--replicates", "2"),
+    ],
+    "study": [
+        *("eval.study", "--models", "mini-qwen3-vl", "--trace", "16", "--train", "16", "--eval", "32", "--k", "2"),
+        *("--placements", "random", "task_diff", "gradient_norm", "--seeds", "0", "--random-seeds", "42", "--no-alone"),
+        *("--corruptions", "swapped_image", "--training.epochs", "1", "--training.r", "4", "--tracing.batch", "4"),
+    ],
+}
+KILLS = {"trace": 3, "study": 4}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """All processes share what one of them has compiled."""
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+
+
+def start(name: str, out: Path, environment) -> subprocess.Popen:
+    command = [sys.executable, "-m", *COMMANDS[name], "--out", str(out)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-2000:]
+    return output
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file but the one of times."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "seconds.json"
+    }
+
+
+def written(out: Path) -> int:
+    """Bytes in the folder: grows with all that a run does."""
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def kill_after(process: subprocess.Popen, out: Path, size: int, moment: float) -> bool:
+    """Kills the process a ``moment`` after the folder holds ``size`` bytes; whether it was still running then."""
+    while process.poll() is None:
+        try:
+            if written(out) >= size:
+                break
+        except OSError:  # a temporary file went away
+            continue
+        time.sleep(0.01)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_runs_end_as_undisturbed_ones(name, environment, tmp_path):
+    finish(start(name, tmp_path / "whole", environment))
+    whole, size = contents(tmp_path / "whole"), written(tmp_path / "whole")
+    assert len(whole) > 5
+
+    chance, out = random.Random(name), tmp_path / "killed"
+    out.mkdir()
+    killed = 0
+    for share in sorted(chance.random() for _ in range(KILLS[name])):
+        killed += kill_after(start(name, out, environment), out, int(share * size), 0.3 * chance.random())
+    assert killed >= 2, "too few of the kills came before the end"
+    finish(start(name, out, environment))
+    after = contents(out)
+    assert after.keys() == whole.keys()
+    assert [name for name in whole if whole[name] != after[name]] == []
+
+
+def test_files_of_another_configuration_differ(environment, tmp_path):
+    """The control: the comparison above sees one changed seed."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    finish(start("trace", first, environment))
+    COMMANDS["seeded"] = [*COMMANDS["trace"], "--seed", "1"]
+    try:
+        finish(start("seeded", second, environment))
+        refused = start("seeded", first, environment)
+        output, _ = refused.communicate(timeout=300)
+    finally:
+        del COMMANDS["seeded"]
+    one, other = contents(first), contents(second)
+    assert one["samples.jsonl"] != other["samples.jsonl"]
+    assert refused.returncode == 2 and "seed 0 there, 1 here" in output
+    assert contents(first) == one
