@@ -17,11 +17,10 @@ from eval.accuracy import answer, score
 from eval.metrics import MetricOptions
 from interventions import scoring
 from interventions.adapters import init_lora, load_peft, merge, parameters, save_peft
-from interventions.corruption import Corrupter
 from interventions.grids import module_names
 from interventions.placement import Scoring
 from interventions.sweep import PREFIX_BUCKET
-from interventions.trace import TraceOptions, by_module, survey, trace_task
+from interventions.trace import TraceOptions, by_module, trace_task
 from train.trunk import LoRAOptions, train_lora
 from vlm_jax import Model
 from vlm_jax.data import Example
@@ -130,8 +129,7 @@ class Experiment:
         )
         match name:
             case "attribution":
-                found = survey(self.model, groups)
-                corrupt = Corrupter(self.model, self.processor, self._traced(family), found, self.tracing)
+                corrupt = scoring.corrupter(self.model, self.processor, self._traced(family), groups, self.tracing)
                 return scoring.attribution(self.model, groups, corrupt)
             case "page":
                 return scoring.page(self.model, groups, self._lora())

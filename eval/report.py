@@ -1,5 +1,6 @@
 """What a study says: its tables beside the paper's numbers, its comparisons with their chance, and its figures."""
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from eval import figures
 from eval.recipes import RECIPES
 from eval.tables import Table
 from interventions import statistics
-from interventions.figures import both, heatmap
+from interventions.figures import both, correlation, heatmap, intervals, stability
 from interventions.grids import module_names
 from interventions.placement import normalised
 from interventions.trace import by_module
@@ -70,6 +71,7 @@ class Outcomes:
         #: (placement, k), in the order in which they were run.
         self.keys = list(dict.fromkeys((r["placement"], r["k"]) for r in self.records if r["placement"] != "alone"))
         self.k = next((k for _, k in self.keys if k), 0)
+        self.accuracy = functools.cache(self._accuracy)
 
     def scores(self, family: str, placement: str, k: int) -> np.ndarray:
         """``(runs, N)``; of the family "both" the samples of all families after each other."""
@@ -79,7 +81,7 @@ class Outcomes:
     def parameters(self, family: str, placement: str, k: int) -> float:
         return float(np.mean([record["parameters"] for record in self.by[family, placement, k]]))
 
-    def accuracy(self, family: str, placement: str, k: int) -> dict:
+    def _accuracy(self, family: str, placement: str, k: int) -> dict:
         """The mean over runs and samples with its 95 % bootstrap interval over both."""
         scores = self.scores(family, placement, k)
         found = statistics.paired(scores, np.zeros((1, scores.shape[1])))

@@ -302,7 +302,8 @@ def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
     ranked = sorted(chosen, key=lambda row: row["rank"])
     try:
         top = sorted({max(1, round(PAPER_SHARE * len(traced.cells))), 10})
-    stability = statistics.rank_stability(te, traced.ie, top=top, seed=options.seed, statistic=options.statistic, **how)
+        how |= {"seed": options.seed, "statistic": options.statistic}
+        stability = statistics.rank_stability(te, traced.ie, top=top, **how)
     except UserError:  # too few samples to be halved
         stability = []
     return {

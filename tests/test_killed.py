@@ -31,8 +31,8 @@ def environment(tmp_path_factory):
     return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
 
 
-def start(name: str, out: Path, environment) -> subprocess.Popen:
-    command = [sys.executable, "-m", *COMMANDS[name], "--out", str(out)]
+def start(name: str, out: Path, environment, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", *COMMANDS[name], *more, "--out", str(out)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -71,36 +71,40 @@ def kill_after(process: subprocess.Popen, out: Path, size: int, moment: float) -
     return process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_killed_runs_end_as_undisturbed_ones(name, environment, tmp_path):
-    finish(start(name, tmp_path / "whole", environment))
-    whole, size = contents(tmp_path / "whole"), written(tmp_path / "whole")
-    assert len(whole) > 5
+@pytest.fixture(scope="module")
+def undisturbed(environment, tmp_path_factory):
+    """The folder of a run of each command that nobody disturbs."""
+    made = {}
 
-    chance, out = random.Random(name), tmp_path / "killed"
-    out.mkdir()
-    killed = 0
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "whole"
+            finish(start(name, made[name], environment))
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, environment, tmp_path):
+    whole, size = contents(undisturbed(name)), written(undisturbed(name))
+    assert len(whole) > 5
+    chance, killed = random.Random(name), 0
     for share in sorted(chance.random() for _ in range(KILLS[name])):
-        killed += kill_after(start(name, out, environment), out, int(share * size), 0.3 * chance.random())
+        killed += kill_after(start(name, tmp_path, environment), tmp_path, int(share * size), 0.3 * chance.random())
     assert killed >= 2, "too few of the kills came before the end"
-    finish(start(name, out, environment))
-    after = contents(out)
+    finish(start(name, tmp_path, environment))
+    after = contents(tmp_path)
     assert after.keys() == whole.keys()
     assert [name for name in whole if whole[name] != after[name]] == []
 
 
-def test_files_of_another_configuration_differ(environment, tmp_path):
-    """The control: the comparison above sees one changed seed."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    finish(start("trace", first, environment))
-    COMMANDS["seeded"] = [*COMMANDS["trace"], "--seed", "1"]
-    try:
-        finish(start("seeded", second, environment))
-        refused = start("seeded", first, environment)
-        output, _ = refused.communicate(timeout=300)
-    finally:
-        del COMMANDS["seeded"]
-    one, other = contents(first), contents(second)
-    assert one["samples.jsonl"] != other["samples.jsonl"]
+def test_other_configurations_differ_and_are_refused(undisturbed, environment, tmp_path):
+    """The control: the comparison above sees one changed seed, and no run goes on with another's files."""
+    one = contents(undisturbed("trace"))
+    finish(start("trace", tmp_path, environment, "--seed", "1"))
+    assert contents(tmp_path)["samples.jsonl"] != one["samples.jsonl"]
+    refused = start("trace", undisturbed("trace"), environment, "--seed", "1")
+    output, _ = refused.communicate(timeout=300)
     assert refused.returncode == 2 and "seed 0 there, 1 here" in output
-    assert contents(first) == one
+    assert contents(undisturbed("trace")) == one

@@ -32,6 +32,7 @@ __all__ = ["quick_programs"]  # a fixture that every test here uses
 FAMILIES = ("qwen3_vl", "gemma3")
 EXACT, CAUGHT = 1e-4, 1e-2
 SITES = {module: [f"text.{name}" for name in names] for module, names in TEXT_LINEARS.items()}
+TEXT_ROWS = [[9, 6, 3], [5, 5, 2], [12, 4, 2]]
 #: Two batches of one shape; the second is filled up with a repeated row.
 GROUPS = (([0, 1], [0, 1]), ([2], [2, 2]))
 
@@ -44,7 +45,7 @@ class Case:
         self.oracle = tiny_model(config)
         self.oracle.save_pretrained(folder)
         self.model, _ = vlm_jax.load(folder)
-        rows = rows_of(family)
+        rows = TEXT_ROWS if family == "gemma3" else rows_of(family)  # without a vision tower it compiles faster
         self.batch = make_batch(rows, "right", 0, config)
         masks = part_masks(config, rows, "right")
         end = masks["answer"] & ~np.roll(masks["answer"], -1, 1)
@@ -110,7 +111,7 @@ def test_gradient_norm(cases, family):
     found = scoring.gradient_norm(case.model, case.groups)
     expected = energy(case.gradient(case.trained)) / case.trained.sum() ** 2
     assert error(found, expected) < EXACT
-    if family == FAMILIES[0]:  # some layers at a time: the same number
+    if family == "gemma3":  # some layers at a time: the same number
         assert error(scoring.gradient_norm(case.model, case.groups, layers=3), expected) < EXACT
     # The controls: the gold answer alone; samples apart; the repeated row counted; attention for MLP.
     repeated = [case.groups[0], ([0, 1], case.groups[1][1])]
@@ -178,11 +179,9 @@ def test_no_gradient_of_all_weights_is_held():
     def total(layers):
         return {s: jnp.zeros((layers, *kernel.shape[1:])) for s, kernel in scoring._kernels(model.text.layers).items()}
 
-    noise = (Add(np.ones((2, 48, 512), np.float32)),)
     assert memory(scoring._fisher, model, inputs, gold) < 2
-    assert memory(scoring._attribute, model, inputs, gold, noise) < 3
     assert memory(scoring._add_kernel_gradients, total(1), model, inputs, gold, low=3, high=4) < 4
-    assert memory(scoring._add_kernel_gradients, total(8), model, inputs, gold, low=0, high=8) > 8
+    assert memory(scoring._add_kernel_gradients, total(8), model, inputs, gold, low=0, high=8) > 8  # the control
 
 
 # Adapters
