@@ -7,6 +7,7 @@ that goes on. :mod:`train.lora` asks it for one placement, :mod:`eval.study` for
 import dataclasses
 import functools
 import hashlib
+import shutil
 import time
 from collections.abc import Sequence
 
@@ -21,11 +22,11 @@ from interventions.grids import module_names
 from interventions.placement import Scoring
 from interventions.sweep import PREFIX_BUCKET
 from interventions.trace import TraceOptions, by_module, trace_task
-from train.trunk import LoRAOptions, train_lora
+from train.trunk import LoRAOptions, Trunk, embedded, train_lora
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
-from vlm_jax.prompts import Batch, batches, check_fit, encode
+from vlm_jax.prompts import batches, check_fit, encode
 from vlm_jax.runs import Run
 
 
@@ -94,12 +95,12 @@ class Experiment:
         if not adapter.is_dir():
             begun = time.perf_counter()
             self.run.save_json(f"{folder}/placement.json", sorted(names, key=module_names(self.depth).index))
-            options = dataclasses.replace(self.training, seed=seed)
-            lora = train_lora(
-                self.model, names, self._encoded(family), options, f"{family} {cell_name(names, self.depth)}"
-            )
+            options, checkpoints = dataclasses.replace(self.training, seed=seed), self.run.path(f"{folder}/training")
+            label = f"{family} {cell_name(names, self.depth)}"
+            lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints)
             self.run.write_folder(f"{folder}/adapter", lambda path: save_peft(lora, self.model, path))
             self.run.timed(f"train {folder}", begun)
+        shutil.rmtree(self.run.folder / folder / "training", ignore_errors=True)
         return self._evaluate(merge(self.model, load_peft(self.model, adapter)), folder, family)
 
     def _cell_folder(self, family: str, names: Sequence[str], seed: int) -> str:
@@ -149,13 +150,15 @@ class Experiment:
         return init_lora(self.model, module_names(self.depth), r=options.r, alpha=options.alpha, dropout=0.0, key=key)
 
     @functools.cached_property
-    def _batches(self) -> dict[str, Batch]:
+    def _trunks(self) -> dict[str, Trunk]:
         return {}
 
-    def _encoded(self, family: str) -> Batch:
-        if family not in self._batches:
-            self._batches[family] = encode(self.trained[family], self.processor, self.model.config)
-        return self._batches[family]
+    def _embedded(self, family: str) -> Trunk:
+        """The training examples as they enter the first layer, once for all placements."""
+        if family not in self._trunks:
+            batch = encode(self.trained[family], self.processor, self.model.config)
+            self._trunks[family] = embedded(self.model, batch, gib=self.training.trunk_gib)
+        return self._trunks[family]
 
 
 def cell_name(names: Sequence[str], depth: int) -> str:

@@ -1,6 +1,7 @@
 """What a study would cost: cells, FLOPs, memory, and hours by kind of device, before anything runs."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -83,7 +84,7 @@ class Plan:
 
     def __str__(self) -> str:
         jobs = [(name, f"{count:,}", f"{flops / 1e15:,.3f}") for name, (count, flops) in self.jobs.items()]
-        rates = {f"this machine ({jax.devices()[0].device_kind})": (matmul_rate(), np.inf)}
+        rates = {f"this machine ({jax.devices()[0].device_kind})": (matmul_rate(), _memory())}
         rates |= {name: (device.flops * UTILISATION, device.memory) for name, device in DEVICES.items()}
         hours = [
             (name, f"{self.flops / rate / 3600:,.2f}", "yes" if self.step < memory else "no")
@@ -113,6 +114,11 @@ def _vision(model, batch: Batch) -> float:
         return 0.0
     size = sum(leaf.size for leaf in jax.tree.leaves(model.visual))
     return 2.0 * size * float(np.asarray(batch.inputs.images.patch_mask).sum())
+
+
+def _memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def matmul_rate(size: int = 2048) -> float:

@@ -46,6 +46,34 @@ def lowest_layer(lora: LoRA) -> int:
     return min(int(np.argmax(np.asarray(slot) < len(lora.weights[site][0]))) for site, slot in lora.slot.items())
 
 
+def pad(lora: LoRA, model: Model, k: int) -> LoRA:
+    """The same adapter in arrays whose shapes depend on ``k``, the number of placed modules, alone: ``min(k, L)`` slots
+    at every linear, so that one compiled program trains every placement of ``k`` modules. Slots that no layer uses hold
+    zeros and get no gradient."""
+    depth = model.config.text.num_hidden_layers
+    slots, r = min(k, depth), next(iter(lora.weights.values()))[0].shape[-1]
+    weights, slot = {}, {}
+    for name in (name for names in TEXT_LINEARS.values() for name in names):
+        site, (inputs, outputs) = f"text.{name}", _shape(model, name)
+        a, b = lora.weights.get(site, (jnp.zeros((0, inputs, r)), jnp.zeros((0, r, outputs))))
+        weights[site] = tuple(jnp.pad(half, [(0, slots - len(a)), (0, 0), (0, 0)]) for half in (a, b))
+        old = jnp.asarray(lora.slot.get(site, null_slots(depth, 0)))
+        slot[site] = jnp.where(old < len(a), old, slots)
+    return lora.replace(weights=weights, slot=slot)
+
+
+def compact(lora: LoRA) -> LoRA:
+    """The same adapter without the slots that no layer uses: the inverse of :func:`pad`."""
+    weights, slot = {}, {}
+    for site, (a, b) in lora.weights.items():
+        old = np.asarray(lora.slot[site])
+        used, new = np.unique(old[old < len(a)], return_inverse=True)
+        if len(used):
+            weights[site] = a[used], b[used]
+            slot[site] = null_slots(len(old), len(used)).at[np.flatnonzero(old < len(a))].set(new)
+    return lora.replace(weights=weights, slot=slot)
+
+
 def merge(model: Model, lora: LoRA) -> Model:
     """The model with the adapter folded into its kernels: the same function, as fast as the base model, and the
     program that was compiled for the base model runs it."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from interventions.groups import GROUPS, members
 from vlm_jax.errors import UserError
-from vlm_jax.sites import Context, head_axis, token_axis
+from vlm_jax.sites import TEXT_LINEARS, Context, head_axis, token_axis
 
 
 def option(default: Any = None) -> Any:
@@ -510,16 +510,27 @@ class LoRA:
         slot, used = _slot(self.slot[site], len(a), ctx)
 
         def delta(x):
-            if self.key is not None and self.dropout:
-                layer = 0 if ctx.layer is None else ctx.layer
-                key = jax.random.fold_in(jax.random.fold_in(self.key, layer), sorted(self.weights).index(site))
-                x = _drop(x, self.dropout, key)
-            flat = x.reshape(-1, x.shape[-1])
-            return ((flat @ a[slot]) @ b[slot] * self.scale).reshape(value.shape).astype(value.dtype)
+            key = None if self.key is None else jax.random.fold_in(self.key, 0 if ctx.layer is None else ctx.layer)
+            return low_rank(x, a[slot], b[slot], self.scale, site, key, self.dropout).astype(value.dtype)
 
         if len(a) == np.size(self.slot[site]):  # hardly a layer without one: skipping it costs more than it saves
             return value + jnp.where(used, delta(ctx.input), 0)
         return value + jax.lax.cond(used, delta, lambda x: jnp.zeros_like(value), ctx.input)
+
+
+def low_rank(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, site: str, key: jax.Array | None, rate: float
+) -> jax.Array:
+    """What LoRA adds at a linear: ``scale * dropout(x) @ a @ b``; ``x (B, T, in)``, ``a (in, r)``, ``b (r, out)``.
+    Dropout is done where there is a ``key`` (of this layer; every linear draws its own from it)."""
+    if key is not None and rate:
+        x = _drop(x, rate, jax.random.fold_in(key, _LINEARS.index(site)))
+    flat = x.reshape(-1, x.shape[-1])
+    return ((flat @ a) @ b * scale).reshape(*x.shape[:-1], -1)
+
+
+#: The linears that may have adapters, numbered whichever of them do.
+_LINEARS = sorted(f"text.{name}" for names in TEXT_LINEARS.values() for name in names)
 
 
 def _drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

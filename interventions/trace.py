@@ -50,7 +50,7 @@ class TraceOptions:
     """s of equation 5: noise has standard deviation s * sigma_E."""
     sigma: Literal["sequence", "question", "vocabulary"] = "sequence"
     """What sigma_E is measured on: all real tokens of the task's prompts (P0), their question tokens, or the embedding
-    table."""
+    table. DeepStack's noise has sigmas of its own."""
     replicates: int = 1
     """Independent corruptions of every sample; all cells of a replicate meet the same one."""
     positions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP [GROUP ...]")] = ("all",)
@@ -66,9 +66,9 @@ class TraceOptions:
     gold: Literal["commonest", "shortest", "longest"] = "commonest"
     """Which of several gold answers is forced; the first where none is commonest."""
     correct_only: bool = False
-    """Trace only samples whose gold answer greedy decoding would write."""
+    """Trace only samples whose gold tokens greedy decoding would write, whatever it writes behind them."""
     min_te: float = 0.01
-    """Samples whose TE is below this do not enter RR: the ratio would be noise over noise."""
+    """Samples whose TE, in the metric's units, is below this do not enter RR: the ratio would be noise over noise."""
     eps: float = 1e-8
     """eps of equation 4."""
     statistic: Literal["mean_of_ratios", "ratio_of_means", "median"] = "mean_of_ratios"
@@ -76,7 +76,7 @@ class TraceOptions:
     batch: int = 16
     """Samples per compiled call."""
     seed: int = 0
-    """Seed of the noise; a sample's noise does not depend on the batch that it is in."""
+    """Seed of the noise and the swaps; a sample's do not depend on the batch that it is in."""
 
     def check(self, depth: int) -> None:
         """Refuses options that cannot be."""

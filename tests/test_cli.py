@@ -87,6 +87,21 @@ def test_question_that_does_not_fit(refused, tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
+        ({"window": 9}, "choose 1 to 8"),
+        ({"corruption": "mean_image", "replicates": 2}, "drop --replicates"),
+        ({"positions": ("questoin",)}, "did you mean 'question'"),
+        ({"noise_scale": -1.0}, "above 0"),
+        ({"limit": 1, "corruption": "swapped_image"}, "another image"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_trace_options(refused, options, says):
+    assert says in refused(interventions.trace, **options)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
         ({"placement": "task_dif"}, "did you mean 'task_diff'"),
         ({"k": 17}, "16 modules"),
         ({"k": 0}, "16 modules"),

@@ -1,5 +1,6 @@
 """The one training loop: a jitted step over a trainable pytree, checkpoints that resume, metrics as JSON lines."""
 
+import contextlib
 import functools
 import json
 import time
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from tqdm import tqdm
@@ -30,16 +32,22 @@ Loss = Callable[[Any, Any, Any, jax.Array], jax.Array]
 @functools.partial(jax.jit, static_argnames=("loss", "tx"), donate_argnames="state")
 def update(state: State, frozen, batch, key, *, loss: Loss, tx: optax.GradientTransformation):
     """One step. ``batch`` has a leading axis of micro-batches, whose gradients are averaged."""
+    count = jax.tree.leaves(batch)[0].shape[0]
+    keys = jax.random.split(key, count)
+
+    def gradients(micro, key):
+        return jax.value_and_grad(loss)(state.trainable, frozen, micro, key)
 
     def accumulate(total, scanned):
-        micro, key = scanned
-        value, grads = jax.value_and_grad(loss)(state.trainable, frozen, micro, key)
+        value, grads = gradients(*scanned)
         return jax.tree.map(jnp.add, total, grads), value
 
-    count = jax.tree.leaves(batch)[0].shape[0]
-    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
-    grads, losses = jax.lax.scan(accumulate, zeros, (batch, jax.random.split(key, count)))
-    grads = jax.tree.map(lambda g: g / count, grads)
+    if count == 1:  # nothing to add up: no second set of gradients
+        losses, grads = gradients(jax.tree.map(lambda a: a[0], batch), keys[0])
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+        grads, losses = jax.lax.scan(accumulate, zeros, (batch, keys))
+        grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     metrics = {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
     return State(optax.apply_updates(state.trainable, updates), opt_state), metrics
@@ -67,39 +75,62 @@ def fit(
         batches: step -> batch with a leading micro-batch axis. A pure function of the step, so that a resumed
             run reads the same data.
         folder: where metrics (``metrics.jsonl``) and checkpoints go; nothing is written where None.
-        save_every: checkpoint interval in steps; a run that finds a checkpoint goes on from it.
+        save_every: checkpoint interval in steps, the last step included; a run that finds a checkpoint goes on from
+            it, and was it stopped at any moment, it loses the steps since.
 
     Raises:
         UserError: if the loss stops being a number.
     """
     state, first = State(jax.tree.map(jnp.copy, trainable), tx.init(trainable)), 0
-    manager = None
-    if folder is not None and save_every:
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=save_every)
-        manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-        if (latest := manager.latest_step()) is not None:
-            leaves, treedef = jax.tree.flatten(state)
-            state = treedef.unflatten(manager.restore(latest, args=ocp.args.StandardRestore(leaves)))
-            first = latest
-    started = time.perf_counter()
-    with tqdm(range(first, steps), desc=label, initial=first, total=steps, unit="step", mininterval=1.0) as bar:
-        for step in bar:
+    with contextlib.ExitStack() as stack:
+        manager = None
+        if folder is not None and save_every:
+            options = ocp.CheckpointManagerOptions(max_to_keep=1)
+            manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+            stack.callback(manager.close)  # once it has finished what it writes in the background
+            if (latest := manager.latest_step()) is not None:
+                leaves, treedef = jax.tree.flatten(state)
+                state = treedef.unflatten(manager.restore(latest, args=ocp.args.StandardRestore(leaves)))
+                first = latest
+        if folder is not None:
+            _forget_after(folder / "metrics.jsonl", first)
+        started = time.perf_counter()
+        steps_left = tqdm(range(first, steps), desc=label, initial=first, total=steps, unit="step", mininterval=1.0)
+        for step in stack.enter_context(steps_left):
             key = jax.random.fold_in(jax.random.key(seed), step)
             state, metrics = update(state, frozen, batches(step), key, loss=loss, tx=tx)
-            if (step + 1) % log_every == 0 or step + 1 == steps:
-                metrics = {name: float(value) for name, value in metrics.items()}
-                if not jnp.isfinite(metrics["loss"]):
-                    raise UserError(
-                        f"{label}: the loss is {metrics['loss']} at step {step + 1}: lower the learning rate"
-                    )
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-                if folder is not None:
-                    record = {"step": step + 1, **metrics, "seconds": round(time.perf_counter() - started, 2)}
-                    with open(folder / "metrics.jsonl", "a") as log:
-                        log.write(json.dumps(record) + "\n")
-            if manager is not None:
-                manager.save(step + 1, args=ocp.args.StandardSave(jax.tree.leaves(state)))
-    if manager is not None:
-        manager.wait_until_finished()
-        manager.close()
+            done = step + 1
+            logs = done % log_every == 0 or done == steps
+            saves = manager is not None and (done % save_every == 0 or done == steps)
+            if not logs and not saves:
+                continue
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if not np.isfinite(metrics["loss"]):
+                raise UserError(f"{label}: the loss is {metrics['loss']} at step {done}: lower the learning rate")
+            if logs:
+                steps_left.set_postfix(loss=f"{metrics['loss']:.3f}")
+            if logs and folder is not None:
+                record = {"step": done, **metrics, "seconds": round(time.perf_counter() - started, 2)}
+                with open(folder / "metrics.jsonl", "a") as log:
+                    log.write(json.dumps(record) + "\n")
+            if saves:
+                # Copies: the next step writes over these arrays while they are being saved.
+                leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
+                manager.save(done, args=ocp.args.StandardSave(leaves))
     return state.trainable
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Takes out of a log what a stopped session wrote after its last checkpoint, or broke off while writing."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    scratch = file.with_suffix(".part")
+    scratch.write_text("".join(kept))
+    scratch.replace(file)

@@ -1,7 +1,17 @@
-"""LoRA above a frozen trunk: what lies below the lowest adapted layer is run once per example and never again."""
+"""LoRA above a frozen trunk: what lies below the lowest adapted layer is run once per example and never again.
+
+Where adapters sit is data, not shape, so that placements of one size share a compiled step
+(:func:`interventions.adapters.pad`): two at most, one of them for the placements that lie in the upper half.
+"""
 
 import dataclasses
 import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
 
 import flax.struct
 import jax
@@ -9,15 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from interventions.adapters import init_lora, lowest_layer
-from interventions.kinds import LoRA
+from interventions.adapters import compact, init_lora, lowest_layer, pad
+from interventions.kinds import LoRA, low_rank
 from train.loop import fit
 from vlm_jax import Model
+from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
 from vlm_jax.prompts import Batch, positions
+from vlm_jax.sites import TEXT_LINEARS, Context
 
 #: P0 trains with 2e-4 at width 2560. Adam's best rate falls with the width (muP), so narrower models get more.
 _LR, _LR_WIDTH = 2e-4, 2560
+#: Examples whose trunk is computed together.
+_CHUNK = 32
+#: The linears whose outputs the backward pass reads.
+_WIDE = [name for names in TEXT_LINEARS.values() for name in names if name not in ("self_attn.o_proj", "mlp.down_proj")]
+#: What ``remat`` keeps for the backward pass: the values at these sites; the rest of a layer is computed again there.
+_KEPT = {
+    "full": (),
+    "some": ("text.mlp.gate_proj", "text.mlp.up_proj"),
+    "none": ("text.resid_mid", *(f"text.{name}" for name in _WIDE)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +61,40 @@ class LoRAOptions:
     """Peak learning rate, falling linearly to 0; by default P0's 2e-4 at width 2560, times 2560 / width."""
     seed: int = 0
     """Seed of adapters, data order, dropout and tracing noise."""
+    remat: Literal["full", "some", "none"] = "some"
+    """How much of a layer is computed again in the backward pass: all of it (least memory); all but what the MLP's gate
+    and up give; nothing but what is cheap."""
+    trunk_gib: float = 4.0
+    """Memory for the activations that enter the lowest adapted layer, of all examples; what is more lies in a temporary
+    file."""
+    save_every: int = 100
+    """Steps between checkpoints of a training; a stopped one goes on from the last."""
 
 
 @flax.struct.dataclass
 class Frozen:
-    """What training reads and never changes: the model, where the adapter sits, how it is scaled."""
+    """What training reads and never changes: the model, where the adapter sits, how it is scaled, and the lowest layer
+    that it touches."""
 
     model: Model
     slot: dict[str, jax.Array]
     scale: jax.Array
     dropout: float = flax.struct.field(pytree_node=False)
-    lowest: int = flax.struct.field(pytree_node=False)
+    lowest: jax.Array
+    first: int = flax.struct.field(pytree_node=False, default=0)
+    remat: str = flax.struct.field(pytree_node=False, default="some")
+
+
+def first_layer(lowest: int, depth: int) -> int:
+    """Where a compiled training begins: at the bottom or half way up. Any lowest adapted layer at or above it runs in
+    the same program, and the program reserves memory for the layers from there on."""
+    return depth // 2 if lowest >= depth // 2 else 0
 
 
 @flax.struct.dataclass
 class Trunk:
-    """Examples as training reads them: the residual stream ``x (N, T, D)`` that enters the lowest adapted layer,
-    which no adapter changes and which is therefore computed once; DeepStack ``(N, K, T, D)``; gold tokens."""
+    """Examples as training reads them: the residual stream ``x (N, T, D)`` that enters a layer, which no adapter
+    changes and which is therefore computed once; DeepStack ``(N, K, T, D)``; gold tokens."""
 
     x: jax.Array
     deepstack: jax.Array | None
@@ -66,42 +105,162 @@ class Trunk:
     valid: jax.Array
     target: jax.Array
 
+    def take(self, rows) -> "Trunk":
+        """Some of the examples, in memory."""
+        return jax.tree.map(lambda a: np.asarray(a[rows]), self)
+
+    def window(self, model: Model):
+        return model.text.window(self.attention_mask, self.position_ids.swapaxes(0, 1), is_image=self.is_image)
+
+    def to(self, model: Model, low, high, **how) -> jax.Array:
+        """``x`` after layers ``low`` to ``high - 1``."""
+        deepstack = None if self.deepstack is None else self.deepstack.swapaxes(0, 1)
+        return model.text.part(self.x, self.window(model), low, high, deepstack=deepstack, **how)
+
+
+@flax.struct.dataclass
+class LayeredLoRA:
+    """LoRA as training runs it: with an array slice for every layer instead of slots, so that the backward pass writes
+    each layer's gradient once.
+
+    ``weights[site] = (A^T (L, r, in), B (L, r, out))``: with A the other way round its gradient is a matmul that does
+    not turn the layer's input over, which takes several times as long on CPU.
+    """
+
+    weights: dict[str, tuple[jax.Array, jax.Array]]
+    used: dict[str, jax.Array]
+    scale: jax.Array
+    key: jax.Array
+    dropout: float = flax.struct.field(pytree_node=False)
+    everywhere: frozenset[str] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, lora: LoRA, depth: int) -> "LayeredLoRA":
+        weights, used = {}, {}
+        for site, (a, b) in lora.weights.items():
+            slot = jnp.minimum(lora.slot[site], len(a) - 1)
+            weights[site] = a.swapaxes(1, 2)[slot], b[slot]
+            used[site] = lora.slot[site] < len(a)
+        # Where there are as many slots as layers, hardly a layer is without: skipping it costs more than it saves.
+        everywhere = frozenset(site for site, (a, _) in lora.weights.items() if len(a) == depth)
+        key = jax.vmap(functools.partial(jax.random.fold_in, lora.key))(jnp.arange(depth))
+        return cls(weights, used, jnp.full(depth, lora.scale), key, lora.dropout, everywhere)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.weights)
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        a, b = self.weights[site]
+
+        def delta(x):
+            return low_rank(x, a.T, b, self.scale, site, self.key, self.dropout).astype(value.dtype)
+
+        if site in self.everywhere:
+            return value + jnp.where(self.used[site], delta(ctx.input), 0)
+        return value + jax.lax.cond(self.used[site], delta, lambda x: jnp.zeros_like(value), ctx.input)
+
 
 def loss(weights, frozen: Frozen, batch: Trunk, key: jax.Array) -> jax.Array:
     """Mean cross-entropy of the gold tokens and the end of their turn. Layers below ``frozen.lowest`` are not run."""
-    text = frozen.model.text
-    lora = LoRA(weights, frozen.slot, frozen.scale, key, frozen.dropout)
-    window = text.window(batch.attention_mask, batch.position_ids.swapaxes(0, 1), is_image=batch.is_image)
-    deepstack = None if batch.deepstack is None else batch.deepstack.swapaxes(0, 1)
-    x, _, _ = text.scan(
-        batch.x, window, layers=(frozen.lowest, None), deepstack=deepstack, interventions=(lora,), remat=True
-    )
-    logits = text.logits(text.norm(jnp.take_along_axis(x, jnp.maximum(batch.index - 1, 0)[..., None], 1)))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.target)
-    return jnp.sum(losses * batch.valid) / jnp.sum(batch.valid)
+    model = frozen.model
+    depth = model.config.text.num_hidden_layers
+    lora = LayeredLoRA.of(LoRA(weights, frozen.slot, frozen.scale, key, frozen.dropout), depth)
+    x = batch.to(model, frozen.lowest, depth, first=frozen.first, layered=(lora,), keep=_KEPT[frozen.remat])
+    return answer_loss(model, x, batch.index, batch.valid, batch.target)
 
 
-@functools.partial(jax.jit, static_argnames="lowest")
-def _trunk(model: Model, inputs: Inputs, index, valid, *, lowest: int) -> Trunk:
-    embedded, _ = model.embed(inputs)
-    x, deepstack = embedded
-    if lowest:
-        window = model.window(inputs)
-        x, _, _ = model.text.scan(x, window, layers=(0, lowest), deepstack=deepstack)
-    # DeepStack ends below the adapters as a rule; then there is nothing of it to keep.
-    deepstack = None if deepstack is None or lowest >= len(deepstack) else deepstack.swapaxes(0, 1)
+def answer_loss(model: Model, x: jax.Array, index: jax.Array, valid: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the tokens ``target (B, A)`` at positions ``index``, of which ``valid`` count, given the
+    last layer's output ``x (B, T, D)``. Only the positions before them are unembedded."""
+    at = jnp.maximum(index - 1, 0)[..., None]
+    logits = model.text.logits(model.text.norm(jnp.take_along_axis(x, at, 1)))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
+    return jnp.sum(losses * valid) / jnp.sum(valid)
+
+
+@jax.jit
+def _embed(model: Model, inputs: Inputs, index, valid) -> Trunk:
+    (x, deepstack), _ = model.embed(inputs)
+    deepstack = None if deepstack is None else deepstack.swapaxes(0, 1)
     target = jnp.take_along_axis(inputs.input_ids, index, 1)
     positions = inputs.position_ids.swapaxes(0, 1)
     return Trunk(x, deepstack, inputs.attention_mask, positions, inputs.is_image, index, valid, target)
 
 
-def trunk(model: Model, batch: Batch, lowest: int, size: int = 32) -> Trunk:
-    """The training examples' frozen part, in host memory."""
-    count = len(batch.inputs.input_ids)
+@jax.jit
+def _raise(model: Model, data: Trunk, lowest) -> jax.Array:
+    return data.to(model, 0, lowest)
+
+
+def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
+    """The examples as they enter layer 0: the same for every placement, so computed once for all of them.
+
+    Args:
+        size: examples that are run together.
+        where: ``gib`` and ``folder``: see :func:`stored`.
+    """
     index, valid = positions(batch.spans["answer"] | batch.spans["end"])
-    rows = np.arange(-(-count // size) * size).clip(max=count - 1).reshape(-1, size)
-    parts = [_trunk(model, batch.inputs.take(r, size * batch.images), index[r], valid[r], lowest=lowest) for r in rows]
-    return jax.tree.map(lambda *a: np.concatenate(a)[:count], *jax.device_get(parts))
+
+    def parts():
+        for rows in _chunks(len(index), size):
+            yield _embed(model, batch.inputs.take(rows, size * batch.images), index[rows], valid[rows])
+
+    return stored(parts(), len(index), **where)
+
+
+def raised(model: Model, data: Trunk, lowest: int, size: int = _CHUNK, **where) -> Trunk:
+    """Embedded examples as they enter layer ``lowest``."""
+    if lowest:
+        parts = (_raise(model, data.take(rows), lowest) for rows in _chunks(len(data.x), size))
+        data = data.replace(x=stored(parts, len(data.x), **where))
+    # DeepStack ends in the lower half as a rule; a program that begins above it has nothing to keep of it.
+    first = first_layer(lowest, model.config.text.num_hidden_layers)
+    over = data.deepstack is not None and first >= data.deepstack.shape[1]
+    return data.replace(deepstack=None) if over else data
+
+
+def trunk(model: Model, batch: Batch, lowest: int, size: int = _CHUNK) -> Trunk:
+    """The examples' frozen part, in host memory."""
+    return raised(model, embedded(model, batch, size), lowest, size)
+
+
+def _chunks(count: int, size: int) -> np.ndarray:
+    """Rows in chunks of one shape: the last one repeats the last row."""
+    return np.arange(-(-count // size) * size).clip(max=count - 1).reshape(-1, size)
+
+
+def stored(parts: Iterable, count: int, gib: float = np.inf, folder: Path | None = None):
+    """The first ``count`` rows of a chunked pytree, as NumPy arrays: in memory while all of them together take no more
+    than ``gib``, else in temporary files in ``folder`` (the system's where None), which vanish with the process.
+
+    Raises:
+        UserError: if the files do not fit on the disk.
+    """
+    made, treedef, at = [], None, 0
+    for part in parts:
+        leaves, treedef = jax.tree.flatten(jax.device_get(part))
+        if not made:
+            row = sum(a.nbytes // len(a) for a in leaves)
+            new = np.empty if row * count <= gib * 2**30 else functools.partial(_on_disk, folder)
+            made = [new((count, *a.shape[1:]), a.dtype) for a in leaves]
+        for whole, a in zip(made, leaves, strict=True):
+            whole[at : at + len(a)] = a[: count - at]
+        at += len(leaves[0])
+    return treedef.unflatten(made)
+
+
+def _on_disk(folder: Path | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise UserError(
+                f"{folder or tempfile.gettempdir()} has no room for {size / 2**30:.1f} GiB of frozen activations "
+                f"({error.strerror}): train on fewer examples, or raise --trunk-gib if there is memory"
+            ) from None
+        return np.memmap(file, dtype, "r+", shape=shape)
 
 
 @functools.cache
@@ -110,25 +269,79 @@ def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
     return optax.adamw(optax.linear_schedule(lr, 0.0, steps), weight_decay=0.0)
 
 
-def train_lora(model: Model, names: list[str], batch: Batch, options: LoRAOptions, label: str) -> LoRA:
-    """LoRA on the named modules, trained on the encoded examples."""
+def train_lora(
+    model: Model,
+    names: Sequence[str],
+    batch: Batch | Trunk,
+    options: LoRAOptions,
+    label: str,
+    folder: Path | None = None,
+) -> LoRA:
+    """LoRA on the named modules, trained on encoded examples.
+
+    Args:
+        batch: the examples, or what :func:`embedded` made of them, which spares many placements the same work.
+        folder: for checkpoints and ``metrics.jsonl``: a training that was killed goes on from the last checkpoint
+            there, to the same adapter bit for bit (on CPU).
+
+    Raises:
+        UserError: if the folder holds another training's checkpoints; if the loss stops being a number.
+    """
     key = jax.random.key(options.seed)
     lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=key)
     lowest = lowest_layer(lora)
-    data = trunk(model, batch, lowest)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    where = {"gib": options.trunk_gib, "folder": folder}
+    data = batch if isinstance(batch, Trunk) else embedded(model, batch, **where)
+    data = raised(model, data, lowest, **where)
     count = len(data.x)
     step_size = options.batch * options.accumulation
     per_epoch = max(1, count // step_size)
     steps = per_epoch * options.epochs
+    if folder is not None:
+        plan = {name: value for name, value in dataclasses.asdict(options).items() if name not in _NO_MATTER}
+        check_same(folder / "training.json", {**plan, "modules": sorted(names), "examples": count})
 
     def batches(step: int) -> Trunk:
         rng = np.random.default_rng([options.seed, step // per_epoch])
         order = np.resize(rng.permutation(count), per_epoch * step_size)
         rows = order.reshape(per_epoch, options.accumulation, options.batch)[step % per_epoch]
-        return jax.tree.map(lambda a: a[rows], data)
+        return data.take(rows)
 
-    frozen = Frozen(model, lora.slot, lora.scale, options.dropout, lowest)
+    depth = model.config.text.num_hidden_layers
+    padded = pad(lora, model, len(names))
+    first = first_layer(lowest, depth)
+    frozen = Frozen(model, padded.slot, padded.scale, options.dropout, np.int32(lowest), first, options.remat)
     lr = options.lr if options.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
     tx = optimiser(lr, steps)
-    weights = fit(loss, lora.weights, frozen, batches, tx, steps=steps, seed=options.seed, label=label)
-    return lora.replace(weights=weights)
+    weights = fit(
+        loss,
+        padded.weights,
+        frozen,
+        batches,
+        tx,
+        steps=steps,
+        seed=options.seed,
+        label=label,
+        folder=folder,
+        save_every=options.save_every,
+    )
+    return compact(padded.replace(weights=weights))
+
+
+#: Options that change how a training runs and not what comes out.
+_NO_MATTER = ("remat", "trunk_gib", "save_every")
+
+
+def check_same(file: Path, plan: dict) -> None:
+    """Writes what a training is, or refuses to go on with another one."""
+    plan = json.loads(json.dumps(plan))
+    if file.is_file():
+        found = json.loads(file.read_text())
+        differ = sorted(k for k in plan.keys() | found.keys() if plan.get(k) != found.get(k))
+        if differ:
+            shown = ", ".join(f"{k} {found.get(k)!r} there, {plan.get(k)!r} here" for k in differ)
+            raise UserError(f"{file.parent} holds another training ({shown}): choose another folder or delete it")
+    else:
+        file.write_text(json.dumps(plan, indent=2) + "\n")

@@ -206,6 +206,33 @@ class Decoder(nnx.Module):
         body = jax.checkpoint(body) if remat else body
         return scan_layers(body, x, (stack, tuple(past)), jnp.arange(first, last), taps)
 
+    def part(self, x, window: Window, low, high, *, first=0, deepstack=None, layered=(), keep: tuple[str, ...] = ()):
+        """Runs layers ``low`` to ``high - 1``, both traced: one program serves every part of the decoder, forwards and
+        backwards. The other layers pass ``x (B, S, D)`` on and cost no time.
+
+        Args:
+            first: no layer below this one will run, so that nothing of them is kept for the backward pass. Static.
+            deepstack: as in :meth:`scan`.
+            layered: interventions whose arrays all have a leading axis of the model's layers; each layer gets its own
+                slice. So the gradient of such an array is written layer by layer; that of an array which every layer
+                indexes would be summed up in full size in each of them.
+            keep: sites whose values wait for the backward pass; whatever else a layer computes is computed again there.
+        """
+
+        def body(x, scanned):
+            index, layered = scanned
+
+            def run(x):
+                layer = jax.tree.map(lambda a: a[index], self.layers)
+                probe = Probe(layered, NO_TAPS, Context(index, start=window.start))
+                return layer(x, self.at(window, index), (), self.deepstack_at(deepstack, index), probe)[0]
+
+            return jax.lax.cond((low <= index) & (index < high), run, lambda x: x, x), None
+
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*keep))
+        layers = (jnp.arange(self.config.num_hidden_layers), tuple(layered))
+        return jax.lax.scan(body, x, jax.tree.map(lambda a: a[first:], layers))[0]
+
     @staticmethod
     def deepstack_at(deepstack, index):
         """What DeepStack adds after layer ``index``: ``(B, S, D)``, zeros above its last layer."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.errors import UserError, nearest
 
@@ -163,6 +164,7 @@ class Probe:
             if site in intervention.sites:
                 ctx = dataclasses.replace(self.ctx, input=input, read=read)
                 value = intervention(site, value, ctx).astype(value.dtype)
+        value = checkpoint_name(value, site)  # so that training can keep it for the backward pass
         if site in self.wanted:
             reduce = self.wanted[site].reduce
             self.taps[site] = value if reduce is None else reduce(value)
