@@ -49,7 +49,7 @@ class Args(DataOptions):
     """Two task families to tell apart: the miniworld's, or p0-knowledge and p0-perception for the paper's datasets."""
     trace: int = 192
     """Examples to trace, per family."""
-    train: int = 450
+    train: int = 300
     """Examples to train on, per family."""
     eval: int = 600
     """Held-out examples, per family."""
@@ -57,8 +57,8 @@ class Args(DataOptions):
     """Placements to compare; the recipe's by default (docs/placement.md lists them)."""
     k: Annotated[tuple[int, ...], _list("K")] = ()
     """Modules to place LoRA in. The first is the one that all placements are compared at, by default P0's share of
-    them (10 of 72); the others are for the recipe's sweep, by default twice and four times as many."""
-    seeds: Annotated[tuple[int, ...], _list("SEED")] = (0, 1, 2)
+    them (10 of 72); the others are for the recipe's sweep, by default twice as many."""
+    seeds: Annotated[tuple[int, ...], _list("SEED")] = (0, 1)
     """Seeds of training (adapters, order of the data, dropout): every placement is trained with each."""
     random_seeds: Annotated[tuple[int, ...], _list("SEED")] = (42, 43, 44, 45, 46)
     """Seeds of random placements, each trained with the next of --seeds in turn. P0 has the first three."""
@@ -96,7 +96,7 @@ def conditions(args: Args, depth: int) -> list[Condition]:
     """What is compared on a model of ``depth`` layers; the first of --k comes first."""
     recipe = RECIPES[args.recipe]
     share = default_k(depth)
-    ks = args.k or tuple(dict.fromkeys(min(share * times, 2 * depth) for times in (1, 2, 4)))
+    ks = args.k or tuple(dict.fromkeys(min(share * times, 2 * depth) for times in (1, 2)))
     found = []
     for number, k in enumerate(ks):
         check_k(k, depth)
