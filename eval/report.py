@@ -188,7 +188,7 @@ def label(placement: str, k: int) -> str:
 def table1(known: Outcomes, compared: list[dict], recipe) -> Table:
     """P0's Table 1 with intervals, the difference from random modules, and what the paper has."""
     header = ["LoRA on", "trained"]
-    header += [name for family in known.families for name in (family, "less random")]
+    header += [name for family in known.families for name in (family, f"{family} less random")]
     header += [f"{model} (paper)" for model in recipe.reported]
     rows = []
     for placement, k in known.keys:

@@ -19,7 +19,7 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.header, ("---",) * len(self.header), *self.rows]
-        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
     def save(self, run: Run, name: str) -> None:
         """``name.md``, ``name.csv`` and ``name.tex`` (booktabs) in a run folder."""
@@ -30,7 +30,8 @@ class Table:
 
 
 def _latex(path: Path, frame: pd.DataFrame) -> None:
-    path.write_text(frame.style.hide(axis="index").format(escape="latex").to_latex(hrules=True))
+    style = frame.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    path.write_text(style.to_latex(hrules=True))
 
 
 def table1(rows: list[dict], families: list[str]) -> str:
