@@ -32,9 +32,10 @@ from interventions.store import describe, digest, load_interventions
 from vlm_jax import Model
 from vlm_jax.data import Example, load_task, source
 from vlm_jax.errors import UserError, command
+from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.prompts import P0_PROMPT, batches, shape_of
-from vlm_jax.runs import Log, Run
+from vlm_jax.runs import Log, Run, digests
 
 #: Generation takes longer to compile than padding costs, so prompts of nearly any length share a shape.
 _LENGTH_STEP = 64
@@ -99,7 +100,7 @@ def answer(
             yield rows, encoded
 
     with tqdm(total=len(examples), desc=f"answer {label}".strip(), unit="sample", leave=False) as bar:
-        for rows, encoded in log.missing(groups()):
+        for rows, encoded in log.missing(groups(), [example.id for example in examples]):
             bar.update(len(log.records) - bar.n)
             acting = bind(interventions, encoded)
             tokens = np.asarray(vlm_jax.generate(model, encoded.inputs, max_new_tokens, acting, steps=steps))[
@@ -218,13 +219,17 @@ def main(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
     check(examples, args)
     model, processor = args.load()
+    pinned = {"model": fingerprint(model)}
     if args.adapter is not None:  # part of the model: it acts on every token whatever --steps says
         model = merge(model, load_peft(model, args.adapter))
+        pinned["adapter"] = digests(args.adapter)
     interventions = () if args.intervention is None else load_interventions(args.intervention)
     for intervention in interventions:
         print(describe(intervention))
     run = Run.open(args.out, args, model.config, processor)
-    run.manifest["data"] = source(args.task, split=args.split, options=args)
+    run.pin("data", source(args.task, split=args.split, options=args))
+    for name, value in pinned.items():
+        run.pin(name, value)
     begun = time.perf_counter()
     answers = answer(
         model,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from eval.accuracy import answer, score
-from eval.metrics import MetricOptions
+from eval.metrics import MetricOptions, clusters_of
 from interventions import scoring
 from interventions.adapters import init_lora, load_peft, merge, parameters, save_peft
 from interventions.grids import module_names
@@ -115,7 +115,8 @@ class Experiment:
             results, records = score(examples, found.texts, self.metric)
             self.run.save_lines(f"{folder}/samples.jsonl", records)
             self.run.timed(f"evaluate {folder}", begun)
-            return {**results, "scores": [record["score"] for record in records]}
+            clusters = clusters_of(examples).tolist()
+            return {**results, "scores": [record["score"] for record in records], "clusters": clusters}
 
         return self.run.once(f"{folder}/score.json", make)
 

@@ -16,6 +16,7 @@ from interventions.figures import both, correlation, heatmap, intervals, stabili
 from interventions.grids import module_names
 from interventions.placement import normalised
 from interventions.trace import by_module
+from vlm_jax.errors import UserError
 from vlm_jax.runs import Run
 
 #: What placements are compared with.
@@ -48,6 +49,7 @@ def report(run: Run, results: dict[str, dict], args) -> str:
             "corruptions": agreement,
         }
         rows += [{"model": model, **row} for row in known.rows()]
+        run.save_json("summary.json", summary)
         main = table1(known, compared, recipe)
         main.save(run, f"tables/{model}/table1")
         selections(known, result, recipe, "shared").save(run, f"tables/{model}/table2")
@@ -55,7 +57,6 @@ def report(run: Run, results: dict[str, dict], args) -> str:
         comparison_table(compared).save(run, f"tables/{model}/comparisons")
         draw(run, model, known, result, summary[model], traces)
         text += [f"\n{model}: accuracy on held-out examples\n", main.markdown(), *findings(known, compared, alone)]
-    run.save_json("summary.json", summary)
     run.write("results.parquet", lambda path: statistics.tidy_summary(path, rows))
     return "\n".join(text)
 
@@ -78,13 +79,32 @@ class Outcomes:
         names = self.families if family == "both" else [family]
         return np.concatenate([[r["scores"] for r in self.by[name, placement, k]] for name in names], 1)
 
+    def clusters(self, family: str) -> np.ndarray:
+        """Which samples show one image ``(N,)``, as :func:`eval.metrics.clusters_of` tells them apart."""
+        names = self.families if family == "both" else [family]
+        parts, count = [], 0
+        for name in names:
+            part = np.array(self.by[name, "baseline", 0][0]["clusters"])
+            parts.append(part + count)
+            count += part.max() + 1
+        return np.concatenate(parts)
+
+    def comparable(self, placement: str, control: str, k: int) -> bool:
+        """Whether a control is one for this placement: random modules where both have k; the imitations of task_diff
+        for task_diff alone."""
+        if placement in ("baseline", "all", *CONTROLS) or (control, k) not in self.keys:
+            return False
+        if control != "random":
+            return placement == "task_diff"
+        return all(len(record["names"]) == k for f in self.families for record in self.by[f, placement, k])
+
     def parameters(self, family: str, placement: str, k: int) -> float:
         return float(np.mean([record["parameters"] for record in self.by[family, placement, k]]))
 
     def _accuracy(self, family: str, placement: str, k: int) -> dict:
         """The mean over runs and samples with its 95 % bootstrap interval over both."""
         scores = self.scores(family, placement, k)
-        found = statistics.paired(scores, np.zeros((1, scores.shape[1])))
+        found = statistics.paired(scores, np.zeros((1, scores.shape[1])), clusters=self.clusters(family))
         return {"mean": found["first"], "low": found["low"], "high": found["high"], "runs": len(scores)}
 
     def summary(self, placement: str, k: int) -> dict:
@@ -98,20 +118,19 @@ class Outcomes:
 
 
 def comparisons(known: Outcomes) -> list[dict]:
-    """Every placement of k modules against the random ones of as many: the paired difference with its interval over
-    samples and runs, p adjusted for all comparisons with the same control in a family (Holm), and McNemar's test of the
-    two's first runs."""
+    """Every placement against as many random modules, and task_diff against the controls that imitate it: the paired
+    difference with its interval over samples and runs, p adjusted for all comparisons with the same control in a family
+    (Holm), and McNemar's test of the two's first runs."""
     found = []
     for control in CONTROLS:
         for family in (*known.families, "both"):
             part = []
             for placement, k in known.keys:
-                if placement in ("baseline", "all", *CONTROLS) or (control, k) not in known.keys:
+                if not known.comparable(placement, control, k):
                     continue
                 first, second = known.scores(family, placement, k), known.scores(family, control, k)
-                pair = statistics.paired(first, second)
-                once = statistics.paired(first[:1], second[:1])
-                pair |= {name: once[name] for name in ("gained", "lost", "mcnemar_p")}
+                pair = statistics.paired(first, second, clusters=known.clusters(family))
+                pair |= statistics.mcnemar(first[0], second[0])
                 part.append({"placement": placement, "k": k, "against": control, "family": family, **pair})
             for row, p in zip(part, statistics.holm([row["p"] for row in part]) if part else [], strict=True):
                 row["p_holm"] = float(p)
@@ -130,7 +149,11 @@ def trace_difference(run: Run, model: str, families: list[str], args) -> dict:
     found = {}
     for name, normalise in (("raw", False), ("normalised", True)):
         how = {"min_te": args.tracing.min_te, "eps": args.tracing.eps, "statistic": args.tracing.statistic}
-        difference = statistics.permutation_test(*traced, normalise=normalise, **how)
+        try:
+            difference = statistics.permutation_test(*traced, normalise=normalise, **how)
+        except UserError:  # no RR to normalise by, or no sample
+            found[name] = None
+            continue
         found[name] = {key: np.asarray(values).tolist() for key, values in difference._asdict().items()}
     return found
 
@@ -151,7 +174,8 @@ def corruption_agreement(run: Run, model: str, families: list[str], args) -> dic
 
 def predictions(known: Outcomes, scores: dict) -> dict:
     """Does a score tell where LoRA helps? Spearman's rank correlation, over modules, of each score with the accuracy
-    gained by training that module alone."""
+    gained by training that module alone, once; None of a score that is the same everywhere. Modules are no sample of
+    anything, so there is no p-value."""
     found = {}
     every = module_names(known.depth)
     for family in known.families:
@@ -166,10 +190,11 @@ def predictions(known: Outcomes, scores: dict) -> dict:
             "depth": np.repeat(np.arange(known.depth), 2),
             "parameters": np.array([sizes[name] for name in every]),
         }
-        rho = {name: spearmanr(values, gains) for name, values in tried.items()}
         found[family] = {
             "gains": dict(zip(every, gains.tolist(), strict=True)),
-            "spearman": {name: {"rho": float(r.statistic), "p": float(r.pvalue)} for name, r in rho.items()},
+            "spearman": {
+                name: float(spearmanr(v, gains).statistic) if np.ptp(v) else None for name, v in tried.items()
+            },
         }
     return found
 
@@ -181,6 +206,11 @@ def _interval(found: dict) -> str:
     return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
+def kind(family: str) -> str:
+    """The paper's name of a task family: that of "p0-knowledge" is "knowledge"."""
+    return family.removeprefix("p0-")
+
+
 def label(placement: str, k: int) -> str:
     return {"baseline": "baseline", "all": "all modules"}.get(placement, f"{placement}, k = {k}")
 
@@ -189,7 +219,7 @@ def table1(known: Outcomes, compared: list[dict], recipe) -> Table:
     """P0's Table 1 with intervals, the difference from random modules, and what the paper has."""
     header = ["LoRA on", "trained"]
     header += [name for family in known.families for name in (family, f"{family} less random")]
-    header += [f"{model} (paper)" for model in recipe.reported]
+    header += [f"{model} (paper), {' / '.join(map(kind, known.families))}" for model in recipe.reported]
     rows = []
     for placement, k in known.keys:
         if k not in (0, known.k) and placement != "all":
@@ -200,7 +230,7 @@ def table1(known: Outcomes, compared: list[dict], recipe) -> Table:
             row += [_interval(known.accuracy(family, placement, k)), _difference(compared, placement, k, family)]
         for reported in recipe.reported.values():
             values = reported.get(placement, {})
-            row.append(" / ".join(f"{values[f]:.3f}" for f in values) or "-")
+            row.append(" / ".join(f"{values[kind(f)]:.3f}" if kind(f) in values else "-" for f in known.families))
         rows.append(tuple(row))
     return Table(tuple(header), rows)
 
@@ -223,7 +253,7 @@ def selections(known: Outcomes, result: dict, recipe, placement: str) -> Table:
         chosen = known.by[family, placement, known.k]
         ranked = sorted(chosen[0]["names"] if chosen else [], key=lambda name: -values.ravel()[names.index(name)])
         ours = ", ".join(f"{name} ({values.ravel()[names.index(name)]:+.2f})" for name in ranked)
-        paper = ", ".join(list(recipe.selected[placement].values())[number])
+        paper = ", ".join(recipe.selected[placement].get(kind(family), ())) or "-"
         rows.append((family, ours, paper))
     return Table(("family", f"modules (k = {known.k})", f"Qwen3-VL-4B (paper, of {recipe.modules})"), rows)
 
@@ -259,10 +289,14 @@ def findings(known: Outcomes, compared: list[dict], alone: dict) -> list[str]:
             sure = [r for r in tested if r["p_holm"] < 0.05 and np.sign(r["difference"]) == sign]
             names = ", ".join(f"{label(r['placement'], r['k'])} ({r['difference']:+.3f})" for r in sure) or "none"
             lines.append(f"* {family}: of {len(tested)} placements {verb} than as many random modules (Holm): {names}.")
+        if tested:
+            low, high = (f(r["excluded"] for r in tested) for f in (min, max))
+            lines.append(
+                f"* {family}: what their 95 % intervals exclude is a difference above {low:.3f} to {high:.3f}."
+            )
     for family, found in alone.items():
-        rho = found["spearman"]
-        ranked = sorted(rho, key=lambda name: -rho[name]["rho"])
-        shown = ", ".join(f"{name} {rho[name]['rho']:+.2f} (p = {rho[name]['p']:.3f})" for name in ranked)
+        rho = {name: value for name, value in found["spearman"].items() if value is not None}
+        shown = ", ".join(f"{name} {rho[name]:+.2f}" for name in sorted(rho, key=lambda name: -rho[name]))
         lines.append(f"* {family}: rank correlation over modules of a score with LoRA's gain there alone: {shown}.")
     return lines
 
@@ -292,9 +326,11 @@ def draw(run: Run, model: str, known: Outcomes, result: dict, summary: dict, tra
         family: statistics.Interval(*([found[name][key] for name in names] for key in ("rr", "low", "high")))
         for family, found in rows.items()
     }
-    different = [q < 0.05 for q in summary["trace_difference"]["raw"]["q"]]
+    tested = summary["trace_difference"]["raw"]
+    different = tested and [q < 0.05 for q in tested["q"]]
     write("intervals", intervals, names, bounds, different)
-    write("stability", stability, {family: trace["stability"] for family, trace in traces.items()})
+    if all(trace["stability"] for trace in traces.values()):
+        write("stability", stability, {family: trace["stability"] for family, trace in traces.items()})
     for family, agreement in summary["corruptions"].items():
         if agreement:
             write(f"corruptions_{family}", correlation, agreement)

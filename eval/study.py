@@ -25,6 +25,7 @@ from train.trunk import LoRAOptions
 from vlm_jax.data import Example, load_task, source
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError, command
+from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.runs import Run, manifest
 
@@ -116,9 +117,9 @@ def examples_of(args: Args) -> list[dict[str, list[Example]]]:
         {family: load_task(family, split=split, limit=limit, options=args) for family in args.families}
         for split, limit in sizes.items()
     ]
-    _, train, test = found
+    traced, train, test = found
     for family in args.families:
-        check_disjoint(train[family], test[family])
+        check_disjoint([*traced[family], *train[family]], test[family])
         metrics.check(test[family], args.metric)
     return found
 
@@ -134,8 +135,16 @@ def check(args: Args) -> None:
         seeds = getattr(args, name)
         if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
             raise UserError(f"--{name.replace('_', '-')} must be different numbers of 0 or more, at least one")
+    for name in ("models", "placements", "k", "corruptions"):
+        values = getattr(args, name)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} names one twice: name each once, repeats are no new evidence")
     for name in args.placements:
         resolve(name)
+    args.tracing.check_modules()
+    for kind in args.corruptions:
+        if kind == args.tracing.corruption:
+            raise UserError(f"--corruptions names {kind}, which --tracing.corruption has already: leave it out")
 
 
 def experiments(args: Args, run: Run):
@@ -200,14 +209,16 @@ def main(args: Args) -> None:
     started = time.perf_counter()
     check(args)
     run = Run.open(args.out, args, ignored=("plan",))
-    run.manifest["data"] = {family: source(family, split="train", options=args) for family in args.families}
+    run.pin("data", {family: source(family, split="train", options=args) for family in args.families})
     results, plans = {}, []
     for experiment in experiments(args, run):
-        args.tracing.check(experiment.depth)
+        for kind in (args.tracing.corruption, *args.corruptions):
+            dataclasses.replace(args.tracing, corruption=kind).check(experiment.depth)
         experiment.check()
         if args.plan:
             plans.append(Plan.of(experiment, conditions(args, experiment.depth), args))
             continue
+        run.pin(f"{experiment.folder}model", fingerprint(experiment.model))
         run.save_json(f"{experiment.folder}manifest.json", manifest(experiment.model.config, experiment.processor))
         results[experiment.folder.rstrip("/")] = study(args, experiment)
     if args.plan:

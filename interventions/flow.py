@@ -19,6 +19,7 @@ from interventions.statistics import interval
 from vlm_jax.data import load_task, source, task_label
 from vlm_jax.errors import UserError, command
 from vlm_jax.families import FAMILIES
+from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.prompts import check_fit
 from vlm_jax.runs import Run
@@ -163,7 +164,8 @@ def main(args: Args) -> None:
     for examples in tasks.values():
         check_fit(examples, processor, model.config)
     run = Run.open(args.out, args, model.config, processor)
-    run.manifest["data"] = {name: source(name, split="trace", options=args) for name in args.tasks}
+    run.pin("model", fingerprint(model))
+    run.pin("data", {name: source(name, split="trace", options=args) for name in args.tasks})
     how = {"size": args.batch, "seed": args.seed}
     to_generate = how | {
         "modes": args.modes,

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from interventions.grids import MODULES, module_names
+from interventions.statistics import normalised
 from vlm_jax.checkpoint import read_json
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.sites import TEXT_LINEARS
 
-#: Of equation 7: the paper prints "e^{-8}", read here as 1e-8.
-EPS = 1e-8
 #: P0 places k = 10 of the 72 modules of Qwen3-VL-4B.
 PAPER_SHARE = 10 / 72
 
@@ -78,11 +77,6 @@ class Placement:
 def top(score: np.ndarray, k: int) -> list[str]:
     """The k modules of highest score ``(L, 2)``, best first; of equal ones the lower."""
     return [module_names(len(score))[i] for i in np.argsort(-score.ravel(), kind="stable")[:k]]
-
-
-def normalised(rr_mean: np.ndarray) -> np.ndarray:
-    """Equation 7."""
-    return rr_mean / (rr_mean.max() + EPS)
 
 
 #: Top-k-shared: the k modules of highest ``rr_mean (L, 2)``.

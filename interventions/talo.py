@@ -42,6 +42,7 @@ from vlm_jax import Model
 from vlm_jax.data import Example, load_task, source, task_label
 from vlm_jax.data.miniworld import TASKS
 from vlm_jax.errors import UserError, command
+from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.prompts import batches, check_fit
 from vlm_jax.runs import Run
@@ -251,7 +252,8 @@ def main(args: Args) -> None:
     for examples in loaded.values():
         check_fit(examples, processor, model.config)
     run = Run.open(args.out, args, model.config, processor)
-    run.manifest["data"] = {name: source(name, split=args.split, options=args) for name in args.tasks}
+    run.pin("model", fingerprint(model))
+    run.pin("data", {name: source(name, split=args.split, options=args) for name in args.tasks})
     tasks, results, lines = {}, {}, []
     for label, examples in loaded.items():
         file = f"{label}/table.npz"

@@ -98,6 +98,11 @@ class TraceOptions:
         if self.replicates > 1 and not CORRUPTIONS[self.corruption].random:
             raise UserError(f"--corruption {self.corruption} leaves nothing to chance: drop --replicates")
 
+    def check_modules(self) -> None:
+        """Refuses options whose cells are not modules, for what places LoRA by them."""
+        if self.heads or len(self.positions) > 1:
+            raise UserError("placing LoRA needs one RR a module: drop --tracing.heads, give one of --tracing.positions")
+
 
 class TaskTrace(NamedTuple):
     """A traced task as NumPy arrays: of N samples, R replicates and C cells ``p_clean (N,)``, ``p_corrupt (N, R)`` and
@@ -141,7 +146,7 @@ def trace_examples(
     corrupt = Corrupter(model, processor, examples, found, options)
     log = Log() if log is None else log
     with tqdm(total=len(examples), desc=f"trace {label}", unit="sample") as bar:
-        for rows, batch in log.missing(groups()):
+        for rows, batch in log.missing(groups(), [example.id for example in examples]):
             bar.update(len(log.records) - bar.n)
             log.append(trace_batch(corrupt, rows, batch))
             bar.update(len(rows))
@@ -353,8 +358,8 @@ def main(args: Args) -> None:
     model, processor = args.load()
     args.check(model.config.text.num_hidden_layers)
     run = Run.open(args.out, args, model.config, processor)
-    run.manifest["data"] = source(args.task, split="trace", options=args)
-    run.manifest["data"] = source(args.task, split="trace", options=args)
+    run.pin("data", source(args.task, split="trace", options=args))
+    run.pin("model", fingerprint(model))
     summary = trace_task(run, "", model, processor, task_label(args.task), examples, args)
     print(
         f"{args.task}: {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "
@@ -382,7 +387,7 @@ def trace_task(
             run.write(f"{folder}heatmap.png", lambda path: heatmap(path, {task: by_module(summary)}))
         bounds = _bounds(summary)
         run.write(f"{folder}intervals.png", lambda path: intervals(path, traced.cells, {task: bounds}))
-        run.timed(f"trace {task}", begun)
+        run.timed(f"trace {folder or task}".rstrip("/"), begun)
         return summary
 
     return run.once(f"{folder}summary.json", make)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from interventions import figures, statistics
+from interventions import figures, placement, statistics
 from interventions.statistics import (
     STATISTICS,
     Interval,
@@ -18,6 +18,7 @@ from interventions.statistics import (
     holm,
     interval,
     intervals,
+    mcnemar,
     normalised,
     paired,
     percentiles,
@@ -69,7 +70,12 @@ def test_rr_of_exact_restoration_is_the_profile():
     for statistic in STATISTICS:
         np.testing.assert_allclose(rr(te, ie, statistic=statistic), PROFILE, atol=1e-6)
     np.testing.assert_allclose(normalised(PROFILE), PROFILE / 0.9, rtol=1e-7)
-    np.testing.assert_allclose(normalised(np.stack([PROFILE, 2 * PROFILE])), [PROFILE / 0.9] * 2, rtol=1e-7)
+    both = np.stack([PROFILE, 2 * PROFILE])
+    np.testing.assert_allclose(normalised(both, -1), [PROFILE / 0.9] * 2, rtol=1e-7)
+    # Of layers and modules (L, 2), the largest of all.
+    np.testing.assert_allclose(normalised(both), both / 1.8, rtol=1e-7)
+    np.testing.assert_array_equal(normalised(both.T), normalised(both.ravel()).reshape(both.shape).T)
+    assert placement.normalised is normalised
 
 
 @pytest.mark.parametrize(
@@ -249,7 +255,7 @@ def test_standard_errors_are_those_of_the_jackknife(statistic, normalise):
     rows = np.arange(400)
     value, variance = statistics._with_errors(te, ie, rows[None], normalise, **how)
     without = np.stack([rr(te[rows != n], ie[rows != n], **how) for n in rows])
-    without = normalised(without) if normalise else without
+    without = normalised(without, -1) if normalise else without
     expected = 399 / 400 * ((without - without.mean(0)) ** 2).sum(0)
     np.testing.assert_allclose(variance[0], expected, rtol=0.03, atol=1e-12)
     whole = rr(te, ie, **how)
@@ -396,6 +402,13 @@ def test_mcnemar_by_hand():
     found = paired([1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0])
     assert (found["gained"], found["lost"]) == (5, 1)
     assert found["mcnemar_p"] == pytest.approx(2 * (1 + 6) / 2**6)
+    alone = mcnemar([1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0])
+    assert alone == {name: found[name] for name in ("gained", "lost", "mcnemar_p")}
+    assert mcnemar([1, 0.5], [0, 0]) == {"gained": None, "lost": None, "mcnemar_p": None}
+    with pytest.raises(UserError, match="2 and 3 samples"):
+        mcnemar([1, 0], [1, 0, 1])
+    with pytest.raises(ValueError, match="2 and 1 seeds"):
+        mcnemar([[1, 0], [1, 1]], [1, 0])
 
 
 def studies(seeds, of_seeds, count=200, difference=0.0, number=150):
@@ -435,6 +448,75 @@ def test_seeds_spread_as_a_t_test_where_only_they_vary():
     found = paired(*(np.tile(m, (1, 50)) for m in means), resamples=20_000)
     t = scipy.stats.ttest_ind(*(m[:, 0] for m in means), equal_var=False).confidence_interval()
     np.testing.assert_allclose([found["low"], found["high"]], t, atol=0.03)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_samples_of_one_image_are_resampled_together(seeds):
+    """Every sample twice says no more than once, which who takes them for different ones does not know."""
+    rng = np.random.default_rng(2)
+    scores = [rng.random((seeds, 80)) < chance for chance in (0.7, 0.6)]
+    twice = [np.repeat(x, 2, axis=1) for x in scores]
+    images = np.repeat(np.arange(80), 2)
+    names = ("difference", "low", "high", "p")
+    once = [paired(*scores, resamples=500)[name] for name in names]
+    together = paired(*twice, clusters=images, resamples=500)
+    np.testing.assert_allclose([together[name] for name in names], once, rtol=1e-9, atol=1e-12)
+    apart = paired(*twice, resamples=500)
+    assert apart["high"] - apart["low"] < 0.9 * (once[2] - once[1])
+    # McNemar's test is of samples, whatever hangs together.
+    assert together["gained"] == apart["gained"]
+
+
+def test_clusters_of_unequal_sizes_by_a_loop():
+    rng = np.random.default_rng(3)
+    first, second, labels = rng.random(30), rng.random(30), rng.integers(0, 8, 30)
+    found = paired(first, second, clusters=labels, resamples=200, seed=4)
+    members = [np.flatnonzero(labels == label) for label in sorted({*labels})]
+    (rows,) = drawn_rows(len(members), 200, 4)
+    means = [(first - second)[np.concatenate([members[m] for m in row])].mean() for row in rows]
+    np.testing.assert_allclose([found["low"], found["high"]], np.percentile(means, [2.5, 97.5]), rtol=1e-9)
+    alone = paired(first, second, clusters=np.arange(30), resamples=200, seed=4)
+    assert alone == paired(first, second, resamples=200, seed=4)
+    with pytest.raises(ValueError, match="a label for every sample"):
+        paired(first, second, clusters=labels[:5])
+
+
+def test_p_is_a_students_as_the_interval_is():
+    """Means of seeds alone vary: the draws' share beyond 0, by hand, in Student's t with Welch's degrees of freedom."""
+    rng = np.random.default_rng(4)
+    means = [rng.random((8, 1)), rng.random((8, 1)) + 0.2]
+    found = paired(*(np.tile(m, (1, 50)) for m in means), resamples=20_000)
+    assert found["p"] == pytest.approx(
+        scipy.stats.ttest_ind(*(m[:, 0] for m in means), equal_var=False).pvalue, abs=0.03
+    )
+    # No draw is beyond 0 here: the floor, at Welch's degrees of freedom.
+    means[1] += 9
+    apart = paired(*(np.tile(m, (1, 50)) for m in means), resamples=999)
+    freedom = scipy.stats.ttest_ind(*(m[:, 0] for m in means), equal_var=False).df
+    assert apart["p"] == pytest.approx(2 * scipy.stats.t.sf(scipy.stats.norm.isf(1 / 1000), freedom), rel=1e-6)
+    # One seed each: twice the share.
+    one = paired(np.ones(9), np.zeros(9), resamples=999)
+    assert one["p"] == pytest.approx(2 / 1000, rel=1e-9)
+
+
+@pytest.mark.parametrize("of_seeds", [0.015, 0.03])
+def test_small_p_of_few_seeds_are_rare_by_chance(of_seeds):
+    """Two seeds against five, which is where p that ignores the tails of Student's t is small too often."""
+
+    def drawn(number, difference):
+        for study in range(number):
+            rng = np.random.default_rng([study, 11])
+            scores = [
+                level + of_seeds * rng.standard_normal((seeds, 1)) + 0.05 * rng.standard_normal((seeds, 25))
+                for seeds, level in ((2, 0.5 + difference), (5, 0.5))
+            ]
+            yield paired(*scores, resamples=2000, seed=study)["p"]
+
+    chance = np.array([*drawn(600, 0)])
+    # Two standard errors of so many studies above .02 and .008. Spread draws alone give .035 and .028 at .03.
+    assert np.mean(chance <= 0.01) <= 0.03 and np.mean(chance <= 0.004) <= 0.015
+    assert np.mean(chance <= 0.5) > 0.25
+    assert np.mean(np.array([*drawn(40, 0.15)]) <= 0.05) > 0.4
 
 
 # Tables and figures.

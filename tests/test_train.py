@@ -12,6 +12,7 @@ import PIL
 import pytest
 
 import train.lora as lora_command
+from eval.experiment import cell_name
 from interventions.adapters import init_lora, lowest_layer
 from train import trunk
 from train.loop import fit
@@ -136,7 +137,7 @@ def test_resumed_training_is_bit_equal(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
-    with pytest.raises(UserError, match="the loss is nan at step"):
+    with pytest.raises(UserError, match="is nan at step"):
         fit(lambda w, *_: jnp.sum(w) * jnp.nan, jnp.ones(2), None, batches, ADAM, steps=2, log_every=1)
 
 
@@ -151,17 +152,19 @@ def test_the_command_resumes_and_keeps_its_scores(tmp_path, capsys):
     assert manifest["image_processor"] == "Qwen2VLImageProcessorPil"
     results = json.loads((out / "results.json").read_text())
     assert [row["condition"] for row in results["rows"]] == ["Baseline", "LLM-all", "Random-2", "Top-2-task-diff"]
+    folders = {}
     for row in results["rows"][1:]:
         for family in ("knowledge", "perception"):
-            targets = json.loads((out / f"adapters/{row['condition']}/{family}/adapter_config.json").read_text())
+            folder = out / f"cells/{family}/{cell_name(row['placement'][0][family], 8)}/seed-0"
+            folders[row["condition"], family] = folder
+            targets = json.loads((folder / "adapter/adapter_config.json").read_text())
             layers = {f"L{t.split('.')[3]}-{'attn' if 'self_attn' in t else 'mlp'}" for t in targets["target_modules"]}
             assert layers == set(row["placement"][0][family])
-    kept = (out / "adapters/LLM-all/knowledge/adapter_model.safetensors").stat().st_mtime_ns
+    kept = (folders["LLM-all", "knowledge"] / "adapter/adapter_model.safetensors").stat().st_mtime_ns
     (out / "results.json").unlink()
-    shutil.rmtree(out / "adapters/Top-2-task-diff")
-    shutil.rmtree(out / "scores/Top-2-task-diff")
+    shutil.rmtree(folders["Top-2-task-diff", "perception"])
     lora_command.main(options)
-    assert (out / "adapters/LLM-all/knowledge/adapter_model.safetensors").stat().st_mtime_ns == kept
+    assert (folders["LLM-all", "knowledge"] / "adapter/adapter_model.safetensors").stat().st_mtime_ns == kept
     assert json.loads((out / "results.json").read_text()) == results
     table = first[first.index("| LoRA target") : first.rindex("|")]
     assert table in capsys.readouterr().out

@@ -144,16 +144,15 @@ def programs(monkeypatch, most: int):
     monkeypatch.setattr(loop, "update", update)
 
 
-def test_placements_of_one_size_share_two_programs(mini, monkeypatch):
+def test_placements_of_one_size_share_their_programs(mini, monkeypatch):
     model, batch = mini
-    placements = [random_k(8, 3, seed) for seed in range(5)] + [["L4-mlp", "L5-attn", "L7-mlp"]]
-    assert len({sum("mlp" in name for name in names) for names in placements}) > 1, "all hold as many MLPs"
+    placements = [random_k(8, 3, seed) for seed in range(8)] + [["L4-mlp", "L5-attn", "L7-mlp"]]
     data = trunk.embedded(model, batch)
-    programs(monkeypatch, 2)
+    programs(monkeypatch, 4)
     for names in placements:
         train_lora(model, names, data, options(epochs=1), "shared")
     monkeypatch.setattr(trunk, "pad", lambda lora, model, k: lora)
-    programs(monkeypatch, 2)
+    programs(monkeypatch, 4)
     with pytest.raises(AssertionError):
         for names in placements:
             train_lora(model, names, data, options(epochs=1), "apart")

@@ -105,8 +105,10 @@ def fit(
             if not logs and not saves:
                 continue
             metrics = {name: float(value) for name, value in metrics.items()}
-            if not np.isfinite(metrics["loss"]):
-                raise UserError(f"{label}: the loss is {metrics['loss']} at step {done}: lower the learning rate")
+            for name, value in metrics.items():
+                if not np.isfinite(value):
+                    what = name.replace("_", " ")
+                    raise UserError(f"{label}: the {what} is {value} at step {done}: lower the learning rate")
             if logs:
                 steps_left.set_postfix(loss=f"{metrics['loss']:.3f}")
             if logs and folder is not None:

@@ -83,8 +83,8 @@ def conditions(args: Args, scoring: Scoring, families: list[str]) -> dict[str, l
     found = {}
     for name in wanted:
         seeds = args.random_seeds if resolve(name).seeded else (args.seed,)
-        file = f"File-{Path(name).stem}" if name.endswith(".json") else f"Top-{k}-{name.replace('_', '-')}"
-        found[labels.get(name, file)] = [
+        title = f"File-{Path(name).stem}" if name.endswith(".json") else f"Top-{k}-{name.replace('_', '-')}"
+        found[labels.get(name, title)] = [
             {family: place(name, scoring, family, k, seed) for family in families} for seed in seeds
         ]
     return found
@@ -111,13 +111,15 @@ def check_options(args: Args, depth: int) -> None:
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout is {args.dropout}: give a number from 0 to below 1")
     args.tracing.check(depth)
+    args.tracing.check_modules()
 
 
 @command
 def main(args: Args) -> None:
     started = time.perf_counter()
     train, test = examples_of(args.train, "train", args), examples_of(args.eval, "test", args)
-    check_disjoint(itertools.chain(*train.values()), itertools.chain(*test.values()))
+    held_out = list(itertools.chain(*test.values()))
+    check_disjoint(itertools.chain(*train.values()), held_out)
     families = [family for family in train if family in test]
     if not families:
         raise UserError(f"--train has {' and '.join(train)}, --eval has {' and '.join(test)}: they share no family")
@@ -125,6 +127,7 @@ def main(args: Args) -> None:
     to_score = list(FAMILIES) if args.placement == "task_diff" else families
     own = needed is not None and not set(to_score) <= set(args.traces)
     traced = examples_of(args.trace, "trace", args) if own else {}
+    check_disjoint(itertools.chain(*traced.values()), held_out)
     missing = [family for family in to_score if needed and family not in {*traced, *args.traces}]
     if missing:
         raise UserError(
@@ -138,14 +141,16 @@ def main(args: Args) -> None:
     given = {family: read_trace(folder, fingerprint(model)) for family, folder in args.traces.items()}
     run = Run.open(args.out, args, model.config, processor)
     sources = {"train": args.train, "test": args.eval, **({"trace": args.trace} if own else {})}
-    run.manifest["data"] = {split: source_of(name, split, args) for split, name in sources.items()}
-    experiment = Experiment(run, "", model, processor, traced, train, test, args.tracing, args, args.metric)
+    run.pin("data", {split: source_of(name, split, args) for split, name in sources.items()})
+    run.pin("model", fingerprint(model))
+    training = LoRAOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoRAOptions)})
+    experiment = Experiment(run, "", model, processor, traced, train, test, args.tracing, training, args.metric)
     experiment.check()
     scores = {}
     if needed:
         scores[needed] = {f: given[f] if f in given else experiment.scores(needed, f) for f in to_score}
     scoring = Scoring(depth, module_sizes(model), scores)
-    for family in traced if needed == "rr" else ():
+    for family in (f for f in to_score if needed == "rr" and f not in given):
         summary = experiment.trace(family)
         print(
             f"{family}: traced {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "
@@ -176,7 +181,7 @@ def main(args: Args) -> None:
 
 
 def _brief(found: dict) -> dict:
-    return {name: value for name, value in found.items() if name != "scores"}
+    return {name: value for name, value in found.items() if name not in ("scores", "clusters")}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """LoRA above a frozen trunk: what lies below the lowest adapted layer is run once per example and never again.
 
-Where adapters sit is data, not shape, so that placements of one size share a compiled step
-(:func:`interventions.adapters.pad`): two at most, one of them for the placements that lie in the upper half.
+Where adapters sit is data, not shape (:func:`interventions.adapters.pad`), so that placements of one size share a few
+compiled steps: one for each of the layers at which the trunk may end (:func:`first_layer`).
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class LoRAOptions:
     lr: float | None = None
     """Peak learning rate, falling linearly to 0; by default P0's 2e-4 at width 2560, times 2560 / width."""
     seed: int = 0
-    """Seed of adapters, data order, dropout and tracing noise."""
+    """Seed of adapters, data order and dropout."""
     remat: Literal["full", "some", "none"] = "some"
     """How much of a layer is computed again in the backward pass: all of it (least memory); all but what the MLP's gate
     and up give; nothing but what is cheap."""
@@ -73,22 +73,22 @@ class LoRAOptions:
 
 @flax.struct.dataclass
 class Frozen:
-    """What training reads and never changes: the model, where the adapter sits, how it is scaled, and the lowest layer
-    that it touches."""
+    """What training reads and never changes: the model, where the adapter sits, how it is scaled, and the first layer
+    that is run: at or below the lowest one that the adapter touches."""
 
     model: Model
     slot: dict[str, jax.Array]
     scale: jax.Array
     dropout: float = flax.struct.field(pytree_node=False)
-    lowest: jax.Array
-    first: int = flax.struct.field(pytree_node=False, default=0)
+    lowest: int = flax.struct.field(pytree_node=False)
     remat: str = flax.struct.field(pytree_node=False, default="some")
 
 
 def first_layer(lowest: int, depth: int) -> int:
-    """Where a compiled training begins: at the bottom or half way up. Any lowest adapted layer at or above it runs in
-    the same program, and the program reserves memory for the layers from there on."""
-    return depth // 2 if lowest >= depth // 2 else 0
+    """Where the trunk ends: at the lowest adapted layer, rounded down to a quarter of the depth. The layers between
+    the two are run in every step, but at most four programs serve all placements of a size (docs/lora.md)."""
+    quarter = -(-depth // 4)
+    return lowest // quarter * quarter
 
 
 @flax.struct.dataclass
@@ -112,10 +112,10 @@ class Trunk:
     def window(self, model: Model):
         return model.text.window(self.attention_mask, self.position_ids.swapaxes(0, 1), is_image=self.is_image)
 
-    def to(self, model: Model, low, high, **how) -> jax.Array:
+    def run(self, model: Model, low: int, high: int, **how) -> jax.Array:
         """``x`` after layers ``low`` to ``high - 1``."""
         deepstack = None if self.deepstack is None else self.deepstack.swapaxes(0, 1)
-        return model.text.part(self.x, self.window(model), low, high, deepstack=deepstack, **how)
+        return model.text.scan(self.x, self.window(model), layers=(low, high), deepstack=deepstack, **how)[0]
 
 
 @flax.struct.dataclass
@@ -166,7 +166,7 @@ def loss(weights, frozen: Frozen, batch: Trunk, key: jax.Array) -> jax.Array:
     model = frozen.model
     depth = model.config.text.num_hidden_layers
     lora = LayeredLoRA.of(LoRA(weights, frozen.slot, frozen.scale, key, frozen.dropout), depth)
-    x = batch.to(model, frozen.lowest, depth, first=frozen.first, layered=(lora,), keep=_KEPT[frozen.remat])
+    x = batch.run(model, frozen.lowest, depth, layered=(lora,), remat=_KEPT[frozen.remat] or True)
     return answer_loss(model, x, batch.index, batch.valid, batch.target)
 
 
@@ -188,9 +188,9 @@ def _embed(model: Model, inputs: Inputs, index, valid) -> Trunk:
     return Trunk(x, deepstack, inputs.attention_mask, positions, inputs.is_image, index, valid, target)
 
 
-@jax.jit
-def _raise(model: Model, data: Trunk, lowest) -> jax.Array:
-    return data.to(model, 0, lowest)
+@functools.partial(jax.jit, static_argnames="lowest")
+def _raise(model: Model, data: Trunk, lowest: int) -> jax.Array:
+    return data.run(model, 0, lowest)
 
 
 def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
@@ -214,9 +214,8 @@ def raised(model: Model, data: Trunk, lowest: int, size: int = _CHUNK, **where) 
     if lowest:
         parts = (_raise(model, data.take(rows), lowest) for rows in _chunks(len(data.x), size))
         data = data.replace(x=stored(parts, len(data.x), **where))
-    # DeepStack ends in the lower half as a rule; a program that begins above it has nothing to keep of it.
-    first = first_layer(lowest, model.config.text.num_hidden_layers)
-    over = data.deepstack is not None and first >= data.deepstack.shape[1]
+    # DeepStack ends below the adapters as a rule; then there is nothing of it to keep.
+    over = data.deepstack is not None and lowest >= data.deepstack.shape[1]
     return data.replace(deepstack=None) if over else data
 
 
@@ -289,7 +288,8 @@ def train_lora(
     """
     key = jax.random.key(options.seed)
     lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=key)
-    lowest = lowest_layer(lora)
+    depth = model.config.text.num_hidden_layers
+    lowest = first_layer(lowest_layer(lora), depth)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     where = {"gib": options.trunk_gib, "folder": folder}
@@ -300,7 +300,8 @@ def train_lora(
     per_epoch = max(1, count // step_size)
     steps = per_epoch * options.epochs
     if folder is not None:
-        plan = {name: value for name, value in dataclasses.asdict(options).items() if name not in _NO_MATTER}
+        named = [field.name for field in dataclasses.fields(LoRAOptions) if field.name not in _NO_MATTER]
+        plan = {name: getattr(options, name) for name in named}
         check_same(folder / "training.json", {**plan, "modules": sorted(names), "examples": count})
 
     def batches(step: int) -> Trunk:
@@ -309,10 +310,8 @@ def train_lora(
         rows = order.reshape(per_epoch, options.accumulation, options.batch)[step % per_epoch]
         return data.take(rows)
 
-    depth = model.config.text.num_hidden_layers
     padded = pad(lora, model, len(names))
-    first = first_layer(lowest, depth)
-    frozen = Frozen(model, padded.slot, padded.scale, options.dropout, np.int32(lowest), first, options.remat)
+    frozen = Frozen(model, padded.slot, padded.scale, options.dropout, lowest, options.remat)
     lr = options.lr if options.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
     tx = optimiser(lr, steps)
     weights = fit(
@@ -344,4 +343,6 @@ def check_same(file: Path, plan: dict) -> None:
             shown = ", ".join(f"{k} {found.get(k)!r} there, {plan.get(k)!r} here" for k in differ)
             raise UserError(f"{file.parent} holds another training ({shown}): choose another folder or delete it")
     else:
-        file.write_text(json.dumps(plan, indent=2) + "\n")
+        scratch = file.with_suffix(".partial")
+        scratch.write_text(json.dumps(plan, indent=2) + "\n")
+        scratch.replace(file)

@@ -177,8 +177,9 @@ class Decoder(nnx.Module):
         past=(),
         deepstack=None,
         interventions=(),
+        layered=(),
         taps=NO_TAPS,
-        remat=False,
+        remat: bool | tuple[str, ...] = False,
     ):
         """Runs layers ``layers[0]`` to ``layers[1]`` on ``x (B, S, D)``.
 
@@ -186,52 +187,35 @@ class Decoder(nnx.Module):
             past: segments of earlier tokens: their keys and values for the same layers, ``(layers, B, P, G,
                 head_dim)`` twice. Segments stay apart, so that many variants of the later tokens share one copy.
             deepstack: visual features ``(K, B, S, D)`` to add after the first K layers of the model, or None.
+            layered: interventions whose arrays all have a leading axis of the model's layers; each layer gets its own
+                slice. So the gradient of such an array is written layer by layer, while that of an array which every
+                layer indexes is summed up in full size in each of them.
             taps: site -> :class:`vlm_jax.sites.Tap`.
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            remat: recompute each layer in the backward pass instead of keeping its activations; or all of it but the
+                values at these sites.
 
         Returns:
             The output ``(B, S, D)``, keys and values ``(layers, B, S, G, head_dim)``, and taps ``(layers, B, S, ...)``.
         """
         first, last, _ = slice(*layers).indices(self.config.num_hidden_layers)
-        stack = jax.tree.map(lambda a: a[first:last], self.layers)
+        whole = (first, last) == (0, self.config.num_hidden_layers)
+        # A part of the stack would be a copy of it; where layers are run again anyway, each can be looked up.
+        stack = self.layers if whole else None if remat else jax.tree.map(lambda a: a[first:last], self.layers)
+        layered = jax.tree.map(lambda a: a[first:last], tuple(layered))
 
         taps = {site: tap for site, tap in taps.items() if site in LAYER_SITES}
 
         def body(x, scanned, index):
-            layer, past = scanned
-            probe = Probe(interventions, taps, Context(index, start=window.start, decoding=window.decoding))
+            layer, past, own = scanned
+            layer = jax.tree.map(lambda a: a[index], self.layers) if layer is None else layer
+            probe = Probe((*interventions, *own), taps, Context(index, start=window.start, decoding=window.decoding))
             x, kv = layer(x, self.at(window, index), past, self.deepstack_at(deepstack, index), probe)
             return x, kv, probe.taps
 
-        body = jax.checkpoint(body) if remat else body
-        return scan_layers(body, x, (stack, tuple(past)), jnp.arange(first, last), taps)
-
-    def part(self, x, window: Window, low, high, *, first=0, deepstack=None, layered=(), keep: tuple[str, ...] = ()):
-        """Runs layers ``low`` to ``high - 1``, both traced: one program serves every part of the decoder, forwards and
-        backwards. The other layers pass ``x (B, S, D)`` on and cost no time.
-
-        Args:
-            first: no layer below this one will run, so that nothing of them is kept for the backward pass. Static.
-            deepstack: as in :meth:`scan`.
-            layered: interventions whose arrays all have a leading axis of the model's layers; each layer gets its own
-                slice. So the gradient of such an array is written layer by layer; that of an array which every layer
-                indexes would be summed up in full size in each of them.
-            keep: sites whose values wait for the backward pass; whatever else a layer computes is computed again there.
-        """
-
-        def body(x, scanned):
-            index, layered = scanned
-
-            def run(x):
-                layer = jax.tree.map(lambda a: a[index], self.layers)
-                probe = Probe(layered, NO_TAPS, Context(index, start=window.start))
-                return layer(x, self.at(window, index), (), self.deepstack_at(deepstack, index), probe)[0]
-
-            return jax.lax.cond((low <= index) & (index < high), run, lambda x: x, x), None
-
-        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*keep))
-        layers = (jnp.arange(self.config.num_hidden_layers), tuple(layered))
-        return jax.lax.scan(body, x, jax.tree.map(lambda a: a[first:], layers))[0]
+        if remat:
+            keep = () if remat is True else remat
+            body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*keep))
+        return scan_layers(body, x, (stack, tuple(past), layered), jnp.arange(first, last), taps)
 
     @staticmethod
     def deepstack_at(deepstack, index):

@@ -1,6 +1,9 @@
-"""Run folders: one configuration, one manifest, files that appear whole, and stages that are not done twice."""
+"""Run folders: one configuration, one manifest, one process at a time, files that appear whole, and stages that are not
+done twice."""
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -8,6 +11,8 @@ import os
 import platform
 import shutil
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +23,31 @@ import numpy as np
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps a second process out
+    fcntl = None
+
 _PACKAGES = ("vlm-jax", "jax", "jaxlib", "flax", "optax", "transformers", "tokenizers", "numpy", "pillow")
 
+#: Where files grow, and what says that a process is at work: all that one leaves that was killed before its first
+#: result.
+_PARTIAL, _LOCK = ".partial", ".lock"
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class Run:
-    """An open run folder. Nothing is on disk before the first result is: a refused run leaves no trace."""
+    """An open run folder. Nothing is on disk before the first result is: a refused run leaves no trace.
+
+    ``manifest`` is that of the run's first session, with what was pinned since (:meth:`pin`); ``saved`` is how it is on
+    disk. ``lock`` keeps other processes out as long as it is referred to.
+    """
 
     folder: Path
     config: dict
     manifest: dict
+    saved: dict | None = None
+    lock: "_Lock | None" = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def open(
@@ -41,25 +61,18 @@ class Run:
             model, processor: what the manifest describes, where the command has them.
 
         Raises:
-            UserError: if the folder holds another run (the differences are named) or anything else, or cannot be
-                written to.
+            UserError: if the folder holds another run (the differences are named) or anything else, if another process
+                is at work in it, or if it cannot be written to.
         """
+        lock = _Lock.take(folder) if (folder / _LOCK).is_file() else None
         config = {k: v for k, v in _plain(args).items() if k not in ("out", *ignored)}
         # A file that was edited since makes it another run.
-        values = [v for value in config.values() for v in (value if isinstance(value, list) else [value])]
-        config["files"] = {v: _digest(Path(v)) for v in values if isinstance(v, str) and Path(v).is_file()}
-        file = folder / "config.json"
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text())
-                assert isinstance(found, dict)
-            except (OSError, ValueError, AssertionError):
-                raise UserError(f"{file} is not a run's config.json: choose another --out") from None
-            differ = sorted(k for k in config.keys() | found.keys() if config.get(k) != found.get(k))
-            if differ:
-                shown = ", ".join(f"{k} {found.get(k)!r} there, {config.get(k)!r} here" for k in differ)
-                raise UserError(f"{folder} holds another run ({shown}): choose another --out or delete it")
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        config["files"] = {path: _digest(Path(path)) for path in _files(config)}
+        found = _read(folder / "config.json")
+        if found is not None:
+            if differ := _differences(found, config):
+                raise UserError(f"{folder} holds another run ({differ}): choose another --out or delete it")
+        elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {_PARTIAL, _LOCK}):
             raise UserError(f"{folder} exists and is not a run folder: choose another --out or delete it")
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -69,8 +82,28 @@ class Run:
         if jax.config.jax_compilation_cache_dir is None:
             # What one run compiled, the next one loads.
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vlm-jax"))
-        shutil.rmtree(folder / ".partial", ignore_errors=True)
-        return cls(folder, config, manifest(model, processor))
+        if found is not None and lock is None:
+            lock = _Lock.take(folder)
+        saved = _read(folder / "manifest.json")
+        known = manifest(model, processor) if saved is None else copy.deepcopy(saved)
+        return cls(folder, config, known, saved, lock)
+
+    def pin(self, name: str, value: Any) -> None:
+        """Puts a fact that results rest on into the manifest, such as the model's fingerprint or where the data come
+        from, and holds every later session to it. It is on disk with the next result.
+
+        Args:
+            value: anything that JSON has, or dataclasses, paths and tuples.
+
+        Raises:
+            UserError: if it was another in an earlier session; the differences are named.
+        """
+        value = _plain(value)
+        if name in self.manifest and (differ := _differences({name: self.manifest[name]}, {name: value})):
+            raise UserError(
+                f"{self.folder} was begun with another {name} ({differ}): choose another --out or delete it"
+            )
+        self.manifest[name] = value
 
     def path(self, name: str) -> Path:
         """A path in the folder, its parents made."""
@@ -80,40 +113,40 @@ class Run:
 
     def write(self, name: str, writer: Callable[[Path], None]) -> Path:
         """Lets ``writer`` fill a temporary file, then puts it in place whole."""
-        if name not in ("config.json", "manifest.json") and not (self.folder / "manifest.json").is_file():
-            self.save_json("config.json", self.config)
-            self.save_json("manifest.json", self.manifest)
-        temporary = None
-        try:
-            path = self.path(name)
-            temporary = self._partial() / path.name
-            writer(temporary)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.folder / name} ({error.strerror}): free the disk or choose another --out"
-            ) from None
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-                temporary.parent.rmdir()
-        return path
+        if self.lock is None:
+            lock = _Lock.take(self.folder)
+            if (self.folder / "config.json").exists():
+                raise UserError(
+                    f"another process began a run in {self.folder} meanwhile: choose another --out or start again"
+                )
+            self.lock = lock
+        if self.saved != self.manifest:
+            # What is on disk says of which run it is before any of the results is.
+            for file, value in (("config.json", self.config), ("manifest.json", self.manifest)):
+                self._put(file, functools.partial(_write_json, value))
+            self.saved = copy.deepcopy(self.manifest)
+        return self._put(name, writer)
 
     def write_folder(self, name: str, writer: Callable[[Path], None]) -> Path:
         """Lets ``writer`` make a temporary folder, then puts it in place whole."""
-        path, temporary = self.path(name), self._partial() / Path(name).name
-        shutil.rmtree(temporary, ignore_errors=True)
-        writer(temporary)
-        temporary.rename(path)
-        temporary.parent.rmdir()
+        return self.write(name, writer)
+
+    def _put(self, name: str, writer: Callable[[Path], None]) -> Path:
+        partial = self.folder / _PARTIAL
+        try:
+            path, temporary = self.path(name), partial / Path(name).name
+            shutil.rmtree(partial, ignore_errors=True)  # what a killed session left behind
+            partial.mkdir()
+            writer(temporary)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise _unwritten(self.folder / name, error) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         return path
 
-    def _partial(self) -> Path:
-        """Where files grow. What a killed session left there is of no use."""
-        return self.path(".partial/_").parent
-
     def save_json(self, name: str, value: Any) -> Path:
-        return self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
+        return self.write(name, functools.partial(_write_json, value))
 
     def save_lines(self, name: str, records: list[dict]) -> Path:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -134,9 +167,11 @@ class Run:
         return json.loads(path.read_text())
 
     def timed(self, stage: str, begun: float) -> None:
-        """Notes in ``seconds.json`` how long a stage took, over all the sessions of a run."""
+        """Adds to ``seconds.json`` how long a stage took, over the sessions that came to its end: what one that was
+        killed within it had spent is not known."""
         seconds = json.loads(file.read_text()) if (file := self.folder / "seconds.json").is_file() else {}
-        self.save_json("seconds.json", {**seconds, stage: round(time.perf_counter() - begun, 1)})
+        spent = seconds.get(stage, 0) + time.perf_counter() - begun
+        self.save_json("seconds.json", {**seconds, stage: round(spent, 1)})
 
 
 class Log:
@@ -153,13 +188,28 @@ class Log:
             whole = path.read_bytes().rpartition(b"\n")[0]
             self.records = [json.loads(line) for line in whole.splitlines()]
 
-    def missing(self, batches: Iterable[tuple[Sequence[int], Any]]) -> Iterator[tuple[Sequence[int], Any]]:
+    def missing(
+        self, batches: Iterable[tuple[Sequence[int], Any]], ids: Sequence[str]
+    ) -> Iterator[tuple[Sequence[int], Any]]:
         """Those of the batches (rows and content) whose records are not all there. What follows the first of them is
-        taken back: :meth:`append` its records before the next one is asked for."""
+        taken back: :meth:`append` its records, a row each, before the next one is asked for.
+
+        Args:
+            ids: of every row, what its record has as ``id``.
+
+        Raises:
+            UserError: if two rows have the same id, or if a record has another than its row.
+        """
+        twice = [name for name, count in Counter(ids).items() if count > 1]
+        if twice:
+            raise UserError(f"two samples have the id {twice[0]!r}: give every sample an id of its own")
+        self._check(range(len(self.records)), set(ids))
         done, cut = 0, False
         for rows, batch in batches:
             if not cut and done + len(rows) <= len(self.records):
-                done += len(rows)
+                for row in rows:
+                    self._check([done], {ids[row]})
+                    done += 1
                 continue
             if not cut:
                 self._keep(done)
@@ -182,10 +232,18 @@ class Log:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(
-                f"cannot write {self.run.folder / self.name} ({error.strerror}): free the disk or choose another --out"
-            ) from None
+            raise _unwritten(self.run.folder / self.name, error) from None
         self.records += [json.loads(line) for line in text.encode().splitlines()]
+
+    def _check(self, places: Iterable[int], ids: set[str]) -> None:
+        """Refuses records at these places that are of none of these samples."""
+        for place in places:
+            if (found := self.records[place].get("id")) not in ids:
+                where = "the log" if self.run is None else self.run.folder / self.name
+                raise UserError(
+                    f"{where} holds records of other samples (record {place + 1} is of {found!r}): the data changed "
+                    "since, choose another --out"
+                )
 
     def _keep(self, count: int) -> None:
         """Cuts the file after ``count`` records."""
@@ -197,9 +255,98 @@ class Log:
                 file.truncate(file.tell())
 
 
+class _Lock:
+    """A run folder is this process's until nobody refers to its lock, or the process ends, even when killed."""
+
+    def __init__(self, path: Path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, handle)
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # a file system that has no locks
+                pass
+
+    @staticmethod
+    def take(folder: Path) -> "_Lock":
+        """The lock of a folder, which is made where there is none."""
+        path = folder / _LOCK
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if path.exists() and (ours := _HELD.get(_identity(path))) is not None:
+                return ours
+            lock = _Lock(path)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}: let it end or choose another --out") from None
+        except OSError as error:
+            raise _unwritten(path, error) from None
+        _HELD[_identity(path)] = lock
+        return lock
+
+
+#: The locks of this process, by their file's device and number: runs of one folder share theirs.
+_HELD: weakref.WeakValueDictionary[tuple[int, int], _Lock] = weakref.WeakValueDictionary()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a small folder, by its name, such as an adapter's to be pinned."""
+    return {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(value: Any) -> Iterator[str]:
+    """The files that a plain value names, however deep."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _files(part)
+    elif isinstance(value, str) and os.path.isfile(value):
+        yield value
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """What nested dicts hold, under dotted names."""
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = [_leaves(part, f"{name}.{key}" if name else key) for key, part in value.items()]
+    return dict(item for part in parts for item in part.items())
+
+
+def _differences(there: dict, here: dict) -> str:
+    """What is not the same in two dicts, in words; empty where all is."""
+    a, b = _leaves(there), _leaves(here)
+    differ = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    return ", ".join(f"{name} {a.get(name)!r} there, {b.get(name)!r} here" for name in differ)
+
+
+def _read(file: Path) -> dict | None:
+    """A run's own file; None where there is none."""
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+        assert isinstance(found, dict)
+    except (OSError, ValueError, AssertionError):
+        raise UserError(f"{file} is not a run's {file.name}: choose another --out") from None
+    return found
+
+
+def _write_json(value: Any, path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _unwritten(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path} ({error.strerror or error}): free the disk or choose another --out")
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,274 @@
+"""How much faster LoRA trains here than with PEFT and transformers, on the same weights in one process.
+
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/lora.py --json runs/lora_speed.json
+
+Both sides train the same adapters of a random Qwen3 text model on the same tokens, with gradient checkpointing (P0) and
+AdamW. They take turns, step by step, so that whatever else the machine does hits both; a row is a median. Memory is
+measured afterwards, each side in a process of its own.
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Time a training step: LoRA on every linear, and on every linear of the upper layers."""
+
+    layers: int = 28
+    width: int = 1024
+    heads: int = 16
+    """Query heads; half as many key-value heads. Heads are 128 wide."""
+    ffn: int = 3072
+    vocabulary: int = 8192
+    """Small, because transformers computes every token's logits and this library the answer's alone."""
+    batch: int = 4
+    tokens: int = 300
+    answer: int = 6
+    """Tokens at the end of each row that the loss counts."""
+    upper: int = 10
+    """Layers of the second placement, counted from the top."""
+    r: int = 64
+    dropout: float = 0.0
+    """Of LoRA's inputs; losses can be compared only without."""
+    remat: Literal["full", "some", "none"] = "some"
+    """What this library computes again in the backward pass (PEFT: whole layers)."""
+    epochs: int = 3
+    """Over how many epochs the frozen trunk is reused, where it is (P0: 3)."""
+    repeats: int = 5
+    placements: tuple[Literal["all", "upper"], ...] = ("all", "upper")
+    peers: tuple[Literal["peft", "peft-lean", "peft-bfloat16"], ...] = ("peft", "peft-lean", "peft-bfloat16")
+    """What to compare with: PEFT as it comes; PEFT told not to carry gradients below the adapters (by default its
+    gradient checkpointing asks for those of the embeddings); PEFT with bfloat16 weights."""
+    memory: bool = True
+    """Also measure the peak memory of each side, in processes of their own."""
+    json: Path | None = None
+    """Where to write the figures."""
+
+
+def modules(args: Args, placement: str) -> list[str]:
+    first = 0 if placement == "all" else args.layers - args.upper
+    return [f"L{layer}-{module}" for layer in range(first, args.layers) for module in ("attn", "mlp")]
+
+
+def tokens(args: Args) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, args.vocabulary, (args.batch, args.tokens))
+
+
+def write_model(args: Args, folder: Path) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=args.vocabulary,
+        hidden_size=args.width,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads // 2,
+        head_dim=128,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder / "model")
+
+
+def write_adapter(args: Args, folder: Path, placement: str) -> None:
+    """The adapter that both sides start from: B is not zero, so that it changes the loss."""
+    import jax
+
+    import vlm_jax
+    from interventions.adapters import init_lora, save_peft
+
+    model, _ = vlm_jax.load(folder / "model")
+    key = jax.random.key(0)
+    lora = init_lora(model, modules(args, placement), r=args.r, alpha=16.0, dropout=args.dropout, key=key)
+    shake = lambda b: 0.01 * jax.random.normal(jax.random.fold_in(key, b.shape[-1]), b.shape)  # noqa: E731
+    lora = lora.replace(weights={site: (a, shake(b)) for site, (a, b) in lora.weights.items()})
+    save_peft(lora, model, folder / placement)
+
+
+class Ours:
+    """This library's training step, as ``train.trunk`` runs it."""
+
+    def __init__(self, args: Args, folder: Path, placement: str):
+        import jax
+
+        import vlm_jax
+        from interventions.adapters import load_peft
+        from train import trunk
+        from train.loop import update
+        from vlm_jax.prompts import Batch
+
+        self.jax, self.update, self.trunk = jax, update, trunk
+        model, _ = vlm_jax.load(folder / "model")
+        lora = load_peft(model, folder / placement).replace(dropout=args.dropout)
+        ids = tokens(args)
+        answer = np.zeros(ids.shape, bool)
+        answer[:, -args.answer :] = True
+        self.batch = Batch(vlm_jax.Inputs.from_hf(model.config, input_ids=ids), {"answer": answer, "end": answer}, 0)
+        self.model, self.size = model, args.batch
+        self.setup(lora, args)
+
+    def setup(self, lora, args: Args) -> None:
+        from interventions.adapters import lowest_layer
+        from train.loop import State
+
+        self.lowest = self.trunk.first_layer(lowest_layer(lora), args.layers)
+        frozen = self.trunk.Frozen
+        self.frozen = frozen(self.model, lora.slot, lora.scale, args.dropout, self.lowest, args.remat)
+        self.tx = self.trunk.optimiser(2e-4, 1000)
+        self.state = State(lora.weights, self.tx.init(lora.weights))
+        self.read()
+
+    def read(self) -> None:
+        """The frozen trunk: needed once per example, or once per step where it is not reused."""
+        data = self.trunk.trunk(self.model, self.batch, self.lowest, size=self.size)
+        self.data = self.jax.tree.map(lambda a: a[None], data)
+
+    def step(self) -> float:
+        key = self.jax.random.key(0)
+        self.state, metrics = self.update(self.state, self.frozen, self.data, key, loss=self.trunk.loss, tx=self.tx)
+        return float(metrics["loss"])
+
+
+class Peft:
+    """The peer: PEFT on transformers, gradient checkpointing, torch's AdamW."""
+
+    def __init__(self, args: Args, folder: Path, placement: str, kind: str):
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        dtype = torch.bfloat16 if kind == "peft-bfloat16" else torch.float32
+        base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+        base.config.use_cache = False
+        base.gradient_checkpointing_enable()
+        model = PeftModel.from_pretrained(base, folder / placement, is_trainable=True)
+        if kind == "peft-lean":
+            base.disable_input_require_grads()
+        self.model = model.train()
+        self.ids = torch.tensor(tokens(args))
+        self.labels = torch.full_like(self.ids, -100)
+        self.labels[:, -args.answer :] = self.ids[:, -args.answer :]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimiser, 1.0, 0.0, 1000)
+
+    def read(self) -> None:
+        """Nothing is kept from step to step."""
+
+    def step(self) -> float:
+        out = self.model(input_ids=self.ids, labels=self.labels)
+        out.loss.backward()
+        self.optimiser.step()
+        self.schedule.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return float(out.loss.detach())
+
+
+def make(args: Args, folder: Path, placement: str, side: str):
+    return Ours(args, folder, placement) if side == "ours" else Peft(args, folder, placement, side)
+
+
+def timed(call) -> tuple[float, float | None]:
+    begun = time.perf_counter()
+    value = call()
+    return time.perf_counter() - begun, value
+
+
+def compare(args: Args, folder: Path, placement: str) -> dict:
+    """Seconds of the trunk and of a step of every side, taken in turns; their losses."""
+    sides = {side: make(args, folder, placement, side) for side in ("ours", *args.peers)}
+    first = {side: timed(it.read)[0] + timed(it.step)[0] for side, it in sides.items()}
+    seconds: dict = {side: {"trunk": [], "step": []} for side in sides}
+    losses: dict = {side: [] for side in sides}
+    for _ in range(args.repeats):
+        for side, it in sides.items():
+            seconds[side]["trunk"].append(timed(it.read)[0])
+            spent, loss = timed(it.step)
+            seconds[side]["step"].append(spent)
+            losses[side].append(loss)
+    rows = {}
+    for side, spent in seconds.items():
+        rows[side] = {part: statistics.median(times) for part, times in spent.items()}
+        rows[side] |= {"first": first[side], "losses": losses[side], "all_seconds": spent}
+        gaps = [abs(a - b) for a, b in zip(losses[side], losses["ours"], strict=True)]
+        rows[side]["loss_difference"] = max(gaps)
+    return rows
+
+
+def peak(args: Args, folder: Path, placement: str, side: str) -> float:
+    """Most resident memory in GiB during three steps of one side, in a process of its own."""
+    code = (
+        "import sys, json; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import lora;"
+        "args = lora.Args(**json.loads(sys.argv[2])); lora.watch(args, Path(sys.argv[3]), *sys.argv[4:])"
+    )
+    plain = {k: v for k, v in dataclasses.asdict(args).items() if k != "json"}
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), json.dumps(plain), folder, placement, side]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def watch(args: Args, folder: Path, placement: str, side: str) -> None:
+    it = make(args, folder, placement, side)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
+    for _ in range(3):
+        it.read()
+        it.step()
+    print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
+
+
+def report(args: Args, found: dict) -> str:
+    """The Markdown table."""
+    count = args.batch * args.tokens
+    lines = [
+        "| LoRA on | trained with | s a step | tokens/s | speed of ours, times | peak memory (GiB) | loss differs by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for placement, rows in found.items():
+        ours = rows["ours"]
+        where = "all linears" if placement == "all" else f"the upper {args.upper} layers' linears"
+        whole = ours["trunk"] + ours["step"]
+        shown = [("ours", whole, rows["ours"])]
+        if placement != "all":
+            reused = ours["trunk"] / args.epochs + ours["step"]
+            shown.append((f"ours, trunk reused over {args.epochs} epochs", reused, ours))
+        shown += [(side, row["step"], row) for side, row in rows.items() if side != "ours"]
+        for name, spent, row in shown:
+            memory = f"{row['memory']:.2f}" if "memory" in row else ""
+            lines.append(
+                f"| {where} | {name} | {spent:.2f} | {count / spent:.0f} | {spent / whole:.2f} | {memory} "
+                f"| {row['loss_difference']:.1e} |"
+            )
+    return "\n".join(lines)
+
+
+def main(args: Args) -> None:
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_model(args, folder)
+        for placement in args.placements:
+            write_adapter(args, folder, placement)
+            found[placement] = compare(args, folder, placement)
+            if args.memory:
+                for side, row in found[placement].items():
+                    row["memory"] = peak(args, folder, placement, side)
+            print(report(args, found), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

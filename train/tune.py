@@ -1,0 +1,203 @@
+"""Fine-tunes whole parts of a model, such as its text decoder, on a task; the other parts stay as they are.
+
+python -m train.tune --train mini-docvqa --out runs/tune
+"""
+
+import dataclasses
+import functools
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import flax.struct
+import jax
+import numpy as np
+import optax
+import tyro
+
+from eval import metrics
+from eval.accuracy import answer, score
+from train.loop import fit
+from train.trunk import answer_loss
+from vlm_jax import Model, save
+from vlm_jax.checkpoint import named_leaves
+from vlm_jax.data import Example, easy_vqa, load_task, source
+from vlm_jax.data.overlap import check_disjoint
+from vlm_jax.errors import UserError, command
+from vlm_jax.fingerprint import fingerprint
+from vlm_jax.inputs import Inputs
+from vlm_jax.options import DataOptions, ModelOptions
+from vlm_jax.prompts import batches, check_fit, encode, positions
+from vlm_jax.runs import Run
+
+#: Of a model's pytree: the vision tower holds the projector too.
+PARTS = ("text", "visual")
+#: A common rate of full fine-tuning at P0's width; narrower models get more, as for LoRA.
+_LR, _LR_WIDTH = 2e-5, 2560
+_WINDOW = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(metrics.MetricOptions, DataOptions, ModelOptions):
+    """Fine-tune parts of a model on a task, and score it on held-out examples before and after."""
+
+    train: str = "mini-docvqa"
+    """Task, family, dataset or JSONL file to train on."""
+    eval: str | None = None
+    """Task, family, dataset or JSONL file to score on; by default the one that is trained on (its test split)."""
+    limit: int | None = 3000
+    """At most so many training examples."""
+    eval_limit: int | None = 300
+    """At most so many held-out examples."""
+    parts: Annotated[tuple[Literal["text", "visual"], ...], tyro.conf.arg(metavar="PART [PART ...]")] = ("text",)
+    """What is trained: the text decoder with its embeddings; the vision tower with its projector."""
+    epochs: int = 3
+    batch: int = 16
+    """Examples per step."""
+    lr: float | None = None
+    """Peak learning rate (AdamW; warm-up, then a cosine to 0); by default 2e-5 at width 2560, times 2560 / width."""
+    seed: int = 0
+    """Seed of the order of the data."""
+    save_every: int = 200
+    """Steps between checkpoints; a stopped run goes on from the last."""
+    out: Path = Path("runs/tune")
+    """Run folder: model/ (a Hugging Face folder), scores before and after, samples."""
+
+
+@flax.struct.dataclass
+class Rest:
+    """A model without its trained parts: the arrays by name, and how the whole is put together."""
+
+    leaves: dict[str, jax.Array]
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    structure: jax.tree_util.PyTreeDef = flax.struct.field(pytree_node=False)
+
+    def joined(self, trained: dict[str, jax.Array]) -> Model:
+        return self.structure.unflatten([{**self.leaves, **trained}[name] for name in self.names])
+
+
+def split(model: Model, parts: tuple[str, ...]) -> tuple[dict[str, jax.Array], Rest]:
+    """The arrays of these parts by name, and the rest.
+
+    Raises:
+        UserError: for a part that the model lacks.
+    """
+    leaves = named_leaves(model)
+    label = {name: name.partition(".")[0] for name in leaves}
+    if missing := set(parts) - set(label.values()):
+        raise UserError(
+            f"the model has no part {sorted(missing)[0]!r}: it has {', '.join(sorted(set(label.values())))}"
+        )
+    trained = {name: leaf for name, leaf in leaves.items() if label[name] in parts}
+    rest = {name: leaf for name, leaf in leaves.items() if name not in trained}
+    return trained, Rest(rest, tuple(leaves), jax.tree.structure(model))
+
+
+@flax.struct.dataclass
+class Batch:
+    """Encoded examples and their gold tokens ``(B, A)``."""
+
+    inputs: Inputs
+    index: jax.Array
+    valid: jax.Array
+    target: jax.Array
+
+
+def loss(trained: dict[str, jax.Array], rest: Rest, batch: Batch, key: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the gold tokens and the end of their turn."""
+    model = rest.joined(trained)
+    embedded, _ = model.embed(batch.inputs)
+    window = model.window(batch.inputs)
+    x, _, _ = model.text.scan(embedded.x, window, deepstack=embedded.deepstack, remat=True)
+    return answer_loss(model, x, batch.index, batch.valid, batch.target)
+
+
+@functools.cache
+def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 30), steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
+
+
+def shape(model: Model, processor, examples: list[Example]) -> tuple[int, int]:
+    """The longest prompt and the longest answer, in tokens, so that one compiled step serves all batches.
+
+    Raises:
+        UserError: for an example that cannot be encoded.
+    """
+    length = width = 0
+    for _, batch in batches(examples, processor, model.config, _WINDOW):
+        length = max(length, batch.inputs.input_ids.shape[1])
+        width = max(width, int((batch.spans["answer"] | batch.spans["end"]).sum(1).max()))
+    return length, width
+
+
+def tune(model: Model, processor, examples: list[Example], args: Args, folder: Path | None = None) -> Model:
+    """The model with ``args.parts`` trained on the examples; checkpoints go to ``folder``."""
+    per_epoch = max(1, len(examples) // args.batch)
+    steps = per_epoch * args.epochs
+    length, width = shape(model, processor, examples)
+
+    def step_batch(step: int) -> Batch:
+        rng = np.random.default_rng([args.seed, step // per_epoch])
+        order = np.resize(rng.permutation(len(examples)), per_epoch * args.batch).reshape(per_epoch, -1)
+        encoded = encode([examples[row] for row in order[step % per_epoch]], processor, model.config, step=length)
+        index, valid = positions(encoded.spans["answer"] | encoded.spans["end"], width)
+        target = np.take_along_axis(np.asarray(encoded.inputs.input_ids), index, 1)
+        return jax.tree.map(lambda a: np.asarray(a)[None], Batch(encoded.inputs, index, valid, target))
+
+    trained, rest = split(model, args.parts)
+    lr = args.lr if args.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
+    how = {"steps": steps, "seed": args.seed, "label": "tune", "folder": folder, "save_every": args.save_every}
+    return rest.joined(fit(loss, trained, rest, step_batch, optimiser(lr, steps), **how))
+
+
+@command
+def main(args: Args) -> None:
+    started = time.perf_counter()
+    task = args.eval or args.train
+    train = load_task(args.train, split="train", limit=args.limit, options=args)
+    test = load_task(task, split="test", limit=args.eval_limit, options=args)
+    check_disjoint(train, test)
+    metrics.check(test, args)
+    for name in ("epochs", "batch", "save_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    if not args.parts:
+        raise UserError(f"--parts names none: choose from {', '.join(PARTS)}")
+    model, processor = args.load()
+    split(model, args.parts)
+    check_fit(test, processor, model.config)
+    shape(model, processor, train)
+    run = Run.open(args.out, args, model.config, processor)
+    splits = {"train": args.train, "test": task}
+    run.pin("data", {split: source(name, split=split, options=args) for split, name in splits.items()})
+    run.pin("model", fingerprint(model))
+
+    def evaluate(name: str, model: Model) -> dict:
+        def make() -> dict:
+            log = run.log(f"{name}/predictions.jsonl")
+            texts = answer(model, processor, test, label=name, log=log).texts
+            results, records = score(test, texts, args)
+            run.save_lines(f"{name}/samples.jsonl", records)
+            return results
+
+        return run.once(f"{name}/score.json", make)
+
+    before = evaluate("before", model)
+    folder = run.folder / "model"
+    if not folder.is_dir():
+        begun = time.perf_counter()
+        tuned = tune(model, processor, train, args, run.path("training/_").parent)
+        run.write_folder("model", lambda path: (save(tuned, path), processor.save_pretrained(path)))
+        run.timed("train", begun)
+    shutil.rmtree(run.folder / "training", ignore_errors=True)
+    after = evaluate("after", dataclasses.replace(args, model=str(folder)).load()[0])
+    for name, found in (("before", before), ("after", after)):
+        print(f"{task} {name}: {found['accuracy']:.3f} ± {found['stderr']:.3f}  ({found['samples']} samples)")
+    easy_vqa.show_baseline(test)
+    print(f"{time.perf_counter() - started:.0f} s; the tuned model is {folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
