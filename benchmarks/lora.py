@@ -120,14 +120,15 @@ class Ours:
         answer[:, -args.answer :] = True
         self.batch = Batch(vlm_jax.Inputs.from_hf(model.config, input_ids=ids), {"answer": answer, "end": answer}, 0)
         self.model, self.size = model, args.batch
-        self.setup(lora, args)
+        self.setup(lora, len(modules(args, placement)), args)
 
-    def setup(self, lora, args: Args) -> None:
-        from interventions.adapters import lowest_layer
+    def setup(self, lora, placed: int, args: Args) -> None:
+        from interventions.adapters import lowest_layer, pad
         from train.loop import State
 
-        self.lowest = self.trunk.first_layer(lowest_layer(lora), args.layers)
+        self.lowest = self.trunk.first_layer(lowest_layer(lora))
         frozen = self.trunk.Frozen
+        lora = pad(lora, self.model, placed)
         self.frozen = frozen(self.model, lora.slot, lora.scale, args.dropout, self.lowest, args.remat)
         self.tx = self.trunk.optimiser(2e-4, 1000)
         self.state = State(lora.weights, self.tx.init(lora.weights))

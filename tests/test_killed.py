@@ -17,9 +17,10 @@ COMMANDS = {
         *("--replicates", "2"),
     ],
     "study": [
-        *("eval.study", "--models", "mini-qwen3-vl", "--trace", "16", "--train", "16", "--eval", "32", "--k", "2"),
+        *("eval.study", "--models", "mini-qwen3-vl", "--trace", "16", "--train", "24", "--eval", "32", "--k", "2"),
         *("--placements", "random", "task_diff", "gradient_norm", "--seeds", "0", "--random-seeds", "42", "--no-alone"),
-        *("--corruptions", "swapped_image", "--training.epochs", "1", "--training.r", "4", "--tracing.batch", "4"),
+        *("--corruptions", "swapped_image", "--training.epochs", "2", "--training.r", "4", "--tracing.batch", "4"),
+        *("--training.save-every", "2"),
     ],
 }
 KILLS = {"trace": 3, "study": 4}
