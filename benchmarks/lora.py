@@ -3,12 +3,14 @@
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/lora.py --json runs/lora_speed.json
 
 Both sides train the same adapters of a random Qwen3 text model on the same tokens, with gradient checkpointing (P0) and
-AdamW. They take turns, step by step, so that whatever else the machine does hits both; a row is a median. Memory is
-measured afterwards, each side in a process of its own.
+AdamW. They take turns, step by step, so that whatever else the machine does hits both; times are medians of the steps
+after the first. Memory is measured afterwards, each side in a process of its own.
 """
 
 import dataclasses
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -109,7 +111,7 @@ class Ours:
         import vlm_jax
         from interventions.adapters import load_peft
         from train import trunk
-        from train.loop import update
+        from train.loop import State, update
         from vlm_jax.prompts import Batch
 
         self.jax, self.update, self.trunk = jax, update, trunk
@@ -120,23 +122,14 @@ class Ours:
         answer[:, -args.answer :] = True
         self.batch = Batch(vlm_jax.Inputs.from_hf(model.config, input_ids=ids), {"answer": answer, "end": answer}, 0)
         self.model, self.size = model, args.batch
-        self.setup(lora, len(modules(args, placement)), args)
-
-    def setup(self, lora, placed: int, args: Args) -> None:
-        from interventions.adapters import lowest_layer, pad
-        from train.loop import State
-
-        self.lowest = self.trunk.first_layer(lowest_layer(lora))
-        frozen = self.trunk.Frozen
-        lora = pad(lora, self.model, placed)
-        self.frozen = frozen(self.model, lora.slot, lora.scale, args.dropout, self.lowest, args.remat)
-        self.tx = self.trunk.optimiser(2e-4, 1000)
-        self.state = State(lora.weights, self.tx.init(lora.weights))
+        padded, self.frozen = trunk.prepared(model, lora, len(modules(args, placement)), args.remat)
+        self.tx = trunk.optimiser(2e-4, 1000)
+        self.state = State(padded.weights, self.tx.init(padded.weights))
         self.read()
 
     def read(self) -> None:
         """The frozen trunk: needed once per example, or once per step where it is not reused."""
-        data = self.trunk.trunk(self.model, self.batch, self.lowest, size=self.size)
+        data = self.trunk.trunk(self.model, self.batch, self.frozen.lowest, size=self.size)
         self.data = self.jax.tree.map(lambda a: a[None], data)
 
     def step(self) -> float:
@@ -184,30 +177,31 @@ def make(args: Args, folder: Path, placement: str, side: str):
     return Ours(args, folder, placement) if side == "ours" else Peft(args, folder, placement, side)
 
 
-def timed(call) -> tuple[float, float | None]:
-    begun = time.perf_counter()
+def timed(call) -> tuple[float, float, float | None]:
+    """Seconds by the clock, and of all cores' work."""
+    begun, work = time.perf_counter(), time.process_time()
     value = call()
-    return time.perf_counter() - begun, value
+    return time.perf_counter() - begun, time.process_time() - work, value
 
 
 def compare(args: Args, folder: Path, placement: str) -> dict:
-    """Seconds of the trunk and of a step of every side, taken in turns; their losses."""
+    """Of every side: seconds of the trunk and of a step, taken in turns, and the losses."""
     sides = {side: make(args, folder, placement, side) for side in ("ours", *args.peers)}
-    first = {side: timed(it.read)[0] + timed(it.step)[0] for side, it in sides.items()}
-    seconds: dict = {side: {"trunk": [], "step": []} for side in sides}
-    losses: dict = {side: [] for side in sides}
-    for _ in range(args.repeats):
+    rows: dict = {side: {"seconds": [], "trunk_seconds": [], "core_seconds": [], "losses": []} for side in sides}
+    for side, it in sides.items():
+        rows[side]["first_seconds"] = timed(it.step)[0]
+    for turn in range(args.repeats):
         for side, it in sides.items():
-            seconds[side]["trunk"].append(timed(it.read)[0])
-            spent, loss = timed(it.step)
-            seconds[side]["step"].append(spent)
-            losses[side].append(loss)
-    rows = {}
-    for side, spent in seconds.items():
-        rows[side] = {part: statistics.median(times) for part, times in spent.items()}
-        rows[side] |= {"first": first[side], "losses": losses[side], "all_seconds": spent}
-        gaps = [abs(a - b) for a, b in zip(losses[side], losses["ours"], strict=True)]
-        rows[side]["loss_difference"] = max(gaps)
+            read, read_work, _ = timed(it.read)
+            step, step_work, loss = timed(it.step)
+            values = {"seconds": step, "trunk_seconds": read, "core_seconds": read_work + step_work, "losses": loss}
+            for name, value in values.items():
+                rows[side][name].append(value)
+            print(f"{placement}, turn {turn + 1}, {side}: {read:.2f} + {step:.2f} s, loss {loss:.5f}", flush=True)
+    for row in rows.values():
+        row |= {name: statistics.median(row[name]) for name in ("seconds", "trunk_seconds", "core_seconds")}
+        gaps = [abs(a - b) for a, b in zip(row["losses"], rows["ours"]["losses"], strict=True)]
+        row["loss_difference"] = max(gaps)
     return rows
 
 
@@ -236,29 +230,40 @@ def report(args: Args, found: dict) -> str:
     """The Markdown table."""
     count = args.batch * args.tokens
     lines = [
-        "| LoRA on | trained with | s a step | tokens/s | speed of ours, times | peak memory (GiB) | loss differs by |",
-        "|---|---|---|---|---|---|---|",
+        "| LoRA on | trained with | seconds a step | tokens a second | times ours | times ours, trunk reused "
+        "| core-seconds | peak memory (GiB) | loss differs by |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for placement, rows in found.items():
         ours = rows["ours"]
-        where = "all linears" if placement == "all" else f"the upper {args.upper} layers' linears"
-        whole = ours["trunk"] + ours["step"]
-        shown = [("ours", whole, rows["ours"])]
+        where = "all linears" if placement == "all" else f"the linears of the upper {args.upper} layers"
+        whole = ours["trunk_seconds"] + ours["seconds"]
+        reused = ours["trunk_seconds"] / args.epochs + ours["seconds"]
+        shown = [("ours", whole, ours)]
         if placement != "all":
-            reused = ours["trunk"] / args.epochs + ours["step"]
             shown.append((f"ours, trunk reused over {args.epochs} epochs", reused, ours))
-        shown += [(side, row["step"], row) for side, row in rows.items() if side != "ours"]
+        shown += [(side, row["seconds"], row) for side, row in rows.items() if side != "ours"]
         for name, spent, row in shown:
-            memory = f"{row['memory']:.2f}" if "memory" in row else ""
+            memory = f"{row['memory_gib']:.2f}" if "memory_gib" in row else ""
             lines.append(
-                f"| {where} | {name} | {spent:.2f} | {count / spent:.0f} | {spent / whole:.2f} | {memory} "
-                f"| {row['loss_difference']:.1e} |"
+                f"| {where} | {name} | {spent:.2f} | {count / spent:.0f} | {spent / whole:.2f} | {spent / reused:.2f} "
+                f"| {row['core_seconds']:.1f} | {memory} | {row['loss_difference']:.1e} |"
             )
     return "\n".join(lines)
 
 
+def machine() -> str:
+    """The processor's name and the number of its cores."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    )
+    return f"{(names or [platform.machine()])[0].strip()}, {os.cpu_count()} cores"
+
+
 def main(args: Args) -> None:
-    found = {}
+    found: dict = {}
+    print(machine())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(args, folder)
@@ -267,8 +272,12 @@ def main(args: Args) -> None:
             found[placement] = compare(args, folder, placement)
             if args.memory:
                 for side, row in found[placement].items():
-                    row["memory"] = peak(args, folder, placement, side)
+                    row["memory_gib"] = peak(args, folder, placement, side)
             print(report(args, found), flush=True)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        options = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+        args.json.write_text(json.dumps({"machine": machine(), "options": options, "found": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from interventions.adapters import load_peft, merge
 from interventions.groups import bind
 from interventions.store import describe, digest, load_interventions
 from vlm_jax import Model
-from vlm_jax.data import Example, load_task, source
+from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.errors import UserError, command
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
@@ -42,7 +42,23 @@ _LENGTH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(MetricOptions, DataOptions, ModelOptions):
+class AnswerOptions:
+    """How answers are generated: greedily."""
+
+    batch: int = 64
+    """Samples per compiled call."""
+    max_new_tokens: int = 12
+    """Longest answer, in tokens."""
+
+    def check(self) -> None:
+        """Refuses options that cannot be."""
+        for field in dataclasses.fields(AnswerOptions):
+            if (value := getattr(self, field.name)) < 1:
+                raise UserError(f"--{field.name.replace('_', '-')} is {value}: give at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(AnswerOptions, MetricOptions, DataOptions, ModelOptions):
     """Score a model's greedy answers to P0's prompt, by exact match or as the task's own benchmark does."""
 
     task: str = "mini-okvqa"
@@ -57,10 +73,6 @@ class Args(MetricOptions, DataOptions, ModelOptions):
     """Split of a named task: trace, train, eval, test, or of a public dataset all that its benchmark scores."""
     limit: int | None = 300
     """Samples to evaluate."""
-    batch: int = 64
-    """Samples per compiled call."""
-    max_new_tokens: int = 12
-    """Longest answer, in tokens."""
     out: Path = Path("runs/accuracy")
     """Run folder: results.json, samples.jsonl, and samples_TASK.jsonl in lmms-eval's shape."""
 
@@ -214,9 +226,7 @@ def in_lmms_eval_shape(args: Args, found: Scored, samples: dict[str, list[dict]]
 @command
 def main(args: Args) -> None:
     examples = load_task(args.task, split=args.split, limit=args.limit, options=args)
-    for name in ("batch", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    args.check()
     check(examples, args)
     model, processor = args.load()
     pinned = {"model": fingerprint(model)}
@@ -259,6 +269,7 @@ def main(args: Args) -> None:
         run.save_lines(f"samples_{file_name(task)}.jsonl", lines)
     run.save_json("results.json", {**results, **in_lmms_eval_shape(args, found, samples)})
     show(args.task, found)
+    easy_vqa.show_baseline(examples)
     print(f"written to {args.out}")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from eval.accuracy import answer, score
+from eval.accuracy import AnswerOptions, answer, score
 from eval.metrics import MetricOptions, clusters_of
 from interventions import scoring
 from interventions.adapters import init_lora, load_peft, merge, parameters, save_peft
@@ -22,11 +22,11 @@ from interventions.grids import module_names
 from interventions.placement import Scoring
 from interventions.sweep import PREFIX_BUCKET
 from interventions.trace import TraceOptions, by_module, trace_task
-from train.trunk import LoRAOptions, Trunk, embedded, train_lora
+from train.trunk import LoRAOptions, Trunk, embedded_examples, train_lora
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
-from vlm_jax.prompts import batches, check_fit, encode
+from vlm_jax.prompts import batches, check_fit
 from vlm_jax.runs import Run
 
 
@@ -44,10 +44,12 @@ class Experiment:
     tested: dict[str, list[Example]]
     tracing: TraceOptions
     training: LoRAOptions
-    metric: MetricOptions = dataclasses.field(default_factory=MetricOptions)
+    metric: MetricOptions
+    answering: AnswerOptions
 
     def check(self) -> None:
-        """Refuses examples that do not fit the model, before any work is spent on the others."""
+        """Refuses options that cannot be and examples that do not fit the model, before any work is spent."""
+        self.answering.check()
         for examples in (*self.traced.values(), *self.trained.values(), *self.tested.values()):
             check_fit(examples, self.processor, self.model.config)
 
@@ -87,10 +89,10 @@ class Experiment:
         """The model's own result: see :meth:`cell`."""
         return self._evaluate(self.model, f"{self.folder}cells/{family}/baseline", family)
 
-    def cell(self, family: str, names: Sequence[str], seed: int, folder: str | None = None) -> dict:
+    def cell(self, family: str, names: Sequence[str], seed: int) -> dict:
         """The held-out result of LoRA on these modules, trained with this seed: ``accuracy``, ``stderr``, ``samples``
         and ``tasks``; and ``scores``, one for each sample."""
-        folder = folder or self._cell_folder(family, names, seed)
+        folder = self._cell_folder(family, names, seed)
         adapter = self.run.folder / folder / "adapter"
         if not adapter.is_dir():
             begun = time.perf_counter()
@@ -111,7 +113,8 @@ class Experiment:
             begun = time.perf_counter()
             examples = self.tested[family]
             log = self.run.log(f"{folder}/predictions.jsonl")
-            found = answer(model, self.processor, examples, label=family, log=log)
+            how = dataclasses.asdict(self.answering)
+            found = answer(model, self.processor, examples, label=family, log=log, **how)
             results, records = score(examples, found.texts, self.metric)
             self.run.save_lines(f"{folder}/samples.jsonl", records)
             self.run.timed(f"evaluate {folder}", begun)
@@ -138,10 +141,8 @@ class Experiment:
             case "lora_drop":
                 every = module_names(self.depth)
                 self.cell(family, every, self.training.seed)
-                folder = f"{self.folder}cells/{family}/{cell_name(every, self.depth)}/seed-{self.training.seed}"
-                return scoring.lora_drop(
-                    self.model, groups, load_peft(self.model, self.run.folder / folder / "adapter")
-                )
+                folder = self.run.folder / self._cell_folder(family, every, self.training.seed)
+                return scoring.lora_drop(self.model, groups, load_peft(self.model, folder / "adapter"))
             case _:
                 return getattr(scoring, name)(self.model, groups)
 
@@ -157,8 +158,8 @@ class Experiment:
     def _embedded(self, family: str) -> Trunk:
         """The training examples as they enter the first layer, once for all placements."""
         if family not in self._trunks:
-            batch = encode(self.trained[family], self.processor, self.model.config)
-            self._trunks[family] = embedded(self.model, batch, gib=self.training.trunk_gib)
+            examples, gib = self.trained[family], self.training.trunk_gib
+            self._trunks[family] = embedded_examples(self.model, self.processor, examples, gib=gib)
         return self._trunks[family]
 
 

@@ -75,7 +75,7 @@ class Plan:
         }
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
         lora = 3 * 4 * experiment.parameters(module_names(depth))
-        kept = args.training.batch * tokens * model.config.text.hidden_size * 4 * (depth + 12)
+        kept = args.training.batch * tokens * _activations(model.config.text, args.training.remat)
         return cls(experiment.folder.rstrip("/"), tokens, jobs, weights, weights + lora + kept)
 
     @property
@@ -106,6 +106,19 @@ def trace_cost(model, batch: Batch) -> Cost:
     noise = Add(np.asarray(batch.spans["question"], np.float32)[..., None])
     gold = Gold.of(batch.inputs, batch.spans["answer"])
     return estimate(model, batch.inputs, variants, gold, base=(noise,), clean=())
+
+
+def _activations(text, remat: str) -> float:
+    """Bytes a token that a training step keeps for its backward pass, in float32: the residual stream at every layer,
+    what remat spares, and some twelve rows more in the layer at work."""
+    heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    spared = {
+        "full": 0,
+        "some": 2 * text.intermediate_size,
+        "none": 2 * text.intermediate_size + text.hidden_size + heads,
+    }
+    depth = text.num_hidden_layers
+    return 4.0 * (text.hidden_size * (depth + 12) + spared[remat] * depth)
 
 
 def _vision(model, batch: Batch) -> float:

@@ -15,7 +15,7 @@ from interventions import statistics
 from interventions.figures import both, correlation, heatmap, intervals, stability
 from interventions.grids import module_names
 from interventions.placement import normalised
-from interventions.trace import by_module
+from interventions.trace import bounds, by_module
 from vlm_jax.errors import UserError
 from vlm_jax.runs import Run
 
@@ -318,17 +318,9 @@ def draw(run: Run, model: str, known: Outcomes, result: dict, summary: dict, tra
     write("figure2", heatmap, rr)
     write("figure3", heatmap, difference, label="difference of normalised RR")
     write("figure4", heatmap, tasks)
-    rows = {
-        family: {row["cell"]: row for row in trace["cells"] if row["statistic"] == trace["statistic"]}
-        for family, trace in traces.items()
-    }
-    bounds = {
-        family: statistics.Interval(*([found[name][key] for name in names] for key in ("rr", "low", "high")))
-        for family, found in rows.items()
-    }
     tested = summary["trace_difference"]["raw"]
     different = tested and [q < 0.05 for q in tested["q"]]
-    write("intervals", intervals, names, bounds, different)
+    write("intervals", intervals, names, {family: bounds(trace) for family, trace in traces.items()}, different)
     if all(trace["stability"] for trace in traces.values()):
         write("stability", stability, {family: trace["stability"] for family, trace in traces.items()})
     for family, agreement in summary["corruptions"].items():

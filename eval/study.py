@@ -12,6 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from eval import metrics
+from eval.accuracy import AnswerOptions
 from eval.experiment import Experiment
 from eval.metrics import MetricOptions
 from eval.plan import Plan
@@ -22,7 +23,7 @@ from interventions.grids import module_names
 from interventions.placement import check_k, default_k, place, resolve
 from interventions.trace import TraceOptions
 from train.trunk import LoRAOptions
-from vlm_jax.data import Example, load_task, source
+from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError, command
 from vlm_jax.fingerprint import fingerprint
@@ -74,6 +75,7 @@ class Args(DataOptions):
     tracing: TraceOptions = dataclasses.field(default_factory=TraceOptions)
     training: LoRAOptions = dataclasses.field(default_factory=lambda: LoRAOptions(batch=8, accumulation=1))
     metric: MetricOptions = dataclasses.field(default_factory=MetricOptions)
+    answering: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the parameters; the checkpoint's own by default."""
     max_pixels: int | None = None
@@ -117,6 +119,11 @@ def examples_of(args: Args) -> list[dict[str, list[Example]]]:
         {family: load_task(family, split=split, limit=limit, options=args) for family in args.families}
         for split, limit in sizes.items()
     ]
+    for (split, limit), parts in zip(sizes.items(), found, strict=True):
+        for family, examples in parts.items():
+            if len(examples) < limit:
+                flag = {"test": "eval"}.get(split, split)
+                raise UserError(f"{family} has {len(examples)} examples to {flag}, not {limit}: lower --{flag}")
     traced, train, test = found
     for family in args.families:
         check_disjoint([*traced[family], *train[family]], test[family])
@@ -147,9 +154,8 @@ def check(args: Args) -> None:
             raise UserError(f"--corruptions names {kind}, which --tracing.corruption has already: leave it out")
 
 
-def experiments(args: Args, run: Run):
+def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict):
     """One :class:`Experiment` a model, loaded when it is reached."""
-    traced, trained, tested = examples_of(args)
     for name in args.models:
         options = ModelOptions(model=name, dtype=args.dtype, max_pixels=args.max_pixels)
         model, processor = options.load()
@@ -165,6 +171,7 @@ def experiments(args: Args, run: Run):
             args.tracing,
             args.training,
             args.metric,
+            args.answering,
         )
 
 
@@ -210,14 +217,14 @@ def main(args: Args) -> None:
     check(args)
     run = Run.open(args.out, args, ignored=("plan",))
     run.pin("data", {family: source(family, split="train", options=args) for family in args.families})
-    results, plans = {}, []
-    for experiment in experiments(args, run):
+    examples, results, plans = examples_of(args), {}, []
+    for experiment in experiments(args, run, *examples):
         for kind in (args.tracing.corruption, *args.corruptions):
             dataclasses.replace(args.tracing, corruption=kind).check(experiment.depth)
-        experiment.check()
         if args.plan:
             plans.append(Plan.of(experiment, conditions(args, experiment.depth), args))
             continue
+        experiment.check()
         run.pin(f"{experiment.folder}model", fingerprint(experiment.model))
         run.save_json(f"{experiment.folder}manifest.json", manifest(experiment.model.config, experiment.processor))
         results[experiment.folder.rstrip("/")] = study(args, experiment)
@@ -225,6 +232,8 @@ def main(args: Args) -> None:
         print("\n".join(map(str, plans)))
         return
     print(report(run, results, args))
+    for tested in examples[-1].values():
+        easy_vqa.show_baseline(tested)
     print(f"{time.perf_counter() - started:.0f} s; tables, figures, adapters and predictions are in {args.out}")
 
 

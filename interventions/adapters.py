@@ -46,12 +46,11 @@ def lowest_layer(lora: LoRA) -> int:
     return min(int(np.argmax(np.asarray(slot) < len(lora.weights[site][0]))) for site, slot in lora.slot.items())
 
 
-def pad(lora: LoRA, model: Model, k: int) -> LoRA:
-    """The same adapter in arrays whose shapes depend on ``k``, the number of placed modules, alone: ``min(k, L)`` slots
-    at every linear, so that one compiled program trains every placement of ``k`` modules. Slots that no layer uses hold
-    zeros and get no gradient."""
-    depth = model.config.text.num_hidden_layers
-    slots, r = min(k, depth), next(iter(lora.weights.values()))[0].shape[-1]
+def pad(lora: LoRA, model: Model, slots: int) -> LoRA:
+    """The same adapter with so many slots at every linear, whichever it is placed on: arrays of the same shapes, and so
+    the same compiled program, for every placement that needs no more. Slots that no layer uses hold zeros and get no
+    gradient."""
+    depth, r = model.config.text.num_hidden_layers, next(iter(lora.weights.values()))[0].shape[-1]
     weights, slot = {}, {}
     for name in (name for names in TEXT_LINEARS.values() for name in names):
         site, (inputs, outputs) = f"text.{name}", _shape(model, name)

@@ -385,15 +385,15 @@ def trace_task(
         run.write(f"{folder}summary.parquet", lambda path: statistics.tidy_summary(path, summary["cells"]))
         if set(traced.cells) == set(module_names(model.config.text.num_hidden_layers)):
             run.write(f"{folder}heatmap.png", lambda path: heatmap(path, {task: by_module(summary)}))
-        bounds = _bounds(summary)
-        run.write(f"{folder}intervals.png", lambda path: intervals(path, traced.cells, {task: bounds}))
+        found = {task: bounds(summary)}
+        run.write(f"{folder}intervals.png", lambda path: intervals(path, traced.cells, found))
         run.timed(f"trace {folder or task}".rstrip("/"), begun)
         return summary
 
     return run.once(f"{folder}summary.json", make)
 
 
-def _bounds(summary: dict) -> statistics.Interval:
+def bounds(summary: dict) -> statistics.Interval:
     """RR of every cell by the chosen statistic, with its interval over samples."""
     rows = [row for row in summary["cells"] if row["statistic"] == summary["statistic"]]
     return statistics.Interval(*(np.array([row[name] for row in rows]) for name in ("rr", "low", "high")))

@@ -5,7 +5,16 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 import torch
 
 torch.set_num_threads(1)  # the oracles are tiny, and more threads only wait for each other and for JAX's
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees each file's compiled programs: on CPU every one holds memory maps, of which Linux allows a process 65,530;
+    the whole suite needs more, and beyond them XLA crashes."""
+    yield
+    jax.clear_caches()

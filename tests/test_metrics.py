@@ -20,7 +20,6 @@ from eval.metrics import (
     summarise,
     summarise_tasks,
 )
-from eval.tables import table1
 from vlm_jax.data import Example
 from vlm_jax.data.metrics import (
     anls,
@@ -489,21 +488,3 @@ def test_subtasks():
     found = summary("exact_match", examples, ["x", "y", "x"])
     assert {name: part.values["exact_match"].value for name, part in found.subtasks.items()} == {"a": 0.5, "b": 1}
     assert summary("exact_match", examples[:2], ["x", "y"]).subtasks == {}
-
-
-def test_table1_averages_seeds_but_not_their_sampling_error():
-    def scores(*values):
-        return [{"accuracy": value, "stderr": 0.02} for value in values]
-
-    rows = [
-        {"condition": "Baseline", "parameters": None, "knowledge": scores(0.4), "perception": scores(0.5)},
-        {
-            "condition": "Random-2",
-            "parameters": {"knowledge": 1000, "perception": 2000},
-            "knowledge": scores(0.5, 0.7),
-            "perception": scores(0.6, 0.6),
-        },
-    ]
-    lines = table1(rows, ["knowledge", "perception"]).splitlines()
-    assert lines[2] == "| Baseline | 0.400 ± 0.020 | 0.500 ± 0.020 | - |"
-    assert lines[3] == "| Random-2 | 0.600 ± 0.020 | 0.600 ± 0.020 | 1,000 / 2,000 |"

@@ -168,3 +168,21 @@ def test_the_command_resumes_and_keeps_its_scores(tmp_path, capsys):
     assert json.loads((out / "results.json").read_text()) == results
     table = first[first.index("| LoRA target") : first.rindex("|")]
     assert table in capsys.readouterr().out
+
+
+def test_table1_averages_seeds_but_not_their_sampling_error():
+    def scores(*values):
+        return [{"accuracy": value, "stderr": 0.02} for value in values]
+
+    rows = [
+        {"condition": "Baseline", "parameters": None, "knowledge": scores(0.4), "perception": scores(0.5)},
+        {
+            "condition": "Random-2",
+            "parameters": {"knowledge": 1000, "perception": 2000},
+            "knowledge": scores(0.5, 0.7),
+            "perception": scores(0.6, 0.6),
+        },
+    ]
+    lines = lora_command.table1(rows, ["knowledge", "perception"]).splitlines()
+    assert lines[2] == "| Baseline | 0.400 ± 0.020 | 0.500 ± 0.020 | - |"
+    assert lines[3] == "| Random-2 | 0.600 ± 0.020 | 0.600 ± 0.020 | 1,000 / 2,000 |"

@@ -1,5 +1,6 @@
 """Training above a frozen trunk: shared programs, work that is not done, bounded memory, stopped trainings."""
 
+import dataclasses
 import json
 
 import chex
@@ -121,7 +122,7 @@ def test_padded_training_is_the_unpadded_one(mini, monkeypatch):
     model, batch = mini
     names = ["L1-attn", "L6-mlp", "L6-attn"]
     padded = train_lora(model, names, batch, options(), "padded")
-    monkeypatch.setattr(trunk, "pad", lambda lora, model, k: lora)
+    monkeypatch.setattr(trunk, "pad", lambda lora, model, slots: lora)
     plain = train_lora(model, names, batch, options(), "plain")
     chex.assert_trees_all_close(padded.weights, plain.weights, atol=1e-6, rtol=1e-5)
     other = train_lora(model, names, batch, options(seed=1), "other")
@@ -151,7 +152,7 @@ def test_placements_of_one_size_share_their_programs(mini, monkeypatch):
     programs(monkeypatch, 4)
     for names in placements:
         train_lora(model, names, data, options(epochs=1), "shared")
-    monkeypatch.setattr(trunk, "pad", lambda lora, model, k: lora)
+    monkeypatch.setattr(trunk, "pad", lambda lora, model, slots: lora)
     programs(monkeypatch, 4)
     with pytest.raises(AssertionError):
         for names in placements:
@@ -230,3 +231,16 @@ def test_a_log_loses_what_no_checkpoint_holds(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     loop._forget_after(file, 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_examples_that_are_encoded_in_parts_give_the_same_trunk():
+    """Parts without images, with shorter prompts and with shorter answers among them."""
+    model, processor = load("mini-qwen3-vl")
+    examples = [*load_task("perception", split="train", limit=5), *load_task("knowledge", split="train", limit=6)]
+    examples[2:5] = [dataclasses.replace(example, images=()) for example in examples[2:5]]
+    whole = trunk.embedded(model, encode(examples, processor, model.config))
+    parts = trunk.embedded_examples(model, processor, examples, size=3)
+    chex.assert_trees_all_equal_shapes_and_dtypes(parts, whole)
+    chex.assert_trees_all_close(parts, whole, atol=1e-5)
+    shuffled = trunk.embedded_examples(model, processor, examples[::-1], size=3)
+    assert not np.allclose(shuffled.x, whole.x, atol=1e-2)

@@ -13,9 +13,10 @@ import numpy as np
 import tyro
 
 from eval import metrics
+from eval.accuracy import AnswerOptions
 from eval.experiment import Experiment
 from eval.metrics import MetricOptions
-from eval.tables import table1
+from eval.tables import Table
 from interventions.figures import heatmap
 from interventions.placement import Scoring, check_k, default_k, normalised, place, read_names, read_trace, resolve
 from interventions.scoring import module_sizes
@@ -55,6 +56,7 @@ class Args(LoRAOptions, DataOptions, ModelOptions):
     """Seeds of the random placements, whose scores are averaged."""
     tracing: TraceOptions = dataclasses.field(default_factory=TraceOptions)
     metric: MetricOptions = dataclasses.field(default_factory=MetricOptions)
+    answering: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
     out: Path = Path("runs/lora")
     """Run folder; a stopped run goes on from the stages it has finished."""
 
@@ -144,7 +146,8 @@ def main(args: Args) -> None:
     run.pin("data", {split: source_of(name, split, args) for split, name in sources.items()})
     run.pin("model", fingerprint(model))
     training = LoRAOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoRAOptions)})
-    experiment = Experiment(run, "", model, processor, traced, train, test, args.tracing, training, args.metric)
+    options = (args.tracing, training, args.metric, args.answering)
+    experiment = Experiment(run, "", model, processor, traced, train, test, *options)
     experiment.check()
     scores = {}
     if needed:
@@ -182,6 +185,33 @@ def main(args: Args) -> None:
 
 def _brief(found: dict) -> dict:
     return {name: value for name, value in found.items() if name not in ("scores", "clusters")}
+
+
+def table1(rows: list[dict], families: list[str]) -> str:
+    """P0's Table 1 as Markdown: accuracy per family, and trainable parameters.
+
+    Args:
+        rows: ``condition``, ``parameters`` (family -> count, or None) and per family a list of scores, one per seed.
+    """
+    header = ("LoRA target", *families, "trainable parameters")
+    cells = [
+        (row["condition"], *(_accuracy(row[family]) for family in families), _parameters(row["parameters"]))
+        for row in rows
+    ]
+    return Table(header, cells).markdown()
+
+
+def _accuracy(scores: list[dict]) -> str:
+    mean = np.mean([score["accuracy"] for score in scores])
+    # Seeds share their samples, so averaging over them does not shrink the sampling error.
+    error = np.mean([score["stderr"] for score in scores])
+    return f"{mean:.3f} ± {error:.3f}"
+
+
+def _parameters(counts: dict[str, float] | None) -> str:
+    if counts is None:
+        return "-"
+    return " / ".join(dict.fromkeys(f"{count:,.0f}" for count in counts.values()))
 
 
 if __name__ == "__main__":

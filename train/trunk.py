@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +23,10 @@ from interventions.adapters import compact, init_lora, lowest_layer, pad
 from interventions.kinds import LoRA, low_rank
 from train.loop import fit
 from vlm_jax import Model
+from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
-from vlm_jax.prompts import Batch, positions
+from vlm_jax.prompts import Batch, encode, longest, positions
 from vlm_jax.sites import TEXT_LINEARS, Context
 
 #: P0 trains with 2e-4 at width 2560. Adam's best rate falls with the width (muP), so narrower models get more.
@@ -84,11 +85,14 @@ class Frozen:
     remat: str = flax.struct.field(pytree_node=False, default="some")
 
 
-def first_layer(lowest: int, depth: int) -> int:
-    """Where the trunk ends: at the lowest adapted layer, rounded down to a quarter of the depth. The layers between
-    the two are run in every step, but at most four programs serve all placements of a size (docs/lora.md)."""
-    quarter = -(-depth // 4)
-    return lowest // quarter * quarter
+#: The trunk ends at a multiple of this many layers.
+_STRIDE = 2
+
+
+def first_layer(lowest: int) -> int:
+    """Where the trunk ends: at the lowest adapted layer or the one below it. Placements of a size that agree in this
+    share a compiled step, for the price of half a layer that is run in vain on average (docs/lora.md)."""
+    return lowest // _STRIDE * _STRIDE
 
 
 @flax.struct.dataclass
@@ -135,14 +139,14 @@ class LayeredLoRA:
     everywhere: frozenset[str] = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, lora: LoRA, depth: int) -> "LayeredLoRA":
+    def of(cls, lora: LoRA, depth: int, lowest: int) -> "LayeredLoRA":
         weights, used = {}, {}
         for site, (a, b) in lora.weights.items():
             slot = jnp.minimum(lora.slot[site], len(a) - 1)
             weights[site] = a.swapaxes(1, 2)[slot], b[slot]
             used[site] = lora.slot[site] < len(a)
         # Where there are as many slots as layers, hardly a layer is without: skipping it costs more than it saves.
-        everywhere = frozenset(site for site, (a, _) in lora.weights.items() if len(a) == depth)
+        everywhere = frozenset(site for site, (a, _) in lora.weights.items() if len(a) >= depth - lowest)
         key = jax.vmap(functools.partial(jax.random.fold_in, lora.key))(jnp.arange(depth))
         return cls(weights, used, jnp.full(depth, lora.scale), key, lora.dropout, everywhere)
 
@@ -165,7 +169,7 @@ def loss(weights, frozen: Frozen, batch: Trunk, key: jax.Array) -> jax.Array:
     """Mean cross-entropy of the gold tokens and the end of their turn. Layers below ``frozen.lowest`` are not run."""
     model = frozen.model
     depth = model.config.text.num_hidden_layers
-    lora = LayeredLoRA.of(LoRA(weights, frozen.slot, frozen.scale, key, frozen.dropout), depth)
+    lora = LayeredLoRA.of(LoRA(weights, frozen.slot, frozen.scale, key, frozen.dropout), depth, frozen.lowest)
     x = batch.run(model, frozen.lowest, depth, layered=(lora,), remat=_KEPT[frozen.remat] or True)
     return answer_loss(model, x, batch.index, batch.valid, batch.target)
 
@@ -190,7 +194,7 @@ def _embed(model: Model, inputs: Inputs, index, valid) -> Trunk:
 
 @functools.partial(jax.jit, static_argnames="lowest")
 def _raise(model: Model, data: Trunk, lowest: int) -> jax.Array:
-    return data.run(model, 0, lowest)
+    return data.run(model, 0, lowest, remat=True)  # looks layers up, where a part of the stack would be a copy
 
 
 def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
@@ -200,13 +204,30 @@ def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
         size: examples that are run together.
         where: ``gib`` and ``folder``: see :func:`stored`.
     """
-    index, valid = positions(batch.spans["answer"] | batch.spans["end"])
+    count = len(batch.inputs.input_ids)
+    return stored(_embed_batch(model, batch, size, count), count, **where)
+
+
+def embedded_examples(model: Model, processor, examples: Sequence[Example], size: int = _CHUNK, **where) -> Trunk:
+    """:func:`embedded` of examples whose images would not all fit in memory: ``size`` at a time are encoded."""
+    length, width = longest(examples, processor, model.config)
+    most = max(examples, key=lambda example: len(example.images))
 
     def parts():
-        for rows in _chunks(len(index), size):
-            yield _embed(model, batch.inputs.take(rows, size * batch.images), index[rows], valid[rows])
+        for first in range(0, len(examples), size):
+            part = examples[first : first + size]
+            # Beside the one with the most images, all parts have the same arrays.
+            batch = encode([*part, most], processor, model.config, step=length)
+            yield from _embed_batch(model, batch, size, len(part), width)
 
-    return stored(parts(), len(index), **where)
+    return stored(parts(), len(examples), **where)
+
+
+def _embed_batch(model: Model, batch: Batch, size: int, count: int, width: int | None = None) -> Iterator[Trunk]:
+    """The first ``count`` rows."""
+    index, valid = positions(batch.spans["answer"] | batch.spans["end"], width)
+    for rows in _chunks(count, size):
+        yield _embed(model, batch.inputs.take(rows, size * batch.images), index[rows], valid[rows])
 
 
 def raised(model: Model, data: Trunk, lowest: int, size: int = _CHUNK, **where) -> Trunk:
@@ -268,6 +289,14 @@ def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
     return optax.adamw(optax.linear_schedule(lr, 0.0, steps), weight_decay=0.0)
 
 
+def prepared(model: Model, lora: LoRA, k: int, remat: str) -> tuple[LoRA, Frozen]:
+    """An adapter on ``k`` modules as it is trained, in arrays as all placements of ``k`` modules have them whose trunks
+    end at the same layer; and what its training reads."""
+    lowest = first_layer(lowest_layer(lora))
+    padded = pad(lora, model, min(k, model.config.text.num_hidden_layers - lowest))
+    return padded, Frozen(model, padded.slot, padded.scale, padded.dropout, lowest, remat)
+
+
 def train_lora(
     model: Model,
     names: Sequence[str],
@@ -288,13 +317,12 @@ def train_lora(
     """
     key = jax.random.key(options.seed)
     lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=key)
-    depth = model.config.text.num_hidden_layers
-    lowest = first_layer(lowest_layer(lora), depth)
+    padded, frozen = prepared(model, lora, len(names), options.remat)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     where = {"gib": options.trunk_gib, "folder": folder}
     data = batch if isinstance(batch, Trunk) else embedded(model, batch, **where)
-    data = raised(model, data, lowest, **where)
+    data = raised(model, data, frozen.lowest, **where)
     count = len(data.x)
     step_size = options.batch * options.accumulation
     per_epoch = max(1, count // step_size)
@@ -310,8 +338,6 @@ def train_lora(
         rows = order.reshape(per_epoch, options.accumulation, options.batch)[step % per_epoch]
         return data.take(rows)
 
-    padded = pad(lora, model, len(names))
-    frozen = Frozen(model, padded.slot, padded.scale, options.dropout, lowest, options.remat)
     lr = options.lr if options.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
     tx = optimiser(lr, steps)
     weights = fit(

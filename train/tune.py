@@ -17,7 +17,7 @@ import optax
 import tyro
 
 from eval import metrics
-from eval.accuracy import answer, score
+from eval.accuracy import AnswerOptions, answer, score
 from train.loop import fit
 from train.trunk import answer_loss
 from vlm_jax import Model, save
@@ -28,14 +28,13 @@ from vlm_jax.errors import UserError, command
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.inputs import Inputs
 from vlm_jax.options import DataOptions, ModelOptions
-from vlm_jax.prompts import batches, check_fit, encode, positions
+from vlm_jax.prompts import check_fit, encode, longest, positions
 from vlm_jax.runs import Run
 
 #: Of a model's pytree: the vision tower holds the projector too.
 PARTS = ("text", "visual")
 #: A common rate of full fine-tuning at P0's width; narrower models get more, as for LoRA.
 _LR, _LR_WIDTH = 2e-5, 2560
-_WINDOW = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +58,7 @@ class Args(metrics.MetricOptions, DataOptions, ModelOptions):
     """Peak learning rate (AdamW; warm-up, then a cosine to 0); by default 2e-5 at width 2560, times 2560 / width."""
     seed: int = 0
     """Seed of the order of the data."""
+    answering: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
     save_every: int = 200
     """Steps between checkpoints; a stopped run goes on from the last."""
     out: Path = Path("runs/tune")
@@ -119,24 +119,11 @@ def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
 
 
-def shape(model: Model, processor, examples: list[Example]) -> tuple[int, int]:
-    """The longest prompt and the longest answer, in tokens, so that one compiled step serves all batches.
-
-    Raises:
-        UserError: for an example that cannot be encoded.
-    """
-    length = width = 0
-    for _, batch in batches(examples, processor, model.config, _WINDOW):
-        length = max(length, batch.inputs.input_ids.shape[1])
-        width = max(width, int((batch.spans["answer"] | batch.spans["end"]).sum(1).max()))
-    return length, width
-
-
 def tune(model: Model, processor, examples: list[Example], args: Args, folder: Path | None = None) -> Model:
     """The model with ``args.parts`` trained on the examples; checkpoints go to ``folder``."""
     per_epoch = max(1, len(examples) // args.batch)
     steps = per_epoch * args.epochs
-    length, width = shape(model, processor, examples)
+    length, width = longest(examples, processor, model.config)
 
     def step_batch(step: int) -> Batch:
         rng = np.random.default_rng([args.seed, step // per_epoch])
@@ -163,12 +150,12 @@ def main(args: Args) -> None:
     for name in ("epochs", "batch", "save_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    args.answering.check()
     if not args.parts:
         raise UserError(f"--parts names none: choose from {', '.join(PARTS)}")
     model, processor = args.load()
     split(model, args.parts)
-    check_fit(test, processor, model.config)
-    shape(model, processor, train)
+    check_fit([*train, *test], processor, model.config)
     run = Run.open(args.out, args, model.config, processor)
     splits = {"train": args.train, "test": task}
     run.pin("data", {split: source(name, split=split, options=args) for split, name in splits.items()})
@@ -177,7 +164,7 @@ def main(args: Args) -> None:
     def evaluate(name: str, model: Model) -> dict:
         def make() -> dict:
             log = run.log(f"{name}/predictions.jsonl")
-            texts = answer(model, processor, test, label=name, log=log).texts
+            texts = answer(model, processor, test, label=name, log=log, **dataclasses.asdict(args.answering)).texts
             results, records = score(test, texts, args)
             run.save_lines(f"{name}/samples.jsonl", records)
             return results

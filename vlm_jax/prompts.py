@@ -208,8 +208,22 @@ def shape_of(batch: Batch) -> tuple:
 
 def check_fit(examples: Sequence[Example], processor, config: Config) -> None:
     """Raises a UserError for the first example that cannot be encoded, before any work is spent on the others."""
+    longest(examples, processor, config)
+
+
+def longest(examples: Sequence[Example], processor, config: Config) -> tuple[int, int]:
+    """The longest prompt with its answer, rounded up, and the longest answer with the end of its turn, in tokens: so
+    that one program serves all examples, however few are encoded at once.
+
+    Raises:
+        UserError: for an example that cannot be encoded.
+    """
+    length = width = 0
     for first in range(0, len(examples), _WINDOW):
-        encode(examples[first : first + _WINDOW], processor, config)
+        batch = encode(examples[first : first + _WINDOW], processor, config)
+        length = max(length, batch.inputs.input_ids.shape[1])
+        width = max(width, int((batch.spans["answer"] | batch.spans["end"]).sum(1).max()))
+    return length, width
 
 
 def positions(mask: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
