@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from eval import report as reports
+from eval.accuracy import AnswerOptions
 from eval.experiment import cell_name
 from eval.recipes import RECIPES
 from eval.report import Outcomes, comparisons, predictions, report
-from eval.study import Args, check, conditions
+from eval.study import Args, check, conditions, examples_of
 from eval.tables import Table
 from interventions.grids import module_names
 from interventions.placement import PLACEMENTS
@@ -59,6 +60,17 @@ def test_default_k_is_the_papers_share():
 def test_refusals(changed, message):
     with pytest.raises(UserError, match=message):
         check(Args(**changed))
+
+
+def test_a_family_with_too_few_examples_is_refused(monkeypatch):
+    monkeypatch.setattr("eval.study.load_task", lambda name, split, limit, options: ["example"] * min(limit, 5))
+    with pytest.raises(UserError, match="perception has 5 examples to eval, not 6: lower --eval"):
+        examples_of(Args(families=("perception", "knowledge"), trace=5, train=5, eval=6))
+
+
+def test_answers_need_a_token():
+    with pytest.raises(UserError, match="--max-new-tokens is 0"):
+        AnswerOptions(max_new_tokens=0).check()
 
 
 def test_k_out_of_range():
