@@ -80,6 +80,8 @@ class Args(DataOptions):
     """Precision of the parameters; the checkpoint's own by default."""
     max_pixels: int | None = None
     """Larger images are shrunk to this many pixels (models that take any size)."""
+    mesh: str | None = None
+    """Devices as axes, such as data=2,fsdp=4,tensor=2 (docs/pods.md); all on one device by default."""
     plan: bool = False
     """Print what the study consists of and costs, and stop."""
     out: Path = Path("runs/study")
@@ -157,7 +159,7 @@ def check(args: Args) -> None:
 def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict):
     """One :class:`Experiment` a model, loaded when it is reached."""
     for name in args.models:
-        options = ModelOptions(model=name, dtype=args.dtype, max_pixels=args.max_pixels)
+        options = ModelOptions(model=name, dtype=args.dtype, max_pixels=args.max_pixels, mesh=args.mesh)
         model, processor = options.load()
         folder = f"{Path(name).name}/"
         yield Experiment(

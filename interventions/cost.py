@@ -88,6 +88,6 @@ def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(),
     return Cost(
         token_layers=batch * (depth * length + runs * window),
         flops=flops + head * (len(variants) + 1 + (clean is not None)),
-        bytes=len(variants) * batch * window * config.hidden_size * model.text.norm.weight[...].dtype.itemsize,
+        bytes=len(variants) * batch * window * config.hidden_size * jax.tree.leaves(model)[0].dtype.itemsize,
         naive_flops=(len(variants) + 1) * (entire + head),
     )

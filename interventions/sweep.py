@@ -21,6 +21,7 @@ from vlm_jax import Inputs, Model, UserError
 from vlm_jax.decoder import Window
 from vlm_jax.generate import continued, decoding
 from vlm_jax.model import Embedded
+from vlm_jax.sharding import shards
 from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, Tap, check, layered, token_axis
 from vlm_jax.vision.blocks import Features
 
@@ -96,7 +97,8 @@ def stack(variants: Sequence[Any]) -> Variants:
 
 @dataclasses.dataclass(frozen=True)
 class PerVariant:
-    """N interventions as one, on values whose batch holds all variants' rows, variant by variant ``(N * B, ...)``."""
+    """N interventions as one, on values whose batch holds all variants' rows, sample by sample ``(B * N, ...)``: on a
+    mesh that splits the samples, all variants of one are on one device."""
 
     interventions: tuple
     axes: tuple
@@ -108,7 +110,7 @@ class PerVariant:
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         def apart(x):
-            return x.reshape(self.count, -1, *x.shape[1:])
+            return x.reshape(-1, self.count, *x.shape[1:])
 
         def one(interventions, value, input, own):
             read = None if own is None else ctx.read.replace(own=own)
@@ -116,8 +118,9 @@ class PerVariant:
 
         input = None if ctx.input is None else apart(ctx.input)
         own = None if ctx.read is None else apart(ctx.read.own)
-        axes = (self.axes, 0, None if input is None else 0, None if own is None else 0)
-        return jax.vmap(one, in_axes=axes)(self.interventions, apart(value), input, own).reshape(value.shape)
+        axes = (self.axes, 1, None if input is None else 1, None if own is None else 1)
+        values = jax.vmap(one, in_axes=axes, out_axes=1)(self.interventions, apart(value), input, own)
+        return values.reshape(value.shape)
 
 
 class Runs(NamedTuple):
@@ -131,7 +134,7 @@ class Runs(NamedTuple):
 
 def _tiled(window: Window, count: int) -> Window:
     """The window of one layer for ``count`` variants, which share their past and its mask."""
-    rope, mask = jax.tree.map(lambda a: jnp.tile(a, (count, *[1] * (a.ndim - 1))), (window.rope, window.mask))
+    rope, mask = jax.tree.map(lambda a: jnp.repeat(a, count, 0), (window.rope, window.mask))
     return window._replace(rope=rope, mask=mask)
 
 
@@ -266,25 +269,30 @@ def sweep_runs(
         read = read.replace(first=0)
     if engine == "naive":
         return _naive(model, inputs, clean, base, variants, read)
-    length = inputs.input_ids.shape[1]
-    chunk = _chunk(inputs, start) if chunk is None else chunk
-    # So many variants that their states fill the budget are swept at once; the other runs are repeated for the rest.
-    count, state = len(variants), len(inputs.input_ids) * (length - start) * model.config.text.hidden_size * 4
-    block = min(count, max(chunk, LIVE_BYTES // state))
-    parts = []
+    chunk = chunk_of(inputs, start) if chunk is None else chunk
+    count, block, parts = len(variants), block_of(model, inputs, start, len(variants), chunk), []
     for at in range(0, count, block):
         part = variants.take(np.minimum(np.arange(at, at + block), count - 1))
-        parts.append(_sweep(model, inputs, clean, base, part, read, features, start=start, chunk=chunk, mesh=mesh))
+        parts.append(program(model, inputs, clean, base, part, read, features, start=start, chunk=chunk, mesh=mesh))
     if len(parts) == 1:
         return parts[0]
     joined = jax.tree.map(lambda *a: jnp.concatenate(a)[:count], *(runs.variants for runs in parts))
     return parts[0]._replace(variants=joined)
 
 
-def _chunk(inputs: Inputs, start: int) -> int:
-    """How many variants of the tokens from ``start`` on to work on together."""
+def chunk_of(inputs: Inputs, start: int, backend: str | None = None) -> int:
+    """How many variants of the tokens from ``start`` on to work on together, on this machine or another kind."""
     batch, length = inputs.input_ids.shape
-    return max(1, CHUNK_TOKENS.get(jax.default_backend(), _ACCELERATOR_TOKENS) // (batch * (length - start)))
+    tokens = CHUNK_TOKENS.get(backend or jax.default_backend(), _ACCELERATOR_TOKENS) * shards("batch", batch)
+    return max(1, tokens // (batch * (length - start)))
+
+
+def block_of(model: Model, inputs: Inputs, start: int, count: int, chunk: int) -> int:
+    """How many of ``count`` variants are swept at once: as many as their states fill the budget. The other runs are
+    repeated for the rest."""
+    batch, length = inputs.input_ids.shape
+    state = batch * (length - start) * model.config.text.hidden_size * 4
+    return min(count, max(chunk, LIVE_BYTES * shards("batch", batch) // state))
 
 
 def plan(model: Model, inputs: Inputs, variants: Variants, read: Read, base=(), clean=None) -> int:
@@ -328,7 +336,7 @@ def _from(embedded: Embedded, start: int) -> Embedded:
 
 
 @functools.partial(jax.jit, static_argnames=("start", "chunk", "mesh"))
-def _sweep(
+def program(
     model: Model, inputs: Inputs, clean, base, variants: Variants, read: Read, features, *, start, chunk, mesh
 ) -> Runs:
     """One scan over the layers carries the clean run, the base run and every variant that is alive."""
@@ -413,13 +421,15 @@ def _work(places, model, inputs, clean, base, variants, read, features, first, *
             if own.deepstack is None:
                 added = None
             elif entered is not None and entered.deepstack is not None:
-                added = slice_of(entered.deepstack, at).swapaxes(0, 1).reshape(len(own.deepstack), -1, *x.shape[2:])
+                added = slice_of(entered.deepstack, at).transpose(1, 2, 0, 3, 4)
+                added = added.reshape(len(own.deepstack), -1, *x.shape[2:])
                 added = text.deepstack_at(added, index)
             else:
-                added = jnp.tile(text.deepstack_at(own.deepstack, index), (chunk, 1, 1))
+                added = jnp.repeat(text.deepstack_at(own.deepstack, index), chunk, 0)
             probe = Probe((interventions_at(at),), NO_TAPS, Context(index, donors=donors, start=start))
-            x = layer(x.reshape(-1, *x.shape[2:]), here, past, added, probe)[0].reshape(x.shape)
-            return jax.lax.dynamic_update_slice_in_dim(live, x, at, 0)
+            rows = x.swapaxes(0, 1)
+            x = layer(rows.reshape(-1, *x.shape[2:]), here, past, added, probe)[0].reshape(rows.shape)
+            return jax.lax.dynamic_update_slice_in_dim(live, x.swapaxes(0, 1), at, 0)
 
         alive = jnp.sum(starts <= index)
         live = jax.lax.fori_loop(0, -(-alive // chunk), step, live)
@@ -488,7 +498,7 @@ def generate_variants(
     last = int(np.asarray(inputs.attention_mask)[:, ::-1].argmax(1).max())
     length = inputs.input_ids.shape[1]
     start = prefix(model, inputs, min(first_token(variants, length), length - 1 - last))
-    chunk = _chunk(inputs, start) if chunk is None else chunk
+    chunk = chunk_of(inputs, start) if chunk is None else chunk
     return _generate_variants(model, inputs, tuple(base), variants, start=start, chunk=chunk, how=how)
 
 

@@ -18,7 +18,7 @@ BELOW = {
     "eval": {"vlm_jax", "interventions", "train"},
 }
 #: Commands that stand on top of all packages, wherever their names put them.
-ON_TOP = {"train/lora.py", "train/tune.py"}
+ON_TOP = {"train/lora.py", "train/tune.py", "vlm_jax/plan.py"}
 FILES = {package: sorted((ROOT / package).rglob("*.py")) for package in BELOW}
 
 

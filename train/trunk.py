@@ -33,6 +33,8 @@ from vlm_jax.sites import TEXT_LINEARS, Context
 _LR, _LR_WIDTH = 2e-4, 2560
 #: Examples whose trunk is computed together.
 _CHUNK = 32
+#: Examples that are encoded together where they are many: a multiple of it.
+_PART = 128
 #: The linears whose outputs the backward pass reads.
 _WIDE = [name for names in TEXT_LINEARS.values() for name in names if name not in ("self_attn.o_proj", "mlp.down_proj")]
 #: What ``remat`` keeps for the backward pass: the values at these sites; the rest of a layer is computed again there.
@@ -208,17 +210,18 @@ def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
     return stored(_embed_batch(model, batch, size, count), count, **where)
 
 
-def embedded_examples(model: Model, processor, examples: Sequence[Example], size: int = _CHUNK, **where) -> Trunk:
-    """:func:`embedded` of examples whose images would not all fit in memory: ``size`` at a time are encoded."""
+def embedded_examples(model: Model, processor, examples: Sequence[Example], size: int = _PART, **where) -> Trunk:
+    """:func:`embedded` of examples whose images would not all fit in memory: ``size`` at a time are encoded, and a
+    program is compiled for every size of a part's largest image."""
     length, width = longest(examples, processor, model.config)
     most = max(examples, key=lambda example: len(example.images))
 
     def parts():
         for first in range(0, len(examples), size):
             part = examples[first : first + size]
-            # Beside the one with the most images, all parts have the same arrays.
+            # Beside the one with the most images, all parts have them, and the same arrays.
             batch = encode([*part, most], processor, model.config, step=length)
-            yield from _embed_batch(model, batch, size, len(part), width)
+            yield from _embed_batch(model, batch, min(size, _CHUNK), len(part), width)
 
     return stored(parts(), len(examples), **where)
 

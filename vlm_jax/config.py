@@ -78,7 +78,9 @@ class VisionConfig:
     """What all vision towers have. A tower's own config also says how to build it and how to feed it:
 
     ``tower(key)``: the module; ``token_counts(pixels)``: visual tokens of each image in an image processor's output;
-    ``images(pixel_values, image_grid_thw)``: :class:`vlm_jax.inputs.Images` and the visual tokens of each, in order.
+    ``images(pixel_values, image_grid_thw)``: :class:`vlm_jax.inputs.Images` and the visual tokens of each, in order;
+    ``blank(count, tokens)``: what its image processor would return for so many blank square images of at most so many
+    visual tokens each, or of the only size there is.
     """
 
     depth: int
@@ -114,6 +116,9 @@ class VisionConfig:
         raise NotImplementedError
 
     def images(self, pixel_values, image_grid_thw) -> Any:
+        raise NotImplementedError
+
+    def blank(self, count: int, tokens: int) -> dict[str, Any]:
         raise NotImplementedError
 
 

@@ -11,7 +11,11 @@ from flax import nnx
 from vlm_jax.config import TextConfig
 from vlm_jax.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, attend, rotate
 from vlm_jax.rope import rotary
+from vlm_jax.sharding import constrain
 from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, scan_layers
+
+#: The logical axes of the residual stream ``(B, S, D)`` and of heads ``(B, S, H, head_dim)``.
+_RESIDUAL, _HEADS = ("batch", None, None), ("batch", None, "heads", None)
 
 
 class Window(NamedTuple):
@@ -46,9 +50,10 @@ class SelfAttention(nnx.Module):
     def __call__(self, x, window: Window, past, probe: Probe):
         config = self.config
         heads = (*x.shape[:2], -1, config.head_dim)
-        q = probe.linear("text.self_attn.q_proj", self.q_proj, x).reshape(heads)
-        k = probe.linear("text.self_attn.k_proj", self.k_proj, x).reshape(heads)
-        v = probe.linear("text.self_attn.v_proj", self.v_proj, x).reshape(heads)
+        q, k, v = (
+            constrain(probe.linear(f"text.self_attn.{name}", getattr(self, name), x).reshape(heads), *_HEADS)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *window.rope), rotate(k, *window.rope)
@@ -69,7 +74,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x, probe: Probe):
         gate = ACTIVATIONS[self.hidden_act](probe.linear("text.mlp.gate_proj", self.gate_proj, x))
-        hidden = gate * probe.linear("text.mlp.up_proj", self.up_proj, x)
+        hidden = constrain(gate * probe.linear("text.mlp.up_proj", self.up_proj, x), "batch", None, "mlp")
         return probe.linear("text.mlp.down_proj", self.down_proj, hidden)
 
 
@@ -94,16 +99,16 @@ class Layer(nnx.Module):
 
     def __call__(self, x, window: Window, past, deepstack, probe: Probe):
         """``x (B, S, D)`` -> the layer's output and its keys and values ``(B, S, G, head_dim)``."""
-        x = probe("text.resid_pre", x)
+        x = probe("text.resid_pre", constrain(x, *_RESIDUAL))
         attn, kv = self.self_attn(self.input_layernorm(x), window, past, probe)
         if self.sandwich_norm:
             attn = self.post_attention_layernorm(attn)
-        x = probe("text.resid_mid", x + probe("text.attn_out", attn))
+        x = probe("text.resid_mid", x + probe("text.attn_out", constrain(attn, *_RESIDUAL)))
         if self.sandwich_norm:
             out = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), probe))
         else:
             out = self.mlp(self.post_attention_layernorm(x), probe)
-        x = x + probe("text.mlp_out", out)
+        x = x + probe("text.mlp_out", constrain(out, *_RESIDUAL))
         if deepstack is not None:
             x = x + probe("text.deepstack", deepstack)
         return probe("text.resid_post", x), kv

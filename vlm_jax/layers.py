@@ -100,7 +100,7 @@ def attend(
         mask: ``(B, S, S)`` bool, True where a query (axis 1) may see a key (axis 2); None where all see all.
         probe: the sites ``attn_scores``, ``attn_probs`` ``(B, H, S, keys)`` and ``head_out`` ``(B, S, H, d)``.
         past: segments ``(k, v, mask)`` of earlier tokens, ``(b, P, G, d)`` twice and ``(b, S, P)``, where ``b`` divides
-            ``B``: row ``i`` has the past ``i % b``. So many variants of the later tokens share one copy of it.
+            ``B``: row ``i`` has the past ``i // (B / b)``. So many variants of the later tokens share one copy of it.
         scale: of the scores, ``d ** -0.5`` where None; softcap: squashes scores into (-softcap, softcap).
         causal: ``mask`` lets no query see a later key.
 
@@ -137,14 +137,14 @@ def _fold(x: jax.Array, batch: int) -> jax.Array:
     """``(B, G, H / G, S, n) -> (batch, G, B / batch * H / G * S, n)``: one matmul per key-value head, with a row for
     every variant, head and token, is several times faster than einsum's own choice."""
     rows, groups, heads, length, last = x.shape
-    x = x.reshape(rows // batch, batch, groups, heads, length, last).transpose(1, 2, 0, 3, 4, 5)
+    x = x.reshape(batch, rows // batch, groups, heads, length, last).swapaxes(1, 2)
     return x.reshape(batch, groups, -1, last)
 
 
 def _unfold(x: jax.Array, rows: int, length: int) -> jax.Array:
     """The inverse of :func:`_fold`."""
     batch, groups, _, last = x.shape
-    x = x.reshape(batch, groups, rows // batch, -1, length, last).transpose(2, 0, 1, 3, 4, 5)
+    x = x.reshape(batch, groups, rows // batch, -1, length, last).swapaxes(1, 2)
     return x.reshape(rows, groups, -1, length, last)
 
 
@@ -177,7 +177,7 @@ def _attend_openly(q: jax.Array, segments, scores_of, probe, tower: str) -> jax.
     scores = probe(f"{tower}.attn_scores", scores)
     masks = [mask for _, _, mask in segments if mask is not None]
     if masks:
-        mask = jnp.concatenate([jnp.tile(mask, (rows // len(mask), 1, 1)) for mask in masks], -1)
+        mask = jnp.concatenate([jnp.repeat(mask, rows // len(mask), 0) for mask in masks], -1)
         scores = jnp.where(mask[:, None], scores, lowest)
     probs = jnp.where(scores > lowest, jax.nn.softmax(scores, -1), 0)
     values = tuple(values for _, values, _ in segments)

@@ -11,6 +11,7 @@ from vlm_jax.config import Config
 from vlm_jax.decoder import Decoder, Window
 from vlm_jax.families import backbone_config
 from vlm_jax.inputs import Inputs
+from vlm_jax.sharding import constrain
 from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check
 from vlm_jax.vision.blocks import Features
 
@@ -113,7 +114,7 @@ class Model(nnx.Module):
 
     def merge(self, inputs: Inputs, features: Features | None) -> Embedded:
         """Puts visual tokens in the places that ``inputs.image_index`` names."""
-        x = self.text.embed(inputs.input_ids)
+        x = constrain(self.text.embed(inputs.input_ids), "batch", None, None)
         if features is None:
             return Embedded(x, None)
         index, is_image = jnp.maximum(inputs.image_index, 0), inputs.image_index[..., None] >= 0

@@ -4,8 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from vlm_jax.checkpoint import load
+import jax
+
+from vlm_jax.checkpoint import load, read_config, resolve
 from vlm_jax.errors import UserError
+from vlm_jax.sharding import check_mesh, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +24,18 @@ class ModelOptions:
     max_pixels: int | None = None
     """Larger images are shrunk to this many pixels (models that take any size); the processor's own by default."""
 
+    mesh: str | None = None
+    """Devices as axes, such as data=2,fsdp=4,tensor=2: data and fsdp split the batch, fsdp the parameters too, tensor
+    heads and MLP. All on one device by default."""
+
     def load(self):
-        """The model and its processor, which a command cannot do without."""
-        model, processor = load(self.model, dtype=self.dtype)
+        """The model and its processor, which a command cannot do without; on the mesh, which is then in use."""
+        mesh = None
+        if self.mesh is not None:
+            mesh = make_mesh(self.mesh)
+            check_mesh(read_config(resolve(self.model)), mesh)
+            jax.set_mesh(mesh)
+        model, processor = load(self.model, dtype=self.dtype, mesh=mesh)
         if processor is None:
             raise UserError(f"{self.model} has no tokenizer_config.json: add the tokeniser's files to the folder")
         if self.min_pixels is not None or self.max_pixels is not None:

@@ -1,29 +1,133 @@
-"""How parameters lie on a mesh: logical axes for every parameter, and one rules table from those to mesh axes."""
+"""How a program lies on a mesh: logical axes of every parameter and of what flows between the layers, and one rules
+table from those to the mesh's axes.
+
+A mesh is data x fsdp x tensor. ``data`` and ``fsdp`` split the rows of a batch, ``fsdp`` the parameters along the
+model's width too, ``tensor`` the heads, the MLP and the vocabulary. What a rule does not name, or what its axes do not
+divide, is replicated: adapters, editors, norms.
+"""
+
+import math
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-#: Logical axis -> mesh axis.
-RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
+from vlm_jax.config import Config
+from vlm_jax.errors import UserError, nearest
+
+MESH_AXES = ("data", "fsdp", "tensor")
+#: Logical axis -> mesh axes.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor", "fsdp"),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+}
 
 _INTO_HEADS, _FROM_HEADS = ("embed", "heads"), ("heads", "embed")
 _INTO_MLP, _FROM_MLP = ("embed", "mlp"), ("mlp", "embed")
 #: The last parts of a parameter's path -> the logical axes of its last dimensions. What is not here is replicated.
 AXES = {
-    "embed_tokens.weight": ("vocab", "embed"),
-    "lm_head.kernel": ("embed", "vocab"),
-    **{f"{name}.kernel": _INTO_HEADS for name in ("q_proj", "k_proj", "v_proj", "attn.qkv")},
-    **{f"{name}.kernel": _FROM_HEADS for name in ("o_proj", "out_proj", "attn.proj")},
+    # Looked up by rows that lie apart over fsdp too: with the width apart, every token's would have to be put together.
+    "embed_tokens.weight": ("vocab", None),
+    "lm_head.kernel": (None, "vocab"),
+    **{f"{name}.kernel": _INTO_HEADS for name in ("q_proj", "k_proj", "v_proj")},
+    **{f"{name}.kernel": _FROM_HEADS for name in ("o_proj", "out_proj")},
+    # Queries, keys and values in one: split by heads, a device would have to fetch its heads' from others.
+    **{"attn.qkv.kernel": ("embed", None), "attn.proj.kernel": (None, "embed")},
     **{f"{name}.kernel": _INTO_MLP for name in ("gate_proj", "up_proj", "fc1", "mlp.linear_fc1")},
     **{f"{name}.kernel": _FROM_MLP for name in ("down_proj", "fc2", "mlp.linear_fc2")},
 }
 
 
-def sharding(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Where the parameter at ``path`` lies. A dimension that its mesh axis does not divide is replicated."""
+def mesh_sizes(text: str) -> dict[str, int]:
+    """``"data=2,tensor=4"`` as ``{"data": 2, "fsdp": 1, "tensor": 4}``.
+
+    Raises:
+        UserError: for anything else.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in MESH_AXES:
+            raise UserError(f"--mesh {text!r}: unknown axis {name!r}{nearest(name, MESH_AXES)}")
+        if name in sizes:
+            raise UserError(f"--mesh {text!r} names the axis {name} twice: give each once")
+        if not size.isdecimal() or not int(size):
+            raise UserError(f"--mesh {text!r}: the size of {name} is {size!r}, give a whole number such as {name}=2")
+        sizes[name] = int(size)
+    return {name: sizes.get(name, 1) for name in MESH_AXES}
+
+
+def make_mesh(text: str, devices=None) -> Mesh:
+    """The mesh that ``--mesh`` describes, over all devices (or those given).
+
+    Raises:
+        UserError: if it is no mesh, or not of as many devices as there are.
+    """
+    sizes = mesh_sizes(text)
+    devices = jax.devices() if devices is None else devices
+    if math.prod(sizes.values()) != len(devices):
+        shape = " x ".join(str(size) for size in sizes.values())
+        raise UserError(
+            f"--mesh {text!r} is of {shape} = {math.prod(sizes.values())} devices, but there are {len(devices)}: "
+            "make the product of its sizes the number of devices"
+        )
+    # Auto: interventions gather and write wherever they like inside the model, which explicit sharding would refuse.
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """Refuses a mesh that would cut the text model's heads apart."""
+    tensor, text = mesh.shape.get("tensor", 1), config.text
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    most = math.gcd(heads, groups)
+    if most % tensor:
+        fits = [size for size in range(1, most + 1) if most % size == 0]
+        raise UserError(
+            f"--mesh: tensor={tensor} does not divide the model's {heads} heads and {groups} key-value heads: "
+            f"choose one of {', '.join(map(str, fits))}"
+        )
+
+
+def spec_of(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """Where an array lies whose dimensions have these logical axes, on a mesh of these sizes."""
+    spec, used = [], set()
+    for size, axis in zip(shape, axes, strict=True):
+        names: list[str] = []
+        for name in RULES[axis] if axis else ():
+            if name in sizes and name not in used and size % math.prod(sizes[n] for n in (*names, name)) == 0:
+                names.append(name)
+        used.update(names)
+        spec.append(tuple(names) if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*spec)
+
+
+def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where the parameter at ``path`` lies."""
     axes = next((axes for suffix, axes in AXES.items() if path.endswith(f".{suffix}")), ())
-    spec = [None] * (len(shape) - len(axes))
-    for size, axis in zip(shape[len(spec) :], axes, strict=True):
-        name = RULES[axis]
-        spec.append(name if name in mesh.shape and size % mesh.shape[name] == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(mesh, spec_of(shape, (None,) * (len(shape) - len(axes)) + axes, dict(mesh.shape)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Says where a value lies whose dimensions have these logical axes: nothing without a mesh (``jax.set_mesh``)."""
+    sizes = _free()
+    if math.prod(sizes.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(x.shape, axes, sizes))
+
+
+def shards(axis: str, size: int) -> int:
+    """Into how many parts the mesh splits a dimension of this size with this logical axis."""
+    sizes = _free()
+    (names,) = spec_of((size,), (axis,), sizes)
+    return math.prod(sizes[name] for name in (names if isinstance(names, tuple) else (names,)) if name)
+
+
+def _free() -> dict[str, int]:
+    """The axes of the mesh in use that are not already split by hand (``shard_map``), and their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.sharding import constrain
 from vlm_jax.sites import BLOCK_SITES, NO_TAPS, Context, Probe, Tap, scan_layers
 
 
@@ -44,7 +45,7 @@ def scan_blocks(
         x, kept = carry
         block, slot, each = scanned
         probe = Probe(interventions, taps, Context(index))
-        x = call(block, x, each, probe)
+        x = call(block, constrain(x, "batch", None, None), each, probe)
         return (x, kept.at[slot].set(x, mode="drop") if count else kept), None, probe.taps
 
     kept = jnp.zeros((count, *x.shape), x.dtype)

@@ -46,6 +46,11 @@ class QwenVision(VisionConfig):
     def token_counts(self, pixels) -> list[int]:
         return [int(np.prod(grid)) // self.merge for grid in pixels["image_grid_thw"]]
 
+    def blank(self, count: int, tokens: int) -> dict[str, np.ndarray]:
+        side = self.spatial_merge_size * math.isqrt(tokens)
+        pixels = np.zeros((count * side**2, self.patch_dim), np.float32)
+        return {"pixel_values": pixels, "image_grid_thw": np.array([[1, side, side]] * count)}
+
     def images(self, pixel_values: np.ndarray, image_grid_thw) -> tuple[Images, list[int]]:
         """Pads the packed patches ``(patches of all images, patch_dim)`` to ``(I, P, patch_dim)``."""
         grids = np.zeros((0, 3), int) if image_grid_thw is None else np.asarray(image_grid_thw, int).reshape(-1, 3)

@@ -33,6 +33,9 @@ class ViTVision(VisionConfig):
     def token_counts(self, pixels) -> list[int]:
         return [self.tokens] * len(pixels["pixel_values"])
 
+    def blank(self, count: int, tokens: int) -> dict[str, np.ndarray]:
+        return {"pixel_values": np.zeros((count, self.in_channels, self.image_size, self.image_size), np.float32)}
+
     def images(self, pixel_values: np.ndarray, image_grid_thw=None) -> tuple[Images, list[int]]:
         """Cuts ``pixel_values (I, C, H, W)`` into patches ``(I, P, patch_dim)``, row by row."""
         size, patch = self.image_size, self.patch_size

@@ -1,0 +1,106 @@
+"""The planning table of docs/pods.md: real compilations for slices that are not here.
+
+    python benchmarks/plans.py --json runs/plans.jsonl
+
+Needs the extra tpu-aot. Takes a minute or two a row; rows that the file has are not compiled again.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+
+from vlm_jax.errors import UserError
+from vlm_jax.plan import Args as PlanArgs
+from vlm_jax.plan import compiled
+
+#: model -> slice -> mesh for traces and for LoRA, and what LoRA recomputes: as few ways apart, and as little, as fits.
+MESHES = {
+    "Qwen3-VL-4B": {
+        "v5e:2x4": ("data=4,tensor=2", "fsdp=4,tensor=2", "some"),
+        "v5e:4x4": ("data=8,tensor=2", "fsdp=8,tensor=2", "some"),
+        "v6e:4x4": ("data=16", "fsdp=16", "some"),
+        "v5p:2x2x4": ("data=16", "fsdp=16", "some"),
+    },
+    "Gemma-3-12B": {
+        "v5e:2x4": ("data=2,tensor=4", "fsdp=8", "full"),
+        "v5e:4x4": ("data=4,tensor=4", "fsdp=16", "full"),
+        "v6e:4x4": ("data=8,tensor=2", "fsdp=16", "some"),
+        "v5p:2x2x4": ("data=16", "fsdp=16", "some"),
+    },
+    "Qwen2.5-VL-72B": {"v5p:4x4x4": ("data=8,tensor=8", None, None)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Compile P0's trace and LoRA steps for TPU slices and print what they need."""
+
+    models: tuple[str, ...] = tuple(MESHES)
+    """Which models."""
+    jobs: tuple[Literal["trace", "lora"], ...] = ("trace", "lora")
+    """Which jobs; LoRA's steps compile for minutes."""
+    batch: int = 16
+    """Samples of a batch, over all chips."""
+    length: int = 1024
+    """Tokens of a prompt."""
+    json: Path = Path("runs/plans.jsonl")
+    """Where findings are kept, a line each."""
+
+
+def rows(args: Args):
+    """(title, arguments of vlm_jax.plan)"""
+    for model in args.models:
+        for topology, (trace, lora, remat) in MESHES[model].items():
+            sizes = {"batch": args.batch, "length": args.length}
+            if "trace" in args.jobs:
+                yield "trace", PlanArgs(model, "trace", topology, trace, **sizes)
+            if lora is not None and "lora" in args.jobs:
+                sizes["remat"] = remat
+                yield f"LoRA, all modules, remat {remat}", PlanArgs(model, "lora", topology, lora, **sizes)
+                yield f"LoRA, k = 10, remat {remat}", PlanArgs(model, "lora", topology, lora, k=10, **sizes)
+
+
+def line(title: str, found: dict) -> str:
+    """A row of the table."""
+    args, gib = found["args"], 2**30
+    moved = ", ".join(f"{kind} {times:,.0f}" for kind, (times, _) in found["collectives"].items())
+    name, seconds = max(found["bounds"].items(), key=lambda pair: pair[1])
+    memory = " + ".join(f"{found[name] / gib:.2f}" for name in ("arguments", "idle", "temporaries", "outputs"))
+    cells = (
+        *(args["model"], title, args["topology"], args["mesh"], memory),
+        f"{found['total'] / gib:.2f}{'' if found['fits'] else ' (does not fit)'}",
+        *(moved, f"{1e3 * seconds:,.0f} ({name})", f"{found['seconds']:.0f}"),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(args: Args) -> None:
+    known = {}
+    if args.json.is_file():
+        known = {json.dumps(found["args"]): found for found in map(json.loads, args.json.read_text().splitlines())}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for title, plan in rows(args):
+        key = json.dumps({name: value for name, value in dataclasses.asdict(plan).items() if name != "json"})
+        if key not in known:
+            try:
+                known[key] = compiled(plan).asdict()
+            except (UserError, jax.errors.JaxRuntimeError) as error:
+                print(f"{title} {plan}: {str(error).splitlines()[0]}", flush=True)
+                continue
+            with open(args.json, "a") as file:
+                file.write(json.dumps(known[key]) + "\n")
+        lines.append(line(title, known[key]))
+        print(lines[-1], flush=True)
+    header = "| model | job | slice | mesh | GiB a chip: read + not read + temporary + results | in all | collectives "
+    print(f"\n{header}| at the least, ms | compiled in, s |\n|{'---|' * 9}")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main(tyro.cli(Args))
