@@ -10,8 +10,9 @@ import pytest
 
 from vlm_jax import UserError
 from vlm_jax.checkpoint import abstract
+from vlm_jax.hlo import collectives
 from vlm_jax.info import config_of
-from vlm_jax.plan import Args, Plan, collectives, compiled, prompts, topology, trace
+from vlm_jax.plan import Args, Plan, compiled, prompts, topology, trace
 from vlm_jax.published import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
