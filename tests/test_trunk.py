@@ -1,7 +1,10 @@
 """Training above a frozen trunk: shared programs, work that is not done, bounded memory, stopped trainings."""
 
 import dataclasses
+import itertools
 import json
+import os
+import signal
 
 import chex
 import jax
@@ -216,6 +219,31 @@ def test_a_stopped_training_goes_on_to_the_same_adapter(mini, tmp_path, monkeypa
     assert log("stopped") == log("whole") and log("whole")[-1]["step"] == 12
     again = train_lora(model, names, batch, how, "stopped", tmp_path / "stopped")  # nothing is left to do
     chex.assert_trees_all_equal(again.weights, whole.weights)
+
+
+def test_sigterm_saves_the_step_at_work_and_ends(mini, tmp_path, monkeypatch, capsys):
+    """As often as it comes, the adapter is the uninterrupted one's, bit for bit; the old handler is back afterwards."""
+    model, batch = mini
+    names, how = ["L6-mlp"], options(epochs=3, save_every=100)  # 12 steps
+    whole = train_lora(model, names, batch, how, "whole", tmp_path / "whole")
+    update, before = loop.update, signal.getsignal(signal.SIGTERM)
+    for at in (3, 5):
+        steps = itertools.count(1)
+
+        def ended(*args, steps=steps, at=at, **kwargs):
+            if next(steps) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(*args, **kwargs)
+
+        monkeypatch.setattr(loop, "update", ended)
+        with pytest.raises(SystemExit) as stopped:
+            train_lora(model, names, batch, how, "stopped", tmp_path / "stopped")
+        assert stopped.value.code == 143
+    assert "ended by SIGTERM after step 8 of 12" in capsys.readouterr().err  # 3, and 5 more: nothing was done again
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(loop, "update", update)
+    resumed = train_lora(model, names, batch, how, "stopped", tmp_path / "stopped")
+    chex.assert_trees_all_equal(resumed.weights, whole.weights)
 
 
 def test_another_training_is_refused(mini, tmp_path):

@@ -3,8 +3,11 @@
 import contextlib
 import functools
 import json
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +81,12 @@ def fit(
         save_every: checkpoint interval in steps, the last step included; a run that finds a checkpoint goes on from
             it, and was it stopped at any moment, it loses the steps since.
 
+    On SIGTERM, which a scheduler sends some seconds before it takes the machine away, the step at work is finished and
+    saved, and the process ends with 143, as one does that the signal ended.
+
     Raises:
         UserError: if the loss stops being a number.
+        SystemExit: on SIGTERM.
     """
     state, first = State(jax.tree.map(jnp.copy, trainable), tx.init(trainable)), 0
     with contextlib.ExitStack() as stack:
@@ -94,6 +101,7 @@ def fit(
                 first = latest
         if folder is not None:
             _forget_after(folder / "metrics.jsonl", first)
+        ends = stack.enter_context(_preempted())
         started = time.perf_counter()
         steps_left = tqdm(range(first, steps), desc=label, initial=first, total=steps, unit="step", mininterval=1.0)
         for step in stack.enter_context(steps_left):
@@ -101,8 +109,9 @@ def fit(
             state, metrics = update(state, frozen, batches(step), key, loss=loss, tx=tx)
             done = step + 1
             logs = done % log_every == 0 or done == steps
-            saves = manager is not None and (done % save_every == 0 or done == steps)
-            if not logs and not saves:
+            ending = ends()
+            saves = manager is not None and (done % save_every == 0 or done == steps or ending)
+            if not logs and not saves and not ending:
                 continue
             metrics = {name: float(value) for name, value in metrics.items()}
             for name, value in metrics.items():
@@ -119,7 +128,26 @@ def fit(
                 # Copies: the next step writes over these arrays while they are being saved.
                 leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
                 manager.save(done, args=ocp.args.StandardSave(leaves))
+            if ending:
+                if manager is not None:
+                    manager.wait_until_finished()
+                print(f"{label}: ended by SIGTERM after step {done} of {steps}; run it again to go on", file=sys.stderr)
+                raise SystemExit(128 + signal.SIGTERM)
     return state.trainable
+
+
+@contextlib.contextmanager
+def _preempted() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come since; until the block ends it does nothing else. (Only a main thread can ask.)"""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _forget_after(file: Path, step: int) -> None:
