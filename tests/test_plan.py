@@ -26,7 +26,7 @@ HloModule program
 }
 
 %outer_condition (p.1: (s32[], s32[])) -> pred[] {
-  %constant.9 = s32[]{:T(128)} constant(36)
+  %constant.9 = u32[]{:T(128)} constant(36)
   ROOT %lt.1 = pred[]{:T(512)} compare(%i.1, %constant.9), direction=LT
 }
 

@@ -51,7 +51,7 @@ def _trip_counts(hlo: str) -> dict[str, float]:
     for line in hlo.splitlines():
         if header := _HEADER.match(line):
             name, constants = header.group(2), {}
-        elif constant := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = s32\S* constant\((\d+)\)", line):
+        elif constant := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = [su]32\S* constant\((\d+)\)", line):
             constants[constant.group(1)] = float(constant.group(2))
         elif limit := re.match(r"\s+ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", line):
             found[name] = constants.get(limit.group(1))
