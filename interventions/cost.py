@@ -64,6 +64,21 @@ class Meter:
             print(f"done: {self.cost.measured(time.perf_counter() - self.begun)}")
 
 
+def layers_flops(model: Model, batch: int, tokens: int, before: int = 0) -> float:
+    """Of all layers' matmuls on ``tokens`` causal tokens of each sample, behind ``before`` others."""
+    config = model.config.text
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(model.text.layers) if leaf.ndim == 3)
+    keys = tokens * (before + (tokens + 1) / 2)
+    return batch * (
+        2 * kernels * tokens + 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
+    )
+
+
+def head_flops(model: Model, tokens: int) -> float:
+    """Of the logits of so many tokens."""
+    return 2 * tokens * model.config.text.hidden_size * model.config.text.vocab_size
+
+
 def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(), clean=None, gold: int = 4) -> Cost:
     """The cost of :func:`interventions.sweep.sweep` with these arguments.
 
@@ -74,17 +89,12 @@ def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(),
     batch, length = inputs.input_ids.shape
     start = plan(model, inputs, variants, read, base, clean)
     depth, window = config.num_hidden_layers, length - start
-    weights = sum(leaf.size for leaf in jax.tree.leaves(model.text.layers) if leaf.ndim == 3) / depth
     alive = int(np.sum(depth - np.minimum(np.asarray(first_layers(variants, depth)), depth)))
     runs = alive + (depth if clean is not None else 0)
 
-    def attention(tokens: int, before: int) -> float:
-        """Scores and reading for ``tokens`` causal queries behind ``before`` keys, in one layer."""
-        return 4 * config.num_attention_heads * config.head_dim * tokens * (before + (tokens + 1) / 2)
-
-    head = 2 * config.hidden_size * config.vocab_size * gold * batch
-    entire = depth * batch * (2 * weights * length + attention(length, 0))
-    flops = entire + runs * batch * (2 * weights * window + attention(window, start))
+    head = head_flops(model, gold * batch)
+    entire = layers_flops(model, batch, length)
+    flops = entire + runs / depth * layers_flops(model, batch, window, start)
     return Cost(
         token_layers=batch * (depth * length + runs * window),
         flops=flops + head * (len(variants) + 1 + (clean is not None)),

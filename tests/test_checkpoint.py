@@ -301,7 +301,7 @@ print("equal")
 def test_on_a_mesh():
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MESH, str(Path(__file__).parent)],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "32"},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,

@@ -649,7 +649,7 @@ print("equal")
 def test_sharded_by_variant_and_by_sample():
     done = subprocess.run(
         [sys.executable, "-c", SHARDED],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "32"},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,

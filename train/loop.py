@@ -81,8 +81,8 @@ def fit(
         save_every: checkpoint interval in steps, the last step included; a run that finds a checkpoint goes on from
             it, and was it stopped at any moment, it loses the steps since.
 
-    On SIGTERM, which a scheduler sends some seconds before it takes the machine away, the step at work is finished and
-    saved, and the process ends with 143, as one does that the signal ended.
+    On SIGTERM, which a scheduler sends some seconds before it takes the machine away, the step at work is finished and,
+    with ``save_every``, saved, and the process ends with 143, as one does that the signal ended.
 
     Raises:
         UserError: if the loss stops being a number.
@@ -129,9 +129,8 @@ def fit(
                 leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
                 manager.save(done, args=ocp.args.StandardSave(leaves))
             if ending:
-                if manager is not None:
-                    manager.wait_until_finished()
-                print(f"{label}: ended by SIGTERM after step {done} of {steps}; run it again to go on", file=sys.stderr)
+                on = "; run it again to go on" if saves else ""
+                print(f"{label}: ended by SIGTERM after step {done} of {steps}{on}", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGTERM)
     return state.trainable
 

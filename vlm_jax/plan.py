@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from interventions.adapters import init_lora, parameters
-from interventions.cost import estimate
+from interventions.cost import estimate, head_flops, layers_flops
 from interventions.grids import MODULE_SITES, module_names, patch_grid
 from interventions.kinds import Add
 from interventions.read import Gold
@@ -49,8 +49,6 @@ _ADVICE = (
 )
 #: Tokens of the question and of the gold answer, at the end of every prompt.
 _QUESTION, _ANSWER = 48, 4
-
-
 #: For the TPU's library: this is no TPU machine, so there is no metadata server to ask and no chip to keep for oneself.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -72,7 +70,6 @@ class Chip(NamedTuple):
 
 #: By the first part of a topology's name.
 CHIPS = {
-    "v4": Chip(275e12, 1228e9, 300e9, 30.75 * 2**30),
     "v5e": Chip(197e12, 819e9, 200e9, 15.75 * 2**30),
     "v5p": Chip(459e12, 2765e9, 600e9, 95.74 * 2**30),
     "v6e": Chip(918e12, 1640e9, 448e9, 31.25 * 2**30),
@@ -147,20 +144,6 @@ def prompts(config: Config, batch: int, length: int) -> tuple[Inputs, np.ndarray
     return Inputs.from_hf(config, input_ids=ids, mm_token_type_ids=visual, **pixels), question, answer
 
 
-def _forward(model: Model, batch: int, tokens: int, before: int = 0) -> float:
-    """FLOPs of the layers' matmuls on ``tokens`` new tokens of each sample, behind ``before`` others."""
-    config = model.config.text
-    kernels = sum(leaf.size for leaf in jax.tree.leaves(model.text.layers) if leaf.ndim == 3)
-    keys = tokens * (before + (tokens + 1) / 2)
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
-    return batch * (2.0 * kernels * tokens + attention)
-
-
-def _head(model: Model, count: int) -> float:
-    """FLOPs of so many tokens' logits."""
-    return 2.0 * count * model.config.text.hidden_size * model.config.text.vocab_size
-
-
 def trace(model: Model, args: Args) -> Job:
     config = model.config.text
     depth = config.num_hidden_layers
@@ -212,15 +195,17 @@ def lora(model: Model, args: Args) -> Job:
     state = State(padded.weights, jax.eval_shape(tx.init, padded.weights))
     adapters = parameters(model, names, args.r) * args.batch * args.length
     # Forward, and the gradients of the layers' inputs: frozen kernels have none, adapters do.
-    flops = 2 * (_forward(model, args.batch, args.length) + _head(model, args.batch * _ANSWER)) + 6.0 * adapters
+    flops = (
+        2 * (layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * _ANSWER)) + 6.0 * adapters
+    )
     return Job(update, (state, frozen, data, jax.random.key(0)), {"loss": trunk.loss, "tx": tx}, flops, reads=2)
 
 
 def generate(model: Model, args: Args) -> Job:
     inputs, _, _ = prompts(model.config, args.batch, args.length)
     how, count = decoding(model, args.max_new_tokens), args.max_new_tokens
-    flops = _forward(model, args.batch, args.length) + _head(model, args.batch * count)
-    flops += _forward(model, args.batch, count - 1, args.length)
+    flops = layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * count)
+    flops += layers_flops(model, args.batch, count - 1, args.length)
     if inputs.images is not None:
         tower = sum(leaf.size for leaf in jax.tree.leaves(model.visual))
         flops += 2.0 * tower * float(np.sum(inputs.images.patch_mask))
