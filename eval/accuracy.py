@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import tyro
-from tqdm import tqdm
 
 import vlm_jax
 from eval.metrics import (
@@ -30,10 +28,12 @@ from interventions.adapters import load_peft, merge
 from interventions.groups import bind
 from interventions.store import describe, digest, load_interventions
 from vlm_jax import Model
+from vlm_jax.command import command
 from vlm_jax.data import Example, easy_vqa, load_task, source
-from vlm_jax.errors import UserError, command
+from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
+from vlm_jax.processes import apart, fetch, progress
 from vlm_jax.prompts import P0_PROMPT, batches, shape_of
 from vlm_jax.runs import Log, Run, digests
 
@@ -102,27 +102,28 @@ def answer(
     Args:
         log: where answers go as they come, and where those of an earlier session are.
     """
-    log = Log() if log is None else log
+    log, ids = Log() if log is None else log, [example.id for example in examples]
     shapes: set = set()
+    with apart(model, interventions) as (team, model, interventions):
+        own = team.own(len(examples))
 
-    def groups():
-        how = {"prompt": prompt, "step": _LENGTH_STEP, "with_answer": False}
-        for rows, encoded in batches(examples, processor, model.config, batch, **how):
-            shapes.add(shape_of(encoded))
-            yield rows, encoded
+        def groups():
+            mine = [examples[row] for row in own]
+            how = {"prompt": prompt, "step": _LENGTH_STEP, "with_answer": False}
+            for rows, encoded in batches(mine, processor, model.config, batch, **how):
+                shapes.add(shape_of(encoded))
+                yield [own[row] for row in rows], encoded
 
-    with tqdm(total=len(examples), desc=f"answer {label}".strip(), unit="sample", leave=False) as bar:
-        for rows, encoded in log.missing(groups(), [example.id for example in examples]):
-            bar.update(len(log.records) - bar.n)
-            acting = bind(interventions, encoded)
-            tokens = np.asarray(vlm_jax.generate(model, encoded.inputs, max_new_tokens, acting, steps=steps))[
-                : len(rows)
-            ]
-            texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            log.append(
-                [{"id": examples[row].id, "answer": text.strip()} for row, text in zip(rows, texts, strict=True)]
-            )
-            bar.update(len(rows))
+        part = log.part(team, ids)
+        with progress(total=len(own), desc=f"answer {label}".strip(), unit="sample", leave=False) as bar:
+            for rows, encoded in part.missing(groups(), ids):
+                bar.update(len(part.records) - bar.n)
+                acting = bind(interventions, encoded)
+                tokens = fetch(vlm_jax.generate(model, encoded.inputs, max_new_tokens, acting, steps=steps))
+                texts = processor.tokenizer.batch_decode(tokens[: len(rows)], skip_special_tokens=True)
+                part.append([{"id": ids[row], "answer": text.strip()} for row, text in zip(rows, texts, strict=True)])
+                bar.update(len(rows))
+    log.join(part, ids, team)
     by_id = {record["id"]: record["answer"] for record in log.records}
     return Answers([by_id[example.id] for example in examples], len(shapes))
 

@@ -7,7 +7,6 @@ that goes on. :mod:`train.lora` asks it for one placement, :mod:`eval.study` for
 import dataclasses
 import functools
 import hashlib
-import shutil
 import time
 from collections.abc import Sequence
 
@@ -50,6 +49,7 @@ class Experiment:
     def check(self) -> None:
         """Refuses options that cannot be and examples that do not fit the model, before any work is spent."""
         self.answering.check()
+        self.training.check_loop()
         for examples in (*self.traced.values(), *self.trained.values(), *self.tested.values()):
             check_fit(examples, self.processor, self.model.config)
 
@@ -94,15 +94,16 @@ class Experiment:
         and ``tasks``; and ``scores``, one for each sample."""
         folder = self._cell_folder(family, names, seed)
         adapter = self.run.folder / folder / "adapter"
-        if not adapter.is_dir():
+        if not self.run.has(f"{folder}/adapter"):
             begun = time.perf_counter()
             self.run.save_json(f"{folder}/placement.json", sorted(names, key=module_names(self.depth).index))
             options, checkpoints = dataclasses.replace(self.training, seed=seed), self.run.path(f"{folder}/training")
             label = f"{family} {cell_name(names, self.depth)}"
-            lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints)
+            ids = [example.id for example in self.trained[family]]
+            lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints, ids)
             self.run.write_folder(f"{folder}/adapter", lambda path: save_peft(lora, self.model, path))
             self.run.timed(f"train {folder}", begun)
-        shutil.rmtree(self.run.folder / folder / "training", ignore_errors=True)
+        self.run.forget(f"{folder}/training/checkpoints")
         return self._evaluate(merge(self.model, load_peft(self.model, adapter)), folder, family)
 
     def _cell_folder(self, family: str, names: Sequence[str], seed: int) -> str:

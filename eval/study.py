@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tqdm import tqdm
 
 from eval import metrics
 from eval.accuracy import AnswerOptions
@@ -23,11 +22,13 @@ from interventions.grids import module_names
 from interventions.placement import check_k, default_k, place, resolve
 from interventions.trace import TraceOptions
 from train.trunk import LoRAOptions
+from vlm_jax.command import command
 from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.overlap import check_disjoint
-from vlm_jax.errors import UserError, command
+from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
+from vlm_jax.processes import progress
 from vlm_jax.runs import Run, manifest
 
 
@@ -204,7 +205,7 @@ def study(args: Args, experiment: Experiment) -> dict:
         {"family": family, "placement": "baseline", "k": 0, "names": [], "seed": 0, **experiment.baseline(family)}
         for family in families
     ]
-    for family, placement, k, names, seed in tqdm(cells, desc=experiment.folder.rstrip("/"), unit="cell"):
+    for family, placement, k, names, seed in progress(cells, desc=experiment.folder.rstrip("/"), unit="cell"):
         found = experiment.cell(family, names, seed)
         records.append({"family": family, "placement": placement, "k": k, "names": names, "seed": seed, **found})
     for record in records:

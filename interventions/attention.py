@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from interventions.groups import GROUPS, label, members
 from vlm_jax import Inputs, Model, Tap
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
+from vlm_jax.processes import fetch, progress
 from vlm_jax.prompts import Batch, batches, positions
 
 _IMAGE, _IMAGE_END = GROUPS.index("image"), GROUPS.index("image_end")
@@ -79,7 +79,7 @@ def text_attention(model: Model, batch: Batch) -> Reading:
     text, image = np.isin(labels, members("text")), labels == _IMAGE
     if not image.any(1).all():
         raise UserError(f"row {int(np.argmin(image.any(1)))} has no image for its text to read: leave it out")
-    summed = np.asarray(_summed(model, batch.inputs, text)).transpose(1, 0, 2, 3)
+    summed = fetch(_summed(model, batch.inputs, text)).transpose(1, 0, 2, 3)
     groups = labels[:, None] == np.arange(len(GROUPS))[:, None]  # (B, G, T)
     index, valid = positions(image)
     received = np.take_along_axis(summed.mean(2), index[:, None], 2)
@@ -107,7 +107,7 @@ def read_examples(model: Model, processor, examples: list[Example], size: int = 
 
 
 def encoded(model: Model, processor, examples, size: int, name: str, **how) -> Iterator[tuple[list[int], Batch]]:
-    with tqdm(total=len(examples), desc=name.strip(), unit="sample", leave=False) as bar:
+    with progress(total=len(examples), desc=name.strip(), unit="sample", leave=False) as bar:
         for rows, batch in batches(examples, processor, model.config, size, **how):
             yield rows, batch
             bar.update(len(rows))

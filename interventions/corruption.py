@@ -25,6 +25,7 @@ from vlm_jax.data import Example
 from vlm_jax.data.metrics import normalise
 from vlm_jax.errors import UserError
 from vlm_jax.model import Embedded
+from vlm_jax.processes import fetch, gathered
 from vlm_jax.prompts import Batch, encode
 
 #: Of ``blurred_image``: the blur's radius as a share of the image's longer side.
@@ -55,6 +56,19 @@ class Moments:
         self.count, self.total, self.square = self.count + len(x), self.total + x.sum(0), self.square + (x**2).sum(0)
 
     @property
+    def _sums(self) -> tuple:
+        return self.total, self.square
+
+    def joined(self) -> "Moments":
+        """Of what all processes have seen. (The processes of a team see the same, and every team has as many.)"""
+        whole = Moments()
+        for count, *sums in gathered([self.count, *(np.asarray(part).tolist() for part in self._sums)]):
+            if count:
+                whole.count += count
+                whole.total, whole.square = (a + np.array(b) for a, b in zip(whole._sums, sums, strict=True))
+        return whole
+
+    @property
     def mean(self) -> np.ndarray | None:
         return self.total / self.count if self.count else None
 
@@ -81,7 +95,7 @@ class Surveyor:
 
     def add(self, batch: Batch, rows: int) -> None:
         """The first ``rows`` of a batch; the others are repeats."""
-        embedded = jax.device_get(embed(self.model, batch.inputs))
+        embedded = fetch(embed(self.model, batch.inputs))
         image = batch.spans["image"][:rows]
         self.sequence.add(embedded.x[:rows][np.asarray(batch.inputs.attention_mask)[:rows]])
         self.question.add(embedded.x[:rows][batch.spans["question"][:rows]])
@@ -90,13 +104,16 @@ class Surveyor:
             self.deepstack.add(np.moveaxis(embedded.deepstack[:, :rows][:, image], 0, 1))
 
     def survey(self) -> Survey:
+        sequence, question, image, deepstack = (
+            moments.joined() for moments in (self.sequence, self.question, self.image, self.deepstack)
+        )
         table = self.model.text.embed_tokens.weight[...].astype(jnp.float32)
         sigma = {
-            "sequence": float(self.sequence.std()),
-            "question": float(self.question.std()),
+            "sequence": float(sequence.std()),
+            "question": float(question.std()),
             "vocabulary": float(jnp.std(table)) * self.model.config.text.embed_scale,
         }
-        return Survey(sigma, self.deepstack.std(0), self.image.mean, self.deepstack.mean)
+        return Survey(sigma, deepstack.std(0), image.mean, deepstack.mean)
 
 
 @dataclasses.dataclass(frozen=True)

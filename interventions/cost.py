@@ -8,6 +8,7 @@ import numpy as np
 
 from interventions.sweep import Variants, first_layers, plan
 from vlm_jax import Inputs, Model
+from vlm_jax.processes import fetch
 
 #: A job of fewer FLOPs is over before it is worth a line.
 _LONG = 1e11
@@ -89,7 +90,7 @@ def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(),
     batch, length = inputs.input_ids.shape
     start = plan(model, inputs, variants, read, base, clean)
     depth, window = config.num_hidden_layers, length - start
-    alive = int(np.sum(depth - np.minimum(np.asarray(first_layers(variants, depth)), depth)))
+    alive = int(np.sum(depth - np.minimum(fetch(first_layers(variants, depth)), depth)))
     runs = alive + (depth if clean is not None else 0)
 
     head = head_flops(model, gold * batch)

@@ -16,8 +16,9 @@ from interventions.attention import Reading, read_examples
 from interventions.groups import members
 from interventions.knockout import EDGES, FAILURES, Effect, edge, knocked_out_answers, window_effects, window_layers
 from interventions.statistics import interval
+from vlm_jax.command import command
 from vlm_jax.data import load_task, source, task_label
-from vlm_jax.errors import UserError, command
+from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
@@ -117,7 +118,7 @@ def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
 def _kept(run: Run, file: str, kind: type, make: Callable[..., Any], *args, **how) -> Any:
     """The arrays of a stage, made now or read from an earlier, interrupted run."""
     path = run.folder / file
-    if not path.is_file():
+    if not run.has(file):
         run.save_arrays(file, **make(*args, **how)._asdict())
     with np.load(path) as found:
         return kind(**found)
@@ -125,7 +126,7 @@ def _kept(run: Run, file: str, kind: type, make: Callable[..., Any], *args, **ho
 
 def _kept_lines(run: Run, file: str, make: Callable[..., list[dict]], *args, **how) -> list[dict]:
     path = run.folder / file
-    if not path.is_file():
+    if not run.has(file):
         run.save_lines(file, make(*args, **how))
     return [json.loads(line) for line in path.read_text().splitlines()]
 

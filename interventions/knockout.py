@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from interventions.attention import encoded
 from interventions.cost import Meter, estimate
@@ -18,6 +17,7 @@ from vlm_jax import Model, generate
 from vlm_jax.data import Example
 from vlm_jax.data.metrics import exact_match, normalise
 from vlm_jax.errors import UserError
+from vlm_jax.processes import fetch, progress
 from vlm_jax.prompts import batches
 
 #: What text is cut off from by default. P1 cuts the first two; behind the third no picture reaches the text at all.
@@ -71,10 +71,10 @@ def knocked_out_answers(
     how = {"with_answer": False, "step": _LENGTH_STEP}
     for rows, batch in encoded(model, processor, examples, size, f"answers {name}", **how):
         labels = label(batch)
-        said = [((None, None, None), np.asarray(generate(model, batch.inputs, max_new_tokens)))]
+        said = [((None, None, None), fetch(generate(model, batch.inputs, max_new_tokens)))]
         for mode in modes:
             cuts = [cut.bound(labels) for cut in knockouts(depth, edges, layers, mode=mode, seed=seed)]
-            tokens = np.asarray(generate_variants(model, batch.inputs, cuts, max_new_tokens))
+            tokens = fetch(generate_variants(model, batch.inputs, cuts, max_new_tokens))
             said += [((*condition, mode), part) for condition, part in zip(conditions, tokens, strict=True)]
         for i, row in enumerate(rows):
             found[row] = [
@@ -138,12 +138,12 @@ def window_effects(
         work.append((rows, batch.inputs, bound, Gold.of(batch.inputs, batch.spans["answer"])))
     costs = [estimate(model, *rest) for _, *rest in work]
     found: dict[int, tuple] = {}
-    bar = tqdm(total=len(examples), desc=f"windows {name}".strip(), unit="sample", leave=False)
+    bar = progress(total=len(examples), desc=f"windows {name}".strip(), unit="sample", leave=False)
     with Meter(sum(costs[1:], costs[0])), bar:
         for rows, *rest in work:
             runs = sweep_runs(model, *rest)
-            p = np.asarray(runs.variants.probability).T.reshape(-1, len(edges), depth + 1)
-            base = np.asarray(runs.base.probability)
+            p = fetch(runs.variants.probability).T.reshape(-1, len(edges), depth + 1)
+            base = fetch(runs.base.probability)
             found |= zip(rows, zip(base, p[..., :depth], p[..., depth], strict=True), strict=False)
             bar.update(len(rows))
     return Effect(*map(np.stack, zip(*(found[row] for row in range(len(examples))), strict=True)))

@@ -16,7 +16,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from interventions.adapters import parameters
 from interventions.corruption import Corrupter
@@ -28,6 +27,7 @@ from interventions.trace import TraceOptions, survey
 from vlm_jax import Inputs, Model, UserError
 from vlm_jax.checkpoint import leaf_name
 from vlm_jax.data import Example
+from vlm_jax.processes import fetch, progress
 from vlm_jax.prompts import Batch
 from vlm_jax.sites import NO_TAPS, TEXT_LINEARS, Context, Probe
 
@@ -152,7 +152,7 @@ def lora_drop(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
     _check_everywhere(model, lora)
     lora = lora.replace(dropout=0.0, key=None)
     total, count = 0.0, 0
-    for rows, batch in tqdm(groups, desc="LoRA-drop", unit="batch"):
+    for rows, batch in progress(groups, desc="LoRA-drop", unit="batch"):
         mask = np.array(batch.inputs.attention_mask)
         mask[len(rows) :] = False
         total, count = total + _by_module(_lora_outputs(model, batch.inputs, mask, lora)), count + mask.sum()
@@ -347,7 +347,7 @@ def _square(gradient: jax.Array) -> jax.Array:
 
 def _by_module(linears: dict[str, jax.Array]) -> np.ndarray:
     """Numbers of linears ``(L,)``, by site, summed into those of modules ``(L, 2)``."""
-    return np.stack([sum(np.asarray(linears[s], np.float64) for s in _LINEARS[module]) for module in MODULES], -1)
+    return np.stack([sum(fetch(linears[s]).astype(np.float64) for s in _LINEARS[module]) for module in MODULES], -1)
 
 
 def _check_everywhere(model: Model, lora: LoRA) -> None:
@@ -359,15 +359,15 @@ def _check_everywhere(model: Model, lora: LoRA) -> None:
 def _mean(groups: Groups, label: str, each: Callable[[Sequence[int], Batch], jax.Array]) -> np.ndarray:
     """The mean over samples of what ``each`` makes of a batch, ``(B, L, 2)``."""
     total, count = 0.0, 0
-    for rows, batch in tqdm(groups, desc=label, unit="batch"):
-        values = np.asarray(each(rows, batch), np.float64)[: len(rows)]
+    for rows, batch in progress(groups, desc=label, unit="batch"):
+        values = fetch(each(rows, batch)).astype(np.float64)[: len(rows)]
         total, count = total + values.sum(0), count + len(rows)
     return total / count
 
 
 def _golds(groups: Groups, label: str) -> Iterator[tuple[Batch, Gold]]:
     """Each batch with what training has it say: the gold tokens and the ends of their turns; repeats say nothing."""
-    for rows, batch in tqdm(groups, desc=label, unit="batch"):
+    for rows, batch in progress(groups, desc=label, unit="batch"):
         gold = Gold.of(batch.inputs, batch.spans["answer"] | batch.spans["end"])
         real = np.arange(len(gold.valid)) < len(rows)
         yield batch, gold.replace(valid=gold.valid & real[:, None])

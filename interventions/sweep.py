@@ -21,6 +21,7 @@ from vlm_jax import Inputs, Model, UserError
 from vlm_jax.decoder import Window
 from vlm_jax.generate import continued, decoding
 from vlm_jax.model import Embedded
+from vlm_jax.processes import fetch
 from vlm_jax.sharding import shards
 from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, Tap, check, layered, token_axis
 from vlm_jax.vision.blocks import Features
@@ -173,7 +174,7 @@ def first_token(variants: Variants, length: int) -> int:
         if where is None:
             seen.append(getattr(i, "start", 0))
             continue
-        marked = np.asarray(where).reshape(-1, length).any(0)
+        marked = fetch(where).reshape(-1, length).any(0)
         seen.append(int(marked.argmax()) if marked.any() else length)
     return min(seen, default=length)
 
@@ -189,7 +190,7 @@ def _check_acts(variants: Variants) -> None:
             found.append(active if tokens is None else active & jnp.any(tokens))
         return jnp.array(found)
 
-    for number, found in enumerate(np.asarray(jax.vmap(acts, in_axes=(variants.axes,))(variants.interventions))):
+    for number, found in enumerate(fetch(jax.vmap(acts, in_axes=(variants.axes,))(variants.interventions))):
         if not found.all():
             kind = type(variants.interventions[int(found.argmin())]).__name__
             raise UserError(f"variant {number} touches nothing: its {kind} acts in no layer or head, or on no token")

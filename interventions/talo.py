@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from interventions.cost import Meter, estimate
 from interventions.kinds import Gate, UniformAttention, table
@@ -39,11 +38,13 @@ from interventions.statistics import percentiles
 from interventions.store import save_interventions
 from interventions.sweep import stack, sweep_runs
 from vlm_jax import Model
+from vlm_jax.command import command
 from vlm_jax.data import Example, load_task, source, task_label
 from vlm_jax.data.miniworld import TASKS
-from vlm_jax.errors import UserError, command
+from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
+from vlm_jax.processes import fetch, progress
 from vlm_jax.prompts import batches, check_fit
 from vlm_jax.runs import Run
 
@@ -80,10 +81,10 @@ def tabulate(
     asked = [(encoded.inputs, stack(cuts), gold) for (_, encoded), gold in zip(groups, golds, strict=True)]
     costs = [estimate(model, *sweep) for sweep in asked]
     right = np.zeros((1 + depth, len(examples)), bool)
-    bar = tqdm(total=len(examples), desc=f"cut {cut} {label}".strip(), unit="sample")
+    bar = progress(total=len(examples), desc=f"cut {cut} {label}".strip(), unit="sample")
     with Meter(sum(costs[1:], costs[0])), bar:
         for (rows, _), sweep in zip(groups, asked, strict=True):
-            runs = sweep_runs(model, *sweep)
+            runs = fetch(sweep_runs(model, *sweep))
             right[0, rows] = runs.base.correct[: len(rows)]
             right[1:, rows] = runs.variants.correct[:, : len(rows)]
             bar.update(len(rows))
@@ -257,7 +258,7 @@ def main(args: Args) -> None:
     tasks, results, lines = {}, {}, []
     for label, examples in loaded.items():
         file = f"{label}/table.npz"
-        if not (run.folder / file).is_file():
+        if not run.has(file):
             base, correct = tabulate(model, processor, examples, args.cut, batch=args.batch, label=label)
             run.save_arrays(file, base=base, correct=correct)
         with np.load(run.folder / file) as saved:

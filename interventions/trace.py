@@ -12,7 +12,6 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 import jax
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from interventions import statistics
 from interventions.corruption import (
@@ -29,12 +28,14 @@ from interventions.placement import PAPER_SHARE
 from interventions.read import Difference, Gold
 from interventions.sweep import PREFIX_BUCKET, Variants, sweep_runs
 from vlm_jax import Inputs, Model
+from vlm_jax.command import command
 from vlm_jax.config import Config
 from vlm_jax.data import Example, load_task, source, task_label
 from vlm_jax.data.metrics import LETTERS, normalise
-from vlm_jax.errors import UserError, command, nearest
+from vlm_jax.errors import UserError, nearest
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
+from vlm_jax.processes import apart, fetch, progress
 from vlm_jax.prompts import Batch, batches, encode
 from vlm_jax.runs import Log, Run
 
@@ -131,32 +132,39 @@ def trace_examples(
     Args:
         log: where results go as they come, and where those of an earlier session are.
     """
-    config = model.config
-    options.check(config.text.num_hidden_layers)
+    options.check(model.config.text.num_hidden_layers)
     examples = [forced(example, options.gold) for example in examples]
     if options.correct_only:
         examples = answered(model, processor, examples, options.batch)
+    log, ids = Log() if log is None else log, [example.id for example in examples]
+    with apart(model) as (team, model):
+        own = team.own(len(examples))
 
-    def groups() -> Iterator[tuple[list[int], Batch]]:
-        return batches(examples, processor, config, options.batch, align=PREFIX_BUCKET)
+        def groups() -> Iterator[tuple[list[int], Batch]]:
+            mine = [examples[row] for row in own]
+            for rows, batch in batches(mine, processor, model.config, options.batch, align=PREFIX_BUCKET):
+                yield [own[row] for row in rows], batch
 
-    found = survey(model, groups())
-    if CORRUPTIONS[options.corruption].visual and found.mean_image is None:
-        raise UserError(f"--corruption {options.corruption} needs images, and no sample has one: corrupt the question")
-    corrupt = Corrupter(model, processor, examples, found, options)
-    log = Log() if log is None else log
-    with tqdm(total=len(examples), desc=f"trace {label}", unit="sample") as bar:
-        for rows, batch in log.missing(groups(), [example.id for example in examples]):
-            bar.update(len(log.records) - bar.n)
-            log.append(trace_batch(corrupt, rows, batch))
-            bar.update(len(rows))
+        found = survey(model, groups())
+        if CORRUPTIONS[options.corruption].visual and found.mean_image is None:
+            raise UserError(
+                f"--corruption {options.corruption} needs images, and no sample has one: corrupt the question"
+            )
+        corrupt = Corrupter(model, processor, examples, found, options)
+        part = log.part(team, ids)
+        with progress(total=len(own), desc=f"trace {label}", unit="sample") as bar:
+            for rows, batch in part.missing(groups(), ids):
+                bar.update(len(part.records) - bar.n)
+                part.append(trace_batch(corrupt, rows, batch))
+                bar.update(len(rows))
+    log.join(part, ids, team)
     by_id = {record["id"]: record for record in log.records}
     kept = [by_id[example.id] for example in examples]
     columns = {name: np.array([record[name] for record in kept]) for name in ("p_clean", "p_corrupt", "ie", "correct")}
     return TaskTrace(
         [example.id for example in examples],
         [example.task for example in examples],
-        cell_names(config, options),
+        cell_names(model.config, options),
         sigma=found.sigma[options.sigma],
         **columns,
     )
@@ -181,7 +189,7 @@ def trace_batch(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> list[d
         p_corrupt.append(corrupted)
         ie.append((patched - corrupted).T)
     scores = runs.clean if read is gold else _scores(model, batch.inputs, gold.replace(first=0))
-    correct = np.asarray(scores.correct)
+    correct = fetch(scores.correct)
     return [
         {
             "id": example.id,
@@ -232,11 +240,11 @@ def measured(scores, metric: str) -> np.ndarray:
     """What a run's read-out is in the metric's units, ``(..., B)``."""
     match metric:
         case "probability":
-            return np.asarray(scores.probability)
+            return fetch(scores.probability)
         case "log_probability":
-            return np.asarray(scores.log_probability)
+            return fetch(scores.log_probability)
         case "logit_difference":
-            return np.asarray(scores)
+            return fetch(scores)
 
 
 def forced(example: Example, rule: str) -> Example:
@@ -263,7 +271,7 @@ def answered(model: Model, processor, examples: list[Example], size: int) -> lis
     right = np.zeros(len(examples), bool)
     for rows, batch in batches(examples, processor, model.config, size, align=PREFIX_BUCKET):
         gold = Gold.of(batch.inputs, batch.spans["answer"]).replace(first=0)
-        right[rows] = np.asarray(_scores(model, batch.inputs, gold).correct)[: len(rows)]
+        right[rows] = fetch(_scores(model, batch.inputs, gold).correct)[: len(rows)]
     kept = [example for example, keep in zip(examples, right, strict=True) if keep]
     if not kept:
         raise UserError("the model answers no sample rightly: drop --correct-only or choose other samples")

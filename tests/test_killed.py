@@ -1,6 +1,7 @@
 """Runs survive: real processes killed with SIGKILL at random points, and then finished, leave the files of a run that
 nobody disturbed, byte for byte."""
 
+import json
 import os
 import random
 import signal
@@ -44,12 +45,18 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file but the one of times."""
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and path.name != "seconds.json"
-    }
+    """Every file but the one of times, and of metrics only what they say of the training."""
+    found = {}
+    for path in out.rglob("*"):
+        if path.is_file() and path.name != "seconds.json":
+            name = str(path.relative_to(out))
+            found[name] = losses(path) if path.name == "metrics.jsonl" else path.read_bytes()
+    return found
+
+
+def losses(path: Path) -> bytes:
+    records = map(json.loads, path.read_text().splitlines())
+    return json.dumps([[record[name] for name in ("step", "loss", "grad_norm", "lr")] for record in records]).encode()
 
 
 def written(out: Path) -> int:

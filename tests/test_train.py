@@ -15,7 +15,7 @@ import train.lora as lora_command
 from eval.experiment import cell_name
 from interventions.adapters import init_lora, lowest_layer
 from train import trunk
-from train.loop import fit
+from train.loop import LoopOptions, fit
 from vlm_jax import UserError, load
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode
@@ -110,7 +110,7 @@ def batches(step):
 def run(folder=None, steps=6, save_every=0, tx=None):
     return fit(
         quadratic, {"w": jnp.ones(3)}, jnp.float32(2.0), batches, tx or ADAM, steps=steps, folder=folder,
-        save_every=save_every, log_every=1,
+        options=LoopOptions(save_every=save_every) if save_every else None, log_every=1,
     )  # fmt: skip
 
 

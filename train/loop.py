@@ -1,24 +1,52 @@
 """The one training loop: a jitted step over a trainable pytree, checkpoints that resume, metrics as JSON lines."""
 
 import contextlib
+import dataclasses
 import functools
-import json
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import orbax.checkpoint as ocp
-from tqdm import tqdm
+import tyro
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
+from train.checkpoints import Checkpoints
+from train.meter import About, Meter, Tracker, check_trackers, unsound
 from vlm_jax.errors import UserError
+from vlm_jax.processes import progress
+from vlm_jax.sharding import placed
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """How a training is kept and watched: what comes out of it does not depend on these."""
+
+    save_every: int = 100
+    """Steps between checkpoints of a training; a stopped one goes on from the last."""
+    fall_back: bool = False
+    """Where the last checkpoint is damaged, go on from the one before it."""
+    track: Annotated[tuple[Tracker, ...], tyro.conf.arg(metavar="TRACKER [TRACKER ...]")] = ()
+    """Also report to tensorboard (package tensorboardX) or wandb; metrics.jsonl is always written."""
+    profile_steps: int = 0
+    """Profile so many steps, from the third on, into profile/ beside the metrics (xprof or TensorBoard shows them)."""
+
+    def check_loop(self) -> None:
+        """Refuses options that cannot be."""
+        for name, least in (("save_every", 1), ("profile_steps", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least {least}")
+        check_trackers(self.track)
+
+
+#: Names of options that do not make a run another run.
+WATCHING = tuple(field.name for field in dataclasses.fields(LoopOptions))
 
 
 class State(NamedTuple):
@@ -32,9 +60,10 @@ class State(NamedTuple):
 Loss = Callable[[Any, Any, Any, jax.Array], jax.Array]
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "tx"), donate_argnames="state")
-def update(state: State, frozen, batch, key, *, loss: Loss, tx: optax.GradientTransformation):
-    """One step. ``batch`` has a leading axis of micro-batches, whose gradients are averaged."""
+@functools.partial(jax.jit, static_argnames=("loss", "tx", "places"), donate_argnames="state")
+def update(state: State, frozen, batch, key, *, loss: Loss, tx: optax.GradientTransformation, places=None):
+    """One step. ``batch`` has a leading axis of micro-batches, whose gradients are averaged. ``places``: where the
+    state's leaves lie, on a mesh."""
     count = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.random.split(key, count)
 
@@ -53,7 +82,11 @@ def update(state: State, frozen, batch, key, *, loss: Loss, tx: optax.GradientTr
         grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     metrics = {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
-    return State(optax.apply_updates(state.trainable, updates), opt_state), metrics
+    state = State(optax.apply_updates(state.trainable, updates), opt_state)
+    if places is not None:  # where it lay before, or the next step would be another program
+        leaves, treedef = jax.tree.flatten(state)
+        state = treedef.unflatten(map(jax.lax.with_sharding_constraint, leaves, places))
+    return state, metrics
 
 
 def fit(
@@ -67,67 +100,74 @@ def fit(
     seed: int = 0,
     label: str = "train",
     folder: Path | None = None,
-    save_every: int = 0,
+    options: LoopOptions | None = None,
+    about: About | None = None,
     log_every: int = 10,
 ):
-    """Trains for ``steps`` steps and returns the trained pytree.
+    """Trains for ``steps`` steps and returns the trained pytree: on the mesh in use, where there is one.
 
     Args:
         loss: see :data:`Loss`; its key differs from step to step and from micro-batch to micro-batch.
         trainable: the only arrays that change; ``frozen`` is handed to the loss as it is.
         batches: step -> batch with a leading micro-batch axis. A pure function of the step, so that a resumed
             run reads the same data.
-        folder: where metrics (``metrics.jsonl``) and checkpoints go; nothing is written where None.
-        save_every: checkpoint interval in steps, the last step included; a run that finds a checkpoint goes on from
-            it, and was it stopped at any moment, it loses the steps since.
+        folder: where ``metrics.jsonl`` (:class:`train.meter.Meter`) and checkpoints go; nothing is written where None.
+        options: how the training is kept and watched; no checkpoints where None. A run that finds a checkpoint goes on
+            from it, and was it stopped at any moment, it loses the steps since.
+        about: what the log is to know of the steps.
 
-    On SIGTERM, which a scheduler sends some seconds before it takes the machine away, the step at work is finished and,
-    with ``save_every``, saved, and the process ends with 143, as one does that the signal ended.
+    On SIGTERM, which a scheduler sends some seconds before it takes the machine away, the step at work is finished and
+    saved where checkpoints are, and the process ends with 143, as one does that the signal ended. Of several processes
+    one that gets the signal is enough: all end after the same step.
 
     Raises:
-        UserError: if the loss stops being a number.
+        UserError: if the loss stops being a number, naming the step and its examples: the last checkpoint is of a step
+            before it. If the folder cannot be written to, or its last checkpoint is damaged.
         SystemExit: on SIGTERM.
     """
-    state, first = State(jax.tree.map(jnp.copy, trainable), tx.init(trainable)), 0
+    about = about or About()
+    state, frozen, first = placed(State(jax.tree.map(jnp.copy, trainable), tx.init(trainable))), placed(frozen), 0
+    places = _places(state)
     with contextlib.ExitStack() as stack:
-        manager = None
-        if folder is not None and save_every:
-            options = ocp.CheckpointManagerOptions(max_to_keep=1)
-            manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-            stack.callback(manager.close)  # once it has finished what it writes in the background
-            if (latest := manager.latest_step()) is not None:
-                leaves, treedef = jax.tree.flatten(state)
-                state = treedef.unflatten(manager.restore(latest, args=ocp.args.StandardRestore(leaves)))
-                first = latest
+        checkpoints = meter = None
+        profiled = 0
+        if folder is not None and options is not None:
+            profiled = options.profile_steps
+            checkpoints = Checkpoints((folder / "checkpoints").absolute(), options.fall_back)
+            stack.callback(checkpoints.close)
+            state, first = checkpoints.restore(state)
+            state = placed(state)
         if folder is not None:
-            _forget_after(folder / "metrics.jsonl", first)
+            meter = Meter(folder, about, first, options.track if options else (), label)
+            stack.callback(meter.close)
         ends = stack.enter_context(_preempted())
-        started = time.perf_counter()
-        steps_left = tqdm(range(first, steps), desc=label, initial=first, total=steps, unit="step", mininterval=1.0)
-        for step in stack.enter_context(steps_left):
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            state, metrics = update(state, frozen, batches(step), key, loss=loss, tx=tx)
+        profile = stack.enter_context(contextlib.ExitStack())
+        unread: list[tuple[int, dict]] = []
+        bar = progress(range(first, steps), desc=label, initial=first, total=steps, unit="step", mininterval=1.0)
+        for step in stack.enter_context(bar):
             done = step + 1
+            if profiled and done == first + 3:
+                profile.enter_context(jax.profiler.trace(str(folder / "profile")))
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            batch = placed(batches(step), None, "batch")
+            state, metrics = update(state, frozen, batch, key, loss=loss, tx=tx, places=places)
+            unread.append((done, metrics))
+            if profiled and done == first + 2 + profiled:
+                jax.block_until_ready(state)
+                profile.close()
             logs = done % log_every == 0 or done == steps
-            ending = ends()
-            saves = manager is not None and (done % save_every == 0 or done == steps or ending)
+            ending = ends(done)
+            saves = checkpoints is not None and (done % options.save_every == 0 or done == steps or ending)
             if not logs and not saves and not ending:
                 continue
-            metrics = {name: float(value) for name, value in metrics.items()}
-            for name, value in metrics.items():
-                if not np.isfinite(value):
-                    what = name.replace("_", " ")
-                    raise UserError(f"{label}: the {what} is {value} at step {done}: lower the learning rate")
+            last = _read(unread, label, about, checkpoints)
+            unread.clear()
             if logs:
-                steps_left.set_postfix(loss=f"{metrics['loss']:.3f}")
-            if logs and folder is not None:
-                record = {"step": done, **metrics, "seconds": round(time.perf_counter() - started, 2)}
-                with open(folder / "metrics.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
+                bar.set_postfix(loss=f"{last['loss']:.3f}")
+                if meter is not None:
+                    meter.log(done, last)
             if saves:
-                # Copies: the next step writes over these arrays while they are being saved.
-                leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
-                manager.save(done, args=ocp.args.StandardSave(leaves))
+                checkpoints.save(done, state)
             if ending:
                 on = "; run it again to go on" if saves else ""
                 print(f"{label}: ended by SIGTERM after step {done} of {steps}{on}", file=sys.stderr)
@@ -135,31 +175,41 @@ def fit(
     return state.trainable
 
 
+def _places(state: State) -> tuple | None:
+    """Where the leaves of a state on a mesh lie; None without a mesh."""
+    leaves = jax.tree.leaves(state)
+    if all(isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) for leaf in leaves):
+        return tuple(leaf.sharding for leaf in leaves)
+    return None
+
+
+def _read(unread: list[tuple[int, dict]], label: str, about: About, checkpoints: Checkpoints | None) -> dict:
+    """The last of some steps' metrics, once all are known to be numbers."""
+    for done, metrics in unread:
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if (what := unsound(metrics)) is not None:
+            on = "" if about.ids is None else f" (examples {', '.join(map(str, about.ids(done - 1)))})"
+            kept = None if checkpoints is None else checkpoints.latest
+            kept = f"; the checkpoint of step {kept} is kept" if kept else ""
+            raise UserError(
+                f"{label}: {what} at step {done}{on}: lower the learning rate or look at what it was given{kept}"
+            )
+    return metrics
+
+
 @contextlib.contextmanager
-def _preempted() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come since; until the block ends it does nothing else. (Only a main thread can ask.)"""
+def _preempted() -> Iterator[Callable[[int], bool]]:
+    """Whether SIGTERM has come and the processes end after this step; until the block ends it does nothing else. (Only
+    a main thread can ask.)"""
+    if jax.process_count() > 1:  # JAX agrees with the others on a step
+        yield multihost_utils.reached_preemption_sync_point
+        return
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield lambda step: came.is_set()
         return
     before = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
-        yield came.is_set
+        yield lambda step: came.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _forget_after(file: Path, step: int) -> None:
-    """Takes out of a log what a stopped session wrote after its last checkpoint, or broke off while writing."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    scratch = file.with_suffix(".part")
-    scratch.write_text("".join(kept))
-    scratch.replace(file)

@@ -21,11 +21,13 @@ from interventions.figures import heatmap
 from interventions.placement import Scoring, check_k, default_k, normalised, place, read_names, read_trace, resolve
 from interventions.scoring import module_sizes
 from interventions.trace import TraceOptions
+from train.loop import WATCHING
 from train.trunk import LoRAOptions
+from vlm_jax.command import command
 from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.example import FAMILIES
 from vlm_jax.data.overlap import check_disjoint
-from vlm_jax.errors import UserError, command
+from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.runs import Run
@@ -141,7 +143,7 @@ def main(args: Args) -> None:
     depth = model.config.text.num_hidden_layers
     check_options(args, depth)
     given = {family: read_trace(folder, fingerprint(model)) for family, folder in args.traces.items()}
-    run = Run.open(args.out, args, model.config, processor)
+    run = Run.open(args.out, args, model.config, processor, ignored=WATCHING)
     sources = {"train": args.train, "test": args.eval, **({"trace": args.trace} if own else {})}
     run.pin("data", {split: source_of(name, split, args) for split, name in sources.items()})
     run.pin("model", fingerprint(model))

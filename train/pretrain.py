@@ -16,11 +16,12 @@ import tyro
 from optax.contrib import MuonDimensionNumbers, muon
 
 from train import mini
-from train.loop import fit
+from train.loop import LoopOptions, fit
 from vlm_jax import Model, load, save
 from vlm_jax.checkpoint import leaf_name, read_config
+from vlm_jax.command import command
 from vlm_jax.data import Example, pretraining
-from vlm_jax.errors import UserError, command
+from vlm_jax.errors import UserError
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
 from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, encode, positions
 from vlm_jax.runs import Run
@@ -153,7 +154,7 @@ def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> 
         seed=args.seed,
         label=stage,
         folder=folder,
-        save_every=args.save_every,
+        options=LoopOptions(save_every=args.save_every),
     )
 
 

@@ -19,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from interventions.adapters import compact, init_lora, lowest_layer, pad
+from interventions.adapters import compact, init_lora, lowest_layer, pad, parameters
+from interventions.cost import head_flops, layers_flops
 from interventions.kinds import LoRA, low_rank
-from train.loop import fit
+from train.loop import WATCHING, LoopOptions, fit
+from train.meter import About
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
+from vlm_jax.processes import fetch, first
 from vlm_jax.prompts import Batch, encode, longest, positions
 from vlm_jax.sites import TEXT_LINEARS, Context
 
@@ -46,7 +49,7 @@ _KEPT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAOptions:
+class LoRAOptions(LoopOptions):
     """How LoRA is trained: P0's appendix D."""
 
     r: int = 64
@@ -70,8 +73,6 @@ class LoRAOptions:
     trunk_gib: float = 4.0
     """Memory for the activations that enter the lowest adapted layer, of all examples; what is more lies in a temporary
     file."""
-    save_every: int = 100
-    """Steps between checkpoints of a training; a stopped one goes on from the last."""
 
 
 @flax.struct.dataclass
@@ -217,8 +218,8 @@ def embedded_examples(model: Model, processor, examples: Sequence[Example], size
     most = max(examples, key=lambda example: len(example.images))
 
     def parts():
-        for first in range(0, len(examples), size):
-            part = examples[first : first + size]
+        for at in range(0, len(examples), size):
+            part = examples[at : at + size]
             # Beside the one with the most images, all parts have them, and the same arrays.
             batch = encode([*part, most], processor, model.config, step=length)
             yield from _embed_batch(model, batch, min(size, _CHUNK), len(part), width)
@@ -262,7 +263,7 @@ def stored(parts: Iterable, count: int, gib: float = np.inf, folder: Path | None
     """
     made, treedef, at = [], None, 0
     for part in parts:
-        leaves, treedef = jax.tree.flatten(jax.device_get(part))
+        leaves, treedef = jax.tree.flatten(fetch(part))
         if not made:
             row = sum(a.nbytes // len(a) for a in leaves)
             new = np.empty if row * count <= gib * 2**30 else functools.partial(_on_disk, folder)
@@ -292,6 +293,14 @@ def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
     return optax.adamw(optax.linear_schedule(lr, 0.0, steps), weight_decay=0.0)
 
 
+def step_flops(model: Model, lowest: int, batch: int, length: int, answer: int) -> float:
+    """Of the matmuls of a step that trains something above a frozen model, from layer ``lowest`` on: forward, and the
+    gradients of the layers' inputs; frozen kernels have none (4 a parameter and token)."""
+    depth = model.config.text.num_hidden_layers
+    layers = (depth - lowest) / depth * layers_flops(model, batch, length)
+    return 2 * (layers + head_flops(model, batch * answer))
+
+
 def prepared(model: Model, lora: LoRA, k: int, remat: str) -> tuple[LoRA, Frozen]:
     """An adapter on ``k`` modules as it is trained, in arrays as all placements of ``k`` modules have them whose trunks
     end at the same layer; and what its training reads."""
@@ -307,6 +316,7 @@ def train_lora(
     options: LoRAOptions,
     label: str,
     folder: Path | None = None,
+    ids: Sequence[str] = (),
 ) -> LoRA:
     """LoRA on the named modules, trained on encoded examples.
 
@@ -314,6 +324,8 @@ def train_lora(
         batch: the examples, or what :func:`embedded` made of them, which spares many placements the same work.
         folder: for checkpoints and ``metrics.jsonl``: a training that was killed goes on from the last checkpoint
             there, to the same adapter bit for bit (on CPU).
+        ids: of the examples, to name them where the loss stops being a number; their rows are named where there are
+            none.
 
     Raises:
         UserError: if the folder holds another training's checkpoints; if the loss stops being a number.
@@ -335,35 +347,46 @@ def train_lora(
         plan = {name: getattr(options, name) for name in named}
         check_same(folder / "training.json", {**plan, "modules": sorted(names), "examples": count})
 
-    def batches(step: int) -> Trunk:
+    def rows_of(step: int) -> np.ndarray:
         rng = np.random.default_rng([options.seed, step // per_epoch])
         order = np.resize(rng.permutation(count), per_epoch * step_size)
-        rows = order.reshape(per_epoch, options.accumulation, options.batch)[step % per_epoch]
-        return data.take(rows)
+        return order.reshape(per_epoch, options.accumulation, options.batch)[step % per_epoch]
 
     lr = options.lr if options.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
-    tx = optimiser(lr, steps)
+    tx, tokens = optimiser(lr, steps), step_size * data.x.shape[1]
+    flops = step_flops(model, frozen.lowest, step_size, data.x.shape[1], data.index.shape[1])
+    about = About(
+        rate=optax.linear_schedule(lr, 0.0, steps),
+        ids=lambda step: [ids[row] for row in rows_of(step).ravel()] if ids else rows_of(step).ravel(),
+        tokens=tokens,
+        flops=flops + 6.0 * parameters(model, names, options.r) * tokens,
+    )
     weights = fit(
         loss,
         padded.weights,
         frozen,
-        batches,
+        lambda step: data.take(rows_of(step)),
         tx,
         steps=steps,
         seed=options.seed,
         label=label,
         folder=folder,
-        save_every=options.save_every,
+        options=options,
+        about=about,
     )
-    return compact(padded.replace(weights=weights))
+    return compact(padded.replace(weights=fetch(weights)))
 
 
 #: Options that change how a training runs and not what comes out.
-_NO_MATTER = ("remat", "trunk_gib", "save_every")
+_NO_MATTER = ("remat", "trunk_gib", *WATCHING)
 
 
 def check_same(file: Path, plan: dict) -> None:
     """Writes what a training is, or refuses to go on with another one."""
+    first(lambda: _check_same(file, plan))
+
+
+def _check_same(file: Path, plan: dict) -> None:
     plan = json.loads(json.dumps(plan))
     if file.is_file():
         found = json.loads(file.read_text())

@@ -5,7 +5,6 @@ python -m train.tune --train mini-docvqa --out runs/tune
 
 import dataclasses
 import functools
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,16 +17,19 @@ import tyro
 
 from eval import metrics
 from eval.accuracy import AnswerOptions, answer, score
-from train.loop import fit
+from train.loop import WATCHING, LoopOptions, fit
+from train.meter import About
 from train.trunk import answer_loss
 from vlm_jax import Model, save
 from vlm_jax.checkpoint import named_leaves
+from vlm_jax.command import command
 from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.overlap import check_disjoint
-from vlm_jax.errors import UserError, command
+from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.inputs import Inputs
 from vlm_jax.options import DataOptions, ModelOptions
+from vlm_jax.processes import fetch
 from vlm_jax.prompts import check_fit, encode, longest, positions
 from vlm_jax.runs import Run
 
@@ -38,7 +40,7 @@ _LR, _LR_WIDTH = 2e-5, 2560
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(metrics.MetricOptions, DataOptions, ModelOptions):
+class Args(LoopOptions, metrics.MetricOptions, DataOptions, ModelOptions):
     """Fine-tune parts of a model on a task, and score it on held-out examples before and after."""
 
     train: str = "mini-docvqa"
@@ -115,8 +117,11 @@ def loss(trained: dict[str, jax.Array], rest: Rest, batch: Batch, key: jax.Array
 
 @functools.cache
 def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 30), steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule(lr, steps), weight_decay=0.0))
+
+
+def schedule(lr: float, steps: int) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 30), steps)
 
 
 def tune(model: Model, processor, examples: list[Example], args: Args, folder: Path | None = None) -> Model:
@@ -125,17 +130,25 @@ def tune(model: Model, processor, examples: list[Example], args: Args, folder: P
     steps = per_epoch * args.epochs
     length, width = longest(examples, processor, model.config)
 
-    def step_batch(step: int) -> Batch:
+    def rows_of(step: int) -> np.ndarray:
         rng = np.random.default_rng([args.seed, step // per_epoch])
         order = np.resize(rng.permutation(len(examples)), per_epoch * args.batch).reshape(per_epoch, -1)
-        encoded = encode([examples[row] for row in order[step % per_epoch]], processor, model.config, step=length)
+        return order[step % per_epoch]
+
+    def step_batch(step: int) -> Batch:
+        encoded = encode([examples[row] for row in rows_of(step)], processor, model.config, step=length)
         index, valid = positions(encoded.spans["answer"] | encoded.spans["end"], width)
         target = np.take_along_axis(np.asarray(encoded.inputs.input_ids), index, 1)
         return jax.tree.map(lambda a: np.asarray(a)[None], Batch(encoded.inputs, index, valid, target))
 
     trained, rest = split(model, args.parts)
     lr = args.lr if args.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
-    how = {"steps": steps, "seed": args.seed, "label": "tune", "folder": folder, "save_every": args.save_every}
+    about = About(
+        rate=schedule(lr, steps),
+        ids=lambda step: [examples[row].id for row in rows_of(step)],
+        tokens=args.batch * length,
+    )
+    how = {"steps": steps, "seed": args.seed, "label": "tune", "folder": folder, "options": args, "about": about}
     return rest.joined(fit(loss, trained, rest, step_batch, optimiser(lr, steps), **how))
 
 
@@ -147,7 +160,8 @@ def main(args: Args) -> None:
     test = load_task(task, split="test", limit=args.eval_limit, options=args)
     check_disjoint(train, test)
     metrics.check(test, args)
-    for name in ("epochs", "batch", "save_every"):
+    args.check_loop()
+    for name in ("epochs", "batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
     args.answering.check()
@@ -156,7 +170,7 @@ def main(args: Args) -> None:
     model, processor = args.load()
     split(model, args.parts)
     check_fit([*train, *test], processor, model.config)
-    run = Run.open(args.out, args, model.config, processor)
+    run = Run.open(args.out, args, model.config, processor, ignored=WATCHING)
     splits = {"train": args.train, "test": task}
     run.pin("data", {split: source(name, split=split, options=args) for split, name in splits.items()})
     run.pin("model", fingerprint(model))
@@ -173,12 +187,13 @@ def main(args: Args) -> None:
 
     before = evaluate("before", model)
     folder = run.folder / "model"
-    if not folder.is_dir():
+    if not run.has("model"):
         begun = time.perf_counter()
         tuned = tune(model, processor, train, args, run.path("training/_").parent)
+        tuned = fetch(tuned) if jax.process_count() > 1 else tuned
         run.write_folder("model", lambda path: (save(tuned, path), processor.save_pretrained(path)))
         run.timed("train", begun)
-    shutil.rmtree(run.folder / "training", ignore_errors=True)
+    run.forget("training/checkpoints")
     after = evaluate("after", dataclasses.replace(args, model=str(folder)).load()[0])
     for name, found in (("before", before), ("after", after)):
         print(f"{task} {name}: {found['accuracy']:.3f} ± {found['stderr']:.3f}  ({found['samples']} samples)")

@@ -14,7 +14,8 @@ import tyro
 from safetensors import SafetensorError
 
 from vlm_jax.checkpoint import ORBAX, load, read_json, resolve, save, save_orbax, with_dtype
-from vlm_jax.errors import UserError, command
+from vlm_jax.command import command
+from vlm_jax.errors import UserError
 
 #: What goes with the weights: tokeniser, image processor, chat template, generation defaults.
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model")

@@ -1,9 +1,7 @@
-"""One kind of error for a user's mistake, printed as one sentence and never as a traceback."""
+"""One kind of error for a user's mistake: commands print it as one sentence, never as a traceback."""
 
 import difflib
-import functools
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -17,17 +15,3 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "; known: " + ", ".join(options)
-
-
-def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a command's ``main``: a :class:`UserError` becomes one line on stderr and exit code 2."""
-
-    @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> None:
-        try:
-            main(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-
-    return wrapped

@@ -26,13 +26,18 @@ class ModelOptions:
 
     mesh: str | None = None
     """Devices as axes, such as data=2,fsdp=4,tensor=2: data and fsdp split the batch, fsdp the parameters too, tensor
-    heads and MLP. All on one device by default."""
+    heads and MLP. All on one device by default, and with --processes all along data."""
+    processes: str | None = None
+    """Several processes, each started with this command, as one: auto where Slurm, GKE, a TPU VM or MPI says who they
+    are, else HOST:PORT,COUNT,INDEX of the first one's address, how many there are and which this is."""
 
     def load(self):
         """The model and its processor, which a command cannot do without; on the mesh, which is then in use."""
-        mesh = None
-        if self.mesh is not None:
-            mesh = make_mesh(self.mesh)
+        mesh, text = None, self.mesh
+        if text is None and self.processes is not None:
+            text = f"data={jax.device_count()}"
+        if text is not None:
+            mesh = make_mesh(text)
             check_mesh(read_config(resolve(self.model)), mesh)
             jax.set_mesh(mesh)
         model, processor = load(self.model, dtype=self.dtype, mesh=mesh)

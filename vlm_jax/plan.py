@@ -32,8 +32,10 @@ from interventions.sweep import program as sweep_program
 from train import trunk
 from train.loop import State, update
 from vlm_jax.checkpoint import abstract, leaf_name
+from vlm_jax.chips import TPUS, Chip
+from vlm_jax.command import command
 from vlm_jax.config import Config
-from vlm_jax.errors import UserError, command
+from vlm_jax.errors import UserError
 from vlm_jax.generate import decoding
 from vlm_jax.generate import program as generation
 from vlm_jax.hlo import collectives
@@ -55,24 +57,6 @@ _NO_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_MIN_LOG_LEVEL": "3",
-}
-
-
-class Chip(NamedTuple):
-    """One chip as its vendor publishes it: FLOP/s in bfloat16, bytes a second from its memory and to its neighbours;
-    and the bytes that a program may use, which its compiler says."""
-
-    flops: float
-    memory: float
-    links: float
-    hbm: float
-
-
-#: By the first part of a topology's name.
-CHIPS = {
-    "v5e": Chip(197e12, 819e9, 200e9, 15.75 * 2**30),
-    "v5p": Chip(459e12, 2765e9, 600e9, 95.74 * 2**30),
-    "v6e": Chip(918e12, 1640e9, 448e9, 31.25 * 2**30),
 }
 
 
@@ -194,10 +178,7 @@ def lora(model: Model, args: Args) -> Job:
     data = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), data)
     state = State(padded.weights, jax.eval_shape(tx.init, padded.weights))
     adapters = parameters(model, names, args.r) * args.batch * args.length
-    # Forward, and the gradients of the layers' inputs: frozen kernels have none, adapters do.
-    flops = (
-        2 * (layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * _ANSWER)) + 6.0 * adapters
-    )
+    flops = trunk.step_flops(model, 0, args.batch, args.length, _ANSWER) + 6.0 * adapters
     return Job(update, (state, frozen, data, jax.random.key(0)), {"loss": trunk.loss, "tx": tx}, flops, reads=2)
 
 
@@ -260,7 +241,7 @@ class Plan:
 
     @property
     def chip(self) -> Chip:
-        return CHIPS[self.args.topology.partition(":")[0]]
+        return TPUS[self.args.topology.partition(":")[0]]
 
     @property
     def fits(self) -> bool:
@@ -308,10 +289,8 @@ def topology(name: str):
     Raises:
         UserError: if there is no such slice, or no compiler for it.
     """
-    if name.partition(":")[0] not in CHIPS or ":" not in name:
-        raise UserError(
-            f"unknown topology {name!r}: give a generation and a slice such as v5e:2x4 ({', '.join(CHIPS)})"
-        )
+    if name.partition(":")[0] not in TPUS or ":" not in name:
+        raise UserError(f"unknown topology {name!r}: give a generation and a slice such as v5e:2x4 ({', '.join(TPUS)})")
     for setting, value in _NO_TPU.items():
         os.environ.setdefault(setting, value)
     try:

@@ -22,6 +22,7 @@ import numpy as np
 
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError
+from vlm_jax.processes import Team, first, gathered, is_first
 
 try:
     import fcntl
@@ -64,8 +65,28 @@ class Run:
             UserError: if the folder holds another run (the differences are named) or anything else, if another process
                 is at work in it, or if it cannot be written to.
         """
+        # Float32 means float32, on accelerators too.
+        jax.config.update("jax_default_matmul_precision", "highest")
+        if jax.config.jax_compilation_cache_dir is None:
+            # What one run compiled, the next one loads.
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vlm-jax"))
+        opened = []
+
+        def open_here() -> tuple:
+            run = cls._open(folder, args, model, processor, ignored)
+            opened.append(run)
+            return run.config, run.manifest, run.saved
+
+        told = first(open_here)
+        run = opened[0] if opened else cls(folder, *told)
+        if jax.process_count() > 1:
+            run._seen_by_all()
+        return run
+
+    @classmethod
+    def _open(cls, folder: Path, args: Any, model: Config | None, processor: Any, ignored: tuple[str, ...]) -> "Run":
         lock = _Lock.take(folder) if (folder / _LOCK).is_file() else None
-        config = {k: v for k, v in _plain(args).items() if k not in ("out", *ignored)}
+        config = {k: v for k, v in _plain(args).items() if k not in ("out", "processes", *ignored)}
         # A file that was edited since makes it another run.
         config["files"] = {path: _digest(Path(path)) for path in _files(config)}
         found = _read(folder / "config.json")
@@ -77,16 +98,25 @@ class Run:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"cannot write to {existing}: choose another --out")
-        # Float32 means float32, on accelerators too.
-        jax.config.update("jax_default_matmul_precision", "highest")
-        if jax.config.jax_compilation_cache_dir is None:
-            # What one run compiled, the next one loads.
-            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vlm-jax"))
         if found is not None and lock is None:
             lock = _Lock.take(folder)
         saved = _read(folder / "manifest.json")
         known = manifest(model, processor) if saved is None else copy.deepcopy(saved)
         return cls(folder, config, known, saved, lock)
+
+    def _seen_by_all(self) -> None:
+        """Refuses a folder that is not one and the same for all processes."""
+
+        def mark() -> None:
+            self.lock = self.lock or _Lock.take(self.folder)
+
+        first(mark)
+        blind = [number for number, sees in enumerate(gathered((self.folder / _LOCK).exists())) if not sees]
+        if blind:
+            raise UserError(
+                f"process {blind[0]} does not see {self.folder}, which the first one made: choose an --out on a disk "
+                "that all processes share, such as NFS or a mounted bucket"
+            )
 
     def pin(self, name: str, value: Any) -> None:
         """Puts a fact that results rest on into the manifest, such as the model's fingerprint or where the data come
@@ -111,8 +141,16 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def has(self, name: str) -> bool:
+        """Whether the folder holds a file or folder, as the first process sees it."""
+        return first((self.folder / name).exists)
+
     def write(self, name: str, writer: Callable[[Path], None]) -> Path:
-        """Lets ``writer`` fill a temporary file, then puts it in place whole."""
+        """Lets ``writer`` fill a temporary file, then puts it in place whole; of several processes, the first does."""
+        first(lambda: self._write(name, writer))
+        return self.folder / name
+
+    def _write(self, name: str, writer: Callable[[Path], None]) -> None:
         if self.lock is None:
             lock = _Lock.take(self.folder)
             if (self.folder / "config.json").exists():
@@ -125,13 +163,13 @@ class Run:
             for file, value in (("config.json", self.config), ("manifest.json", self.manifest)):
                 self._put(file, functools.partial(_write_json, value))
             self.saved = copy.deepcopy(self.manifest)
-        return self._put(name, writer)
+        self._put(name, writer)
 
     def write_folder(self, name: str, writer: Callable[[Path], None]) -> Path:
         """Lets ``writer`` make a temporary folder, then puts it in place whole."""
         return self.write(name, writer)
 
-    def _put(self, name: str, writer: Callable[[Path], None]) -> Path:
+    def _put(self, name: str, writer: Callable[[Path], None]) -> None:
         partial = self.folder / _PARTIAL
         try:
             path, temporary = self.path(name), partial / Path(name).name
@@ -143,7 +181,10 @@ class Run:
             raise _unwritten(self.folder / name, error) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return path
+
+    def forget(self, name: str) -> None:
+        """Removes a folder that a stage needed while it was at work."""
+        first(functools.partial(shutil.rmtree, self.folder / name, ignore_errors=True))
 
     def save_json(self, name: str, value: Any) -> Path:
         return self.write(name, functools.partial(_write_json, value))
@@ -161,32 +202,63 @@ class Run:
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value of stage ``name``, made now or read from an earlier, interrupted run."""
-        path = self.folder / name
-        if not path.is_file():
+        if not self.has(name):
             self.save_json(name, make())
-        return json.loads(path.read_text())
+        return first(lambda: json.loads((self.folder / name).read_text()))
 
     def timed(self, stage: str, begun: float) -> None:
         """Adds to ``seconds.json`` how long a stage took, over the sessions that came to its end: what one that was
         killed within it had spent is not known."""
-        seconds = json.loads(file.read_text()) if (file := self.folder / "seconds.json").is_file() else {}
-        spent = seconds.get(stage, 0) + time.perf_counter() - begun
-        self.save_json("seconds.json", {**seconds, stage: round(spent, 1)})
+
+        def put() -> None:
+            seconds = json.loads(file.read_text()) if (file := self.folder / "seconds.json").is_file() else {}
+            spent = seconds.get(stage, 0) + time.perf_counter() - begun
+            self._write("seconds.json", functools.partial(_write_json, {**seconds, stage: round(spent, 1)}))
+
+        first(put)
 
 
 class Log:
     """Records that are on disk as soon as they are known, in an order that does not change from session to session.
 
     A killed run leaves a file that ends anywhere; what is kept of it are whole batches. Without a run, records are in
-    memory alone.
+    memory alone. Of several processes every team writes its own share (:meth:`part`), until all are there
+    (:meth:`join`).
     """
 
-    def __init__(self, run: Run | None = None, name: str = ""):
+    def __init__(self, run: Run | None = None, name: str = "", writes: bool | None = None):
         self.run, self.name = run, name
+        self.writes = run is not None and (is_first() if writes is None else writes)
         self.records: list[dict] = []
         if run is not None and (path := run.folder / name).is_file():
             whole = path.read_bytes().rpartition(b"\n")[0]
             self.records = [json.loads(line) for line in whole.splitlines()]
+        gathered(None)  # nobody writes before all have read
+
+    def has(self, ids: Iterable[str]) -> bool:
+        """Whether there is a record of each of these, and of nothing else."""
+        return sorted(record["id"] for record in self.records) == sorted(ids)
+
+    def part(self, team: Team, ids: Sequence[str]) -> "Log":
+        """The log of a team's share: of one team, or where all is done, this log itself."""
+        if team.count == 1 or self.has(ids):
+            return self
+        name = Path(self.name)
+        share = f"{name.stem}.{team.index + 1}-of-{team.count}{name.suffix}"
+        return Log(self.run, str(name.with_name(share)), team.writes)
+
+    def join(self, part: "Log", ids: Sequence[str], team: Team) -> None:
+        """Puts all teams' shares together, in the order of ``ids``; their own files go."""
+        if part is self:
+            return
+        shares = gathered(part.records if team.writes else [])
+        by_id = {record["id"]: record for share in shares for record in share}
+        self.records = [by_id[name] for name in ids]
+        if self.run is not None:
+            self.run.save_lines(self.name, self.records)
+            name = Path(self.name)
+            for share in (self.run.folder / name.parent).glob(f"{name.stem}.*-of-*{name.suffix}") if is_first() else ():
+                share.unlink()
 
     def missing(
         self, batches: Iterable[tuple[Sequence[int], Any]], ids: Sequence[str]
@@ -203,6 +275,10 @@ class Log:
         twice = [name for name, count in Counter(ids).items() if count > 1]
         if twice:
             raise UserError(f"two samples have the id {twice[0]!r}: give every sample an id of its own")
+        if self.has(ids):
+            for _ in batches:  # whoever counts them sees all
+                pass
+            return
         self._check(range(len(self.records)), set(ids))
         done, cut = 0, False
         for rows, batch in batches:
@@ -220,14 +296,14 @@ class Log:
 
     def append(self, records: Sequence[dict]) -> None:
         """Writes the records of one batch and makes sure that they are on the disk."""
-        if self.run is None:
+        if not self.writes:
             self.records += records
             return
-        if not self.records:
-            self.run.write(self.name, lambda path: path.write_bytes(b""))
+        if not self.records and is_first():
+            self.run._write(self.name, lambda path: path.write_bytes(b""))
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
-            with open(self.run.folder / self.name, "ab") as file:
+            with open(self.run.path(self.name), "ab") as file:
                 file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -248,7 +324,7 @@ class Log:
     def _keep(self, count: int) -> None:
         """Cuts the file after ``count`` records."""
         self.records = self.records[:count]
-        if self.run is not None and (path := self.run.folder / self.name).is_file():
+        if self.writes and (path := self.run.folder / self.name).is_file():
             with open(path, "rb+") as file:
                 for _ in range(count):
                     file.readline()

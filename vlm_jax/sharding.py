@@ -7,8 +7,10 @@ divide, is replicated: adapters, editors, norms.
 """
 
 import math
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -74,9 +76,16 @@ def make_mesh(text: str, devices=None) -> Mesh:
             f"--mesh {text!r} is of {shape} = {math.prod(sizes.values())} devices, but there are {len(devices)}: "
             "make the product of its sizes the number of devices"
         )
+    # Processes lie along data as far as it goes round, so that the mesh falls into teams (:mod:`vlm_jax.processes`).
+    processes = sorted({device.process_index for device in devices})
+    teams = math.gcd(sizes["data"], len(processes))
+    shape = (sizes["data"] // teams, sizes["fsdp"], sizes["tensor"])
+    parts = []
+    for members in np.split(np.array(processes), teams):
+        own = [device for device in devices if device.process_index in members]
+        parts.append(mesh_utils.create_device_mesh(shape, own, allow_split_physical_axes=True))
     # Auto: interventions gather and write wherever they like inside the model, which explicit sharding would refuse.
-    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(np.concatenate(parts), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -117,6 +126,23 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if math.prod(sizes.values()) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(x.shape, axes, sizes))
+
+
+def placed(tree: Any, *axes: str | None) -> Any:
+    """A pytree of host arrays on the mesh in use, their first dimensions having these logical axes, the others none:
+    every device gets its part and no more. What is on the mesh already stays there; without a mesh, all stays."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
+
+    def put(leaf):
+        if isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat):
+            return leaf
+        leaf = np.asarray(leaf)
+        spec = spec_of(leaf.shape, (*axes, *(None,) * leaf.ndim)[: leaf.ndim], dict(mesh.shape))
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), leaf.__getitem__)
+
+    return jax.tree.map(put, tree)
 
 
 def shards(axis: str, size: int) -> int:
