@@ -21,6 +21,7 @@ from interventions.grids import module_names
 from interventions.placement import Scoring
 from interventions.sweep import PREFIX_BUCKET
 from interventions.trace import TraceOptions, by_module, trace_task
+from train.loop import forget
 from train.trunk import LoRAOptions, Trunk, embedded_examples, train_lora
 from vlm_jax import Model
 from vlm_jax.data import Example
@@ -103,7 +104,7 @@ class Experiment:
             lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints, ids)
             self.run.write_folder(f"{folder}/adapter", lambda path: save_peft(lora, self.model, path))
             self.run.timed(f"train {folder}", begun)
-        self.run.forget(f"{folder}/training/checkpoints")
+        forget(self.run.folder / folder / "training", self.training)
         return self._evaluate(merge(self.model, load_peft(self.model, adapter)), folder, family)
 
     def _cell_folder(self, family: str, names: Sequence[str], seed: int) -> str:

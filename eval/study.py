@@ -21,13 +21,14 @@ from interventions.corruption import CORRUPTIONS
 from interventions.grids import module_names
 from interventions.placement import check_k, default_k, place, resolve
 from interventions.trace import TraceOptions
+from train.loop import WATCHING
 from train.trunk import LoRAOptions
 from vlm_jax.command import command
 from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
-from vlm_jax.options import DataOptions, ModelOptions
+from vlm_jax.options import DataOptions, DeviceOptions, ModelOptions
 from vlm_jax.processes import progress
 from vlm_jax.runs import Run, manifest
 
@@ -37,7 +38,7 @@ def _list(what: str):
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(DataOptions):
+class Args(DataOptions, DeviceOptions):
     """Trace, score, place, train and evaluate LoRA on every model under every placement, and compare the placements.
 
     Cells (model x family x placement x seed) are independent: a stopped study goes on where it was, and the same
@@ -81,8 +82,6 @@ class Args(DataOptions):
     """Precision of the parameters; the checkpoint's own by default."""
     max_pixels: int | None = None
     """Larger images are shrunk to this many pixels (models that take any size)."""
-    mesh: str | None = None
-    """Devices as axes, such as data=2,fsdp=4,tensor=2 (docs/pods.md); all on one device by default."""
     plan: bool = False
     """Print what the study consists of and costs, and stop."""
     out: Path = Path("runs/study")
@@ -160,8 +159,8 @@ def check(args: Args) -> None:
 def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict):
     """One :class:`Experiment` a model, loaded when it is reached."""
     for name in args.models:
-        options = ModelOptions(model=name, dtype=args.dtype, max_pixels=args.max_pixels, mesh=args.mesh)
-        model, processor = options.load()
+        devices = {field.name: getattr(args, field.name) for field in dataclasses.fields(DeviceOptions)}
+        model, processor = ModelOptions(model=name, dtype=args.dtype, max_pixels=args.max_pixels, **devices).load()
         folder = f"{Path(name).name}/"
         yield Experiment(
             run,
@@ -218,7 +217,7 @@ def study(args: Args, experiment: Experiment) -> dict:
 def main(args: Args) -> None:
     started = time.perf_counter()
     check(args)
-    run = Run.open(args.out, args, ignored=("plan",))
+    run = Run.open(args.out, args, ignored=("plan", *WATCHING))
     run.pin("data", {family: source(family, split="train", options=args) for family in args.families})
     examples, results, plans = examples_of(args), {}, []
     for experiment in experiments(args, run, *examples):

@@ -19,12 +19,12 @@ COMMANDS = {
     ],
     "study": [
         *("eval.study", "--models", "mini-qwen3-vl", "--trace", "16", "--train", "24", "--eval", "32", "--k", "2"),
-        *("--placements", "random", "task_diff", "gradient_norm", "--seeds", "0", "--random-seeds", "42", "--no-alone"),
+        *("--placements", "random", "task_diff", "--seeds", "0", "--random-seeds", "42", "--no-alone"),
         *("--corruptions", "swapped_image", "--training.epochs", "2", "--training.r", "4", "--tracing.batch", "4"),
         *("--training.save-every", "2"),
     ],
 }
-KILLS = {"trace": 3, "study": 4}
+KILLS = {"trace": 3, "study": 3}
 
 
 @pytest.fixture(scope="module")

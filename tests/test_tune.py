@@ -69,7 +69,8 @@ def test_only_the_named_part_moves(mini, run):
 def test_the_run_folder(run, capsys):
     scores = [json.loads((run.out / name / "score.json").read_text()) for name in ("before", "after")]
     assert all(score["samples"] == 4 for score in scores)
-    assert not (run.out / "training").exists()
+    assert not (run.out / "training/checkpoints").exists()
+    assert (run.out / "training/metrics.jsonl").read_text().count("\n") == 1
     before = (run.out / "model/model.safetensors").read_bytes()
     tune.main(run)  # nothing is left to do
     assert (run.out / "model/model.safetensors").read_bytes() == before

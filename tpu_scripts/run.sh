@@ -1,25 +1,35 @@
 #!/usr/bin/env bash
-# Runs a command of this project on an existing single-host TPU VM (for example a v5litepod-8):
+# Runs a command of this project on all hosts of a slice, as one job:
 #
-#   tpu_scripts/run.sh [--dry-run] NAME ZONE python -m train.lora --placement task_diff --out runs/tpu
+#   tpu_scripts/run.sh [--dry-run] NAME ZONE python -m train.lora --placement task_diff --out OUT
 #
-# Copies the checkout, installs it with the TPU extra, runs the command there and copies runs/ back.
+# Copies the last commit to every host, installs it with the TPU extra, and starts the command on all of them with
+# --processes auto. With BUCKET=name (no gs://) the bucket is mounted on every host beside the checkout, programs that one
+# job compiled are kept in it for the next, and runs should go there (--out ../bucket/runs/...): several hosts need a
+# folder that all of them see. Without it, which is enough for one host, runs/ is copied back. A preempted job goes on
+# when the same line is run again.
 set -euo pipefail
-
-dry=""
-if [[ "${1:-}" == "--dry-run" ]]; then dry=echo; shift; fi
-if (( $# < 3 )); then sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
-name=$1 zone=$2; shift 2
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname "$0")/common.sh"
+usage 3
+name=${arguments[0]} zone=${arguments[1]}
+command=("${arguments[@]:2}" --processes auto)
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-ssh=(gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --command)
-copy=(gcloud compute tpus tpu-vm scp --recurse --zone "$zone")
+on_all() { step gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker all --command "$1"; }
 
-archive=$(mktemp --suffix .tar.gz)
-trap 'rm -f "$archive"' EXIT
-git -C "$root" archive --format tar.gz HEAD > "$archive"
-$dry "${copy[@]}" "$archive" "$name:vlm-jax.tar.gz"
-$dry "${ssh[@]}" "rm -rf vlm-jax && mkdir vlm-jax && tar -xzf vlm-jax.tar.gz -C vlm-jax"
-$dry "${ssh[@]}" "cd vlm-jax && python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu]'"
-$dry "${ssh[@]}" "cd vlm-jax && PATH=\$PWD/.venv/bin:\$PATH $(printf '%q ' "$@")"
-$dry "${copy[@]}" "$name:vlm-jax/runs" "$root"
+archive=$(mktemp -d)/vlm-jax.tar.gz
+trap 'rm -rf "$(dirname "$archive")"' EXIT
+git -C "$root" archive --format tar.gz --output "$archive" HEAD
+step gcloud compute tpus tpu-vm scp "$archive" "$name:vlm-jax.tar.gz" --zone "$zone" --worker all
+on_all "rm -rf vlm-jax && mkdir vlm-jax && tar -xzf vlm-jax.tar.gz -C vlm-jax"
+on_all "cd vlm-jax && python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu]'"
+variables="PATH=\$PWD/.venv/bin:\$PATH"
+if [[ -n "${BUCKET:-}" ]]; then
+    on_all "mkdir -p bucket && (mountpoint -q bucket || gcsfuse --implicit-dirs $BUCKET bucket)"
+    variables+=" JAX_COMPILATION_CACHE_DIR=gs://$BUCKET/compiled"
+fi
+on_all "cd vlm-jax && $variables $(printf '%q ' "${command[@]}")"
+if [[ -z "${BUCKET:-}" ]]; then
+    step gcloud compute tpus tpu-vm scp --recurse "$name:vlm-jax/runs" "$root" --zone "$zone" --worker 0
+fi

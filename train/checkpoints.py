@@ -9,10 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import checksums
 from vlm_jax.processes import fetch
+
+
+def place(folder: Path, base: str | None) -> epath.Path:
+    """Where the checkpoints of a training in ``folder`` are: there, or under ``base``, which may be a bucket."""
+    if base is None:
+        return epath.Path(folder.absolute()) / "checkpoints"
+    return epath.Path(base) / str(folder).strip("/") / "checkpoints"
 
 
 class Checkpoints:
@@ -23,7 +31,7 @@ class Checkpoints:
     may be read on another mesh or on one device.
     """
 
-    def __init__(self, folder: Path, fall_back: bool = False):
+    def __init__(self, folder: epath.Path, fall_back: bool = False):
         self.folder, self.fall_back = folder, fall_back
         with self._said("cannot write checkpoints to"):
             self.manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))

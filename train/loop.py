@@ -17,10 +17,10 @@ import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from train.checkpoints import Checkpoints
+from train.checkpoints import Checkpoints, place
 from train.meter import About, Meter, Tracker, check_trackers, unsound
 from vlm_jax.errors import UserError
-from vlm_jax.processes import progress
+from vlm_jax.processes import first, progress
 from vlm_jax.sharding import placed
 
 
@@ -30,6 +30,8 @@ class LoopOptions:
 
     save_every: int = 100
     """Steps between checkpoints of a training; a stopped one goes on from the last."""
+    checkpoints: str | None = None
+    """Where checkpoints go, such as gs://BUCKET/FOLDER; into the run folder by default."""
     fall_back: bool = False
     """Where the last checkpoint is damaged, go on from the one before it."""
     track: Annotated[tuple[Tracker, ...], tyro.conf.arg(metavar="TRACKER [TRACKER ...]")] = ()
@@ -47,6 +49,11 @@ class LoopOptions:
 
 #: Names of options that do not make a run another run.
 WATCHING = tuple(field.name for field in dataclasses.fields(LoopOptions))
+
+
+def forget(folder: Path, options: LoopOptions) -> None:
+    """Removes the checkpoints of a training that is done."""
+    first(lambda: place(folder, options.checkpoints).rmtree(missing_ok=True))
 
 
 class State(NamedTuple):
@@ -126,33 +133,33 @@ def fit(
         SystemExit: on SIGTERM.
     """
     about = about or About()
-    state, frozen, first = placed(State(jax.tree.map(jnp.copy, trainable), tx.init(trainable))), placed(frozen), 0
+    state, frozen, begun = placed(State(jax.tree.map(jnp.copy, trainable), tx.init(trainable))), placed(frozen), 0
     places = _places(state)
     with contextlib.ExitStack() as stack:
         checkpoints = meter = None
         profiled = 0
         if folder is not None and options is not None:
             profiled = options.profile_steps
-            checkpoints = Checkpoints((folder / "checkpoints").absolute(), options.fall_back)
+            checkpoints = Checkpoints(place(folder, options.checkpoints), options.fall_back)
             stack.callback(checkpoints.close)
-            state, first = checkpoints.restore(state)
+            state, begun = checkpoints.restore(state)
             state = placed(state)
         if folder is not None:
-            meter = Meter(folder, about, first, options.track if options else (), label)
+            meter = Meter(folder, about, begun, options.track if options else (), label)
             stack.callback(meter.close)
         ends = stack.enter_context(_preempted())
         profile = stack.enter_context(contextlib.ExitStack())
         unread: list[tuple[int, dict]] = []
-        bar = progress(range(first, steps), desc=label, initial=first, total=steps, unit="step", mininterval=1.0)
+        bar = progress(range(begun, steps), desc=label, initial=begun, total=steps, unit="step", mininterval=1.0)
         for step in stack.enter_context(bar):
             done = step + 1
-            if profiled and done == first + 3:
+            if profiled and done == begun + 3:
                 profile.enter_context(jax.profiler.trace(str(folder / "profile")))
             key = jax.random.fold_in(jax.random.key(seed), step)
             batch = placed(batches(step), None, "batch")
             state, metrics = update(state, frozen, batch, key, loss=loss, tx=tx, places=places)
             unread.append((done, metrics))
-            if profiled and done == first + 2 + profiled:
+            if profiled and done == begun + 2 + profiled:
                 jax.block_until_ready(state)
                 profile.close()
             logs = done % log_every == 0 or done == steps
@@ -186,7 +193,7 @@ def _places(state: State) -> tuple | None:
 def _read(unread: list[tuple[int, dict]], label: str, about: About, checkpoints: Checkpoints | None) -> dict:
     """The last of some steps' metrics, once all are known to be numbers."""
     for done, metrics in unread:
-        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics = {name: float(metrics[name]) for name in sorted(metrics, key="loss".__ne__)}
         if (what := unsound(metrics)) is not None:
             on = "" if about.ids is None else f" (examples {', '.join(map(str, about.ids(done - 1)))})"
             kept = None if checkpoints is None else checkpoints.latest

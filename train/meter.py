@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,11 @@ from jax import monitoring
 from vlm_jax.chips import chip
 from vlm_jax.errors import UserError
 from vlm_jax.processes import is_first
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 Tracker = Literal["tensorboard", "wandb"]
 #: Tracker -> the package that it needs.
@@ -133,6 +137,8 @@ def _peak() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

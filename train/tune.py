@@ -17,7 +17,7 @@ import tyro
 
 from eval import metrics
 from eval.accuracy import AnswerOptions, answer, score
-from train.loop import WATCHING, LoopOptions, fit
+from train.loop import WATCHING, LoopOptions, fit, forget
 from train.meter import About
 from train.trunk import answer_loss
 from vlm_jax import Model, save
@@ -193,7 +193,7 @@ def main(args: Args) -> None:
         tuned = fetch(tuned) if jax.process_count() > 1 else tuned
         run.write_folder("model", lambda path: (save(tuned, path), processor.save_pretrained(path)))
         run.timed("train", begun)
-    run.forget("training/checkpoints")
+    forget(run.folder / "training", args)
     after = evaluate("after", dataclasses.replace(args, model=str(folder)).load()[0])
     for name, found in (("before", before), ("after", after)):
         print(f"{task} {name}: {found['accuracy']:.3f} ± {found['stderr']:.3f}  ({found['samples']} samples)")

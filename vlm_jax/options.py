@@ -12,7 +12,19 @@ from vlm_jax.sharding import check_mesh, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
+class DeviceOptions:
+    """What a command runs on (docs/pods.md)."""
+
+    mesh: str | None = None
+    """Devices as axes, such as data=2,fsdp=4,tensor=2: data and fsdp split the batch, fsdp the parameters too, tensor
+    heads and MLP. All on one device by default, and with --processes all along data."""
+    processes: str | None = None
+    """Several processes, each started with this command, as one: auto where Slurm, GKE, a TPU VM or MPI says who they
+    are, else HOST:PORT,COUNT,INDEX of the first one's address, how many there are and which this is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(DeviceOptions):
     """The model of a command."""
 
     model: str = "mini-qwen3-vl"
@@ -23,13 +35,6 @@ class ModelOptions:
     """Smaller images are enlarged to this many pixels (models that take any size); the processor's own by default."""
     max_pixels: int | None = None
     """Larger images are shrunk to this many pixels (models that take any size); the processor's own by default."""
-
-    mesh: str | None = None
-    """Devices as axes, such as data=2,fsdp=4,tensor=2: data and fsdp split the batch, fsdp the parameters too, tensor
-    heads and MLP. All on one device by default, and with --processes all along data."""
-    processes: str | None = None
-    """Several processes, each started with this command, as one: auto where Slurm, GKE, a TPU VM or MPI says who they
-    are, else HOST:PORT,COUNT,INDEX of the first one's address, how many there are and which this is."""
 
     def load(self):
         """The model and its processor, which a command cannot do without; on the mesh, which is then in use."""

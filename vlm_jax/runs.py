@@ -58,7 +58,7 @@ class Run:
 
         Args:
             args: the command's frozen dataclass; where it writes (``out``) does not make a run another run, nor do the
-                ``ignored`` fields.
+                ``ignored`` fields, however deep.
             model, processor: what the manifest describes, where the command has them.
 
         Raises:
@@ -86,7 +86,7 @@ class Run:
     @classmethod
     def _open(cls, folder: Path, args: Any, model: Config | None, processor: Any, ignored: tuple[str, ...]) -> "Run":
         lock = _Lock.take(folder) if (folder / _LOCK).is_file() else None
-        config = {k: v for k, v in _plain(args).items() if k not in ("out", "processes", *ignored)}
+        config = _without(_plain(args), {"out", "processes", *ignored})
         # A file that was edited since makes it another run.
         config["files"] = {path: _digest(Path(path)) for path in _files(config)}
         found = _read(folder / "config.json")
@@ -182,10 +182,6 @@ class Run:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def forget(self, name: str) -> None:
-        """Removes a folder that a stage needed while it was at work."""
-        first(functools.partial(shutil.rmtree, self.folder / name, ignore_errors=True))
-
     def save_json(self, name: str, value: Any) -> Path:
         return self.write(name, functools.partial(_write_json, value))
 
@@ -230,6 +226,7 @@ class Log:
         self.run, self.name = run, name
         self.writes = run is not None and (is_first() if writes is None else writes)
         self.records: list[dict] = []
+        self.joined = False
         if run is not None and (path := run.folder / name).is_file():
             whole = path.read_bytes().rpartition(b"\n")[0]
             self.records = [json.loads(line) for line in whole.splitlines()]
@@ -241,7 +238,10 @@ class Log:
 
     def part(self, team: Team, ids: Sequence[str]) -> "Log":
         """The log of a team's share: of one team, or where all is done, this log itself."""
-        if team.count == 1 or self.has(ids):
+        if team.count == 1:
+            return self
+        if self.has(ids):
+            self.joined = True
             return self
         name = Path(self.name)
         share = f"{name.stem}.{team.index + 1}-of-{team.count}{name.suffix}"
@@ -275,7 +275,7 @@ class Log:
         twice = [name for name, count in Counter(ids).items() if count > 1]
         if twice:
             raise UserError(f"two samples have the id {twice[0]!r}: give every sample an id of its own")
-        if self.has(ids):
+        if self.joined:  # in an order of its own
             for _ in batches:  # whoever counts them sees all
                 pass
             return
@@ -423,6 +423,13 @@ def _write_json(value: Any, path: Path) -> None:
 
 def _unwritten(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path} ({error.strerror or error}): free the disk or choose another --out")
+
+
+def _without(value: Any, names: set[str]) -> Any:
+    """Nested dicts without these keys."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without(part, names) for name, part in value.items() if name not in names}
 
 
 def _plain(value: Any) -> Any:
