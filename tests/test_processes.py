@@ -134,7 +134,8 @@ def check(out: Path, one: list[Path]) -> None:
         # An adapter is what forty steps of Adam made of rounding errors.
         assert gap < (1e-4 if "lora" in name else 1e-5), (name, gap)
     np.testing.assert_allclose(losses(out), losses(one[0]), rtol=1e-5)
-    assert min(apart(found(one[1]), found(one[0])).values()) > 1e-4  # the control
+    other = apart(found(one[1]), found(one[0]))  # the control; sigma_E knows of no seed
+    assert min(gap for name, gap in other.items() if name != "sigma") > 1e-3
     assert json.loads((out / "answers.json").read_text()) == json.loads((one[0] / "answers.json").read_text())
     records = [json.loads(line) for line in (out / "trace/samples.jsonl").read_text().splitlines()]
     assert len({record["id"] for record in records}) == len(records) == 10

@@ -1,5 +1,6 @@
 """Loads and saves Hugging Face folders, driven by the family's key table; Orbax folders for fast restarts."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -85,7 +86,7 @@ def read_config(folder: Path) -> Config:
     return families.read_config(hf, str(where))
 
 
-def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | None = None):
+def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | None = None, attention: str = "xla"):
     """A model and its processor.
 
     Every tensor goes from the file to its device layer by layer: host memory beyond the finished arrays stays below
@@ -97,6 +98,7 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         dtype: of the parameters ("float32", "bfloat16", "float16"); the checkpoint's own where None.
         mesh: put the parameters on this mesh by the rules of :mod:`vlm_jax.sharding`; each process reads the slices
             that its devices hold, each once.
+        attention: "xla", or "splash": TPU's kernel where it applies (:mod:`vlm_jax.kernels`).
 
     Returns:
         ``(model, processor)``; the processor is None where the folder has no tokeniser.
@@ -108,7 +110,7 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
     if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in _DISK.values():
         raise UserError(f"dtype {dtype!r} is not supported: use float32, bfloat16 or float16")
     folder = resolve(source)
-    config = read_config(folder)
+    config = with_attention(read_config(folder), attention)
     if (folder / ORBAX).is_dir():
         leaves = _load_orbax(folder, config, dtype, mesh)
     else:
@@ -175,6 +177,22 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
             file.chmod(0o644)
             shutil.move(file, folder / file.name)
     return folder
+
+
+def with_attention(config: Config, attention: str) -> Config:
+    """The config of the same model with another implementation of its attention.
+
+    Raises:
+        UserError: if that cannot do what the model asks for.
+    """
+    if attention not in ("xla", "splash"):
+        raise UserError(f"unknown attention {attention!r}: use 'xla' or 'splash'")
+    if attention == "splash" and not config.text.only_causal:
+        raise UserError(
+            f"attention 'splash' is causal and nothing else, but a {config.family} has sliding layers or images that "
+            "see both ways: use 'xla'"
+        )
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, attention=attention))
 
 
 def abstract(config: Config) -> Model:

@@ -40,6 +40,7 @@ class TextConfig:
     attn_logit_softcapping: for families that apply it, of which none is here yet.
     bidirectional_images: tokens of one image see each other in both directions.
     max_position_embeddings: most tokens of a prompt; the tokeniser may set a lower bound.
+    attention: what computes it, "xla" or a kernel (:mod:`vlm_jax.kernels`) for windows whose scores nobody sees.
     """
 
     vocab_size: int
@@ -66,6 +67,12 @@ class TextConfig:
     final_logit_softcapping: float | None = None
     bidirectional_images: bool = False
     max_position_embeddings: int | None = None
+    attention: str = "xla"
+
+    @property
+    def only_causal(self) -> bool:
+        """Whether every token sees all real tokens before it and no other, in every layer."""
+        return {kind for kind, _ in self.rope} == {"full_attention"} and not self.bidirectional_images
 
     @property
     def mrope(self) -> bool:

@@ -60,7 +60,8 @@ class SelfAttention(nnx.Module):
         past = [(*kv, mask) for kv, mask in zip(past, window.past_mask, strict=True)]
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         softcap = config.attn_logit_softcapping
-        out = attend(q, k, v, window.mask, probe, "text", past, scale=scale, softcap=softcap, causal=window.causal)
+        how = {"scale": scale, "softcap": softcap, "causal": window.causal, "kernel": config.attention == "splash"}
+        out = attend(q, k, v, window.mask, probe, "text", past, **how)
         return probe.linear("text.self_attn.o_proj", self.o_proj, out), (k, v)
 
 

@@ -22,6 +22,7 @@ def fingerprint(model: Model) -> str:
     values that change places do, but for one chance in 2^64. Nothing leaves the devices but two words per parameter.
     """
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hf"}
+    del config["text"]["attention"]  # how it is computed, not what
     leaves = named_leaves(model)
     sums = fetch(checksums(leaves))
     described = [[name, list(leaves[name].shape), [int(word) for word in sums[name]]] for name in sorted(leaves)]

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlm_jax.kernels import causal_attention
+
 
 def _normal(key: jax.Array, shape: tuple[int, ...], scale: float = 0.02) -> nnx.Param:
     return nnx.Param(scale * jax.random.normal(key, shape))
@@ -91,7 +93,18 @@ _QUERY_BLOCK = 256
 
 
 def attend(
-    q, k, v, mask, probe, tower: str, past=(), *, scale: float | None = None, softcap: float | None = None, causal=False
+    q,
+    k,
+    v,
+    mask,
+    probe,
+    tower: str,
+    past=(),
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    causal: bool = False,
+    kernel: bool = False,
 ):
     """Grouped-query attention.
 
@@ -103,12 +116,18 @@ def attend(
             ``B``: row ``i`` has the past ``i // (B / b)``. So many variants of the later tokens share one copy of it.
         scale: of the scores, ``d ** -0.5`` where None; softcap: squashes scores into (-softcap, softcap).
         causal: ``mask`` lets no query see a later key.
+        kernel: ``mask`` is that of :func:`vlm_jax.kernels.causal_attention`, which may be used: where there is no past
+            and no intervention meets scores or probabilities.
 
     Returns:
         ``(B, S, H * d)``. Scores and softmax are float32.
     """
     batch, length, heads, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
+    laid_out = probe.meets(f"{tower}.attn_scores", f"{tower}.attn_probs")
+    if kernel and causal and not past and not laid_out:
+        out = causal_attention(q, k, v, jnp.diagonal(mask, axis1=1, axis2=2), scale, softcap)
+        return probe(f"{tower}.head_out", out).reshape(batch, length, heads * dim)
     q = q.reshape(batch, length, k.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)  # (B, G, H / G, S, d)
     segments = [(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), m) for k, v, m in (*past, (k, v, mask))]
 
@@ -116,7 +135,7 @@ def attend(
         scores = jnp.einsum("bgnd,bgtd->bgnt", q, keys, preferred_element_type=jnp.float32) * scale
         return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
-    if probe.meets(f"{tower}.attn_scores", f"{tower}.attn_probs"):
+    if laid_out:
         out = _attend_openly(q, segments, scores_of, probe, tower)
     else:
         step, parts = _QUERY_BLOCK if causal else length, []

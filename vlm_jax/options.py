@@ -36,6 +36,10 @@ class ModelOptions(DeviceOptions):
     max_pixels: int | None = None
     """Larger images are shrunk to this many pixels (models that take any size); the processor's own by default."""
 
+    attention: Literal["xla", "splash"] = "xla"
+    """What computes the text's attention: XLA, or on a TPU the splash kernel, which never lays the scores out (models
+    whose attention is causal and nothing else; where an intervention or a tap asks for scores, XLA does)."""
+
     def load(self):
         """The model and its processor, which a command cannot do without; on the mesh, which is then in use."""
         mesh, text = None, self.mesh
@@ -45,7 +49,7 @@ class ModelOptions(DeviceOptions):
             mesh = make_mesh(text)
             check_mesh(read_config(resolve(self.model)), mesh)
             jax.set_mesh(mesh)
-        model, processor = load(self.model, dtype=self.dtype, mesh=mesh)
+        model, processor = load(self.model, dtype=self.dtype, mesh=mesh, attention=self.attention)
         if processor is None:
             raise UserError(f"{self.model} has no tokenizer_config.json: add the tokeniser's files to the folder")
         if self.min_pixels is not None or self.max_pixels is not None:

@@ -31,7 +31,7 @@ from interventions.sweep import plan as shared_tokens
 from interventions.sweep import program as sweep_program
 from train import trunk
 from train.loop import State, update
-from vlm_jax.checkpoint import abstract, leaf_name
+from vlm_jax.checkpoint import abstract, leaf_name, with_attention
 from vlm_jax.chips import TPUS, Chip
 from vlm_jax.command import command
 from vlm_jax.config import Config
@@ -86,6 +86,8 @@ class Args:
     """What LoRA's backward pass computes again (train.lora --help)."""
     max_new_tokens: int = 32
     """Longest answer."""
+    attention: Literal["xla", "splash"] = "xla"
+    """XLA's attention or the splash kernel (train.lora --help)."""
     json: Path | None = None
     """Also write the findings to this file."""
 
@@ -311,7 +313,7 @@ def compiled(args: Args) -> Plan:
     for name in ("batch", "length", "r", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
-    config = config_of(args.model)
+    config = with_attention(config_of(args.model), args.attention)
     devices = topology(args.topology)
     mesh = make_mesh(args.mesh, devices)
     check_mesh(config, mesh)

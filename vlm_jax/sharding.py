@@ -122,7 +122,7 @@ def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Says where a value lies whose dimensions have these logical axes: nothing without a mesh (``jax.set_mesh``)."""
-    sizes = _free()
+    sizes = free_axes()
     if math.prod(sizes.values()) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(x.shape, axes, sizes))
@@ -147,12 +147,12 @@ def placed(tree: Any, *axes: str | None) -> Any:
 
 def shards(axis: str, size: int) -> int:
     """Into how many parts the mesh splits a dimension of this size with this logical axis."""
-    sizes = _free()
+    sizes = free_axes()
     (names,) = spec_of((size,), (axis,), sizes)
     return math.prod(sizes[name] for name in (names if isinstance(names, tuple) else (names,)) if name)
 
 
-def _free() -> dict[str, int]:
+def free_axes() -> dict[str, int]:
     """The axes of the mesh in use that are not already split by hand (``shard_map``), and their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
