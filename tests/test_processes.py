@@ -16,11 +16,11 @@ import pytest
 
 from tests.on_processes import HALF, WHOLE, Args, halved, main
 from vlm_jax import UserError
-from vlm_jax.processes import LOST_SECONDS, Team, first, gathered, join
+from vlm_jax.processes import Team, first, gathered, join
 
 ROOT = Path(__file__).parent.parent
-#: How long a job may live on once one of its processes was killed: its heartbeats are missed, or a collective fails.
-ENDS_WITHIN = LOST_SECONDS + 60
+#: How long a process is missed before the others end (a minute is what commands wait).
+LOST_SECONDS = 15
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,7 @@ def start(count: int, mesh: str, out: Path, cache: Path) -> list[subprocess.Pope
     environment = {
         **os.environ,
         **{"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "NPROC": "16"},
+        "LOST_SECONDS": str(LOST_SECONDS),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
     }
     port = free_port()
@@ -131,7 +132,7 @@ def one(tmp_path_factory):
 
 def check(out: Path, one: list[Path]) -> None:
     for name, gap in apart(found(out), found(one[0])).items():
-        # An adapter is what forty steps of Adam made of rounding errors.
+        # An adapter is what two dozen steps of Adam made of rounding errors.
         assert gap < (1e-4 if "lora" in name else 1e-5), (name, gap)
     np.testing.assert_allclose(losses(out), losses(one[0]), rtol=1e-5)
     other = apart(found(one[1]), found(one[0]))  # the control; sigma_E knows of no seed
@@ -161,8 +162,8 @@ def test_two_processes_stopped_killed_and_finished(one, cache, tmp_path):
     at_checkpoint(job, out, steps[-1] + 4)
     job[1].kill()
     begun = time.monotonic()
-    (code, _, errors), _ = finish(job, 2 * ENDS_WITHIN)
-    assert time.monotonic() - begun < ENDS_WITHIN
+    (code, _, errors), _ = finish(job, 300)
+    assert time.monotonic() - begun < LOST_SECONDS + 60
     assert code not in (0, 2) and ("process 0 of 2 broke off" in errors or "another task died" in errors), errors
 
     ends = finish(start(2, "fsdp=2", out, cache))

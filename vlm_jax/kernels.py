@@ -35,7 +35,9 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array, 
             kernel = _kernel(q.shape[2], q.shape[1], softcap, interpret)
             segments = splash.SegmentIds(*(real.astype(jnp.int32),) * 2)
             by_head = (x.swapaxes(1, 2) for x in (q, k, v))
-            return jax.vmap(kernel)(*by_head, segment_ids=segments).swapaxes(1, 2)
+            # Products of bfloat16 are exact in the kernel's float32 sums; it refuses to be asked for more.
+            with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
+                return jax.vmap(kernel)(*by_head, segment_ids=segments).swapaxes(1, 2)
 
         return jax.lax.platform_dependent(tpu=lambda: run(False), default=lambda: run(True))
 
