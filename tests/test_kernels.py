@@ -1,9 +1,12 @@
 """Splash attention, interpreted here, computes what XLA's attention does, and is used only where it may be."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import vlm_jax
 from interventions.adapters import init_lora, lowest_layer
@@ -15,7 +18,9 @@ from vlm_jax.fingerprint import fingerprint
 from vlm_jax.info import config_of
 from vlm_jax.kernels import causal_attention
 from vlm_jax.layers import attend
+from vlm_jax.plan import topology
 from vlm_jax.prompts import encode
+from vlm_jax.sharding import make_mesh
 from vlm_jax.sites import NO_TAPS, Context, Probe
 
 ROWS, HEADS, GROUPS, DIM = 2, 8, 2, 64
@@ -100,3 +105,23 @@ def test_models_that_are_not_only_causal_are_refused():
     with pytest.raises(UserError, match="unknown attention 'flash'"):
         with_attention(config_of("Qwen3-VL-4B"), "flash")
     assert with_attention(config_of("Qwen3-VL-4B"), "splash").text.attention == "splash"
+
+
+def test_it_compiles_for_tpus_forwards_and_backwards():
+    """In bfloat16, where all else is asked to be as precise as can be, on a mesh of data and heads."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the extra tpu-aot")
+    mesh = make_mesh("data=2,tensor=2", topology("v5e:2x2"))
+    places = [NamedSharding(mesh, PartitionSpec("data", None, "tensor")), NamedSharding(mesh, PartitionSpec("data"))]
+    q, k, v = (
+        jax.ShapeDtypeStruct((4, 256, heads, 128), jnp.bfloat16, sharding=places[0])
+        for heads in (HEADS, GROUPS, GROUPS)
+    )
+    real = jax.ShapeDtypeStruct((4, 256), bool, sharding=places[1])
+
+    def total(q, k, v, real):
+        return jnp.sum(causal_attention(q, k, v, real, 128**-0.5, None).astype(jnp.float32))
+
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, v, real).compile().as_text()
+    assert text.count("splash") and "all-gather" not in text

@@ -33,17 +33,44 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array, 
     def local(q, k, v, real):
         def run(interpret: bool):
             kernel = _kernel(q.shape[2], q.shape[1], softcap, interpret)
-            segments = splash.SegmentIds(*(real.astype(jnp.int32),) * 2)
+            segments = real.astype(jnp.int32)
             by_head = (x.swapaxes(1, 2) for x in (q, k, v))
-            # Products of bfloat16 are exact in the kernel's float32 sums; it refuses to be asked for more.
-            with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-                return jax.vmap(kernel)(*by_head, segment_ids=segments).swapaxes(1, 2)
+            return _precise(*by_head, segments, kernel).swapaxes(1, 2)
 
         return jax.lax.platform_dependent(tpu=lambda: run(False), default=lambda: run(True))
 
     if any(size > 1 for size in axes.values()):
         local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
     return local(q, k, v, real)[:, :length]
+
+
+def _batched(q, k, v, segments, kernel):
+    return jax.vmap(kernel)(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
+
+
+def _precision(dtype):
+    """Products of bfloat16 are exact in the kernel's float32 sums; asked for more it does not compile."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+
+
+@jax.custom_vjp
+def _precise(q, k, v, segments, kernel):
+    """The kernel on a batch, with as precise products as it takes, backwards too."""
+    with _precision(q.dtype):
+        return _batched(q, k, v, segments, kernel)
+
+
+def _forwards(q, k, v, segments, kernel):
+    with _precision(q.dtype):
+        return jax.vjp(_batched, q, k, v, segments, kernel)
+
+
+def _backwards(back, gradient):
+    with _precision(gradient.dtype):
+        return back(gradient)
+
+
+_precise.defvjp(_forwards, _backwards)
 
 
 def _kernel(heads: int, length: int, softcap: float | None, interpret: bool):
