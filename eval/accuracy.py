@@ -33,7 +33,7 @@ from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
-from vlm_jax.processes import apart, fetch, progress
+from vlm_jax.processes import apart, fetch, gathered, progress
 from vlm_jax.prompts import P0_PROMPT, batches, shape_of
 from vlm_jax.runs import Log, Run, digests
 
@@ -125,7 +125,8 @@ def answer(
                 bar.update(len(rows))
     log.join(part, ids, team)
     by_id = {record["id"]: record["answer"] for record in log.records}
-    return Answers([by_id[example.id] for example in examples], len(shapes))
+    compiled = set().union(*gathered(sorted(map(str, shapes))))
+    return Answers([by_id[example.id] for example in examples], len(compiled))
 
 
 class Scored(NamedTuple):

@@ -102,7 +102,7 @@ class Experiment:
             label = f"{family} {cell_name(names, self.depth)}"
             ids = [example.id for example in self.trained[family]]
             lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints, ids)
-            self.run.write_folder(f"{folder}/adapter", lambda path: save_peft(lora, self.model, path))
+            self.run.write(f"{folder}/adapter", lambda path: save_peft(lora, self.model, path))
             self.run.timed(f"train {folder}", begun)
         forget(self.run.folder / folder / "training", self.training)
         return self._evaluate(merge(self.model, load_peft(self.model, adapter)), folder, family)

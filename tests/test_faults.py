@@ -91,16 +91,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken_when_told(dam
 def test_numbers_that_changed_are_seen_by_their_checksum(stopped):
     """A file that reads well but is not what was saved: here a checkpoint with another's sums."""
     state = jnp.arange(3.0)
-    checkpoints = Checkpoints(place(stopped / "other", None))
-    checkpoints.save(1, state)
-    checkpoints.close()
-    checkpoints = Checkpoints(place(stopped / "other", None))
-    np.testing.assert_array_equal(checkpoints.restore(state)[0], state)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("train.checkpoints._sums", lambda leaves: np.zeros((len(leaves), 2), np.uint32))
-        with pytest.raises(UserError, match="an array is not what was saved"):
-            checkpoints.restore(state)
-    checkpoints.close()
+    at = place(stopped / "other", None)
+    with Checkpoints(at) as checkpoints:
+        checkpoints.save(1, state)
+    with Checkpoints(at) as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(state)[0], state)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("train.checkpoints._sums", lambda leaves: np.zeros((len(leaves), 2), np.uint32))
+            with pytest.raises(UserError, match="an array is not what was saved"):
+                checkpoints.restore(state)
 
 
 def test_nothing_to_fall_back_to(tmp_path):

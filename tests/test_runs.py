@@ -358,9 +358,9 @@ def test_a_folder_appears_whole_or_not_at_all(folder):
 
     run = Run.open(folder, {})
     with pytest.raises(UserError, match=r"cannot write .*deep/adapter \(No space left on device\): free the disk"):
-        run.write_folder("deep/adapter", lambda path: writer(path, True))
+        run.write("deep/adapter", lambda path: writer(path, True))
     assert not (folder / "deep/adapter").exists() and not (folder / ".partial").exists()
-    assert run.write_folder("deep/adapter", lambda path: writer(path, False)) == folder / "deep/adapter"
+    assert run.write("deep/adapter", lambda path: writer(path, False)) == folder / "deep/adapter"
     assert (folder / "deep/adapter/a").read_text() == "a"
     assert (folder / "config.json").is_file() and not (folder / ".partial").exists()
 

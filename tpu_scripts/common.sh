@@ -4,7 +4,7 @@
 # Takes --dry-run off the front of the arguments: arguments=("$@") without it, dry=1 or empty.
 dry="" arguments=()
 for argument in "$@"; do
-    if [[ -z "${arguments[*]}" && "$argument" == "--dry-run" ]]; then dry=1; else arguments+=("$argument"); fi
+    if [[ ${#arguments[@]} -eq 0 && "$argument" == "--dry-run" ]]; then dry=1; else arguments+=("$argument"); fi
 done
 
 # Prints the script's header as its help and ends, if it is asked for or there are fewer than $1 arguments.

@@ -24,7 +24,7 @@ until [[ -n "$dry" || "$state" == ACTIVE ]]; do
     sleep 20
     state=$(gcloud compute tpus queued-resources describe "$name" --zone "$zone" --format 'value(state.state)')
     echo "$name: $state"
-    if [[ "$state" == FAILED || "$state" == SUSPENDED ]]; then
+    if [[ "$state" =~ ^(FAILED|SUSPEND|DELET) ]]; then
         echo "error: $name is $state: tpu_scripts/delete.sh $name $zone, and ask again" >&2
         exit 1
     fi

@@ -7,7 +7,7 @@
 # --processes auto. With BUCKET=name (no gs://) the bucket is mounted on every host beside the checkout, programs that one
 # job compiled are kept in it for the next, and runs should go there (--out ../bucket/runs/...): several hosts need a
 # folder that all of them see. Without it, which is enough for one host, runs/ is copied back. A preempted job goes on
-# when the same line is run again.
+# when the same line is run again. COMMAND is one that knows --processes: they that run a model.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "$0")/common.sh"
@@ -22,11 +22,12 @@ archive=$(mktemp -d)/vlm-jax.tar.gz
 trap 'rm -rf "$(dirname "$archive")"' EXIT
 git -C "$root" archive --format tar.gz --output "$archive" HEAD
 step gcloud compute tpus tpu-vm scp "$archive" "$name:vlm-jax.tar.gz" --zone "$zone" --worker all
-on_all "rm -rf vlm-jax && mkdir vlm-jax && tar -xzf vlm-jax.tar.gz -C vlm-jax"
+keep="! -name runs ! -name .venv"
+on_all "mkdir -p vlm-jax && find vlm-jax -mindepth 1 -maxdepth 1 $keep -exec rm -rf {} + && tar -xzf vlm-jax.tar.gz -C vlm-jax"
 on_all "cd vlm-jax && python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu]'"
 variables="PATH=\$PWD/.venv/bin:\$PATH"
 if [[ -n "${BUCKET:-}" ]]; then
-    on_all "mkdir -p bucket && (mountpoint -q bucket || gcsfuse --implicit-dirs $BUCKET bucket)"
+    on_all "mkdir -p bucket && (mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit 100000 $BUCKET bucket)"
     variables+=" JAX_COMPILATION_CACHE_DIR=gs://$BUCKET/compiled"
 fi
 on_all "cd vlm-jax && $variables $(printf '%q ' "${command[@]}")"

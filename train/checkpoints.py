@@ -1,6 +1,7 @@
 """The states of a training on disk: written in the background, checked when they are read, the last two kept."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from etils import epath
 
 from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import checksums
-from vlm_jax.processes import fetch
+from vlm_jax.processes import fetch, gathered
+from vlm_jax.sharding import placed
 
 
 def place(folder: Path, base: str | None) -> epath.Path:
     """Where the checkpoints of a training in ``folder`` are: there, or under ``base``, which may be a bucket."""
+    folder = os.path.abspath(folder)
     if base is None:
-        return epath.Path(folder.absolute()) / "checkpoints"
-    return epath.Path(base) / str(folder).strip("/") / "checkpoints"
+        return epath.Path(folder) / "checkpoints"
+    base = base if "://" in base else os.path.abspath(base)
+    return epath.Path(base) / folder.strip("/") / "checkpoints"
 
 
 class Checkpoints:
@@ -29,6 +33,8 @@ class Checkpoints:
     A checkpoint appears under its name once it is whole, so that what a killed process was writing is never read. Each
     has a checksum of every array. Arrays that are split over a mesh are written by the processes that hold them, and
     may be read on another mesh or on one device.
+
+    Used as ``with Checkpoints(...) as checkpoints``: the end waits for what is being written.
     """
 
     def __init__(self, folder: epath.Path, fall_back: bool = False):
@@ -36,42 +42,60 @@ class Checkpoints:
         with self._said("cannot write checkpoints to"):
             self.manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
-    def restore(self, state: Any) -> tuple[Any, int]:
-        """The last state and the number of steps behind it; ``state`` itself, and 0, where there is none.
+    def __enter__(self) -> "Checkpoints":
+        return self
 
-        Args:
-            state: arrays of the shapes, precisions and places that are wanted.
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is None:
+            self._close()
+        elif jax.process_count() == 1 or issubclass(kind, UserError | SystemExit):  # others may be gone: ask no one
+            with contextlib.suppress(UserError):  # there is something worse to say
+                self._close()
+
+    def _close(self) -> None:
+        with self._said("cannot write a checkpoint to"):
+            self.manager.wait_until_finished()
+            self.manager.close()
+
+    def restore(self, state: Any) -> tuple[Any, int]:
+        """The last state, lying where ``state`` lies, and the number of steps behind it; ``state`` itself, and 0, where
+        there is none.
 
         Raises:
             UserError: if it is damaged and there is no telling to fall back, or nothing to fall back to.
         """
-        for step in sorted(self.manager.all_steps(), reverse=True):
-            damage = None
-            try:
-                found = self._read(step, state)
-            except Exception as error:  # TensorStore reports damage with errors of many kinds
-                damage = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            else:
-                if found is not None:
-                    return found, step
-                damage = "an array is not what was saved"
-            earlier = [other for other in self.manager.all_steps() if other < step]
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for number, step in enumerate(steps):
+            found, damage = self._read(step, state)
+            if damage is None:
+                for damaged in steps[:number]:
+                    self.manager.delete(damaged)
+                return found, step
+            earlier = steps[number + 1 :]
             if not earlier:
                 raise UserError(f"{self.folder / str(step)} cannot be read ({damage}): delete it to begin again")
             if not self.fall_back:
                 raise UserError(
                     f"{self.folder / str(step)} cannot be read ({damage}): --fall-back goes on from the one before it, "
-                    f"of step {max(earlier)}"
+                    f"of step {earlier[0]}"
                 )
-            self.manager.delete(step)
         return state, 0
 
-    def _read(self, step: int, state: Any) -> Any:
-        """The state of a step; None where a checksum is not the one that was saved."""
+    def _read(self, step: int, state: Any) -> tuple[Any, str | None]:
+        """The state of a step; or what is wrong with it, on which all processes agree."""
         leaves, treedef = jax.tree.flatten(state)
-        wanted = [*map(_target, leaves), np.zeros((len(leaves), 2), np.uint32)]
-        *found, sums = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
-        return treedef.unflatten(found) if np.array_equal(_sums(found), sums) else None
+        found, sums, damage = [], None, None
+        try:
+            wanted = [*map(_target, leaves), np.zeros((len(leaves), 2), np.uint32)]
+            *found, sums = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
+        except jax.errors.JaxRuntimeError:  # memory, or another process: the files may be whole
+            raise
+        except Exception as error:  # TensorStore reports damage with errors of many kinds
+            damage = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        damage = next(filter(None, gathered(damage)), None)
+        if damage is None and not np.array_equal(_sums(found), sums):
+            damage = "an array is not what was saved"
+        return (None, damage) if damage else (placed(treedef.unflatten(found)), None)
 
     @property
     def latest(self) -> int | None:
@@ -85,32 +109,30 @@ class Checkpoints:
             # Copies: the next step writes over these arrays while they are being saved.
             self.manager.save(step, args=ocp.args.StandardSave([*map(_copy, leaves), sums]))
 
-    def close(self) -> None:
-        """Waits for what is being written."""
-        with self._said("cannot write a checkpoint to"):
-            self.manager.wait_until_finished()
-            self.manager.close()
-
     @contextlib.contextmanager
     def _said(self, what: str) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of the devices or another process
+            raise
         except Exception as error:  # of Orbax, TensorStore, the file system or the bucket
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{what} {self.folder} ({reason}): free the disk or choose another folder") from None
 
 
-def _whole(leaf: Any) -> bool:
-    """Whether one process holds all of an array."""
-    return not isinstance(leaf, jax.Array) or leaf.is_fully_replicated or jax.process_count() == 1
+def _split(leaf: Any) -> bool:
+    """Whether an array lies in parts."""
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
 
 
 def _copy(leaf: Any) -> Any:
-    return np.array(leaf) if _whole(leaf) else jnp.copy(leaf)
+    return jnp.copy(leaf) if _split(leaf) else np.array(leaf)
 
 
 def _target(leaf: Any) -> Any:
-    return np.asarray(leaf) if _whole(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    if _split(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return np.empty(leaf.shape, leaf.dtype)
 
 
 def _sums(leaves: list) -> np.ndarray:

@@ -140,10 +140,8 @@ def fit(
         profiled = 0
         if folder is not None and options is not None:
             profiled = options.profile_steps
-            checkpoints = Checkpoints(place(folder, options.checkpoints), options.fall_back)
-            stack.callback(checkpoints.close)
+            checkpoints = stack.enter_context(Checkpoints(place(folder, options.checkpoints), options.fall_back))
             state, begun = checkpoints.restore(state)
-            state = placed(state)
         if folder is not None:
             meter = Meter(folder, about, begun, options.track if options else (), label)
             stack.callback(meter.close)

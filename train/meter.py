@@ -1,6 +1,7 @@
 """What a training says of itself: a line a few steps in ``metrics.jsonl``, and the same to TensorBoard or W&B."""
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import sys
@@ -124,7 +125,8 @@ def _tensorboard(folder: Path, label: str, stack: contextlib.ExitStack) -> Calla
 def _wandb(folder: Path, label: str, stack: contextlib.ExitStack) -> Callable[[dict], None]:
     import wandb
 
-    run = wandb.init(project="vlm-jax", name=label, dir=str(folder), resume="allow")
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]  # the same run in every session
+    run = wandb.init(project="vlm-jax", name=label, id=name, dir=str(folder), resume="allow")
     stack.callback(run.finish)
     return lambda record: run.log(record, step=record["step"])
 
@@ -157,7 +159,7 @@ def _forget_after(file: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             break
     scratch = file.with_suffix(".part")
     scratch.write_text("".join(kept))

@@ -335,7 +335,8 @@ def train_lora(
     padded, frozen = prepared(model, lora, len(names), options.remat)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    where = {"gib": options.trunk_gib, "folder": folder}
+    # Several processes share their folder, and the disk under it may be a bucket.
+    where = {"gib": options.trunk_gib, "folder": folder if jax.process_count() == 1 else None}
     data = batch if isinstance(batch, Trunk) else embedded(model, batch, **where)
     data = raised(model, data, frozen.lowest, **where)
     count = len(data.x)

@@ -191,7 +191,7 @@ def main(args: Args) -> None:
         begun = time.perf_counter()
         tuned = tune(model, processor, train, args, run.path("training/_").parent)
         tuned = fetch(tuned) if jax.process_count() > 1 else tuned
-        run.write_folder("model", lambda path: (save(tuned, path), processor.save_pretrained(path)))
+        run.write("model", lambda path: (save(tuned, path), processor.save_pretrained(path)))
         run.timed("train", begun)
     forget(run.folder / "training", args)
     after = evaluate("after", dataclasses.replace(args, model=str(folder)).load()[0])

@@ -38,9 +38,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 def _let_go(error: Exception) -> None:
     """Ends this process without waiting for the others, who could be waiting for it."""
-    lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-    if not lost:
-        traceback.print_exception(error)
+    traceback.print_exception(error)
     reason = " ".join(str(error).split())[:200]
     print(
         f"error: process {jax.process_index()} of {jax.process_count()} broke off ({type(error).__name__}: {reason}): "
@@ -48,4 +46,5 @@ def _let_go(error: Exception) -> None:
         file=sys.stderr,
         flush=True,
     )
+    sys.stdout.flush()
     os._exit(128 + signal.SIGABRT)

@@ -91,7 +91,7 @@ class Run:
         config["files"] = {path: _digest(Path(path)) for path in _files(config)}
         found = _read(folder / "config.json")
         if found is not None:
-            if differ := _differences(found, config):
+            if differ := _differences(_without(found, {"out", "processes", *ignored}), config):
                 raise UserError(f"{folder} holds another run ({differ}): choose another --out or delete it")
         elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {_PARTIAL, _LOCK}):
             raise UserError(f"{folder} exists and is not a run folder: choose another --out or delete it")
@@ -107,11 +107,15 @@ class Run:
     def _seen_by_all(self) -> None:
         """Refuses a folder that is not one and the same for all processes."""
 
-        def mark() -> None:
-            self.lock = self.lock or _Lock.take(self.folder)
+        path = self.folder / _LOCK
 
-        first(mark)
-        blind = [number for number, sees in enumerate(gathered((self.folder / _LOCK).exists())) if not sees]
+        def mark() -> str:
+            self.lock = self.lock or _Lock.take(self.folder)
+            path.write_text(mark := os.urandom(8).hex())
+            return mark
+
+        told = first(mark)
+        blind = [n for n, sees in enumerate(gathered(path.is_file() and path.read_text() == told)) if not sees]
         if blind:
             raise UserError(
                 f"process {blind[0]} does not see {self.folder}, which the first one made: choose an --out on a disk "
@@ -146,11 +150,16 @@ class Run:
         return first((self.folder / name).exists)
 
     def write(self, name: str, writer: Callable[[Path], None]) -> Path:
-        """Lets ``writer`` fill a temporary file, then puts it in place whole; of several processes, the first does."""
+        """Lets ``writer`` make a temporary file or folder, then puts it in place whole; of several processes, the first
+        does."""
         first(lambda: self._write(name, writer))
         return self.folder / name
 
     def _write(self, name: str, writer: Callable[[Path], None]) -> None:
+        self._begin()
+        self._put(name, writer)
+
+    def _begin(self) -> None:
         if self.lock is None:
             lock = _Lock.take(self.folder)
             if (self.folder / "config.json").exists():
@@ -163,11 +172,6 @@ class Run:
             for file, value in (("config.json", self.config), ("manifest.json", self.manifest)):
                 self._put(file, functools.partial(_write_json, value))
             self.saved = copy.deepcopy(self.manifest)
-        self._put(name, writer)
-
-    def write_folder(self, name: str, writer: Callable[[Path], None]) -> Path:
-        """Lets ``writer`` make a temporary folder, then puts it in place whole."""
-        return self.write(name, writer)
 
     def _put(self, name: str, writer: Callable[[Path], None]) -> None:
         partial = self.folder / _PARTIAL
@@ -222,15 +226,17 @@ class Log:
     (:meth:`join`).
     """
 
-    def __init__(self, run: Run | None = None, name: str = "", writes: bool | None = None):
-        self.run, self.name = run, name
-        self.writes = run is not None and (is_first() if writes is None else writes)
-        self.records: list[dict] = []
-        self.joined = False
-        if run is not None and (path := run.folder / name).is_file():
-            whole = path.read_bytes().rpartition(b"\n")[0]
-            self.records = [json.loads(line) for line in whole.splitlines()]
-        gathered(None)  # nobody writes before all have read
+    def __init__(self, run: Run | None = None, name: str = "", team: Team | None = None):
+        self.run, self.name, self.joined = run, name, False
+        self.writes = run is not None and (is_first() if team is None else team.writes)
+        # Whoever writes also reads, for all who go by it.
+        said = gathered(self._read() if self.writes else [])
+        self.records: list[dict] = said[0 if team is None else team.index * len(said) // team.count]
+
+    def _read(self) -> list[dict]:
+        path = self.run.folder / self.name
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
+        return [json.loads(line) for line in whole.splitlines()]
 
     def has(self, ids: Iterable[str]) -> bool:
         """Whether there is a record of each of these, and of nothing else."""
@@ -243,9 +249,11 @@ class Log:
         if self.has(ids):
             self.joined = True
             return self
+        if self.run is not None:
+            first(self.run._begin)  # the shares' folder says of which run it is before any of them is there
         name = Path(self.name)
         share = f"{name.stem}.{team.index + 1}-of-{team.count}{name.suffix}"
-        return Log(self.run, str(name.with_name(share)), team.writes)
+        return Log(self.run, str(name.with_name(share)), team)
 
     def join(self, part: "Log", ids: Sequence[str], team: Team) -> None:
         """Puts all teams' shares together, in the order of ``ids``; their own files go."""
