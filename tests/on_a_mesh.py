@@ -3,6 +3,7 @@
 Prints, per job, how far the two are apart; and how far a run is that must differ.
 """
 
+import functools
 import json
 
 import jax
@@ -14,7 +15,7 @@ from interventions.causal import causal_trace
 from train import trunk
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode
-from vlm_jax.sharding import make_mesh
+from vlm_jax.sharding import constrain, make_mesh, placed
 
 assert jax.device_count() == 8
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -43,8 +44,26 @@ def generated(model, batch):
     return [vlm_jax.generate(model, batch.inputs, 6)]
 
 
+def autoencoder(seed=0):
+    """The loss of a sparse autoencoder as wide as they come, and its gradients: rows and features apart."""
+    rng = np.random.default_rng(seed)
+    x = placed(rng.normal(size=(256, 64)).astype(np.float32), "batch")
+    encoder = placed(rng.normal(size=(64, 8192)).astype(np.float32), "embed", "mlp")
+    decoder = placed(rng.normal(size=(8192, 64)).astype(np.float32), "mlp", "embed")
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(encoder, decoder):
+        features = constrain(jax.nn.relu(x @ encoder - 8), "batch", "mlp")
+        return ((features @ decoder / 64 - x) ** 2).mean() + 1e-3 * features.mean()
+
+    value, grads = loss(encoder, decoder)
+    return [value, *grads]
+
+
 def jobs(model, batch, prompts, noise):
     return {
+        "autoencoder": autoencoder(),
         "trace": trace(model, batch, noise),
         "lora": lora(model, batch),
         "generate": generated(model, prompts),
@@ -73,7 +92,11 @@ for name, meshes in MESHES.items():
     noise = spread * np.random.default_rng(0).standard_normal(shape, np.float32)
     one = jax.device_get(jobs(model, batch, prompts, noise))
     turned = prompts._replace(inputs=prompts.inputs.take(np.arange(8)[::-1]))
-    other = {"trace": trace(model, batch, noise[::-1]), "lora": lora(model, batch, seed=1)}
+    other = {
+        "trace": trace(model, batch, noise[::-1]),
+        "lora": lora(model, batch, seed=1),
+        "autoencoder": autoencoder(1),
+    }
     other = jax.device_get({**other, "generate": generated(model, turned)})
     found[f"{name}, another run"] = {job: apart(job, other[job][:2], one[job][:2], min) for job in other}
     for text in meshes:

@@ -24,7 +24,7 @@ COMMANDS = {
         *("--training.save-every", "2"),
     ],
 }
-KILLS = {"trace": 3, "study": 3}
+KILLS = {"trace": 2, "study": 2}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, environment, tmp
     chance, killed = random.Random(name), 0
     for share in sorted(chance.random() for _ in range(KILLS[name])):
         killed += kill_after(start(name, tmp_path, environment), tmp_path, int(share * size), 0.3 * chance.random())
-    assert killed >= 2, "too few of the kills came before the end"
+    assert killed, "no kill came before the end"
     finish(start(name, tmp_path, environment))
     after = contents(tmp_path)
     assert after.keys() == whole.keys()

@@ -65,7 +65,7 @@ def start(count: int, mesh: str, out: Path, cache: Path) -> list[subprocess.Pope
         **os.environ,
         **{"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "NPROC": "16"},
         "LOST_SECONDS": str(LOST_SECONDS),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
     }
     port = free_port()
     command = [sys.executable, "-m", "tests.on_processes", "--mesh", mesh, "--out", str(out), "--processes"]
