@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m train.lora --placement task_diff --batch 8 --accumulation 1 --out runs/demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -16,6 +16,15 @@ torch.set_num_threads(1)  # the oracles are tiny, and more threads only wait for
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+#: The slowest files begin first: a slow one that comes last is all that the others' worker waits for. (Those that start
+#: processes of their own do not come together.)
+_FIRST = ("test_processes", "test_mini", "test_families", "test_killed", "test_sweep")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else len(_FIRST))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Frees compiled programs: on CPU every one holds memory maps, of which Linux allows a process 65,530; the whole

@@ -2,6 +2,7 @@
 half of a training whose parameters are split over the mesh."""
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,14 +15,14 @@ import tyro
 
 from eval.accuracy import answer
 from interventions.trace import TraceOptions, trace_examples
+from train import tune
 from train.loop import LoopOptions, fit
-from train.trunk import LoRAOptions, train_lora
-from vlm_jax import processes
+from train.trunk import LoRAOptions, embedded_examples, train_lora
+from vlm_jax import processes, prompts
 from vlm_jax.command import command
 from vlm_jax.data import load_task
 from vlm_jax.options import ModelOptions
 from vlm_jax.processes import is_first
-from vlm_jax.prompts import encode
 from vlm_jax.runs import Run
 from vlm_jax.sharding import placed
 
@@ -56,6 +57,19 @@ def halved(folder: Path, steps: int) -> dict:
     return fit(squares, start, np.float32(2), numbers, ADAM, steps=steps, folder=folder, options=options)
 
 
+def encoded() -> set[str]:
+    """The ids of the examples that this process encodes from here on."""
+    seen: set[str] = set()
+    encode = prompts.encode
+
+    def watched(examples, *args, **how):
+        seen.update(example.id for example in examples)
+        return encode(examples, *args, **how)
+
+    prompts.encode = watched
+    return seen
+
+
 @command
 def main(args: Args) -> None:
     model, processor = args.load()
@@ -66,8 +80,11 @@ def main(args: Args) -> None:
     answers = answer(model, processor, examples, batch=4, log=run.log("answers.jsonl"))
     train = load_task("mini-docvqa", split="train", limit=16)
     options = LoRAOptions(r=4, batch=4, accumulation=2, epochs=args.epochs, save_every=2, seed=args.seed)
-    batch = encode(train, processor, model.config)
-    lora = train_lora(model, MODULES, batch, options, "lora", run.path("training/_").parent)
+    seen = encoded()
+    data = embedded_examples(model, processor, train)
+    run.path(f"encoded/{jax.process_index()}.json").write_text(json.dumps(sorted(seen)))
+    lora = train_lora(model, MODULES, data, options, "lora", run.path("training/_").parent)
+    tune.tune(model, processor, train, tune.Args(batch=8, epochs=1, seed=args.seed), run.path("tune/_").parent)
     weights = {f"lora {site} {i}": w for site, pair in sorted(lora.weights.items()) for i, w in enumerate(pair)}
     half = halved(run.folder / "half", HALF)["w"]
     if jax.process_count() > 1 and run.config["mesh"] and "fsdp" in run.config["mesh"]:

@@ -390,3 +390,59 @@ def test_cut_rows_keep_their_logits(tiny):
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         assert field.name == "images" or value.shape[-1] == 16
+
+
+# Rows of one shape, each with its images
+
+
+def test_aligned_rows_keep_their_logits(tiny):
+    inputs, whole, run = tiny
+    alike = inputs.aligned(2, 64)
+    assert alike.images.patch_mask.shape == (8, 64)
+    real = alike.attention_mask
+    np.testing.assert_allclose(run(alike)[real], whole[real], atol=1e-5)
+    wrong = alike.replace(image_index=np.where(alike.image_index >= 0, alike.image_index[::-1].max(1)[:, None], -1))
+    assert np.abs(run(wrong)[real] - whole[real]).max() > 1e-2
+
+
+def test_shares_of_a_batch_are_the_batch(tiny):
+    """As several processes make it: what one has is what all have, end to end."""
+    inputs, *_ = tiny
+    whole = inputs.aligned(3, 128).turned()
+    shares = [inputs.take(at).aligned(3, 128, at).turned() for at in (np.array([0, 1]), np.array([3]))]
+    for at, share in zip((slice(0, 2), slice(3, 4)), shares, strict=True):
+        rows = whole.replace(images=None), share.replace(images=None)
+        jax.tree.map(lambda a, b, at=at: np.testing.assert_array_equal(a[at], b), *rows)
+        own = slice(3 * at.start, 3 * at.stop)
+        jax.tree.map(lambda a, b, own=own: np.testing.assert_array_equal(a[own], b), whole.images, share.images)
+    elsewhere = inputs.take([3]).aligned(3, 128)  # the control: it does not know where it lies
+    assert (elsewhere.image_index != shares[1].image_index).any()
+
+
+def test_a_room_holds_what_each_example_needs(processor, config, monkeypatch):
+    examples = crowd(13)
+    apart = [encode([example], processor, config) for example in examples]
+    with monkeypatch.context() as patched:  # no image is processed for it
+        patched.setattr(type(processor.image_processor), "__call__", None)
+        room = prompts.room_of(examples, processor, config)
+    assert room.length == max(batch.inputs.input_ids.shape[1] for batch in apart)
+    assert room.answer == max((batch.spans["answer"] | batch.spans["end"]).sum() for batch in apart)
+    assert room.images == 2
+    assert room.patches == max(b.inputs.images.patch_mask.shape[1] for b in apart if b.inputs.images is not None)
+    shapes = set()
+    for example, alone in zip(examples, apart, strict=True):
+        inputs, index, valid = prompts.fitted([example], room, processor, config)
+        shapes.add(tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index, valid))))
+        length = alone.inputs.attention_mask.sum()
+        np.testing.assert_array_equal(inputs.input_ids[0, :length], alone.inputs.input_ids[0, :length])
+        span = alone.spans["answer"] | alone.spans["end"]
+        np.testing.assert_array_equal(index[valid], np.flatnonzero(span[0]))
+        for got, want in zip(pictures(inputs, 0), pictures(alone.inputs, 0), strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert len(shapes) == 1
+
+
+def test_a_room_refuses_what_cannot_be_encoded(processor, config):
+    wide = example("What is it?", images=(picture(2000, 4, 1),))
+    with pytest.raises(UserError, match="refuses an image"):
+        prompts.room_of([wide], processor, config)

@@ -109,7 +109,9 @@ def found(out: Path) -> dict[str, np.ndarray]:
 
 
 def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "training/metrics.jsonl").read_text().splitlines()]
+    """And the norms of the gradients: of the adapter, and of the whole decoder."""
+    lines = [line for name in ("training", "tune") for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)[name] for line in lines for name in ("loss", "grad_norm")]
 
 
 def apart(some: dict, others: dict) -> dict[str, float]:
@@ -141,6 +143,9 @@ def check(out: Path, one: list[Path]) -> None:
     records = [json.loads(line) for line in (out / "trace/samples.jsonl").read_text().splitlines()]
     assert len({record["id"] for record in records}) == len(records) == 10
     assert not list(out.rglob("*-of-*"))
+    shares = [json.loads(file.read_text()) for file in (out / "encoded").iterdir()]
+    every = json.loads((one[0] / "encoded/0.json").read_text())
+    assert sorted(id for share in shares for id in share) == every and {len(s) for s in shares} == {16 // len(shares)}
 
 
 def test_two_processes_stopped_killed_and_finished(one, cache, tmp_path):

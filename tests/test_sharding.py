@@ -13,7 +13,20 @@ from jax.sharding import AxisType, PartitionSpec
 
 from vlm_jax import UserError
 from vlm_jax.info import config_of
-from vlm_jax.sharding import AXES, MESH_AXES, RULES, check_mesh, constrain, make_mesh, mesh_sizes, shards, spec_of
+from vlm_jax.sharding import (
+    AXES,
+    MESH_AXES,
+    RULES,
+    _among,
+    check_mesh,
+    constrain,
+    make_mesh,
+    mesh_sizes,
+    own_rows,
+    placed_rows,
+    shards,
+    spec_of,
+)
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
@@ -81,6 +94,23 @@ def test_on_a_mesh_it_is():
     with jax.sharding.use_abstract_mesh(mesh):
         assert shards("batch", 4) == 2 and shards("batch", 3) == 1
         assert "sharding_constraint" in str(jax.make_jaxpr(lambda x: constrain(x, "batch", None))(np.ones((4, 4))))
+
+
+def test_one_process_has_every_row():
+    batch = np.arange(12).reshape(1, 6, 2)
+    np.testing.assert_array_equal(own_rows(6), range(6))
+    assert placed_rows(batch, 6, axis=1) is batch
+    with jax.set_mesh(make_mesh("data=1", jax.devices()[:1])):
+        np.testing.assert_array_equal(own_rows(6), range(6))
+        np.testing.assert_array_equal(placed_rows(batch, 3, axis=1), batch)
+
+
+def test_a_device_finds_its_rows_among_those_of_its_process():
+    """Of eight rows with three entries each, of which the process has two pairs that are no neighbours."""
+    own = np.array([0, 1, 4, 5])
+    entries = np.arange(24).reshape(8, 3)[own].ravel()
+    for start, stop in ((0, 6), (3, 6), (12, 18), (15, 18)):
+        np.testing.assert_array_equal(entries[_among(own, 3, start, stop)], range(start, stop))
 
 
 def test_eight_devices_compute_what_one_does():

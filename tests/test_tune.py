@@ -10,11 +10,11 @@ import pytest
 
 import vlm_jax
 from train import tune
-from train.tune import Args, Batch, loss, split
+from train.tune import Args, loss, split
 from vlm_jax import UserError
 from vlm_jax.checkpoint import named_leaves
 from vlm_jax.data import load_task
-from vlm_jax.prompts import encode, positions
+from vlm_jax.prompts import Fitted, encode, positions
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_whole_model(mini):
 
     wanted = named_leaves(jax.jit(jax.grad(plain))(model))
     trained, rest = split(model, ("text",))
-    found = jax.jit(jax.grad(loss))(trained, rest, Batch(batch.inputs, index, valid, target), jax.random.key(0))
+    found = jax.jit(jax.grad(loss))(trained, rest, Fitted(batch.inputs.turned(), index, valid), jax.random.key(0))
     scale = float(optax.tree.norm(found))
     assert found.keys() == trained.keys() and scale > 1e-3
     for name, gradient in found.items():
@@ -84,7 +84,7 @@ def test_a_stopped_training_goes_on_to_the_same_model(mini, run, tmp_path):
     class Stopped(Exception):
         pass
 
-    real, calls = tune.encode, []
+    real, calls = tune.fitted, []
 
     def stopping(*args, **how):
         calls.append(1)
@@ -93,7 +93,7 @@ def test_a_stopped_training_goes_on_to_the_same_model(mini, run, tmp_path):
         return real(*args, **how)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(tune, "encode", stopping)
+        patch.setattr(tune, "fitted", stopping)
         tune.tune(*mini, examples, run, tmp_path)
     resumed = named_leaves(tune.tune(*mini, examples, run, tmp_path))
     whole = named_leaves(vlm_jax.load(run.out / "model")[0])

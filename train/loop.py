@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,7 +22,7 @@ from train.checkpoints import Checkpoints, place
 from train.meter import About, Meter, Tracker, check_trackers, unsound
 from vlm_jax.errors import UserError
 from vlm_jax.processes import first, progress
-from vlm_jax.sharding import placed
+from vlm_jax.sharding import placed, placed_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,9 @@ class LoopOptions:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least {least}")
         check_trackers(self.track)
 
+
+#: Batches are made while the device works on those before. (One thread: a fast tokeniser is not made for more.)
+_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 #: Names of options that do not make a run another run.
 WATCHING = tuple(field.name for field in dataclasses.fields(LoopOptions))
@@ -104,6 +108,7 @@ def fit(
     tx: optax.GradientTransformation,
     *,
     steps: int,
+    rows: int | None = None,
     seed: int = 0,
     label: str = "train",
     folder: Path | None = None,
@@ -116,8 +121,10 @@ def fit(
     Args:
         loss: see :data:`Loss`; its key differs from step to step and from micro-batch to micro-batch.
         trainable: the only arrays that change; ``frozen`` is handed to the loss as it is.
-        batches: step -> batch with a leading micro-batch axis. A pure function of the step, so that a resumed
-            run reads the same data.
+        batches: step -> batch with a leading micro-batch axis. A pure function of the step, so that a resumed run
+            reads the same data; called in a thread, some steps ahead.
+        rows: of a micro-batch, where ``batches`` gives only those that are this process's own
+            (:func:`vlm_jax.sharding.own_rows`); all processes have whole batches where None.
         folder: where ``metrics.jsonl`` (:class:`train.meter.Meter`) and checkpoints go; nothing is written where None.
         options: how the training is kept and watched; no checkpoints where None. A run that finds a checkpoint goes on
             from it, and was it stopped at any moment, it loses the steps since.
@@ -147,6 +154,8 @@ def fit(
             stack.callback(meter.close)
         ends = stack.enter_context(_preempted())
         profile = stack.enter_context(contextlib.ExitStack())
+        made = iter(grain.MapDataset.range(begun, steps).map(batches).to_iter_dataset(_AHEAD))
+        stack.callback(made.close)
         unread: list[tuple[int, dict]] = []
         bar = progress(range(begun, steps), desc=label, initial=begun, total=steps, unit="step", mininterval=1.0)
         for step in stack.enter_context(bar):
@@ -154,7 +163,8 @@ def fit(
             if profiled and done == begun + 3:
                 profile.enter_context(jax.profiler.trace(str(folder / "profile")))
             key = jax.random.fold_in(jax.random.key(seed), step)
-            batch = placed(batches(step), None, "batch")
+            batch = next(made)
+            batch = placed(batch, None, "batch") if rows is None else placed_rows(batch, rows, axis=1)
             state, metrics = update(state, frozen, batch, key, loss=loss, tx=tx, places=places)
             unread.append((done, metrics))
             if profiled and done == begun + 2 + profiled:

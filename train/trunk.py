@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,15 +29,14 @@ from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
 from vlm_jax.processes import fetch, first
-from vlm_jax.prompts import Batch, encode, longest, positions
+from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
+from vlm_jax.sharding import own_rows, placed_rows
 from vlm_jax.sites import TEXT_LINEARS, Context
 
 #: P0 trains with 2e-4 at width 2560. Adam's best rate falls with the width (muP), so narrower models get more.
 _LR, _LR_WIDTH = 2e-4, 2560
 #: Examples whose trunk is computed together.
 _CHUNK = 32
-#: Examples that are encoded together where they are many: a multiple of it.
-_PART = 128
 #: The linears whose outputs the backward pass reads.
 _WIDE = [name for names in TEXT_LINEARS.values() for name in names if name not in ("self_attn.o_proj", "mlp.down_proj")]
 #: What ``remat`` keeps for the backward pass: the values at these sites; the rest of a layer is computed again there.
@@ -188,11 +187,11 @@ def answer_loss(model: Model, x: jax.Array, index: jax.Array, valid: jax.Array, 
 
 @jax.jit
 def _embed(model: Model, inputs: Inputs, index, valid) -> Trunk:
-    (x, deepstack), _ = model.embed(inputs)
+    """Of :meth:`Inputs.turned` inputs."""
+    (x, deepstack), _ = model.embed(inputs.turned())
     deepstack = None if deepstack is None else deepstack.swapaxes(0, 1)
     target = jnp.take_along_axis(inputs.input_ids, index, 1)
-    positions = inputs.position_ids.swapaxes(0, 1)
-    return Trunk(x, deepstack, inputs.attention_mask, positions, inputs.is_image, index, valid, target)
+    return Trunk(x, deepstack, inputs.attention_mask, inputs.position_ids, inputs.is_image, index, valid, target)
 
 
 @functools.partial(jax.jit, static_argnames="lowest")
@@ -207,38 +206,53 @@ def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
         size: examples that are run together.
         where: ``gib`` and ``folder``: see :func:`stored`.
     """
-    count = len(batch.inputs.input_ids)
-    return stored(_embed_batch(model, batch, size, count), count, **where)
+    images = batch.inputs.images
+    patches = 0 if images is None else images.patch_mask.shape[1]
+    inputs, answers = batch.inputs, positions(batch.spans["answer"] | batch.spans["end"])
+
+    def fit(rows, at) -> Fitted:
+        own = inputs.take(rows, min(1, batch.images)).aligned(batch.images, patches, at)
+        return Fitted(own, *(part[rows] for part in answers))
+
+    return _embedded(model, fit, len(inputs.input_ids), size, **where)
 
 
-def embedded_examples(model: Model, processor, examples: Sequence[Example], size: int = _PART, **where) -> Trunk:
-    """:func:`embedded` of examples whose images would not all fit in memory: ``size`` at a time are encoded, and a
-    program is compiled for every size of a part's largest image."""
-    length, width = longest(examples, processor, model.config)
-    most = max(examples, key=lambda example: len(example.images))
+def embedded_examples(model: Model, processor, examples: Sequence[Example], size: int = _CHUNK, **where) -> Trunk:
+    """:func:`embedded` of examples whose images would not all fit in memory: as many are encoded at a time as are run
+    together, and of several processes each encodes those that its devices run."""
+    room = room_of(examples, processor, model.config)
 
-    def parts():
-        for at in range(0, len(examples), size):
-            part = examples[at : at + size]
-            # Beside the one with the most images, all parts have them, and the same arrays.
-            batch = encode([*part, most], processor, model.config, step=length)
-            yield from _embed_batch(model, batch, min(size, _CHUNK), len(part), width)
+    def fit(rows, at) -> Fitted:
+        return fitted([examples[row] for row in rows], room, processor, model.config, at)
 
-    return stored(parts(), len(examples), **where)
+    return _embedded(model, fit, len(examples), size, **where)
 
 
-def _embed_batch(model: Model, batch: Batch, size: int, count: int, width: int | None = None) -> Iterator[Trunk]:
-    """The first ``count`` rows."""
-    index, valid = positions(batch.spans["answer"] | batch.spans["end"], width)
-    for rows in _chunks(count, size):
-        yield _embed(model, batch.inputs.take(rows, size * batch.images), index[rows], valid[rows])
+def _embedded(model: Model, fit: Callable[[np.ndarray, np.ndarray], Fitted], count: int, size: int, **where) -> Trunk:
+    """
+    Args:
+        fit: examples of these numbers, as these rows of a batch.
+    """
+    size = min(size, count)
+
+    def parts() -> Iterator[Trunk]:
+        own = own_rows(size)
+        for rows in _chunks(count, size):
+            inputs, *answers = fit(rows[own], own)
+            yield _embed(model, *placed_rows((inputs.turned(), *answers), size))
+
+    return stored(parts(), count, **where)
 
 
 def raised(model: Model, data: Trunk, lowest: int, size: int = _CHUNK, **where) -> Trunk:
     """Embedded examples as they enter layer ``lowest``."""
+    count = len(data.x)
+    size = min(size, count)
     if lowest:
-        parts = (_raise(model, data.take(rows), lowest) for rows in _chunks(len(data.x), size))
-        data = data.replace(x=stored(parts, len(data.x), **where))
+        own = own_rows(size)
+        chunks = _chunks(count, size)
+        parts = (_raise(model, placed_rows(data.take(rows[own]), size), lowest) for rows in chunks)
+        data = data.replace(x=stored(parts, count, **where))
     # DeepStack ends below the adapters as a rule; then there is nothing of it to keep.
     over = data.deepstack is not None and lowest >= data.deepstack.shape[1]
     return data.replace(deepstack=None) if over else data
@@ -353,6 +367,7 @@ def train_lora(
         order = np.resize(rng.permutation(count), per_epoch * step_size)
         return order.reshape(per_epoch, options.accumulation, options.batch)[step % per_epoch]
 
+    own = own_rows(options.batch)
     lr = options.lr if options.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
     tx, tokens = optimiser(lr, steps), step_size * data.x.shape[1]
     flops = step_flops(model, frozen.lowest, step_size, data.x.shape[1], data.index.shape[1])
@@ -366,9 +381,10 @@ def train_lora(
         loss,
         padded.weights,
         frozen,
-        lambda step: data.take(rows_of(step)),
+        lambda step: data.take(rows_of(step)[:, own]),
         tx,
         steps=steps,
+        rows=options.batch,
         seed=options.seed,
         label=label,
         folder=folder,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -27,11 +28,11 @@ from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
-from vlm_jax.inputs import Inputs
 from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.processes import fetch
-from vlm_jax.prompts import check_fit, encode, longest, positions
+from vlm_jax.prompts import Fitted, check_fit, fitted, room_of
 from vlm_jax.runs import Run
+from vlm_jax.sharding import own_rows
 
 #: Of a model's pytree: the vision tower holds the projector too.
 PARTS = ("text", "visual")
@@ -96,23 +97,14 @@ def split(model: Model, parts: tuple[str, ...]) -> tuple[dict[str, jax.Array], R
     return trained, Rest(rest, tuple(leaves), jax.tree.structure(model))
 
 
-@flax.struct.dataclass
-class Batch:
-    """Encoded examples and their gold tokens ``(B, A)``."""
-
-    inputs: Inputs
-    index: jax.Array
-    valid: jax.Array
-    target: jax.Array
-
-
-def loss(trained: dict[str, jax.Array], rest: Rest, batch: Batch, key: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the gold tokens and the end of their turn."""
-    model = rest.joined(trained)
-    embedded, _ = model.embed(batch.inputs)
-    window = model.window(batch.inputs)
-    x, _, _ = model.text.scan(embedded.x, window, deepstack=embedded.deepstack, remat=True)
-    return answer_loss(model, x, batch.index, batch.valid, batch.target)
+def loss(trained: dict[str, jax.Array], rest: Rest, batch: Fitted, key: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the gold tokens and the end of their turn. The batch's inputs are
+    :meth:`Inputs.turned`."""
+    model, inputs = rest.joined(trained), batch.inputs.turned()
+    embedded, _ = model.embed(inputs)
+    x, _, _ = model.text.scan(embedded.x, model.window(inputs), deepstack=embedded.deepstack, remat=True)
+    target = jnp.take_along_axis(inputs.input_ids, batch.index, 1)
+    return answer_loss(model, x, batch.index, batch.valid, target)
 
 
 @functools.cache
@@ -128,28 +120,39 @@ def tune(model: Model, processor, examples: list[Example], args: Args, folder: P
     """The model with ``args.parts`` trained on the examples; checkpoints go to ``folder``."""
     per_epoch = max(1, len(examples) // args.batch)
     steps = per_epoch * args.epochs
-    length, width = longest(examples, processor, model.config)
+    room, own = room_of(examples, processor, model.config), own_rows(args.batch)
 
     def rows_of(step: int) -> np.ndarray:
         rng = np.random.default_rng([args.seed, step // per_epoch])
         order = np.resize(rng.permutation(len(examples)), per_epoch * args.batch).reshape(per_epoch, -1)
         return order[step % per_epoch]
 
-    def step_batch(step: int) -> Batch:
-        encoded = encode([examples[row] for row in rows_of(step)], processor, model.config, step=length)
-        index, valid = positions(encoded.spans["answer"] | encoded.spans["end"], width)
-        target = np.take_along_axis(np.asarray(encoded.inputs.input_ids), index, 1)
-        return jax.tree.map(lambda a: np.asarray(a)[None], Batch(encoded.inputs, index, valid, target))
+    def step_batch(step: int) -> Fitted:
+        batch = fitted([examples[row] for row in rows_of(step)[own]], room, processor, model.config, own)
+        return jax.tree.map(lambda a: a[None], batch._replace(inputs=batch.inputs.turned()))
 
     trained, rest = split(model, args.parts)
     lr = args.lr if args.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
     about = About(
         rate=schedule(lr, steps),
         ids=lambda step: [examples[row].id for row in rows_of(step)],
-        tokens=args.batch * length,
+        tokens=args.batch * room.length,
     )
-    how = {"steps": steps, "seed": args.seed, "label": "tune", "folder": folder, "options": args, "about": about}
-    return rest.joined(fit(loss, trained, rest, step_batch, optimiser(lr, steps), **how))
+    tuned = fit(
+        loss,
+        trained,
+        rest,
+        step_batch,
+        optimiser(lr, steps),
+        steps=steps,
+        rows=args.batch,
+        seed=args.seed,
+        label="tune",
+        folder=folder,
+        options=args,
+        about=about,
+    )
+    return rest.joined(tuned)
 
 
 @command

@@ -84,7 +84,8 @@ class TextConfig:
 class VisionConfig:
     """What all vision towers have. A tower's own config also says how to build it and how to feed it:
 
-    ``tower(key)``: the module; ``token_counts(pixels)``: visual tokens of each image in an image processor's output;
+    ``tower(key)``: the module; ``size_of(image_processor, image)``: the patches that an image takes, padding included,
+    and its visual tokens, known without processing it;
     ``images(pixel_values, image_grid_thw)``: :class:`vlm_jax.inputs.Images` and the visual tokens of each, in order;
     ``blank(count, tokens)``: what its image processor would return for so many blank square images of at most so many
     visual tokens each, or of the only size there is.
@@ -119,7 +120,7 @@ class VisionConfig:
     def tower(self, key) -> Any:
         raise NotImplementedError
 
-    def token_counts(self, pixels) -> list[int]:
+    def size_of(self, image_processor, image) -> tuple[int, int]:
         raise NotImplementedError
 
     def images(self, pixel_values, image_grid_thw) -> Any:

@@ -120,6 +120,35 @@ class Inputs:
 
         return text.replace(images=jax.tree.map(pick, self.images), image_index=index)
 
+    def aligned(self, images: int, patches: int, at: np.ndarray | None = None) -> "Inputs":
+        """The same rows (NumPy arrays only), each followed by its own ``images`` images of ``patches`` patches, padding
+        included: so that whoever gets some of the rows gets their images with them.
+
+        Args:
+            at: which rows of a larger batch these are, whose visual tokens are counted through all of its images.
+        """
+        if self.images is None:
+            return self
+        old, count = self.images, len(self.input_ids)
+        stride = old.stride * patches // old.patch_mask.shape[1]
+        index, source = self.image_index.copy(), np.full(count * images, -1)
+        for row, place in enumerate(np.arange(count) if at is None else at):
+            there = index[row] >= 0
+            used, slot = np.unique(index[row, there] // old.stride, return_inverse=True)
+            source[row * images : row * images + len(used)] = used
+            index[row, there] = (place * images + slot) * stride + index[row, there] % old.stride
+
+        def spread(array):
+            new = np.zeros((len(source), patches, *array.shape[2:]), array.dtype)
+            new[source >= 0, : array.shape[1]] = array[source[source >= 0]]
+            return new
+
+        return self.replace(images=jax.tree.map(spread, old).replace(stride=stride), image_index=index)
+
+    def turned(self) -> "Inputs":
+        """With position_ids as ``(B, 3, T)``, so that rows lead in every array; and back."""
+        return self.replace(position_ids=self.position_ids.swapaxes(0, 1))
+
     def cut(self, length: int) -> "Inputs":
         """The first ``length`` tokens of every row."""
         return self.replace(

@@ -116,7 +116,7 @@ def prompts(config: Config, batch: int, length: int) -> tuple[Inputs, np.ndarray
     if config.vision is not None:
         room = length - _QUESTION - _ANSWER - 16
         pixels = config.vision.blank(batch, max(1, room))
-        (count,) = set(config.vision.token_counts(pixels))
+        (count,) = set(config.vision.images(**pixels)[1])
         if count > room:
             raise UserError(
                 f"--length {length} does not hold the model's {count} visual tokens and a question: give more"

@@ -65,18 +65,26 @@ def first(make: Callable[[], Any]) -> Any:
     Args:
         make: called in the first process alone; returns what JSON has. A :class:`UserError` is raised in all.
     """
+    return everywhere(lambda: make() if is_first() else None)[0]
+
+
+def everywhere(make: Callable[[], Any]) -> list[Any]:
+    """What ``make`` gives in each process, in their order, in all of them.
+
+    Args:
+        make: returns what JSON has. The :class:`UserError` of one process is raised in all.
+    """
     if jax.process_count() == 1:
-        return make()
-    said = [None, None]
-    if is_first():
-        try:
-            said = [make(), None]
-        except UserError as error:
-            said = [None, str(error)]
-    value, refused = gathered(said)[0]
-    if refused is not None:
-        raise UserError(refused)
-    return value
+        return [make()]
+    try:
+        said = [make(), None]
+    except UserError as error:
+        said = [None, str(error)]
+    told = gathered(said)
+    for _, refused in told:
+        if refused is not None:
+            raise UserError(refused)
+    return [value for value, _ in told]
 
 
 def gathered(value: Any) -> list[Any]:

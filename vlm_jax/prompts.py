@@ -4,6 +4,7 @@ Spans come from the tokeniser's character offsets. The chat template is rendered
 the question begins is known by construction and no text or token id is ever searched for.
 """
 
+import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 from vlm_jax.families.base import Chat
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
+from vlm_jax.processes import everywhere
 
 #: P0, appendix C.1.
 P0_PROMPT = (
@@ -70,44 +72,18 @@ def encode(
         UserError: a question that does not fit the model's context or holds a special token.
     """
     prompts = [prompt] * len(examples) if isinstance(prompt, str) else prompt
-    tokenizer = processor.tokenizer
+    rows = _tokens(examples, prompts, processor, config, with_answer)
     images = [image for example in examples for image in example.images]
-    if images and config.vision is None:
-        raise UserError(f"a {config.family} is a text-only model and takes no images: choose a vision-language model")
-    try:
+    with _image_errors():
         pixels = processor.image_processor(images=images, return_tensors="np") if images else {}
-    except ValueError as error:  # such as a picture that is 200 times as wide as high
-        raise UserError(f"the image processor refuses an image ({error}): leave it out or change its shape") from None
-    counts = iter(config.vision.token_counts(pixels) if images else ())
-    chat = FAMILIES[config.family].chat
-    texts, ranges = zip(
-        *(
-            _render(example, text, processor, chat, [next(counts) for _ in example.images], with_answer)
-            for example, text in zip(examples, prompts, strict=True)
-        ),
-        strict=True,
-    )
-    # Where the chat template does not write the token that begins a text, the tokeniser does.
-    bos = tokenizer.bos_token
-    begun = bos is not None and texts[0].startswith(bos)
-    tokens = tokenizer(list(texts), add_special_tokens=not begun, return_offsets_mapping=True)
-    rows, offsets = tokens["input_ids"], tokens["offset_mapping"]
-    most = min(tokenizer.model_max_length, config.text.max_position_embeddings or tokenizer.model_max_length)
-    for example, row in zip(examples, rows, strict=True):
-        if len(row) > most:
-            raise UserError(
-                f"example {example.id!r} has {len(row)} tokens, but the model takes {most}: "
-                "shorten its question or use smaller images"
-            )
-    total = bucket(max(map(len, rows)), step)
+    total = bucket(max(len(row.ids) for row in rows), step)
     ids = np.full((len(rows), total), config.pad_token_id, np.int32)
     mask = np.zeros((len(rows), total), bool)
     spans = {name: np.zeros((len(rows), total), bool) for name in SPANS}
-    for i, (row, places) in enumerate(zip(rows, offsets, strict=True)):
-        ids[i, : len(row)], mask[i, : len(row)] = row, True
-        begin, end = np.array(places).T
-        for name, low, high in ranges[i]:
-            spans[name][i, : len(row)] |= (begin < high) & (end > low)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)], mask[i, : len(row.ids)] = row.ids, True
+        for name, span in row.spans.items():
+            spans[name][i, : len(row.ids)] = span
     return Batch(
         Inputs.from_hf(
             config,
@@ -120,6 +96,56 @@ def encode(
         spans,
         max(len(example.images) for example in examples),
     )
+
+
+class _Tokens(NamedTuple):
+    """One example: token ids, which of them belong to which span, patches of its largest image."""
+
+    ids: list[int]
+    spans: dict[str, np.ndarray]
+    patches: int
+
+
+def _tokens(examples: Sequence[Example], prompts: Sequence[str], processor, config: Config, with_answer: bool):
+    """The examples' :class:`_Tokens`, for which no image is processed."""
+    tokenizer, chat = processor.tokenizer, FAMILIES[config.family].chat
+    if config.vision is None and any(example.images for example in examples):
+        raise UserError(f"a {config.family} is a text-only model and takes no images: choose a vision-language model")
+    with _image_errors():
+        sizes = [[config.vision.size_of(processor.image_processor, image) for image in e.images] for e in examples]
+    texts, ranges = zip(
+        *(
+            _render(example, text, processor, chat, [tokens for _, tokens in own], with_answer)
+            for example, text, own in zip(examples, prompts, sizes, strict=True)
+        ),
+        strict=True,
+    )
+    # Where the chat template does not write the token that begins a text, the tokeniser does.
+    bos = tokenizer.bos_token
+    begun = bos is not None and texts[0].startswith(bos)
+    tokens = tokenizer(list(texts), add_special_tokens=not begun, return_offsets_mapping=True)
+    most = min(tokenizer.model_max_length, config.text.max_position_embeddings or tokenizer.model_max_length)
+    rows = []
+    for i, (example, ids) in enumerate(zip(examples, tokens["input_ids"], strict=True)):
+        if len(ids) > most:
+            raise UserError(
+                f"example {example.id!r} has {len(ids)} tokens, but the model takes {most}: "
+                "shorten its question or use smaller images"
+            )
+        begin, end = np.array(tokens["offset_mapping"][i]).T
+        spans = {name: np.zeros(len(ids), bool) for name in SPANS}
+        for name, low, high in ranges[i]:
+            spans[name] |= (begin < high) & (end > low)
+        rows.append(_Tokens(ids, spans, max((patches for patches, _ in sizes[i]), default=0)))
+    return rows
+
+
+@contextlib.contextmanager
+def _image_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # such as a picture that is 200 times as wide as high
+        raise UserError(f"the image processor refuses an image ({error}): leave it out or change its shape") from None
 
 
 def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[int], with_answer: bool):
@@ -206,24 +232,68 @@ def shape_of(batch: Batch) -> tuple:
     return tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch.inputs))
 
 
-def check_fit(examples: Sequence[Example], processor, config: Config) -> None:
-    """Raises a UserError for the first example that cannot be encoded, before any work is spent on the others."""
-    longest(examples, processor, config)
+class Room(NamedTuple):
+    """What each of some examples fits in, so that one program serves all of them, however few are encoded at once."""
+
+    length: int
+    """Tokens of a prompt with its answer, rounded up."""
+    answer: int
+    """Tokens of an answer with the end of its turn."""
+    images: int
+    """Images of an example."""
+    patches: int
+    """Patches of an image, padding included."""
 
 
-def longest(examples: Sequence[Example], processor, config: Config) -> tuple[int, int]:
-    """The longest prompt with its answer, rounded up, and the longest answer with the end of its turn, in tokens: so
-    that one program serves all examples, however few are encoded at once.
+def room_of(examples: Sequence[Example], processor, config: Config) -> Room:
+    """The room that the examples need, found without processing an image. Of several processes each looks at its share
+    of them.
 
     Raises:
         UserError: for an example that cannot be encoded.
     """
-    length = width = 0
-    for first in range(0, len(examples), _WINDOW):
-        batch = encode(examples[first : first + _WINDOW], processor, config)
-        length = max(length, batch.inputs.input_ids.shape[1])
-        width = max(width, int((batch.spans["answer"] | batch.spans["end"]).sum(1).max()))
-    return length, width
+
+    def own() -> Room:
+        share = examples[jax.process_index() :: jax.process_count()]
+        rows = _tokens(share, [P0_PROMPT] * len(share), processor, config, True) if share else []
+        answers = [int((row.spans["answer"] | row.spans["end"]).sum()) for row in rows]
+        return Room(
+            bucket(max((len(row.ids) for row in rows), default=0)),
+            max(answers, default=0),
+            max((len(example.images) for example in share), default=0),
+            max((row.patches for row in rows), default=0),
+        )
+
+    return Room(*map(max, zip(*everywhere(own), strict=True)))
+
+
+def check_fit(examples: Sequence[Example], processor, config: Config) -> None:
+    """Raises a UserError for an example that cannot be encoded, before any work is spent on the others."""
+    room_of(examples, processor, config)
+
+
+class Fitted(NamedTuple):
+    """Rows of one shape: their inputs, and where the gold tokens and the end of their turn are: ``index``, ``valid``
+    ``(B, A)``."""
+
+    inputs: Inputs
+    index: np.ndarray
+    valid: np.ndarray
+
+
+def fitted(examples: Sequence[Example], room: Room, processor, config: Config, at: np.ndarray | None = None) -> Fitted:
+    """The examples in as much room as all of theirs need, each row with its images (:meth:`Inputs.aligned`).
+
+    Args:
+        at: which rows of a larger batch these are.
+    """
+    batch = encode(examples, processor, config, step=room.length)
+    inputs = batch.inputs
+    if room.images and inputs.images is None:  # the others of the batch have some
+        blank, _ = config.vision.images(**config.vision.blank(1, 1))
+        inputs = inputs.replace(images=blank, image_index=np.full(inputs.input_ids.shape, -1, np.int32))
+    answers = positions(batch.spans["answer"] | batch.spans["end"], room.answer)
+    return Fitted(inputs.aligned(room.images, room.patches, at), *answers)
 
 
 def positions(mask: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -145,6 +145,43 @@ def placed(tree: Any, *axes: str | None) -> Any:
     return jax.tree.map(put, tree)
 
 
+def own_rows(count: int) -> np.ndarray:
+    """Which rows of a batch of ``count`` lie on this process's devices: all of them without a mesh."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return np.arange(count)
+    place = NamedSharding(mesh, spec_of((count,), ("batch",), dict(mesh.shape)))
+    return np.unique([np.arange(count)[block] for block in place.addressable_devices_indices_map((count,)).values()])
+
+
+def placed_rows(tree: Any, count: int, axis: int = 0) -> Any:
+    """A batch of ``count`` rows on the mesh in use, of whose arrays every process has those of its :func:`own_rows`,
+    along ``axis`` (one or more of an array for each row)."""
+    mesh, own = jax.sharding.get_mesh(), own_rows(count)
+    if mesh.empty:
+        return tree
+    place = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *spec_of((count,), ("batch",), dict(mesh.shape))))
+
+    def put(leaf):
+        leaf = np.asarray(leaf)
+        each = leaf.shape[axis] // len(own)
+        shape = (*leaf.shape[:axis], count * each, *leaf.shape[axis + 1 :])
+
+        def part(index):
+            start, stop, _ = index[axis].indices(shape[axis])
+            return leaf[(*index[:axis], _among(own, each, start, stop), *index[axis + 1 :])]
+
+        return jax.make_array_from_callback(shape, place, part)
+
+    return jax.tree.map(put, tree)
+
+
+def _among(own: np.ndarray, each: int, start: int, stop: int) -> slice:
+    """Where entries ``start`` to ``stop``, of which every row has ``each``, are among those of one's own rows."""
+    first = int(np.searchsorted(own, start // each)) * each
+    return slice(first, first + stop - start)
+
+
 def shards(axis: str, size: int) -> int:
     """Into how many parts the mesh splits a dimension of this size with this logical axis."""
     sizes = free_axes()

@@ -43,8 +43,12 @@ class QwenVision(VisionConfig):
             )
         image_processor.size = type(size)(shortest_edge=low, longest_edge=high)
 
-    def token_counts(self, pixels) -> list[int]:
-        return [int(np.prod(grid)) // self.merge for grid in pixels["image_grid_thw"]]
+    def size_of(self, image_processor, image) -> tuple[int, int]:
+        count = image_processor.get_number_of_image_patches(image.height, image.width)
+        return self._padded(count), count // self.merge
+
+    def _padded(self, patches: int) -> int:
+        return bucket(patches, math.lcm(PATCH_BUCKET, self.merge))
 
     def blank(self, count: int, tokens: int) -> dict[str, np.ndarray]:
         side = self.spatial_merge_size * math.isqrt(tokens)
@@ -64,7 +68,7 @@ class QwenVision(VisionConfig):
                 f"pixel_values has {len(pixel_values)} patches but image_grid_thw describes {counts.sum()}: "
                 "pass the arrays of one processor call unchanged"
             )
-        longest = bucket(int(counts.max()), math.lcm(PATCH_BUCKET, self.merge))
+        longest = self._padded(int(counts.max()))
         pixels = np.zeros((len(grids), longest, pixel_values.shape[-1]), np.float32)
         where = np.zeros((len(grids), longest, 2), np.int32)
         starts = np.concatenate([[0], np.cumsum(counts)])

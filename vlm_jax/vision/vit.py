@@ -30,8 +30,8 @@ class ViTVision(VisionConfig):
         """Visual tokens of an image."""
         raise NotImplementedError
 
-    def token_counts(self, pixels) -> list[int]:
-        return [self.tokens] * len(pixels["pixel_values"])
+    def size_of(self, image_processor, image) -> tuple[int, int]:
+        return self.side**2, self.tokens
 
     def blank(self, count: int, tokens: int) -> dict[str, np.ndarray]:
         return {"pixel_values": np.zeros((count, self.in_channels, self.image_size, self.image_size), np.float32)}
