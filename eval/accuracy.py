@@ -32,10 +32,11 @@ from vlm_jax.command import command
 from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
+from vlm_jax.log import Log
 from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.processes import apart, fetch, gathered, progress
-from vlm_jax.prompts import P0_PROMPT, batches, shape_of
-from vlm_jax.runs import Log, Run, digests
+from vlm_jax.prompts import P0_PROMPT, batches, check_fit, shape_of
+from vlm_jax.runs import Run, digests
 
 #: Generation takes longer to compile than padding costs, so prompts of nearly any length share a shape.
 _LENGTH_STEP = 64
@@ -238,6 +239,7 @@ def main(args: Args) -> None:
     interventions = () if args.intervention is None else load_interventions(args.intervention)
     for intervention in interventions:
         print(describe(intervention))
+    check_fit(examples, processor, model.config, with_answer=False)
     run = Run.open(args.out, args, model.config, processor)
     run.pin("data", source(args.task, split=args.split, options=args))
     for name, value in pinned.items():

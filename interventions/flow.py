@@ -4,12 +4,10 @@ python -m interventions.flow --tasks mini-okvqa mini-docvqa --limit 48 --out run
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import tyro
 
 from interventions.attention import Reading, read_examples
@@ -115,22 +113,6 @@ def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
     return tuple(map(list, chosen))
 
 
-def _kept(run: Run, file: str, kind: type, make: Callable[..., Any], *args, **how) -> Any:
-    """The arrays of a stage, made now or read from an earlier, interrupted run."""
-    path = run.folder / file
-    if not run.has(file):
-        run.save_arrays(file, **make(*args, **how)._asdict())
-    with np.load(path) as found:
-        return kind(**found)
-
-
-def _kept_lines(run: Run, file: str, make: Callable[..., list[dict]], *args, **how) -> list[dict]:
-    path = run.folder / file
-    if not run.has(file):
-        run.save_lines(file, make(*args, **how))
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def _report(task: str, found: dict) -> None:
     seen = found["attention"]
     names = [name for name in ("to_image", "to_image_end", "ratio", "tokens_for_80", "tokens_for_90") if name in seen]
@@ -176,19 +158,20 @@ def main(args: Args) -> None:
     readings, results = {}, {}
     for task, examples in tasks.items():
         on = (model, processor, examples)
-        readings[task] = _kept(run, f"{task}/attention.npz", Reading, read_examples, *on, args.batch, task)
-        records = _kept_lines(run, f"{task}/samples.jsonl", knocked_out_answers, *on, edges, name=task, **to_generate)
-        effect = _kept(
-            run,
-            f"{task}/windows.npz",
-            Effect,
-            window_effects,
-            *on,
-            window_edges,
-            args.window,
-            mode=args.modes[0],
-            name=task,
-            **how,
+        readings[task] = Reading(
+            **run.once(f"{task}/attention.npz", lambda on=on, task=task: read_examples(*on, args.batch, task)._asdict())
+        )
+        records = run.once(
+            f"{task}/samples.jsonl",
+            lambda on=on, task=task: knocked_out_answers(*on, edges, name=task, **to_generate),
+        )
+        effect = Effect(
+            **run.once(
+                f"{task}/windows.npz",
+                lambda on=on, task=task: window_effects(
+                    *on, window_edges, args.window, mode=args.modes[0], name=task, **how
+                )._asdict(),
+            )
         )
         results[task] = {
             "samples": len(examples),

@@ -257,13 +257,13 @@ def main(args: Args) -> None:
     run.pin("data", {name: source(name, split=args.split, options=args) for name in args.tasks})
     tasks, results, lines = {}, {}, []
     for label, examples in loaded.items():
-        file = f"{label}/table.npz"
-        if not run.has(file):
+
+        def make(label=label, examples=examples) -> dict:
             base, correct = tabulate(model, processor, examples, args.cut, batch=args.batch, label=label)
-            run.save_arrays(file, base=base, correct=correct)
-        with np.load(run.folder / file) as saved:
-            strata = np.array([subtask(example) for example in examples])
-            tasks[label] = Task(examples, saved["base"], saved["correct"], strata)
+            return {"base": base, "correct": correct}
+
+        strata = np.array([subtask(example) for example in examples])
+        tasks[label] = Task(examples, **run.once(f"{label}/table.npz", make), strata=strata)
         results[label], choice = study(tasks[label], args)
         lines += [{"task": label, **record} for record in records(tasks[label], choice)]
         if choice.layer != BASE:

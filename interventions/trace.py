@@ -34,10 +34,11 @@ from vlm_jax.data import Example, load_task, source, task_label
 from vlm_jax.data.metrics import LETTERS, normalise
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.fingerprint import fingerprint
+from vlm_jax.log import Log
 from vlm_jax.options import DataOptions, ModelOptions
 from vlm_jax.processes import apart, fetch, progress
-from vlm_jax.prompts import Batch, batches, encode
-from vlm_jax.runs import Log, Run
+from vlm_jax.prompts import Batch, batches, check_fit, encode
+from vlm_jax.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,6 +366,7 @@ def main(args: Args) -> None:
     examples = load_task(args.task, split="trace", limit=args.limit, options=args)
     model, processor = args.load()
     args.check(model.config.text.num_hidden_layers)
+    check_fit([forced(example, args.gold) for example in examples], processor, model.config)
     run = Run.open(args.out, args, model.config, processor)
     run.pin("data", source(args.task, split="trace", options=args))
     run.pin("model", fingerprint(model))

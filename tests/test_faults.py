@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         train(tmp_path / "file")
 
 
-def test_checkpoints_elsewhere(tmp_path, whole):
+def test_checkpoints_elsewhere(tmp_path, whole, capsys):
     """A bucket is a folder of another kind: both go through etils and TensorStore."""
     folder, elsewhere = tmp_path / "run", tmp_path / "bucket"
     folder.mkdir()
@@ -172,3 +172,6 @@ def test_checkpoints_elsewhere(tmp_path, whole):
     forget(folder, LoopOptions(**options))
     assert not found[0].exists()
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [4, 6]
+    assert "begins at step 0" not in capsys.readouterr().err
+    np.testing.assert_array_equal(train(folder, **options), whole)  # nobody is left to wonder why
+    assert f"no checkpoint in {found[0]}, begins at step 0" in capsys.readouterr().err

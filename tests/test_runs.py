@@ -13,7 +13,8 @@ import pytest
 import eval.accuracy
 from vlm_jax import runs
 from vlm_jax.errors import UserError
-from vlm_jax.runs import Log, Run, digests
+from vlm_jax.log import Log
+from vlm_jax.runs import Run, digests
 
 #: Rows of three batches, and what is to be known of each of them.
 BATCHES = [([0, 2], "first"), ([1, 3, 4], "second"), ([5], "third")]

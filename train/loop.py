@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from train.checkpoints import Checkpoints, place
 from train.meter import About, Meter, Tracker, check_trackers, unsound
 from vlm_jax.errors import UserError
-from vlm_jax.processes import first, progress
+from vlm_jax.processes import first, is_first, progress
 from vlm_jax.sharding import placed, placed_rows
 
 
@@ -149,6 +149,8 @@ def fit(
             profiled = options.profile_steps
             checkpoints = stack.enter_context(Checkpoints(place(folder, options.checkpoints), options.fall_back))
             state, begun = checkpoints.restore(state)
+            if not begun and (folder / "metrics.jsonl").is_file() and is_first():
+                print(f"{label}: no checkpoint in {checkpoints.folder}, begins at step 0", file=sys.stderr)
         if folder is not None:
             meter = Meter(folder, about, begun, options.track if options else (), label)
             stack.callback(meter.close)

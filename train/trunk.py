@@ -304,7 +304,11 @@ def _on_disk(folder: Path | None, shape: tuple[int, ...], dtype: np.dtype) -> np
 @functools.cache
 def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
     """AdamW with a linear schedule (P0, appendix D). Cached, so that equal trainings share one compiled step."""
-    return optax.adamw(optax.linear_schedule(lr, 0.0, steps), weight_decay=0.0)
+    return optax.adamw(schedule(lr, steps), weight_decay=0.0)
+
+
+def schedule(lr: float, steps: int) -> optax.Schedule:
+    return optax.linear_schedule(lr, 0.0, steps)
 
 
 def step_flops(model: Model, lowest: int, batch: int, length: int, answer: int) -> float:
@@ -372,7 +376,7 @@ def train_lora(
     tx, tokens = optimiser(lr, steps), step_size * data.x.shape[1]
     flops = step_flops(model, frozen.lowest, step_size, data.x.shape[1], data.index.shape[1])
     about = About(
-        rate=optax.linear_schedule(lr, 0.0, steps),
+        rate=schedule(lr, steps),
         ids=lambda step: [ids[row] for row in rows_of(step).ravel()] if ids else rows_of(step).ravel(),
         tokens=tokens,
         flops=flops + 6.0 * parameters(model, names, options.r) * tokens,

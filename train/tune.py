@@ -29,7 +29,7 @@ from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.fingerprint import fingerprint
 from vlm_jax.options import DataOptions, ModelOptions
-from vlm_jax.processes import fetch
+from vlm_jax.processes import fetch, is_first
 from vlm_jax.prompts import Fitted, check_fit, fitted, room_of
 from vlm_jax.runs import Run
 from vlm_jax.sharding import own_rows
@@ -193,7 +193,7 @@ def main(args: Args) -> None:
     if not run.has("model"):
         begun = time.perf_counter()
         tuned = tune(model, processor, train, args, run.path("training/_").parent)
-        tuned = fetch(tuned) if jax.process_count() > 1 else tuned
+        tuned = fetch(tuned, keep=is_first()) if jax.process_count() > 1 else tuned
         run.write("model", lambda path: (save(tuned, path), processor.save_pretrained(path)))
         run.timed("train", begun)
     forget(run.folder / "training", args)

@@ -2,10 +2,16 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
     """A mistake the user can mend: the message says what, where and what to do, in one sentence."""
+
+
+def unwritten(path: Path, error: OSError) -> UserError:
+    """What to say where a run's file cannot be written."""
+    return UserError(f"cannot write {path} ({error.strerror or error}): free the disk or choose another --out")
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -100,13 +100,14 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(part[:size].tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
 
-def fetch(tree: Any) -> Any:
-    """The arrays of a pytree in host memory, whole, in every process. All must ask at once."""
+def fetch(tree: Any, keep: bool = True) -> Any:
+    """The arrays of a pytree in host memory, whole, in every process that keeps them; one after the other, and all
+    processes must ask at once."""
 
     def whole(leaf):
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            return multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(leaf)
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf) if keep else None
 
     return jax.tree.map(whole, tree)
 

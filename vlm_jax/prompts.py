@@ -245,9 +245,12 @@ class Room(NamedTuple):
     """Patches of an image, padding included."""
 
 
-def room_of(examples: Sequence[Example], processor, config: Config) -> Room:
+def room_of(examples: Sequence[Example], processor, config: Config, with_answer: bool = True) -> Room:
     """The room that the examples need, found without processing an image. Of several processes each looks at its share
     of them.
+
+    Args:
+        with_answer: with the gold answer after the prompt.
 
     Raises:
         UserError: for an example that cannot be encoded.
@@ -255,7 +258,7 @@ def room_of(examples: Sequence[Example], processor, config: Config) -> Room:
 
     def own() -> Room:
         share = examples[jax.process_index() :: jax.process_count()]
-        rows = _tokens(share, [P0_PROMPT] * len(share), processor, config, True) if share else []
+        rows = _tokens(share, [P0_PROMPT] * len(share), processor, config, with_answer) if share else []
         answers = [int((row.spans["answer"] | row.spans["end"]).sum()) for row in rows]
         return Room(
             bucket(max((len(row.ids) for row in rows), default=0)),
@@ -267,9 +270,10 @@ def room_of(examples: Sequence[Example], processor, config: Config) -> Room:
     return Room(*map(max, zip(*everywhere(own), strict=True)))
 
 
-def check_fit(examples: Sequence[Example], processor, config: Config) -> None:
-    """Raises a UserError for an example that cannot be encoded, before any work is spent on the others."""
-    room_of(examples, processor, config)
+def check_fit(examples: Sequence[Example], processor, config: Config, with_answer: bool = True) -> None:
+    """Raises a UserError for an example that cannot be encoded, before any work is spent on the others; in all
+    processes, if one of them finds it."""
+    room_of(examples, processor, config, with_answer)
 
 
 class Fitted(NamedTuple):
