@@ -17,7 +17,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.plan import Args as PlanArgs
 from vlm_jax.plan import compiled
 
-#: model -> slice -> mesh for traces and for LoRA, and what LoRA recomputes: as few ways apart, and as little, as fits.
+#: model -> slice -> mesh for traces and for training, and what LoRA recomputes: as few ways apart, and as little, as fits.
 MESHES = {
     "Qwen3-VL-4B": {
         "v5e:2x4": ("data=4,tensor=2", "fsdp=4,tensor=2", "some"),
@@ -32,17 +32,19 @@ MESHES = {
         "v5p:2x2x4": ("data=16", "fsdp=16", "some"),
     },
     "Qwen2.5-VL-72B": {"v5p:4x4x4": ("data=8,tensor=8", None, None)},
+    # P4's own.
+    "LLaVA-1.5-7B": {"v5e:2x4": (None, "fsdp=8", None)},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Compile P0's trace and LoRA steps for TPU slices and print what they need."""
+    """Compile P0's trace and LoRA steps, and P4's editors', for TPU slices and print what they need."""
 
     models: tuple[str, ...] = tuple(MESHES)
     """Which models."""
-    jobs: tuple[Literal["trace", "lora"], ...] = ("trace", "lora")
-    """Which jobs; LoRA's steps compile for minutes."""
+    jobs: tuple[Literal["trace", "lora", "editors"], ...] = ("trace", "lora", "editors")
+    """Which jobs; training steps compile for minutes."""
     batch: int = 16
     """Samples of a batch, over all chips."""
     length: int = 1024
@@ -54,14 +56,16 @@ class Args:
 def rows(args: Args):
     """(title, arguments of vlm_jax.plan)"""
     for model in args.models:
-        for topology, (trace, lora, remat) in MESHES[model].items():
+        for topology, (trace, training, remat) in MESHES[model].items():
             sizes = {"batch": args.batch, "length": args.length}
-            if "trace" in args.jobs:
+            if trace is not None and "trace" in args.jobs:
                 yield "trace", PlanArgs(model, "trace", topology, trace, **sizes)
-            if lora is not None and "lora" in args.jobs:
-                sizes["remat"] = remat
-                yield f"LoRA, all modules, remat {remat}", PlanArgs(model, "lora", topology, lora, **sizes)
-                yield f"LoRA, k = 10, remat {remat}", PlanArgs(model, "lora", topology, lora, k=10, **sizes)
+            if remat is not None and "lora" in args.jobs:
+                how = {**sizes, "remat": remat}
+                yield f"LoRA, all modules, remat {remat}", PlanArgs(model, "lora", topology, training, **how)
+                yield f"LoRA, k = 10, remat {remat}", PlanArgs(model, "lora", topology, training, k=10, **how)
+            if training is not None and "editors" in args.jobs:
+                yield "editors", PlanArgs(model, "editors", topology, training, **sizes)
 
 
 def line(title: str, found: dict) -> str:

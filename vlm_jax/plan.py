@@ -23,12 +23,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from interventions.adapters import init_lora, parameters
 from interventions.cost import estimate, head_flops, layers_flops
+from interventions.editors import init_editors
 from interventions.grids import MODULE_SITES, module_names, patch_grid
 from interventions.kinds import Add
 from interventions.read import Gold
 from interventions.sweep import block_of, chunk_of, first_layers
 from interventions.sweep import plan as shared_tokens
 from interventions.sweep import program as sweep_program
+from train import editors as train_editors
 from train import trunk
 from train.loop import State, update
 from vlm_jax.checkpoint import abstract, leaf_name, with_attention
@@ -43,7 +45,7 @@ from vlm_jax.info import config_of
 from vlm_jax.inputs import Inputs
 from vlm_jax.model import Model
 from vlm_jax.prompts import positions
-from vlm_jax.sharding import check_mesh, make_mesh, sharding
+from vlm_jax.sharding import check_mesh, make_mesh, sharding, spec_of
 
 #: What to change where a job does not fit.
 _ADVICE = (
@@ -51,6 +53,8 @@ _ADVICE = (
 )
 #: Tokens of the question and of the gold answer, at the end of every prompt.
 _QUESTION, _ANSWER = 48, 4
+#: Tokens that P4's prefix and suffix editors act on, each.
+_EDITED = 4
 #: For the TPU's library: this is no TPU machine, so there is no metadata server to ask and no chip to keep for oneself.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -66,8 +70,9 @@ class Args:
 
     model: str = "Qwen3-VL-4B"
     """Published name, embedded model, Hugging Face folder or hub id, of which only the config is read."""
-    job: Literal["trace", "lora", "generate"] = "trace"
-    """P0's trace of a batch (72 cells on 36 layers); a training step of LoRA; answers to a batch."""
+    job: Literal["trace", "lora", "editors", "generate"] = "trace"
+    """P0's trace of a batch (72 cells on 36 layers); a training step of LoRA; one of P4's editors in every vision block
+    and layer; answers to a batch."""
     topology: str = "v5e:2x4"
     """TPU generation and slice: v5e:2x4, v6e:4x4, v5p:2x2x4 ..."""
     mesh: str = "data=8"
@@ -130,6 +135,13 @@ def prompts(config: Config, batch: int, length: int) -> tuple[Inputs, np.ndarray
     return Inputs.from_hf(config, input_ids=ids, mm_token_type_ids=visual, **pixels), question, answer
 
 
+def tower_flops(model: Model, inputs: Inputs) -> float:
+    """Of the vision tower's matmuls but attention's, forward."""
+    if inputs.images is None:
+        return 0.0
+    return 2.0 * sum(leaf.size for leaf in jax.tree.leaves(model.visual)) * float(np.sum(inputs.images.patch_mask))
+
+
 def trace(model: Model, args: Args) -> Job:
     config = model.config.text
     depth = config.num_hidden_layers
@@ -184,19 +196,37 @@ def lora(model: Model, args: Args) -> Job:
     return Job(update, (state, frozen, data, jax.random.key(0)), {"loss": trunk.loss, "tx": tx}, flops, reads=2)
 
 
+def editors(model: Model, args: Args) -> Job:
+    """Of P4's ranks and lengths: 6 in the vision tower and behind the projector, 4 on four tokens at both ends of the
+    text."""
+    made = jax.eval_shape(lambda: init_editors(model, key=jax.random.key(0)))
+    weights = {name: editor.weights for name, editor in made.items()}
+    inputs, question, answer = prompts(model.config, args.batch, args.length)
+    index, valid = positions(answer)
+    ends = {"prefix": question.argmax(1), "suffix": answer.argmax(1) - _EDITED}
+    place = np.arange(args.length)
+    where = {name: (at[:, None] <= place) & (place < at[:, None] + _EDITED) for name, at in ends.items()}
+    data = train_editors.Batch(inputs.turned(), where, index, valid)
+    slot = {name: editor.slot for name, editor in made.items()}
+    tx = trunk.optimiser(6e-4, 1000)
+    state = State(weights, jax.eval_shape(tx.init, weights))
+    flops = 2 * (layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * _ANSWER))
+    flops += 2 * tower_flops(model, inputs)
+    arguments = (state, train_editors.Frozen(model, slot), by_row(data, model), jax.random.key(0))
+    return Job(update, arguments, {"loss": train_editors.loss, "tx": tx}, flops, reads=2)
+
+
 def generate(model: Model, args: Args) -> Job:
     inputs, _, _ = prompts(model.config, args.batch, args.length)
     how, count = decoding(model, args.max_new_tokens), args.max_new_tokens
     flops = layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * count)
     flops += layers_flops(model, args.batch, count - 1, args.length)
-    if inputs.images is not None:
-        tower = sum(leaf.size for leaf in jax.tree.leaves(model.visual))
-        flops += 2.0 * tower * float(np.sum(inputs.images.patch_mask))
+    flops += tower_flops(model, inputs)
     kwargs = {"how": how, "sampling": None}
     return Job(generation, (model, inputs, ()), kwargs, flops, reads=count, unknown=count - 1)
 
 
-JOBS = {"trace": trace, "lora": lora, "generate": generate}
+JOBS = {"trace": trace, "lora": lora, "editors": editors, "generate": generate}
 
 
 def abstract_on(config: Config, mesh: jax.sharding.Mesh, dtype: str) -> Model:
@@ -206,6 +236,18 @@ def abstract_on(config: Config, mesh: jax.sharding.Mesh, dtype: str) -> Model:
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(leaf_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(placed, abstract(config))
+
+
+def by_row(batch, model: Model):
+    """A batch's shapes with a leading axis of one micro-batch, its rows split over the model's mesh as
+    :func:`vlm_jax.sharding.placed_rows` splits them."""
+    mesh = jax.tree.leaves(model)[0].sharding.mesh
+
+    def place(a):
+        spec = PartitionSpec(None, *spec_of(np.shape(a)[:1], ("batch",), dict(mesh.shape)))
+        return jax.ShapeDtypeStruct((1, *np.shape(a)), a.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, batch)
 
 
 def everywhere(tree, mesh: jax.sharding.Mesh):

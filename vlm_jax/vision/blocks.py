@@ -48,6 +48,7 @@ def scan_blocks(
         x = call(block, constrain(x, "batch", None, None), each, probe)
         return (x, kept.at[slot].set(x, mode="drop") if count else kept), None, probe.taps
 
+    body = jax.checkpoint(body)  # trained towers keep what goes into a block, not the attention of thousands of patches
     kept = jnp.zeros((count, *x.shape), x.dtype)
     (x, kept), _, tapped = scan_layers(body, (x, kept), (blocks, slots, each), jnp.arange(depth), taps)
     return x, kept, tapped

@@ -1,0 +1,43 @@
+"""Training of P4's editors: the loss of a step, for :func:`train.loop.fit`."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from interventions.kinds import LoReFT
+from train.trunk import answer_loss
+from vlm_jax import Model
+from vlm_jax.inputs import Inputs
+
+
+@flax.struct.dataclass
+class Frozen:
+    """What training reads and never changes: the model, and in which blocks and layers the editors are: editor ->
+    site -> slots."""
+
+    model: Model
+    slot: dict[str, dict[str, jax.Array]]
+
+
+@flax.struct.dataclass
+class Batch:
+    """Prompts with their answers (:meth:`vlm_jax.inputs.Inputs.turned`); the tokens ``(B, T)`` that the prefix and the
+    suffix editor act on, by editor; gold tokens ``(B, A)``."""
+
+    inputs: Inputs
+    where: dict[str, jax.Array]
+    index: jax.Array
+    valid: jax.Array
+
+
+def loss(weights: dict[str, dict], frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the gold tokens and the end of their turn under the editors with these weights (editor ->
+    site -> arrays): P4's next-token loss. In the backward pass layers and blocks are run again."""
+    model, inputs = frozen.model, batch.inputs.turned()
+    where = {**batch.where, "cross": inputs.is_image}
+    editors = tuple(LoReFT(weights=own, slot=frozen.slot[name], where=where.get(name)) for name, own in weights.items())
+    embedded, _ = model.embed(inputs, editors)
+    window, deepstack = model.window(inputs), embedded.deepstack
+    x, _, _ = model.text.scan(embedded.x, window, deepstack=deepstack, interventions=editors, remat=True)
+    target = jnp.take_along_axis(inputs.input_ids, batch.index, 1)
+    return answer_loss(model, x, batch.index, batch.valid, target)
