@@ -17,7 +17,8 @@ from vlm_jax.errors import UserError
 from vlm_jax.plan import Args as PlanArgs
 from vlm_jax.plan import compiled
 
-#: model -> slice -> mesh for traces and for training, and what LoRA recomputes: as few ways apart, and as little, as fits.
+#: model -> slice -> mesh for traces and for training, and what LoRA recomputes: as few ways apart, and as little, as
+#: fits.
 MESHES = {
     "Qwen3-VL-4B": {
         "v5e:2x4": ("data=4,tensor=2", "fsdp=4,tensor=2", "some"),
