@@ -35,10 +35,12 @@ def init_editors(
 
     Args:
         visual_rank: of psi_V and psi_c; ``rank`` of psi_P and psi_S.
-        blocks, layers: which vision blocks and layers have an editor; all of them where None.
+        blocks, layers: which vision blocks and layers have an editor; all of them where None. (psi_P in the last layer
+            changes what nobody reads any more, and is never trained.)
 
     Raises:
-        UserError: for a model without a vision tower; for a block or layer that it lacks.
+        UserError: for a model without a vision tower; for a block or layer that it lacks; for a rank below 1 or above
+            the width.
     """
     if model.visual is None:
         raise UserError("the model has no vision tower to edit: choose a vision-language model")
@@ -61,7 +63,7 @@ def _editor(
     r, w, b = jax.random.split(key, 3)
     bound = 1 / np.sqrt(width)
     weights = (
-        jax.nn.initializers.orthogonal()(r, (count, width, rank)),
+        jax.vmap(lambda key: jax.nn.initializers.orthogonal()(key, (width, rank)))(jax.random.split(r, count)),
         jax.random.uniform(w, (count, width, rank), minval=-bound, maxval=bound),
         jax.random.uniform(b, (count, rank), minval=-bound, maxval=bound),
     )

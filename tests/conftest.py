@@ -16,8 +16,8 @@ torch.set_num_threads(1)  # the oracles are tiny, and more threads only wait for
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-#: The slowest files begin first: a slow one that comes last is all that the others' worker waits for. (Those that start
-#: processes of their own do not come together.)
+#: The slowest files begin first: a slow one that comes last is all that the others' worker waits for. test_processes
+#: and test_killed, which start processes of their own, are kept apart, so that they do not run at once.
 _FIRST = ("test_processes", "test_mini", "test_families", "test_killed", "test_sweep")
 
 

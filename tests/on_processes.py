@@ -11,18 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import tyro
 
 from eval.accuracy import answer
+from interventions.knockout import knocked_out_answers
 from interventions.trace import TraceOptions, trace_examples
 from train import tune
 from train.loop import LoopOptions, fit
 from train.trunk import LoRAOptions, embedded_examples, train_lora
-from vlm_jax import processes, prompts
+from vlm_jax import UserError, processes, prompts
 from vlm_jax.command import command
 from vlm_jax.data import load_task
 from vlm_jax.options import ModelOptions
-from vlm_jax.processes import is_first
+from vlm_jax.processes import everywhere, is_first
 from vlm_jax.runs import Run
 from vlm_jax.sharding import placed
 
@@ -70,6 +72,11 @@ def encoded() -> set[str]:
     return seen
 
 
+def refuse() -> None:
+    if jax.process_index() == jax.process_count() - 1:
+        raise UserError("the last one refuses")
+
+
 @command
 def main(args: Args) -> None:
     model, processor = args.load()
@@ -78,6 +85,9 @@ def main(args: Args) -> None:
     tracing = TraceOptions(batch=4, seed=args.seed)
     traced = trace_examples(model, processor, examples, tracing, "docvqa", run.log("trace/samples.jsonl"))
     answers = answer(model, processor, examples, batch=4, log=run.log("answers.jsonl"))
+    cut = knocked_out_answers(model, processor, examples[:4], ["text:image"], modes=["post_softmax"], max_new_tokens=3)
+    with pytest.raises(UserError, match="the last one refuses"):
+        everywhere(refuse)
     train = load_task("mini-docvqa", split="train", limit=16)
     options = LoRAOptions(r=4, batch=4, accumulation=2, epochs=args.epochs, save_every=2, seed=args.seed)
     seen = encoded()
@@ -89,7 +99,7 @@ def main(args: Args) -> None:
     half = halved(run.folder / "half", HALF)["w"]
     if jax.process_count() > 1 and run.config["mesh"] and "fsdp" in run.config["mesh"]:
         assert not half.is_fully_replicated
-    run.save_json("answers.json", answers.texts)
+    run.save_json("answers.json", [*answers.texts, *(record["output"] for record in cut)])
     run.save_arrays("found.npz", ie=traced.ie, te=traced.te, sigma=traced.sigma, **weights)
     print("only the first process says this")
     print("done", is_first(), file=sys.stderr)

@@ -30,6 +30,12 @@ def test_as_many_parameters_as_in_the_paper():
     assert odd["visual"] * 2 == found["visual"] and odd["prefix"] * 2 == found["prefix"]
 
 
+def test_every_editor_begins_orthogonal():
+    for name, editor in init(abstract(config_of("mini-qwen3-vl")), visual_rank=3).items():
+        r, _, _ = editor.weights[SITES[name]]
+        np.testing.assert_allclose(np.einsum("kdi,kdj->kij", r, r), [np.eye(r.shape[-1])] * len(r), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -56,10 +62,8 @@ def case(request):
     place, first = np.arange(batch.inputs.input_ids.shape[1]), batch.spans["question"].argmax(1)[:, None]
     last = batch.spans["answer"].argmax(1)[:, None]
     where = {"prefix": (first <= place) & (place < first + 4), "suffix": (last - 4 <= place) & (place < last)}
-    blocks, layers = (
-        range(0, model.depths["visual"], 2),
-        range(0, model.depths["text"], 2),
-    )  # nobody reads a last prefix
+    # Not in the last layer: no answer reads its prefix, and there would be no gradient.
+    blocks, layers = range(0, model.depths["visual"], 2), range(0, model.depths["text"], 2)
     editors = init(model, blocks=blocks, layers=layers)
     # Larger than they begin, so that each is felt.
     weights = {n: {site: (r, w, b + 2) for site, (r, w, b) in editor.weights.items()} for n, editor in editors.items()}
@@ -103,6 +107,16 @@ def test_gradients_reach_every_editor(case):
         for got, want in zip(found[name][site], wanted[name][site], strict=True):
             assert all(np.abs(slot).max() > 0 for slot in np.asarray(got)), name
             np.testing.assert_allclose(got, want, atol=1e-5 * scale, err_msg=name)
+
+
+def test_without_images_the_cross_editor_does_nothing(case):
+    _, _, _, weights, frozen, batch = case
+    texts = batch.replace(inputs=batch.inputs.replace(images=None, image_index=None))
+    r, w, b = weights["cross"][SITES["cross"]]
+    other = {**weights, "cross": {SITES["cross"]: (r, w, b + 1)}}
+    key = jax.random.key(0)
+    assert loss(weights, frozen, texts, key) == loss(other, frozen, texts, key)
+    assert loss(weights, frozen, batch, key) != loss(other, frozen, batch, key)
 
 
 def test_training_lowers_the_loss(case):

@@ -18,6 +18,7 @@ from train.mini import QWEN_SPECIALS, write_qwen3_vl
 from vlm_jax import prompts
 from vlm_jax.checkpoint import read_config
 from vlm_jax.data import Example
+from vlm_jax.data.images import LazyImages
 from vlm_jax.errors import UserError
 from vlm_jax.families import read_config as read_hf_config
 from vlm_jax.families.qwen3_vl import load_processor
@@ -446,3 +447,6 @@ def test_a_room_refuses_what_cannot_be_encoded(processor, config):
     wide = example("What is it?", images=(picture(2000, 4, 1),))
     with pytest.raises(UserError, match="refuses an image"):
         prompts.room_of([wide], processor, config)
+    broken = Example("one", LazyImages([lambda: b"no image"], "row 3"), "What is it?", ("red",))
+    with pytest.raises(UserError, match=r"^row 3: an image is broken or no image: fetch the dataset again$"):
+        prompts.room_of([broken], processor, config)

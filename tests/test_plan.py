@@ -166,6 +166,13 @@ def test_parameters_apart_are_fetched_in_every_pass():
     assert plan.idle > 0, "the vision tower is there, and not read"
 
 
+def test_editors_train_through_the_vision_tower():
+    how = {"mesh": "fsdp=8", "length": 256}
+    editors, lora = (compiled(Args("mini-qwen3-vl", job, **how)) for job in ("editors", "lora"))
+    assert editors.idle == 0 < lora.idle
+    assert editors.collectives["all-gather"][0] > 0 and editors.fits
+
+
 def test_half_the_heads_half_the_weights(plans):
     whole, half = (plans[mesh].arguments for mesh in ("data=8", "data=4,tensor=2"))
     assert 0.4 * whole < half < 0.8 * whole

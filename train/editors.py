@@ -21,8 +21,8 @@ class Frozen:
 
 @flax.struct.dataclass
 class Batch:
-    """Prompts with their answers (:meth:`vlm_jax.inputs.Inputs.turned`); the tokens ``(B, T)`` that the prefix and the
-    suffix editor act on, by editor; gold tokens ``(B, A)``."""
+    """Prompts with their answers (:meth:`vlm_jax.inputs.Inputs.turned`); the tokens ``(B, T)`` that the editors
+    "prefix" and "suffix" act on; where the gold tokens are, and which of these places count ``(B, A)``."""
 
     inputs: Inputs
     where: dict[str, jax.Array]
@@ -34,8 +34,9 @@ def loss(weights: dict[str, dict], frozen: Frozen, batch: Batch, key: jax.Array)
     """Mean cross-entropy of the gold tokens and the end of their turn under the editors with these weights (editor ->
     site -> arrays): P4's next-token loss. In the backward pass layers and blocks are run again."""
     model, inputs = frozen.model, batch.inputs.turned()
-    where = {**batch.where, "cross": inputs.is_image}
-    editors = tuple(LoReFT(weights=own, slot=frozen.slot[name], where=where.get(name)) for name, own in weights.items())
+    image = jnp.zeros(inputs.input_ids.shape, bool) if inputs.is_image is None else inputs.is_image
+    where = {"visual": None, "cross": image, **batch.where}
+    editors = tuple(LoReFT(weights=own, slot=frozen.slot[name], where=where[name]) for name, own in weights.items())
     embedded, _ = model.embed(inputs, editors)
     window, deepstack = model.window(inputs), embedded.deepstack
     x, _, _ = model.text.scan(embedded.x, window, deepstack=deepstack, interventions=editors, remat=True)

@@ -30,7 +30,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
 from vlm_jax.processes import fetch, first
 from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
-from vlm_jax.sharding import own_rows, placed_rows
+from vlm_jax.sharding import even, own_rows, placed_rows
 from vlm_jax.sites import TEXT_LINEARS, Context
 
 #: P0 trains with 2e-4 at width 2560. Adam's best rate falls with the width (muP), so narrower models get more.
@@ -233,7 +233,7 @@ def _embedded(model: Model, fit: Callable[[np.ndarray, np.ndarray], Fitted], cou
     Args:
         fit: examples of these numbers, as these rows of a batch.
     """
-    size = min(size, count)
+    size = even(min(size, count))
 
     def parts() -> Iterator[Trunk]:
         own = own_rows(size)
@@ -247,7 +247,7 @@ def _embedded(model: Model, fit: Callable[[np.ndarray, np.ndarray], Fitted], cou
 def raised(model: Model, data: Trunk, lowest: int, size: int = _CHUNK, **where) -> Trunk:
     """Embedded examples as they enter layer ``lowest``."""
     count = len(data.x)
-    size = min(size, count)
+    size = even(min(size, count))
     if lowest:
         own = own_rows(size)
         chunks = _chunks(count, size)
@@ -308,6 +308,7 @@ def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
 
 
 def schedule(lr: float, steps: int) -> optax.Schedule:
+    """Linearly from ``lr`` to 0."""
     return optax.linear_schedule(lr, 0.0, steps)
 
 

@@ -113,6 +113,7 @@ def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
 
 
 def schedule(lr: float, steps: int) -> optax.Schedule:
+    """A short warm-up to ``lr``, then a cosine to 0."""
     return optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 30), steps)
 
 

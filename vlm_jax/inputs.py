@@ -125,16 +125,19 @@ class Inputs:
         included: so that whoever gets some of the rows gets their images with them.
 
         Args:
+            images, patches: no fewer than a row, or an image, has.
             at: which rows of a larger batch these are, whose visual tokens are counted through all of its images.
         """
         if self.images is None:
             return self
         old, count = self.images, len(self.input_ids)
+        assert patches >= old.patch_mask.shape[1], (patches, old.patch_mask.shape)
         stride = old.stride * patches // old.patch_mask.shape[1]
         index, source = self.image_index.copy(), np.full(count * images, -1)
         for row, place in enumerate(np.arange(count) if at is None else at):
             there = index[row] >= 0
             used, slot = np.unique(index[row, there] // old.stride, return_inverse=True)
+            assert len(used) <= images, (len(used), images)
             source[row * images : row * images + len(used)] = used
             index[row, there] = (place * images + slot) * stride + index[row, there] % old.stride
 

@@ -136,7 +136,7 @@ def prompts(config: Config, batch: int, length: int) -> tuple[Inputs, np.ndarray
 
 
 def tower_flops(model: Model, inputs: Inputs) -> float:
-    """Of the vision tower's matmuls but attention's, forward."""
+    """Of the vision tower, forward: two a parameter and patch, attention left out."""
     if inputs.images is None:
         return 0.0
     return 2.0 * sum(leaf.size for leaf in jax.tree.leaves(model.visual)) * float(np.sum(inputs.images.patch_mask))

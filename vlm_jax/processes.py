@@ -41,6 +41,11 @@ def join(text: str) -> None:
         if index >= count:
             raise UserError(f"--processes {text!r}: the index of {count} processes is 0 to {count - 1}, not {index}")
         how = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    # XLA's scheduler for concurrency on CPUs lets the collectives of a program overtake each other, in each process in
+    # another way, and gloo takes them as they come: the processes would end, or take each other's numbers.
+    ordered = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    if "cpu" in (jax.config.jax_platforms or "cpu"):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ordered}".strip()
     try:
         timeouts = {"heartbeat_timeout_seconds": LOST_SECONDS, "shutdown_timeout_seconds": END_SECONDS}
         jax.distributed.initialize(**how, **timeouts)
@@ -101,8 +106,8 @@ def gathered(value: Any) -> list[Any]:
 
 
 def fetch(tree: Any, keep: bool = True) -> Any:
-    """The arrays of a pytree in host memory, whole, in every process that keeps them; one after the other, and all
-    processes must ask at once."""
+    """The arrays of a pytree in host memory, whole, in every process that keeps them (elsewhere, None for each); one
+    after the other, and all processes must ask at once."""
 
     def whole(leaf):
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):

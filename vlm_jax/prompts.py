@@ -7,11 +7,12 @@ the question begins is known by construction and no text or token id is ever sea
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from vlm_jax.config import Config
 from vlm_jax.data import Example
@@ -72,8 +73,10 @@ def encode(
         UserError: a question that does not fit the model's context or holds a special token.
     """
     prompts = [prompt] * len(examples) if isinstance(prompt, str) else prompt
-    rows = _tokens(examples, prompts, processor, config, with_answer)
-    images = [image for example in examples for image in example.images]
+    shown = [list(example.images) for example in examples]  # each is decoded when it is read
+    sizes = [_sizes(images, processor, config) for images in shown]
+    rows = _tokens(examples, prompts, sizes, processor, config, with_answer)
+    images = [image for row in shown for image in row]
     with _image_errors():
         pixels = processor.image_processor(images=images, return_tensors="np") if images else {}
     total = bucket(max(len(row.ids) for row in rows), step)
@@ -98,21 +101,31 @@ def encode(
     )
 
 
+def _sizes(images: Iterable[Image.Image], processor, config: Config) -> list[tuple[int, int]]:
+    """Patches, padding included, and visual tokens of each image, which is not processed for it."""
+    images = list(images)
+    if images and config.vision is None:
+        raise UserError(f"a {config.family} is a text-only model and takes no images: choose a vision-language model")
+    with _image_errors():
+        return [config.vision.size_of(processor.image_processor, image) for image in images]
+
+
 class _Tokens(NamedTuple):
-    """One example: token ids, which of them belong to which span, patches of its largest image."""
+    """One example: token ids, and which of them belong to which span."""
 
     ids: list[int]
     spans: dict[str, np.ndarray]
-    patches: int
 
 
-def _tokens(examples: Sequence[Example], prompts: Sequence[str], processor, config: Config, with_answer: bool):
-    """The examples' :class:`_Tokens`, for which no image is processed."""
+def _tokens(
+    examples: Sequence[Example],
+    prompts: Sequence[str],
+    sizes: Sequence[Sequence[tuple[int, int]]],
+    processor,
+    config: Config,
+    with_answer: bool,
+) -> list[_Tokens]:
     tokenizer, chat = processor.tokenizer, FAMILIES[config.family].chat
-    if config.vision is None and any(example.images for example in examples):
-        raise UserError(f"a {config.family} is a text-only model and takes no images: choose a vision-language model")
-    with _image_errors():
-        sizes = [[config.vision.size_of(processor.image_processor, image) for image in e.images] for e in examples]
     texts, ranges = zip(
         *(
             _render(example, text, processor, chat, [tokens for _, tokens in own], with_answer)
@@ -136,7 +149,7 @@ def _tokens(examples: Sequence[Example], prompts: Sequence[str], processor, conf
         spans = {name: np.zeros(len(ids), bool) for name in SPANS}
         for name, low, high in ranges[i]:
             spans[name] |= (begin < high) & (end > low)
-        rows.append(_Tokens(ids, spans, max((patches for patches, _ in sizes[i]), default=0)))
+        rows.append(_Tokens(ids, spans))
     return rows
 
 
@@ -144,6 +157,8 @@ def _tokens(examples: Sequence[Example], prompts: Sequence[str], processor, conf
 def _image_errors() -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except ValueError as error:  # such as a picture that is 200 times as wide as high
         raise UserError(f"the image processor refuses an image ({error}): leave it out or change its shape") from None
 
@@ -156,7 +171,7 @@ def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[i
     for special in sorted({*special_tokens, *tokenizer.all_special_tokens, chat.image, chat.placeholder} - {""}):
         if special in example.question or special in example.answers[0]:
             raise UserError(f"example {example.id!r} holds the special token {special!r}: remove it from the text")
-    content = [{"type": "image"} for _ in example.images]
+    content = [{"type": "image"}] * len(example.images)
     content.append({"type": "text", "text": prompt.replace("{QUESTION}", _PLACEHOLDER)})
     try:
         rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -166,7 +181,7 @@ def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[i
             f"the model's chat template cannot show a question ({error}): use an instruction-tuned checkpoint"
         ) from None
     ranges = []
-    if example.images:
+    if len(example.images):
         first, *rest = before.split(chat.placeholder)
         if len(rest) != len(counts):
             raise UserError(f"example {example.id!r}: the chat template shows {len(rest)} of {len(counts)} images")
@@ -233,7 +248,10 @@ def shape_of(batch: Batch) -> tuple:
 
 
 class Room(NamedTuple):
-    """What each of some examples fits in, so that one program serves all of them, however few are encoded at once."""
+    """What each of some examples fits in, so that one program serves all of them, however few are encoded at once.
+
+    Every row has as much: where one picture is far larger than the others, the vision tower works for it in every row.
+    """
 
     length: int
     """Tokens of a prompt with its answer, rounded up."""
@@ -246,8 +264,8 @@ class Room(NamedTuple):
 
 
 def room_of(examples: Sequence[Example], processor, config: Config, with_answer: bool = True) -> Room:
-    """The room that the examples need, found without processing an image. Of several processes each looks at its share
-    of them.
+    """The room that the examples need. Images are decoded for it, not processed. Of several processes each looks at its
+    share of the examples.
 
     Args:
         with_answer: with the gold answer after the prompt.
@@ -258,16 +276,27 @@ def room_of(examples: Sequence[Example], processor, config: Config, with_answer:
 
     def own() -> Room:
         share = examples[jax.process_index() :: jax.process_count()]
-        rows = _tokens(share, [P0_PROMPT] * len(share), processor, config, with_answer) if share else []
-        answers = [int((row.spans["answer"] | row.spans["end"]).sum()) for row in rows]
-        return Room(
-            bucket(max((len(row.ids) for row in rows), default=0)),
-            max(answers, default=0),
-            max((len(example.images) for example in share), default=0),
-            max((row.patches for row in rows), default=0),
-        )
+        rooms = [Room(0, 0, 0, 0)]
+        for at in range(0, len(share), _WINDOW):
+            part = share[at : at + _WINDOW]
+            sizes = [_sizes(example.images, processor, config) for example in part]
+            rows = _tokens(part, [P0_PROMPT] * len(part), sizes, processor, config, with_answer)
+            rooms += (
+                Room(
+                    bucket(len(row.ids)),
+                    int((row.spans["answer"] | row.spans["end"]).sum()),
+                    len(own),
+                    max((patches for patches, _ in own), default=0),
+                )
+                for row, own in zip(rows, sizes, strict=True)
+            )
+        return _largest(rooms)
 
-    return Room(*map(max, zip(*everywhere(own), strict=True)))
+    return _largest(everywhere(own))
+
+
+def _largest(rooms: Iterable[Sequence[int]]) -> Room:
+    return Room(*map(max, zip(*rooms, strict=True)))
 
 
 def check_fit(examples: Sequence[Example], processor, config: Config, with_answer: bool = True) -> None:

@@ -204,23 +204,15 @@ class Run:
         """What the file ``name`` of a stage holds, made now or read from an earlier, interrupted run: a JSON value
         (``.json``), records (``.jsonl``) or arrays by their names (``.npz``)."""
         path = self.folder / name
+        save = _SAVE[path.suffix]
         if not self.has(name):
-            made = make()
-            match path.suffix:
-                case ".json":
-                    self.save_json(name, made)
-                case ".jsonl":
-                    self.save_lines(name, made)
-                case ".npz":
-                    self.save_arrays(name, **made)
-        match path.suffix:
-            case ".json":
-                return first(lambda: json.loads(path.read_text()))
-            case ".jsonl":
-                return first(lambda: [json.loads(line) for line in path.read_text().splitlines()])
-            case ".npz":
-                with np.load(path) as arrays:
-                    return dict(arrays)
+            save(self, name, make())
+        if path.suffix == ".npz":  # which every process reads for itself
+            with np.load(path) as arrays:
+                return dict(arrays)
+        if path.suffix == ".jsonl":
+            return first(lambda: [json.loads(line) for line in path.read_bytes().splitlines()])
+        return first(lambda: json.loads(path.read_bytes()))
 
     def timed(self, stage: str, begun: float) -> None:
         """Adds to ``seconds.json`` how long a stage took, over the sessions that came to its end: what one that was
@@ -232,6 +224,14 @@ class Run:
             self._write("seconds.json", functools.partial(_write_json, {**seconds, stage: round(spent, 1)}))
 
         first(put)
+
+
+#: How :meth:`Run.once` keeps a stage.
+_SAVE = {
+    ".json": Run.save_json,
+    ".jsonl": Run.save_lines,
+    ".npz": lambda run, name, arrays: run.save_arrays(name, **arrays),
+}
 
 
 class _Lock:

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.inputs import bucket
 
 MESH_AXES = ("data", "fsdp", "tensor")
 #: Logical axis -> mesh axes.
@@ -145,6 +146,12 @@ def placed(tree: Any, *axes: str | None) -> Any:
     return jax.tree.map(put, tree)
 
 
+def even(count: int) -> int:
+    """The rows of a batch of at least ``count`` that the mesh in use splits evenly."""
+    sizes = free_axes()
+    return bucket(count, math.prod(sizes.get(name, 1) for name in RULES["batch"]))
+
+
 def own_rows(count: int) -> np.ndarray:
     """Which rows of a batch of ``count`` lie on this process's devices: all of them without a mesh."""
     mesh = jax.sharding.get_mesh()
@@ -155,8 +162,8 @@ def own_rows(count: int) -> np.ndarray:
 
 
 def placed_rows(tree: Any, count: int, axis: int = 0) -> Any:
-    """A batch of ``count`` rows on the mesh in use, of whose arrays every process has those of its :func:`own_rows`,
-    along ``axis`` (one or more of an array for each row)."""
+    """A batch of ``count`` rows on the mesh in use, of whose arrays every process has those of its :func:`own_rows`
+    along ``axis``: of each array as many entries for every row, one or more."""
     mesh, own = jax.sharding.get_mesh(), own_rows(count)
     if mesh.empty:
         return tree
@@ -164,7 +171,8 @@ def placed_rows(tree: Any, count: int, axis: int = 0) -> Any:
 
     def put(leaf):
         leaf = np.asarray(leaf)
-        each = leaf.shape[axis] // len(own)
+        each, over = divmod(leaf.shape[axis], len(own))
+        assert each and not over, f"{leaf.shape[axis]} entries for {len(own)} rows"
         shape = (*leaf.shape[:axis], count * each, *leaf.shape[axis + 1 :])
 
         def part(index):
