@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import eval.accuracy
@@ -364,6 +365,31 @@ def test_a_folder_appears_whole_or_not_at_all(folder):
     assert run.write("deep/adapter", lambda path: writer(path, False)) == folder / "deep/adapter"
     assert (folder / "deep/adapter/a").read_text() == "a"
     assert (folder / "config.json").is_file() and not (folder / ".partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("deep/stage.json", {"text": "é\n", "none": None}),
+        ("deep/stage.jsonl", [{"text": "a\u2028b\u0085c"}, {"text": ""}]),  # what some would take for the ends of lines
+        ("deep/stage.npz", {"a": np.arange(6.0).reshape(2, 3), "names": np.array(["x", "yy"])}),
+    ],
+)
+def test_a_stage_is_made_once(folder, name, value):
+    made = Run.open(folder, {"a": 1}).once(name, lambda: value)
+    read = Run.open(folder, {"a": 1}).once(name, lambda: pytest.fail("made again"))
+    for found in (made, read):
+        if name.endswith("npz"):
+            assert found.keys() == value.keys()
+            for part, array in value.items():
+                np.testing.assert_array_equal(found[part], array)
+        else:
+            assert found == value
+
+
+def test_a_stage_of_no_known_kind_is_not_made(folder):
+    with pytest.raises(KeyError, match=r"\.txt"):
+        Run.open(folder, {"a": 1}).once("stage.txt", lambda: pytest.fail("made"))
 
 
 def test_seconds_add_up(folder, monkeypatch):

@@ -210,7 +210,7 @@ def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
     patches = 0 if images is None else images.patch_mask.shape[1]
     inputs, answers = batch.inputs, positions(batch.spans["answer"] | batch.spans["end"])
 
-    def fit(rows, at) -> Fitted:
+    def fit(rows: np.ndarray, at: np.ndarray) -> Fitted:
         own = inputs.take(rows, min(1, batch.images)).aligned(batch.images, patches, at)
         return Fitted(own, *(part[rows] for part in answers))
 
@@ -222,17 +222,15 @@ def embedded_examples(model: Model, processor, examples: Sequence[Example], size
     together, and of several processes each encodes those that its devices run."""
     room = room_of(examples, processor, model.config)
 
-    def fit(rows, at) -> Fitted:
+    def fit(rows: np.ndarray, at: np.ndarray) -> Fitted:
         return fitted([examples[row] for row in rows], room, processor, model.config, at)
 
     return _embedded(model, fit, len(examples), size, **where)
 
 
 def _embedded(model: Model, fit: Callable[[np.ndarray, np.ndarray], Fitted], count: int, size: int, **where) -> Trunk:
-    """
-    Args:
-        fit: examples of these numbers, as these rows of a batch.
-    """
+    """The examples ``0`` to ``count - 1`` as ``fit`` encodes them: given the numbers of some, and which rows of a batch
+    they are to be."""
     size = even(min(size, count))
 
     def parts() -> Iterator[Trunk]:
