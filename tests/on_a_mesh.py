@@ -20,7 +20,7 @@ from vlm_jax.sharding import constrain, make_mesh, placed
 assert jax.device_count() == 8
 jax.config.update("jax_default_matmul_precision", "highest")
 MESHES = {
-    "mini-qwen3-vl": ("data=2,fsdp=2,tensor=2", "data=4,tensor=2"),
+    "mini-qwen3-vl": ("data=2,fsdp=2,tensor=2",),
     "mini-gemma3": ("data=2,fsdp=2,tensor=2",),
 }
 

@@ -24,7 +24,7 @@ COMMANDS = {
         *("--training.save-every", "2"),
     ],
 }
-KILLS = {"trace": 2, "study": 2}
+KILLS = {"trace": 2, "study": 1}
 
 
 @pytest.fixture(scope="module")

@@ -156,19 +156,22 @@ def test_heads_apart_need_two_sums_a_layer(plans):
     assert not {"all-to-all", "collective-permute"} & plans["data=4,tensor=2"].collectives.keys()
 
 
-def test_parameters_apart_are_fetched_in_every_pass():
+@pytest.fixture(scope="module")
+def lora():
+    return compiled(Args("mini-qwen3-vl", "lora", mesh="fsdp=8", length=256))
+
+
+def test_parameters_apart_are_fetched_in_every_pass(lora):
     """fsdp: every kernel of a layer is put together in the forward pass, where it is run again, and in the backward
     pass; nothing else is."""
-    plan = compiled(Args("mini-qwen3-vl", "lora", mesh="fsdp=8", length=256))
     depth, kernels = config_of("mini-qwen3-vl").text.num_hidden_layers, 7
-    gathered = plan.collectives["all-gather"][0]
-    assert 2 * depth * kernels <= gathered < 3 * depth * kernels, plan.collectives
-    assert plan.idle > 0, "the vision tower is there, and not read"
+    gathered = lora.collectives["all-gather"][0]
+    assert 2 * depth * kernels <= gathered < 3 * depth * kernels, lora.collectives
+    assert lora.idle > 0, "the vision tower is there, and not read"
 
 
-def test_editors_train_through_the_vision_tower():
-    how = {"mesh": "fsdp=8", "length": 256}
-    editors, lora = (compiled(Args("mini-qwen3-vl", job, **how)) for job in ("editors", "lora"))
+def test_editors_train_through_the_vision_tower(lora):
+    editors = compiled(Args("mini-qwen3-vl", "editors", mesh="fsdp=8", length=256))
     assert editors.idle == 0 < lora.idle
     assert editors.collectives["all-gather"][0] > 0 and editors.fits
 
