@@ -42,7 +42,7 @@ def join(text: str) -> None:
             raise UserError(f"--processes {text!r}: the index of {count} processes is 0 to {count - 1}, not {index}")
         how = {"coordinator_address": address, "num_processes": count, "process_id": index}
     # XLA's scheduler for concurrency on CPUs lets the collectives of a program overtake each other, in each process in
-    # another way, and gloo takes them as they come: the processes would end, or take each other's numbers.
+    # another way, and gloo takes them as they come: the processes end over parts of different sizes.
     ordered = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     if "cpu" in (jax.config.jax_platforms or "cpu"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ordered}".strip()
