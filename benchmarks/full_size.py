@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import vlm_jax
 from interventions import causal_trace
-from vlm_jax.checkpoint import INDEX, abstract
+from vlm_jax.checkpoints.leaves import abstract
+from vlm_jax.checkpoints.sources import INDEX
 from vlm_jax.families import FAMILIES
 from vlm_jax.published import PUBLISHED, published_config
 
@@ -51,7 +52,7 @@ def write(args: Args) -> None:
     args.folder.mkdir(parents=True)
     (args.folder / "config.json").write_text(json.dumps(PUBLISHED[args.name]))
     rng = np.random.default_rng(0)
-    shapes = vlm_jax.checkpoint.named_leaves(abstract(config))
+    shapes = vlm_jax.checkpoints.leaves.named_leaves(abstract(config))
     rows = [row for row in family.table if row.path in shapes]
     shards, index, size = [{}], {}, 0
     for row in tqdm(rows, desc="write", unit="tensor"):
@@ -101,8 +102,8 @@ def load_and_trace(folder: Path, dtype: str) -> None:
     begun = time.perf_counter()
     with Peak() as peak:
         model, _ = vlm_jax.load(folder, dtype=dtype)
-    weights = sum(leaf.nbytes for leaf in vlm_jax.checkpoint.named_leaves(model).values())
-    largest = max(vlm_jax.checkpoint.named_leaves(model).items(), key=lambda item: item[1].nbytes)
+    weights = sum(leaf.nbytes for leaf in vlm_jax.checkpoints.leaves.named_leaves(model).values())
+    largest = max(vlm_jax.checkpoints.leaves.named_leaves(model).items(), key=lambda item: item[1].nbytes)
     print(f"weights {weights / 2**30:.2f} GiB, the largest stack {largest[1].nbytes / 2**30:.2f} GiB ({largest[0]})")
     print(f"load {time.perf_counter() - begun:.0f} s, peak {peak.gib:.2f} GiB of anonymous memory")
     vision, rng = model.config.vision, np.random.default_rng(0)

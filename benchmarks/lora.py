@@ -92,7 +92,7 @@ def write_adapter(args: Args, folder: Path, placement: str) -> None:
     import jax
 
     import vlm_jax
-    from interventions.adapters import init_lora, save_peft
+    from interventions.placement.adapters import init_lora, save_peft
 
     model, _ = vlm_jax.load(folder / "model")
     key = jax.random.key(0)
@@ -109,7 +109,7 @@ class Ours:
         import jax
 
         import vlm_jax
-        from interventions.adapters import load_peft
+        from interventions.placement.adapters import load_peft
         from train import trunk
         from train.loop import State, update
         from vlm_jax.prompts import Batch

@@ -13,9 +13,9 @@ from typing import Literal
 import jax
 import tyro
 
+from train.plan import Args as PlanArgs
+from train.plan import compiled
 from vlm_jax.errors import UserError
-from vlm_jax.plan import Args as PlanArgs
-from vlm_jax.plan import compiled
 
 #: model -> slice -> mesh for traces and for training, and what LoRA recomputes: as few ways apart, and as little, as
 #: fits.
@@ -55,7 +55,7 @@ class Args:
 
 
 def rows(args: Args):
-    """(title, arguments of vlm_jax.plan)"""
+    """(title, arguments of train.plan)"""
     for model in args.models:
         for topology, (trace, training, remat) in MESHES[model].items():
             sizes = {"batch": args.batch, "length": args.length}

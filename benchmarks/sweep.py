@@ -24,11 +24,11 @@ import tyro
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import vlm_jax
-from interventions.cost import estimate
-from interventions.grids import patch_grid
-from interventions.kinds import Add
-from interventions.read import Gold
-from interventions.sweep import sweep_runs
+from interventions.engine.cost import estimate
+from interventions.engine.grids import patch_grid
+from interventions.engine.read import Gold
+from interventions.engine.sweep import sweep_runs
+from interventions.kinds.add import Add
 
 SITES = ("text.attn_out", "text.mlp_out")
 

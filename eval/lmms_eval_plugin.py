@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from eval.accuracy import answer
+from eval.evaluation import answer
 from interventions import Gold, Scores, bind, load_interventions
-from interventions.adapters import load_peft, merge
+from interventions.placement.adapters import load_peft, merge
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
-from vlm_jax.options import ModelOptions
 from vlm_jax.prompts import PLAIN_PROMPT, batches
+from vlm_jax.runs.options import ModelOptions
 
 CLASS = "VLMJax"
 

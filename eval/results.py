@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.metrics import NEITHER_BETTER, VERSION, Judged, MetricOptions, Summary, metric_name
+from eval.judging import NEITHER_BETTER, VERSION, Judged, MetricOptions, Summary, metric_name
 from vlm_jax.data import Example
 
 #: No answer is filtered before it is scored; what a metric reads out of it is part of the metric.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vlm_jax.runs import Run
+from vlm_jax.runs.folder import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,23 +1,17 @@
 """Interventions on a forward pass, the sweep engine, and one file per analysis."""
 
-from interventions.causal import Trace, causal_trace
-from interventions.groups import GROUPS, bind, label
-from interventions.kinds import (
-    Add,
-    AttentionKnockout,
-    Gate,
-    HeadGate,
-    LoRA,
-    LoReFT,
-    Noise,
-    Patch,
-    ProjectOut,
-    Replace,
-    UniformAttention,
-)
-from interventions.read import Gold, Logits, Scores
+from interventions.engine.read import Gold, Logits, Scores
+from interventions.engine.sweep import Variants, generate_variants, stack, sweep, sweep_runs
+from interventions.kinds.add import Add, Noise
+from interventions.kinds.attention import AttentionKnockout, UniformAttention
+from interventions.kinds.gates import Gate, HeadGate
+from interventions.kinds.groups import GROUPS, bind, label
+from interventions.kinds.lora import LoRA
+from interventions.kinds.loreft import LoReFT
+from interventions.kinds.patch import Patch, Replace
+from interventions.kinds.project_out import ProjectOut
 from interventions.store import describe, digest, load_interventions, save_interventions
-from interventions.sweep import Variants, generate_variants, stack, sweep, sweep_runs
+from interventions.trace.causal import Trace, causal_trace
 
 __all__ = [
     "GROUPS",

@@ -406,7 +406,7 @@ def paired(first, second, *, clusters=None, resamples: int = 10_000, seed: int =
     Args:
         first, second: ``(N,)``, or ``(S, N)`` of several training seeds; S may differ.
         clusters: labels ``(N,)`` of samples that hang together, such as those of one image
-            (:func:`eval.metrics.clusters_of`): clusters are resampled in place of samples.
+            (:func:`eval.judging.clusters_of`): clusters are resampled in place of samples.
 
     Returns:
         ``difference`` of the means, first less second; ``low``, ``high``: its percentile bootstrap interval;

@@ -16,11 +16,7 @@ from interventions import kinds
 from vlm_jax.errors import UserError, nearest
 
 #: Name in files -> kind.
-KINDS = {
-    name: kind
-    for name, kind in vars(kinds).items()
-    if isinstance(kind, type) and kind.__module__ == kinds.__name__ and kind is not kinds.OnTokens
-}
+KINDS = {name: getattr(kinds, name) for name in kinds.__all__}
 
 
 def dump(interventions: Sequence[Any]) -> bytes:

@@ -33,3 +33,12 @@ def forget_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 35_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_programs():
+    """For files whose programs run on a few tokens: compiling them takes most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

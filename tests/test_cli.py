@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import eval.accuracy
-import interventions.trace
+import interventions.trace.__main__
 import train.lora
 from interventions import Gate, digest, save_interventions
 from vlm_jax.data.miniworld import make_example
@@ -43,7 +43,7 @@ def refused(capsys, tmp_path):
     return run
 
 
-COMMANDS = [interventions.trace, eval.accuracy]
+COMMANDS = [interventions.trace.__main__, eval.accuracy]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, train.lora], ids=lambda c: c.__name__)
@@ -96,7 +96,7 @@ def test_question_that_does_not_fit(refused, tmp_path):
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_trace_options(refused, options, says):
-    assert says in refused(interventions.trace, **options)
+    assert says in refused(interventions.trace.__main__, **options)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,18 @@ ROOT = Path(__file__).parent.parent
 BELOW = {
     "vlm_jax": set(),
     "interventions": {"vlm_jax"},
-    "train": {"vlm_jax", "interventions"},
-    "eval": {"vlm_jax", "interventions", "train"},
+    "eval": {"vlm_jax", "interventions"},
+    "train": {"vlm_jax", "interventions", "eval"},
 }
-#: Commands that stand on top of all packages, wherever their names put them.
-ON_TOP = {"train/lora.py", "train/tune.py", "vlm_jax/plan.py"}
 FILES = {package: sorted((ROOT / package).rglob("*.py")) for package in BELOW}
+#: Files that a person runs: options and a short main. What others need lies beside them.
+COMMANDS = {file for files in FILES.values() for file in files if file.name == "__main__.py"}
+#: File or room -> what it must not reach, however many imports lie between.
+FAR = {
+    "vlm_jax/data": ("vlm_jax/model.py", "vlm_jax/nn"),
+    "interventions/placement/rules.py": ("vlm_jax/checkpoints",),
+    "interventions/placement/scores.py": ("interventions/trace/__main__.py", "interventions/figures"),
+}
 
 
 def imports(tree):
@@ -68,25 +74,81 @@ def parse(file):
     return ast.parse(file.read_text(), str(file))
 
 
+def module_files(name):
+    """The file of a module of ours, as a list; empty for a module of somebody else."""
+    path = ROOT / name.replace(".", "/")
+    return [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+
+
+def imported_files(tree):
+    """The files of ours that a module imports, inside functions too: for ``from a import b`` that of ``a.b`` where it
+    is a module, else that of ``a``. (Python also runs the ``__init__`` of every package above; those import nothing
+    but the public names.)"""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                found.update(file for alias in names for file in module_files(alias.name))
+            case ast.ImportFrom(module=module, level=0, names=names):
+                for alias in names:
+                    found.update(module_files(f"{module}.{alias.name}") or module_files(module))
+    return found
+
+
+def graph():
+    return {file: imported_files(parse(file)) for files in FILES.values() for file in files}
+
+
+def circles(edges):
+    """The groups of files that import each other, directly or through others."""
+
+    def reach(start):
+        seen, todo = set(), list(edges[start])
+        while todo:
+            if (file := todo.pop()) not in seen:
+                seen.add(file)
+                todo += edges.get(file, ())
+        return seen
+
+    reached = {file: reach(file) for file in edges}
+    return [file for file in edges if file in reached[file]], reached
+
+
 @pytest.mark.parametrize("package", BELOW)
 def test_imports_point_down(package):
     assert FILES[package]
     forbidden = BELOW.keys() - BELOW[package] - {package}
     upward = {str(file.relative_to(ROOT)): imports(parse(file)) & forbidden for file in FILES[package]}
-    upward = {file: names for file, names in upward.items() if file not in ON_TOP}
     assert not any(upward.values()), {file: names for file, names in upward.items() if names}
 
 
-def test_nobody_imports_a_command_on_top():
-    for file in (file for files in FILES.values() for file in files):
-        modules = {f"{node.module}" for node in ast.walk(parse(file)) if isinstance(node, ast.ImportFrom)}
-        assert not modules & {name.removesuffix(".py").replace("/", ".") for name in ON_TOP}, file
+def test_no_files_import_each_other():
+    found, _ = circles(graph())
+    assert not found, [str(file.relative_to(ROOT)) for file in found]
+
+
+def test_nothing_imports_a_command():
+    importers = {str(file.relative_to(ROOT)) for file, imported in graph().items() if imported & COMMANDS}
+    assert COMMANDS and not importers
+
+
+@pytest.mark.parametrize("place", FAR)
+def test_far_apart(place):
+    """Libraries do not hang on commands, nor data on models."""
+    _, reached = circles(graph())
+    files = [file for file in reached if file == ROOT / place or ROOT / place in file.parents]
+    assert files
+    for file in files:
+        for far in FAR[place]:
+            assert (ROOT / far).exists()
+            near = [f for f in reached[file] if f == ROOT / far or ROOT / far in f.parents]
+            assert not near, f"{file.relative_to(ROOT)} imports {near[0].relative_to(ROOT)}"
 
 
 def test_only_families_know_families():
     """Elsewhere a family is looked up in the registry, never compared. (Tasks have families too, in ``data``.)"""
     outside = [f for f in FILES["vlm_jax"] if not {"families", "data"} & set(f.relative_to(ROOT).parts)]
-    assert {"model.py", "checkpoint.py", "prompts.py"} <= {file.name for file in outside}
+    assert {"model.py", "load.py", "prompts.py"} <= {file.name for file in outside}
     found = {str(file.relative_to(ROOT)): family_comparisons(parse(file)) for file in outside}
     assert not any(found.values()), {file: lines for file, lines in found.items() if lines}
 
@@ -114,6 +176,11 @@ def test_torch_is_imported_nowhere():
 def test_imports_are_found(code, package):
     assert package in imports(ast.parse(code))
     assert not imports(ast.parse("from . import torch\nfrom .train import x\ntorch = 1\nprint('eval')")) & {package}
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})[0] == ["a", "b", "c"]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})[0] == []
 
 
 @pytest.mark.parametrize(
@@ -158,7 +225,7 @@ from pathlib import Path
 
 from PIL import Image
 from train.mini import write_qwen3_vl
-from vlm_jax.checkpoint import read_config
+from vlm_jax.checkpoints.sources import read_config
 from vlm_jax.data import Example
 from vlm_jax.families.qwen3_vl import load_processor
 from vlm_jax.prompts import encode

@@ -30,7 +30,7 @@ DRY = {
     ),
     "table1.sh": (
         ["pod", "us-west4-a", "fsdp=8,tensor=2"],
-        ["scp", "tar", "pip", r"eval.study\\ .*--mesh\\ fsdp=8.*tensor=2.*--processes\\ auto", "scp"],
+        ["scp", "tar", "pip", r"train.study\\ .*--mesh\\ fsdp=8.*tensor=2.*--processes\\ auto", "scp"],
     ),
     "full_grid_trace.sh": (
         ["pod", "us-west4-a", "data=16"],

@@ -12,10 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vlm_jax.checkpoints.fingerprint import checksums
 from vlm_jax.errors import UserError
-from vlm_jax.fingerprint import checksums
-from vlm_jax.processes import fetch, gathered
-from vlm_jax.sharding import placed
+from vlm_jax.mesh.sharding import placed
+from vlm_jax.runs.processes import fetch, gathered
 
 
 def place(folder: Path, base: str | None) -> epath.Path:

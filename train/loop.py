@@ -21,8 +21,8 @@ from jax.sharding import NamedSharding
 from train.checkpoints import Checkpoints, place
 from train.meter import About, Meter, Tracker, check_trackers, unsound
 from vlm_jax.errors import UserError
-from vlm_jax.processes import first, is_first, progress
-from vlm_jax.sharding import placed, placed_rows
+from vlm_jax.mesh.sharding import placed, placed_rows
+from vlm_jax.runs.processes import first, is_first, progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def fit(
         batches: step -> batch with a leading micro-batch axis. A pure function of the step, so that a resumed run
             reads the same data; called in a thread, some steps ahead.
         rows: of a micro-batch, where ``batches`` gives only those that are this process's own
-            (:func:`vlm_jax.sharding.own_rows`); all processes have whole batches where None.
+            (:func:`vlm_jax.mesh.sharding.own_rows`); all processes have whole batches where None.
         folder: where ``metrics.jsonl`` (:class:`train.meter.Meter`) and checkpoints go; nothing is written where None.
         options: how the training is kept and watched; no checkpoints where None. A run that finds a checkpoint goes on
             from it, and was it stopped at any moment, it loses the steps since.

@@ -12,25 +12,28 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from eval import metrics
-from eval.accuracy import AnswerOptions
-from eval.experiment import Experiment
-from eval.metrics import MetricOptions
+from eval import judging as metrics
+from eval.evaluation import AnswerOptions
+from eval.judging import MetricOptions
 from eval.tables import Table
-from interventions.figures import heatmap
-from interventions.placement import Scoring, check_k, default_k, normalised, place, read_names, read_trace, resolve
-from interventions.scoring import module_sizes
-from interventions.trace import TraceOptions
+from interventions.figures.tracing import heatmap
+from interventions.modules import check_k, default_k
+from interventions.placement.rules import Scoring, place, read_names, read_trace, resolve
+from interventions.placement.scores import module_sizes
+from interventions.statistics import normalised
+from interventions.trace.options import TraceOptions
 from train.loop import WATCHING
+from train.study.experiment import Experiment
 from train.trunk import LoRAOptions
-from vlm_jax.command import command
+from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.example import FAMILIES
+from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
-from vlm_jax.fingerprint import fingerprint
-from vlm_jax.options import DataOptions, ModelOptions
-from vlm_jax.runs import Run
+from vlm_jax.runs.command import command
+from vlm_jax.runs.folder import Run
+from vlm_jax.runs.options import ModelOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax import monitoring
 
-from vlm_jax.chips import chip
 from vlm_jax.errors import UserError
-from vlm_jax.processes import is_first
+from vlm_jax.mesh.chips import chip
+from vlm_jax.runs.processes import is_first
 
 try:
     import resource

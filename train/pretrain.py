@@ -18,13 +18,14 @@ from optax.contrib import MuonDimensionNumbers, muon
 from train import mini
 from train.loop import LoopOptions, fit
 from vlm_jax import Model, load, save
-from vlm_jax.checkpoint import leaf_name, read_config
-from vlm_jax.command import command
+from vlm_jax.checkpoints.leaves import leaf_name
+from vlm_jax.checkpoints.sources import read_config
 from vlm_jax.data import Example, pretraining
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
 from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, encode, positions
-from vlm_jax.runs import Run
+from vlm_jax.runs.command import command
+from vlm_jax.runs.folder import Run
 
 STAGES = ("text", "align", "instruct")
 

@@ -1,7 +1,7 @@
 """LoRA above a frozen trunk: what lies below the lowest adapted layer is run once per example and never again.
 
-Where adapters sit is data, not shape (:func:`interventions.adapters.pad`), so that placements of one size share a few
-compiled steps: one for each of the layers at which the trunk may end (:func:`first_layer`).
+Where adapters sit is data, not shape (:func:`interventions.placement.adapters.pad`), so that placements of one size
+share a few compiled steps: one for each of the layers at which the trunk may end (:func:`first_layer`).
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from interventions.adapters import compact, init_lora, lowest_layer, pad, parameters
-from interventions.cost import head_flops, layers_flops
-from interventions.kinds import LoRA, low_rank
+from interventions.engine.cost import head_flops, layers_flops
+from interventions.kinds.lora import LoRA, low_rank
+from interventions.placement.adapters import compact, init_lora, lowest_layer, pad, parameters
 from train.loop import WATCHING, LoopOptions, fit
 from train.meter import About
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
-from vlm_jax.processes import fetch, first
+from vlm_jax.mesh.sharding import even, own_rows, placed_rows
 from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
-from vlm_jax.sharding import even, own_rows, placed_rows
+from vlm_jax.runs.processes import fetch, first
 from vlm_jax.sites import TEXT_LINEARS, Context
 
 #: P0 trains with 2e-4 at width 2560. Adam's best rate falls with the width (muP), so narrower models get more.

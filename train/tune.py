@@ -16,23 +16,24 @@ import numpy as np
 import optax
 import tyro
 
-from eval import metrics
-from eval.accuracy import AnswerOptions, answer, score
+from eval import judging as metrics
+from eval.evaluation import AnswerOptions, answer, score
 from train.loop import WATCHING, LoopOptions, fit, forget
 from train.meter import About
 from train.trunk import answer_loss
 from vlm_jax import Model, save
-from vlm_jax.checkpoint import named_leaves
-from vlm_jax.command import command
+from vlm_jax.checkpoints.fingerprint import fingerprint
+from vlm_jax.checkpoints.leaves import named_leaves
 from vlm_jax.data import Example, easy_vqa, load_task, source
+from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
-from vlm_jax.fingerprint import fingerprint
-from vlm_jax.options import DataOptions, ModelOptions
-from vlm_jax.processes import fetch, is_first
+from vlm_jax.mesh.sharding import own_rows
 from vlm_jax.prompts import Fitted, check_fit, fitted, room_of
-from vlm_jax.runs import Run
-from vlm_jax.sharding import own_rows
+from vlm_jax.runs.command import command
+from vlm_jax.runs.folder import Run
+from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.processes import fetch, is_first
 
 #: Of a model's pytree: the vision tower holds the projector too.
 PARTS = ("text", "visual")

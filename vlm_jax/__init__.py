@@ -1,6 +1,8 @@
 """vlm-jax: vision-language models in JAX whose interventions are pure functions."""
 
-from vlm_jax.checkpoint import embedded_models, load, save
+from vlm_jax.checkpoints.load import load
+from vlm_jax.checkpoints.save import save
+from vlm_jax.checkpoints.sources import embedded_models
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError
 from vlm_jax.generate import generate

@@ -40,7 +40,7 @@ class TextConfig:
     attn_logit_softcapping: for families that apply it, of which none is here yet.
     bidirectional_images: tokens of one image see each other in both directions.
     max_position_embeddings: most tokens of a prompt; the tokeniser may set a lower bound.
-    attention: what computes it, "xla" or a kernel (:mod:`vlm_jax.kernels`) for windows whose scores nobody sees.
+    attention: what computes it, "xla" or a kernel (:mod:`vlm_jax.nn.kernels`) for windows whose scores nobody sees.
     """
 
     vocab_size: int
@@ -143,3 +143,19 @@ class Config:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     hf: str = ""
+
+
+def with_attention(config: Config, attention: str) -> Config:
+    """The config of the same model with another implementation of its attention.
+
+    Raises:
+        UserError: if that cannot do what the model asks for.
+    """
+    if attention not in ("xla", "splash"):
+        raise UserError(f"unknown attention {attention!r}: use 'xla' or 'splash'")
+    if attention == "splash" and not config.text.only_causal:
+        raise UserError(
+            f"attention 'splash' is causal and nothing else, but a {config.family} has sliding layers or images that "
+            "see both ways: use 'xla'"
+        )
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, attention=attention))

@@ -13,9 +13,13 @@ from typing import Annotated, Literal
 import tyro
 from safetensors import SafetensorError
 
-from vlm_jax.checkpoint import ORBAX, load, read_json, resolve, save, save_orbax, with_dtype
-from vlm_jax.command import command
+from vlm_jax.checkpoints.load import load
+from vlm_jax.checkpoints.orbax import save_orbax
+from vlm_jax.checkpoints.save import save, with_dtype
+from vlm_jax.checkpoints.sources import ORBAX, resolve
 from vlm_jax.errors import UserError
+from vlm_jax.files import read_json
+from vlm_jax.runs.command import command
 
 #: What goes with the weights: tokeniser, image processor, chat template, generation defaults.
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model")

@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.decoder import Window
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
 from vlm_jax.model import Embedded, Model
+from vlm_jax.nn.decoder import Window
 from vlm_jax.sites import NO_TAPS, Context, Probe, check
 
 

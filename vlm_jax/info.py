@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import tyro
 
-from vlm_jax.checkpoint import abstract, embedded_models, named_leaves, read_config, resolve
-from vlm_jax.command import command
+from vlm_jax.checkpoints.leaves import abstract, named_leaves
+from vlm_jax.checkpoints.sources import embedded_models, read_config, resolve
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.published import PUBLISHED, published_config
+from vlm_jax.runs.command import command
 from vlm_jax.sites import PROJECTOR_SITES, TEXT_LINEARS
 from vlm_jax.vision.vit import ViTVision
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.config import Config
-from vlm_jax.decoder import Decoder, Window
 from vlm_jax.families import backbone_config
 from vlm_jax.inputs import Inputs
-from vlm_jax.sharding import constrain
+from vlm_jax.mesh.sharding import constrain
+from vlm_jax.nn.decoder import Decoder, Window
 from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check
 from vlm_jax.vision.blocks import Features
 

@@ -20,7 +20,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 from vlm_jax.families.base import Chat
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
-from vlm_jax.processes import everywhere
+from vlm_jax.runs.processes import everywhere
 
 #: P0, appendix C.1.
 P0_PROMPT = (

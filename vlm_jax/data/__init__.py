@@ -8,9 +8,9 @@ from vlm_jax.data.example import FAMILIES, Example
 from vlm_jax.data.folder import open_folder
 from vlm_jax.data.jsonl import read_jsonl
 from vlm_jax.data.miniworld import SPLIT_SIZES, TASKS, make_example
+from vlm_jax.data.options import DataOptions
 from vlm_jax.data.world import WORLD_SEED
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.options import DataOptions
 
 __all__ = ["Example", "load_task", "source", "task_label", "task_names"]
 

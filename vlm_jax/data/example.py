@@ -28,7 +28,7 @@ class Example:
     task: str = ""
     gold: int | None = None
     metric: str = "exact_match"
-    """The measure of the task's own benchmark: a name in :data:`eval.metrics.METRICS`."""
+    """The measure of the task's own benchmark: a name in :data:`eval.judging.METRICS`."""
     subtask: str | None = None
     """The benchmark's category of the question, where it has any."""
     image_id: str | None = None

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from vlm_jax.data.example import Example
 from vlm_jax.data.hub import Opened, open_split
 from vlm_jax.data.images import lazy_images
+from vlm_jax.data.options import DataOptions
 from vlm_jax.data.records import Answered, answered, group_of, image_of, label_of, make_example
 from vlm_jax.data.specs import ALL, DATASETS, FAMILY_TASKS, LMMS_TASKS, DatasetSpec, split_of
 from vlm_jax.data.splits import Row, deal
 from vlm_jax.errors import UserError
-from vlm_jax.options import DataOptions
 
 
 class Index(NamedTuple):

@@ -1,4 +1,4 @@
-"""Scores of one prediction against its gold answers; :mod:`eval.metrics` puts them together over a task."""
+"""Scores of one prediction against its gold answers; :mod:`eval.judging` puts them together over a task."""
 
 import math
 import re

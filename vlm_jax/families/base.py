@@ -7,8 +7,8 @@ from typing import Any
 
 from vlm_jax.config import Config, Rope, TextConfig
 from vlm_jax.errors import UserError
-from vlm_jax.layers import ACTIVATIONS
-from vlm_jax.table import KEEP, TRANSPOSE, Row, linear
+from vlm_jax.families.key_table import KEEP, TRANSPOSE, Row, linear
+from vlm_jax.nn.layers import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)

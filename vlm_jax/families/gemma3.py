@@ -18,8 +18,8 @@ from vlm_jax.families.base import (
     tied,
     token_ids,
 )
+from vlm_jax.families.key_table import KEEP, Row
 from vlm_jax.families.vit import SPELLINGS, encoder_rows, read_tower
-from vlm_jax.table import KEEP, Row
 from vlm_jax.vision.siglip import SiglipVision
 
 

@@ -18,9 +18,9 @@ from vlm_jax.families.base import (
     tied,
     token_ids,
 )
+from vlm_jax.families.key_table import linear
 from vlm_jax.families.vit import SPELLINGS, encoder_rows, read_tower
-from vlm_jax.layers import ACTIVATIONS
-from vlm_jax.table import linear
+from vlm_jax.nn.layers import ACTIVATIONS
 from vlm_jax.vision.clip import ClipVision
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vlm_jax.families.base import positive, supported, whole_heads
-from vlm_jax.layers import ACTIVATIONS
+from vlm_jax.nn.layers import ACTIVATIONS
 
 
 def read_tower(vision: Any, where: str, *own: str) -> dict[str, Any]:

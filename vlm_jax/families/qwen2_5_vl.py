@@ -16,8 +16,8 @@ from vlm_jax.families.base import (
     token_ids,
     without_video,
 )
+from vlm_jax.families.key_table import CONV, KEEP, Row, linear
 from vlm_jax.families.qwen import read_tower
-from vlm_jax.table import CONV, KEEP, Row, linear
 from vlm_jax.vision.qwen2_5 import Qwen25Vision
 
 _BLOCK, _OURS = "model.visual.blocks.{}", "visual.blocks"

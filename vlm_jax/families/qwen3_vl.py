@@ -18,8 +18,8 @@ from vlm_jax.families.base import (
     token_ids,
     without_video,
 )
+from vlm_jax.families.key_table import CONV, KEEP, Row, linear, norm
 from vlm_jax.families.qwen import read_tower
-from vlm_jax.table import CONV, KEEP, Row, linear, norm
 from vlm_jax.vision.qwen3 import Qwen3Vision
 
 _BLOCK, _OURS = "model.visual.blocks.{}", "visual.blocks"

@@ -3,8 +3,8 @@
 from typing import Any
 
 from vlm_jax.families.base import positive, supported, whole_heads
-from vlm_jax.layers import ACTIVATIONS
-from vlm_jax.table import CONV, KEEP, Row, linear, norm
+from vlm_jax.families.key_table import CONV, KEEP, Row, linear, norm
+from vlm_jax.nn.layers import ACTIVATIONS
 
 #: Tensor names of a model with such a tower: as transformers 5 writes them, and as the hub has them.
 SPELLINGS = (

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.sharding import constrain
+from vlm_jax.mesh.sharding import constrain
 from vlm_jax.sites import BLOCK_SITES, NO_TAPS, Context, Probe, Tap, scan_layers
 
 

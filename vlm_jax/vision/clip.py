@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.inputs import Images
-from vlm_jax.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
+from vlm_jax.nn.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
 from vlm_jax.vision.blocks import Features, scan_blocks
 from vlm_jax.vision.vit import ViTVision, encoder_layers

@@ -10,7 +10,7 @@ from flax import nnx
 from vlm_jax.config import VisionConfig
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import PATCH_BUCKET, Images, bucket
-from vlm_jax.layers import Linear, attend, rotate
+from vlm_jax.nn.layers import Linear, attend, rotate
 from vlm_jax.sites import Probe
 
 

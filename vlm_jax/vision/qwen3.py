@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 
 from vlm_jax.inputs import Images
-from vlm_jax.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
-from vlm_jax.rope import rope_2d
+from vlm_jax.nn.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
+from vlm_jax.nn.rope import rope_2d
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
 from vlm_jax.vision.blocks import Features, scan_blocks
 from vlm_jax.vision.qwen import Attention, QwenVision

@@ -9,7 +9,7 @@ from flax import nnx
 from vlm_jax.config import VisionConfig
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Images
-from vlm_jax.layers import ACTIVATIONS, LayerNorm, Linear, attend
+from vlm_jax.nn.layers import ACTIVATIONS, LayerNorm, Linear, attend
 from vlm_jax.sites import Probe
 
 

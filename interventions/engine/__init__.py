@@ -1,0 +1,1 @@
+"""The sweep engine: N variants of one run, what is read of them, what they cost."""

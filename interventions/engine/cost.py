@@ -1,0 +1,104 @@
+"""What a sweep costs: said before a long one, and measured against after it."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from interventions.engine.sweep import Variants, first_layers, plan
+from vlm_jax import Inputs, Model
+from vlm_jax.runs.processes import fetch
+
+#: A job of fewer FLOPs is over before it is worth a line.
+_LONG = 1e11
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """token_layers: tokens x layers that are run; flops: of the matmuls that are necessary (multiply and add are two),
+    prompt runs and unembedding included; bytes: of the variants' states that are held at once; naive_flops: of a whole
+    forward pass per variant. The vision tower is in none of them."""
+
+    token_layers: int
+    flops: float
+    bytes: int
+    naive_flops: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.token_layers + other.token_layers,
+            self.flops + other.flops,
+            max(self.bytes, other.bytes),
+            self.naive_flops + other.naive_flops,
+        )
+
+    def __str__(self) -> str:
+        less = self.naive_flops / self.flops
+        return (
+            f"{self.token_layers:,} token-layers, {self.flops / 1e9:,.1f} GFLOP ({less:.1f} times less than a pass per "
+            f"variant), {self.bytes / 2**20:,.1f} MiB of live variants"
+        )
+
+    def measured(self, seconds: float) -> str:
+        """The same, after the fact."""
+        return f"{seconds:.1f} s, {self.flops / seconds / 1e9:,.1f} GFLOP/s of necessary work"
+
+
+class Meter:
+    """Says what a long job's sweeps will cost, and what they did cost.
+
+    Used as ``with Meter(cost) as meter``; short jobs say nothing.
+    """
+
+    def __init__(self, cost: Cost):
+        self.cost, self.long = cost, cost.flops > _LONG
+
+    def __enter__(self) -> "Meter":
+        self.begun = time.perf_counter()
+        if self.long:
+            print(f"to do: {self.cost}")
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self.long and kind is None:
+            print(f"done: {self.cost.measured(time.perf_counter() - self.begun)}")
+
+
+def layers_flops(model: Model, batch: int, tokens: int, before: int = 0) -> float:
+    """Of all layers' matmuls on ``tokens`` causal tokens of each sample, behind ``before`` others."""
+    config = model.config.text
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(model.text.layers) if leaf.ndim == 3)
+    keys = tokens * (before + (tokens + 1) / 2)
+    return batch * (
+        2 * kernels * tokens + 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
+    )
+
+
+def head_flops(model: Model, tokens: int) -> float:
+    """Of the logits of so many tokens."""
+    return 2 * tokens * model.config.text.hidden_size * model.config.text.vocab_size
+
+
+def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(), clean=None, gold: int = 4) -> Cost:
+    """The cost of :func:`interventions.engine.sweep.sweep` with these arguments.
+
+    Args:
+        gold: positions that the read-out unembeds.
+    """
+    config = model.config.text
+    batch, length = inputs.input_ids.shape
+    start = plan(model, inputs, variants, read, base, clean)
+    depth, window = config.num_hidden_layers, length - start
+    alive = int(np.sum(depth - np.minimum(fetch(first_layers(variants, depth)), depth)))
+    runs = alive + (depth if clean is not None else 0)
+
+    head = head_flops(model, gold * batch)
+    entire = layers_flops(model, batch, length)
+    flops = entire + runs / depth * layers_flops(model, batch, window, start)
+    return Cost(
+        token_layers=batch * (depth * length + runs * window),
+        flops=flops + head * (len(variants) + 1 + (clean is not None)),
+        bytes=len(variants) * batch * window * config.hidden_size * jax.tree.leaves(model)[0].dtype.itemsize,
+        naive_flops=(len(variants) + 1) * (entire + head),
+    )

@@ -1,0 +1,1 @@
+"""Figures of the analyses: data in, one file out."""

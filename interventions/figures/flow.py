@@ -1,0 +1,145 @@
+"""Figures of how visual information flows to text (P1)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from interventions.figures.base import save, subplots
+from interventions.flow.shares import Reading
+
+_COLOURS = {"before": "#bab0ac", "image": "#4e79a7", "image_end": "#e15759", "text": "#76b7b2"}
+_MODES = {"post_softmax": "#4e79a7", "pre_softmax": "#59a14f", "random_mass": "#bab0ac", "value_norm": "#d4a6c8"}
+
+
+def _panels(rows: int, columns: int, width: float = 4.6, height: float = 3.1, **how):
+    return subplots(rows, columns, size=(width * columns, height * rows), **how)
+
+
+def _band(axis, found: Mapping, colour: str | None = None, **how) -> None:
+    """A line over the layers with its interval."""
+    (line,) = axis.plot(found["mean"], "o-", markersize=3.5, color=colour, **how)
+    axis.fill_between(range(len(found["mean"])), found["low"], found["high"], alpha=0.2, color=line.get_color(), lw=0)
+
+
+def attention(path: Path, tasks: Mapping[str, Mapping]) -> None:
+    """Per task: where the text's attention goes by layer, and equation 2 (figure 1) beside what uniform attention
+    would give."""
+    figure, axes = _panels(len(tasks), 2)
+    for (left, right), (task, found) in zip(axes, tasks.items(), strict=True):
+        bottom = np.zeros(len(found["to_image"]["mean"]))
+        for group in ("image", "image_end", "before", "text"):
+            if f"to_{group}" in found:
+                mean = np.array(found[f"to_{group}"]["mean"])
+                name = {"image_end": "end of image", "before": "before the image", "text": "text itself"}.get(
+                    group, group
+                )
+                left.bar(range(len(mean)), mean, bottom=bottom, width=0.85, color=_COLOURS[group], label=name)
+                bottom = bottom + mean
+        left.set(title=f"{task}: where the text's attention goes", ylim=(0, 1), ylabel="share, mean over heads")
+        right.set(title=f"{task}: image / (image + end of image)", ylim=(0, 1.02), ylabel="equation 2")
+        if "ratio" in found:
+            _band(right, found["ratio"], _COLOURS["image"], label="mean, 95 % interval")
+            right.axhline(found["ratio_if_uniform"], color="black", ls=":", label="uniform attention")
+            right.legend(fontsize=8, loc="lower right")
+        else:
+            right.text(0.5, 0.5, "the model has no end-of-image token", ha="center", transform=right.transAxes)
+        for axis in (left, right):
+            axis.set_xlabel("layer")
+            axis.set_xticks(_ticks(len(bottom)))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=4)
+    save(figure, path, dpi=110)
+
+
+def cumulative(path: Path, readings: Mapping[str, Reading]) -> None:
+    """Figures 2 and 3: what the most attended image tokens receive of the image's attention, by layer; and how many
+    carry 80 and 90 % of it."""
+    figure, axes = _panels(len(readings), 2)
+    grid = np.linspace(0, 1, 101)
+    for (left, right), (task, reading) in zip(axes, readings.items(), strict=True):
+        curves = np.nanmean(reading.cumulative(grid), 0)
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
+        shown = set(_ticks(len(curves)))
+        for layer, (curve, colour) in enumerate(zip(curves, colours, strict=True)):
+            left.plot(grid, curve, color=colour, label=f"layer {layer}" if layer in shown else None)
+        left.plot([0, 1], [0, 1], color="black", ls=":", label="uniform")
+        left.set(title=f"{task}: the image's attention", xlabel="share of image tokens, most attended first")
+        left.set(ylabel="cumulative share", xlim=(0, 1), ylim=(0, 1.01))
+        for part, colour in ((0.8, "#4e79a7"), (0.9, "#f28e2b")):
+            left.axhline(part, color=colour, lw=0.6, alpha=0.6)
+            needed = reading.needed(part)
+            mean = np.nanmean(needed, 0)
+            right.errorbar(
+                range(len(mean)),
+                mean,
+                np.nanstd(needed, 0),
+                fmt="o-",
+                ms=3.5,
+                capsize=2,
+                color=colour,
+                label=f"{part:.0%}, ± standard deviation over samples",
+            )
+            right.axhline(part, color=colour, ls=":")
+        right.set(title=f"{task}: tokens that carry 80 and 90 %", ylim=(0, 1), xlabel="layer")
+        right.set(ylabel="share of image tokens (dotted: uniform)")
+        right.set_xticks(_ticks(len(curves)))
+        right.legend(fontsize=8, loc="lower right")
+    axes[0, 0].legend(fontsize=7, loc="lower right", ncols=2)
+    save(figure, path, dpi=110)
+
+
+def answers(path: Path, tasks: Mapping[str, Sequence[Mapping]]) -> None:
+    """Per task: accuracy with each edge cut in all layers, by mode; crosses are the answers that are none."""
+    figure, axes = _panels(1, len(tasks), 5.4, 3.6, sharey=True)
+    for axis, (task, conditions) in zip(axes[0], tasks.items(), strict=True):
+        whole = [c for c in conditions if c["layers"] is None and c["edge"] is not None]
+        edges, modes = (list(dict.fromkeys(c[key] for c in whole)) for key in ("edge", "mode"))
+        base, width = conditions[0]["accuracy"], 0.8 / len(modes)
+        axis.axhspan(base["low"], base["high"], color="black", alpha=0.08, lw=0)
+        axis.axhline(base["mean"], color="black", ls="--", lw=1, label="nothing cut")
+        for c in whole:
+            x = edges.index(c["edge"]) + (modes.index(c["mode"]) - (len(modes) - 1) / 2) * width
+            found, first = c["accuracy"], c["edge"] == edges[0]
+            bars = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
+            axis.bar(x, found["mean"], width * 0.92, color=_MODES[c["mode"]], label=c["mode"] if first else None)
+            axis.errorbar(x, found["mean"], bars, color="black", lw=0.8, capsize=2)
+            samples = c["samples"]
+            axis.plot(
+                x,
+                sum(c["failures"].values()) / samples,
+                "x",
+                color="black",
+                ms=5,
+                label="not a possible answer" if c is whole[0] else None,
+            )
+        axis.set_xticks(range(len(edges)), [_arrow(e).replace("+", "\nand ") for e in edges], fontsize=8)
+        axis.set(title=task, ylim=(-0.03, 1.03))
+    axes[0, 0].set_ylabel("share of samples")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(modes) + 2)
+    save(figure, path, dpi=110)
+
+
+def windows(path: Path, tasks: Mapping[str, Mapping]) -> None:
+    """Per task: how p(gold) changes when an edge is cut around a layer."""
+    figure, axes = _panels(1, len(tasks), 5.0, 3.6, sharey=True)
+    for axis, (task, found) in zip(axes[0], tasks.items(), strict=True):
+        axis.axhline(0, color="black", lw=0.8)
+        for number, (name, change) in enumerate(found["change"].items()):
+            # Thinner and thinner, so that curves on top of each other are seen.
+            _band(axis, change, label=_arrow(name), lw=max(1.0, 4 - number))
+        axis.set(title=f"{task}: p(gold) {found['p_base']['mean']:.2f}", xlabel="layer at the window's middle")
+        axis.set_xticks(_ticks(len(change["mean"])))
+    axes[0, 0].set_ylabel("change of p(gold) when cut")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(found["change"])
+    )
+    save(figure, path, dpi=110)
+
+
+def _arrow(edge: str) -> str:
+    return edge.replace("image_end", "end of image").replace(":", " → ")
+
+
+def _ticks(depth: int) -> range:
+    return range(0, depth, max(1, depth // 12))

@@ -1,0 +1,152 @@
+"""Figures of causal traces: heat maps, intervals, stability and agreement of rankings (P0)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.patches import Patch
+
+from interventions.figures.base import COLOURS, save, subplots
+from interventions.statistics import Interval
+
+
+def heatmap(path: Path, panels: dict[str, np.ndarray], label: str = "mean restoration rate (RR)") -> None:
+    """Layer x module maps side by side on one colour scale centred at 0; ``panels``: title -> ``(L, 2)``."""
+    limit = max(float(np.nanmax(np.abs(values))) for values in panels.values()) or 1.0
+    depth = max(len(values) for values in panels.values())
+    figure, axes = subplots(1, len(panels), size=(2.6 * len(panels) + 1.2, 1.4 + 0.32 * depth))
+    for axis, (title, values) in zip(axes[0], panels.items(), strict=True):
+        image = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
+        axis.set_title(title)
+        axis.set_xticks([0, 1], ["attn", "mlp"])
+        axis.set_yticks(range(0, len(values), max(1, len(values) // 12)))
+        axis.set_ylabel("layer")
+        if values.size <= 80:
+            for (row, column), value in np.ndenumerate(values):
+                colour = "white" if abs(value) > 0.6 * limit else "black"
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    figure.colorbar(image, ax=axes[0].tolist(), label=label)
+    save(figure, path)
+
+
+def intervals(
+    path: Path,
+    cells: Sequence[str],
+    groups: Mapping[str, Interval],
+    different: Sequence[bool] | None = None,
+    label: str = "restoration rate (RR), 95 % interval",
+) -> None:
+    """RR of every cell with its interval, the groups (knowledge, perception) side by side; a panel for every kind of
+    cell (attention, MLP, ...), layers along it.
+
+    Args:
+        different: per cell, whether the groups differ significantly; those are shaded and starred.
+    """
+    kinds: dict[str, list[tuple[int, int]]] = {}  # kind -> (layer, number of the cell)
+    for number, cell in enumerate(cells):
+        layer, kind = _parts(cell)
+        kinds.setdefault(kind, []).append((layer, number))
+    depth = 1 + max(layer for places in kinds.values() for layer, _ in places)
+    columns = 2 if depth <= 12 and len(kinds) > 1 else 1
+    rows = -(-len(kinds) // columns)
+    size = columns * (1.6 + 0.26 * max(depth, 10)), 0.6 + 2.5 * rows
+    figure, axes = subplots(rows, columns, size=size, sharey=True)
+    for axis in axes.flat[len(kinds) :]:
+        axis.set_axis_off()
+    for axis, (kind, places) in zip(axes.flat, kinds.items(), strict=False):
+        layers, numbers = map(np.array, zip(*places, strict=True))
+        for place, (name, found) in enumerate(groups.items()):
+            value, low, high = (np.asarray(a, float)[numbers] for a in found)
+            axis.errorbar(
+                layers + (place - (len(groups) - 1) / 2) * 0.6 / len(groups),
+                value,
+                # An interval need not hold its estimate where that is skewed.
+                [np.maximum(value - low, 0), np.maximum(high - value, 0)],
+                fmt="os^Dv*"[place % 6],
+                ms=4,
+                lw=1.4,
+                color=COLOURS[place % len(COLOURS)],
+                label=name,
+            )
+        axis.axhline(0, color="black", lw=0.8)
+        for layer, number in places if different is not None else ():
+            if different[number]:
+                axis.axvspan(layer - 0.5, layer + 0.5, color="#edc948", alpha=0.35, lw=0)
+                axis.annotate("*", (layer, 0.99), xycoords=("data", "axes fraction"), ha="center", va="top")
+        axis.set_title(kind, fontsize=10)
+        axis.set_xlim(-0.7, depth - 0.3)
+        axis.set_xticks(range(0, depth, 1 if depth <= 40 else 5))
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", lw=0.4, alpha=0.5)
+    for axis in axes[-1]:
+        axis.set_xlabel("layer")
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(low, high + 0.07 * (high - low))  # room for the stars
+    figure.supylabel(label, fontsize=9)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    if different is not None and any(different):
+        handles.append(Patch(color="#edc948", alpha=0.35))
+        names.append("significant difference (*)")
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=len(names))
+    save(figure, path)
+
+
+def _parts(cell: str) -> tuple[int, str]:
+    """Layer and kind of a cell: "L3-attn@question" is ``(3, "attn@question")``."""
+    layer, kind = re.fullmatch(r"L(\d+)-(.+)", cell).groups()
+    return int(layer), kind
+
+
+def stability(path: Path, groups: Mapping[str, Sequence[Mapping]]) -> None:
+    """By group, how alike the rankings of two disjoint sets of samples are (``rank_stability`` of
+    :mod:`interventions.statistics`): Kendall's tau, and the share of the top k that both have; dotted: by chance."""
+    every = sorted({row["samples"] for found in groups.values() for row in found})
+    tops = list(next(iter(groups.values()))[0]["overlap"])
+    titles = ["Kendall's tau", *(f"overlap of the top {k}" for k in tops)]
+    figure, axes = subplots(1, len(titles), size=(3.4 * len(titles) + 0.4, 3.3), sharey=True)
+    for axis, title, k in zip(axes[0], titles, [None, *tops], strict=True):
+        for (name, found), colour in zip(groups.items(), COLOURS, strict=False):
+            sizes = [row["samples"] for row in found]
+            measures = [row["tau"] if k is None else row["overlap"][k] for row in found]
+            axis.plot(sizes, [m["mean"] for m in measures], "o-", ms=4, color=colour, label=name)
+            bounds = ([m[end] for m in measures] for end in ("low", "high"))
+            axis.fill_between(sizes, *bounds, color=colour, alpha=0.18, lw=0)
+        axis.axhline(0 if k is None else measures[0]["chance"], color="black", ls=":", lw=1)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(every, every)
+        axis.minorticks_off()
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("samples in each half")
+        axis.grid(axis="y", lw=0.4, alpha=0.5)
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(min(low, -0.05), max(high, 1.02))
+    axes[0, 0].set_ylabel("mean, 95 % of random halves")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def correlation(
+    path: Path, rows: Sequence[Mapping], measures: Sequence[str] = ("pearson", "spearman", "kendall")
+) -> None:
+    """A map per measure of how alike the RR of kinds of corruption are (``correlations`` of
+    :mod:`interventions.statistics`)."""
+    names = list(dict.fromkeys(row[end] for row in rows for end in ("first", "second")))
+    count, longest = len(names), max(map(len, names))
+    side = 0.62 * count + 0.5
+    size = len(measures) * (side + 0.15) + 0.075 * longest, side + 0.06 * longest + 0.3
+    figure, axes = subplots(1, len(measures), size=size, sharey=True)
+    for axis, measure in zip(axes[0], measures, strict=True):
+        matrix = np.eye(count)
+        for row in rows:
+            i, j = names.index(row["first"]), names.index(row["second"])
+            matrix[i, j] = matrix[j, i] = np.nan if row[measure] is None else row[measure]
+        axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+        for (i, j), value in np.ndenumerate(matrix):
+            colour = "white" if abs(value) > 0.66 else "black"
+            text = "none" if np.isnan(value) else f"{value:.2f}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+        axis.set_title(measure.capitalize(), fontsize=10)
+        axis.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+        axis.set_yticks(range(count), names, fontsize=8)
+    save(figure, path)

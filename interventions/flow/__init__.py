@@ -1,0 +1,1 @@
+"""P1: how visual information flows to text."""

@@ -1,0 +1,157 @@
+"""P1: what text reads of the image, and what becomes of answers when it cannot (section 3, equations 1-4).
+
+python -m interventions.flow --tasks mini-okvqa mini-docvqa --limit 48 --out runs/flow
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from interventions.flow.knockout import EDGES, Effect, edge, knocked_out_answers, window_effects, window_layers
+from interventions.flow.shares import Reading, read_examples
+from interventions.flow.summary import summarise_answers, summarise_effect, summarise_reading
+from vlm_jax.checkpoints.fingerprint import fingerprint
+from vlm_jax.data import load_task, source, task_label
+from vlm_jax.data.options import DataOptions
+from vlm_jax.errors import UserError
+from vlm_jax.families import FAMILIES
+from vlm_jax.prompts import check_fit
+from vlm_jax.runs.command import command
+from vlm_jax.runs.folder import Run
+from vlm_jax.runs.options import ModelOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(DataOptions, ModelOptions):
+    """Measure how visual information flows to text: attention, knock-outs of it, and in which layers they hurt (P1)."""
+
+    tasks: tuple[str, ...] = ("mini-okvqa", "mini-docvqa")
+    """Task names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
+    limit: int = 48
+    """Samples of each task."""
+    edges: tuple[str, ...] | None = None
+    """What answers are generated without, as queries:keys in token groups joined by +; by default text:image,
+    text:image_end and text:image+image_end, the last two where the model has an end-of-image token."""
+    modes: tuple[Literal["post_softmax", "pre_softmax", "random_mass", "value_norm"], ...] = (
+        "post_softmax",
+        "pre_softmax",
+        "random_mass",
+        "value_norm",
+    )
+    """How: P1's equations 3 and 4, masked scores (Geva et al. 2023), and two controls; the first also in windows."""
+    answers: Literal["all", "windows"] = "all"
+    """Generate with edges cut in all layers, or also in every window of layers."""
+    window: int = 3
+    """Layers of a window."""
+    window_edges: tuple[str, ...] = ("text:image", "question:image", "writers:image", "text:question")
+    """What is cut in windows to see the gold answer's probability; "writers" are the tokens that write the answer."""
+    batch: int = 16
+    """Samples per compiled call."""
+    max_new_tokens: int = 12
+    """Longest answer, in tokens."""
+    seed: int = 0
+    """Seed of the bootstrap and of random_mass."""
+    out: Path = Path("runs/flow")
+    """Run folder: results.json, four figures, and per task attention.npz, samples.jsonl and windows.npz."""
+
+
+def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
+    """The edges to generate without and those to cut in windows, checked; and without those that need an end-of-image
+    token where the model has none and nobody asked for them."""
+    lacks = "this model has no end-of-image token (text follows its image tokens directly)"
+    chosen = (EDGES if args.edges is None else args.edges), args.window_edges
+    for name in (*chosen[0], *chosen[1]):
+        edge(name)
+        if "image_end" in name and not image_end and (args.edges is not None or name in args.window_edges):
+            raise UserError(f"{lacks}: drop {name}")
+    if args.edges is None and not image_end:
+        print(f"note: {lacks}, so nothing is cut from it")
+        chosen = [name for name in EDGES if "image_end" not in name], args.window_edges
+    for names, option in zip((*chosen, args.modes), ("edges", "window-edges", "modes"), strict=True):
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"--{option} is {' '.join(names) or 'empty'}: name at least one, and none twice")
+    return tuple(map(list, chosen))
+
+
+def _report(task: str, found: dict) -> None:
+    seen = found["attention"]
+    names = [name for name in ("to_image", "to_image_end", "ratio", "tokens_for_80", "tokens_for_90") if name in seen]
+    print(f"{task}: {found['samples']} samples\n  layer  " + "  ".join(f"{name:>13s}" for name in names))
+    for layer in range(len(seen["to_image"]["mean"])):
+        print(f"  {layer:<5d}  " + "  ".join(f"{seen[name]['mean'][layer]:13.3f}" for name in names))
+    for part in (part for part in found["answers"] if part["layers"] is None):
+        mean, low, high = (part["accuracy"][key] for key in ("mean", "low", "high"))
+        none = ", ".join(f"{count} {why}" for why, count in part["failures"].items() if count)
+        cut = f"without {part['edge'] or 'nothing':20s}  {part['mode'] or '':12s}"
+        print(f"  {cut}  right {mean:.3f} [{low:.3f}, {high:.3f}]  {none}".rstrip())
+
+
+@command
+def main(args: Args) -> None:
+    from interventions.figures import flow as figures
+
+    tasks = {task_label(t): load_task(t, split="trace", limit=args.limit, options=args) for t in args.tasks}
+    if not tasks or len(tasks) < len(args.tasks):
+        raise UserError(
+            f"--tasks is {' '.join(args.tasks) or 'empty'}: name at least one, and none (nor a file's stem) twice"
+        )
+    for name in ("batch", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    for example in (example for examples in tasks.values() for example in examples):
+        if not example.images:
+            raise UserError(f"example {example.id!r} has no image for its text to read: leave it out")
+    model, processor = args.load()
+    edges, window_edges = edges_of(args, FAMILIES[model.config.family].chat.image_end is not None)
+    in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
+    for examples in tasks.values():
+        check_fit(examples, processor, model.config)
+    run = Run.open(args.out, args, model.config, processor)
+    run.pin("model", fingerprint(model))
+    run.pin("data", {name: source(name, split="trace", options=args) for name in args.tasks})
+    how = {"size": args.batch, "seed": args.seed}
+    to_generate = how | {
+        "modes": args.modes,
+        "layers": [None, *in_windows] if args.answers == "windows" else [None],
+        "max_new_tokens": args.max_new_tokens,
+    }
+    readings, results = {}, {}
+    for task, examples in tasks.items():
+        on = (model, processor, examples)
+        readings[task] = Reading(
+            **run.once(f"{task}/attention.npz", lambda on=on, task=task: read_examples(*on, args.batch, task)._asdict())
+        )
+        records = run.once(
+            f"{task}/samples.jsonl",
+            lambda on=on, task=task: knocked_out_answers(*on, edges, name=task, **to_generate),
+        )
+        effect = Effect(
+            **run.once(
+                f"{task}/windows.npz",
+                lambda on=on, task=task: window_effects(
+                    *on, window_edges, args.window, mode=args.modes[0], name=task, **how
+                )._asdict(),
+            )
+        )
+        results[task] = {
+            "samples": len(examples),
+            "attention": summarise_reading(readings[task], args.seed),
+            "answers": summarise_answers(records, args.seed),
+            "windows": summarise_effect(effect, window_edges, args.seed),
+        }
+        _report(task, results[task])
+    parts = {
+        part: {task: found[part] for task, found in results.items()} for part in ("attention", "answers", "windows")
+    }
+    run.write("attention.png", lambda path: figures.attention(path, parts["attention"]))
+    run.write("cumulative.png", lambda path: figures.cumulative(path, readings))
+    run.write("answers.png", lambda path: figures.answers(path, parts["answers"]))
+    run.write("windows.png", lambda path: figures.windows(path, parts["windows"]))
+    run.save_json("results.json", results)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,149 @@
+"""Answers and their probabilities when tokens are cut off from others (P1, section 3.1, equations 3 and 4)."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from interventions.engine.cost import Meter, estimate
+from interventions.engine.grids import windows
+from interventions.engine.read import Gold
+from interventions.engine.sweep import generate_variants, stack, sweep_runs
+from interventions.flow.shares import encoded
+from interventions.kinds.attention import MODES, AttentionKnockout
+from interventions.kinds.groups import label, members
+from vlm_jax import Model, generate
+from vlm_jax.data import Example
+from vlm_jax.data.metrics import exact_match, normalise
+from vlm_jax.errors import UserError
+from vlm_jax.prompts import batches
+from vlm_jax.runs.processes import fetch, progress
+
+#: What text is cut off from by default. P1 cuts the first two; behind the third no picture reaches the text at all.
+EDGES = ("text:image", "text:image_end", "text:image+image_end")
+#: Prompts of nearly any length share a shape: generation takes longer to compile than padding costs.
+_LENGTH_STEP = 64
+#: Why an answer is none: the model ends at once; it writes nothing that can be read; or what it writes is none of the
+#: question's choices or, where it has none, has not the form (:func:`form`) of any gold answer of the task.
+FAILURES = ("end token only", "empty", "no possible answer")
+
+
+def edge(name: str) -> tuple[str, str]:
+    """``"text:image"`` -> the groups of the queries and of the keys."""
+    query, colon, key = name.partition(":")
+    if not colon:
+        raise UserError(f"{name!r} is no pair of token groups: write queries:keys, such as text:image")
+    members(query), members(key)
+    return query, key
+
+
+def knockouts(depth: int, edges: Iterable[str], layers: Iterable[Sequence[int] | None], **how) -> list:
+    """A knock-out of every edge in every one of the sets of layers (None: all); ``how``: see
+    :meth:`AttentionKnockout.between`."""
+    return [AttentionKnockout.between(depth, *edge(name), where, **how) for name in edges for where in layers]
+
+
+def window_layers(depth: int, width: int) -> list[list[int]]:
+    """The layers of every window of :func:`interventions.engine.grids.windows`."""
+    return [np.flatnonzero(row).tolist() for row in windows(depth, width)]
+
+
+def knocked_out_answers(
+    model: Model,
+    processor,
+    examples: list[Example],
+    edges: Sequence[str] = EDGES,
+    *,
+    modes: Sequence[str] = MODES,
+    layers: Sequence[Sequence[int] | None] = (None,),
+    size: int = 16,
+    max_new_tokens: int = 12,
+    seed: int = 0,
+    name: str = "",
+) -> list[dict]:
+    """Greedy answers as the model is and under every knock-out: a record per sample and condition.
+
+    The knock-outs of one mode are one compiled call per batch. They hold for the generated tokens too.
+    """
+    depth, conditions = model.config.text.num_hidden_layers, [(e, where) for e in edges for where in layers]
+    forms, found = {form(example.answers[0]) for example in examples}, {}
+    how = {"with_answer": False, "step": _LENGTH_STEP}
+    for rows, batch in encoded(model, processor, examples, size, f"answers {name}", **how):
+        labels = label(batch)
+        said = [((None, None, None), fetch(generate(model, batch.inputs, max_new_tokens)))]
+        for mode in modes:
+            cuts = [cut.bound(labels) for cut in knockouts(depth, edges, layers, mode=mode, seed=seed)]
+            tokens = fetch(generate_variants(model, batch.inputs, cuts, max_new_tokens))
+            said += [((*condition, mode), part) for condition, part in zip(conditions, tokens, strict=True)]
+        for i, row in enumerate(rows):
+            found[row] = [
+                {"id": examples[row].id, "edge": cut, "layers": where, "mode": mode}
+                | judged(examples[row], tokens[i], processor.tokenizer, model.config.eos_token_ids, forms)
+                for (cut, where, mode), tokens in said
+            ]
+    return [record for row in range(len(examples)) for record in found[row]]
+
+
+def judged(example: Example, tokens: np.ndarray, tokenizer, ends: Iterable[int], forms: set[str]) -> dict:
+    """The answer as it is and as it reads; whether it is right; and if it is none, why."""
+    ended = np.isin(tokens, list(ends))
+    written = tokens[: ended.argmax() + 1] if ended.any() else tokens
+    text = tokenizer.decode(written, skip_special_tokens=True).strip()
+    choices = (*example.choices, *example.answers) if example.choices else ()
+    possible = exact_match(text, choices) if choices else form(text) in forms
+    failure = "end token only" if ended[0] else "empty" if not text else None if possible else "no possible answer"
+    return {
+        "answers": list(example.answers),
+        "output": text,
+        "raw": tokenizer.decode(written, skip_special_tokens=False),
+        "correct": exact_match(text, example.answers),
+        "failure": failure,
+    }
+
+
+def form(text: str) -> str:
+    """What an answer looks like: numbers as 9, words as a. A possible answer has the form of a gold one of the task."""
+    return re.sub(r"\d+", "9", re.sub(r"[^\W\d_]+", "a", normalise(text)))
+
+
+class Effect(NamedTuple):
+    """p(gold) (P0, equation 1) of each sample: ``base (B,)`` as the model is; ``window (B, E, L)`` with each edge cut
+    in the layers around each layer; ``whole (B, E)`` in all layers."""
+
+    base: np.ndarray
+    window: np.ndarray
+    whole: np.ndarray
+
+
+def window_effects(
+    model: Model,
+    processor,
+    examples: list[Example],
+    edges: Sequence[str],
+    width: int = 1,
+    *,
+    mode: str = "post_softmax",
+    size: int = 16,
+    seed: int = 0,
+    name: str = "",
+) -> Effect:
+    """What cutting an edge in a window of layers does to the gold answer's probability (as Geva et al. 2023 plot)."""
+    depth = model.config.text.num_hidden_layers
+    cuts = knockouts(depth, edges, [*window_layers(depth, width), None], mode=mode, seed=seed)
+    work = []
+    for rows, batch in batches(examples, processor, model.config, size):
+        labels = label(batch)
+        bound = stack([cut.bound(labels) for cut in cuts])
+        work.append((rows, batch.inputs, bound, Gold.of(batch.inputs, batch.spans["answer"])))
+    costs = [estimate(model, *rest) for _, *rest in work]
+    found: dict[int, tuple] = {}
+    bar = progress(total=len(examples), desc=f"windows {name}".strip(), unit="sample", leave=False)
+    with Meter(sum(costs[1:], costs[0])), bar:
+        for rows, *rest in work:
+            runs = sweep_runs(model, *rest)
+            p = fetch(runs.variants.probability).T.reshape(-1, len(edges), depth + 1)
+            base = fetch(runs.base.probability)
+            found |= zip(rows, zip(base, p[..., :depth], p[..., depth], strict=True), strict=False)
+            bar.update(len(rows))
+    return Effect(*map(np.stack, zip(*(found[row] for row in range(len(examples))), strict=True)))

@@ -1,0 +1,113 @@
+"""What the text behind the image attends to (P1, section 3.1): equations 1 and 2, and the curves of figures 2 and 3."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interventions.kinds.groups import GROUPS, label, members
+from vlm_jax import Inputs, Model, Tap
+from vlm_jax.data import Example
+from vlm_jax.errors import UserError
+from vlm_jax.prompts import Batch, batches, positions
+from vlm_jax.runs.processes import fetch, progress
+
+_IMAGE, _IMAGE_END = GROUPS.index("image"), GROUPS.index("image_end")
+
+
+class Reading(NamedTuple):
+    """What the text behind the image (T) attends to, per sample, in sums of attention probabilities over i in T.
+
+    mass: ``(B, L, H, G)``, to the keys of each of :data:`GROUPS`: f of equation 1 by layer and head; over all groups it
+        sums to |T|. tokens: ``(B, G)``, how many tokens each group has.
+    received: ``(B, L, N)``, by each image token, mean over heads; NaN where a sample has fewer than N.
+    """
+
+    mass: np.ndarray
+    tokens: np.ndarray
+    received: np.ndarray
+
+    def share(self, group: str) -> np.ndarray:
+        """The part ``(B, L, H)`` of the text's attention that goes to a group: equation 1 divided by |T|."""
+        text = self.tokens[:, members("text")].sum(1)
+        return self.mass[..., members(group)].sum(-1) / text[:, None, None]
+
+    def ratio(self) -> np.ndarray:
+        """Equation 2, ``(B, L)``, of sums over heads: the image's part of what image and end of image get."""
+        image, end = self.mass[..., _IMAGE].sum(-1), self.mass[..., _IMAGE_END].sum(-1)
+        with np.errstate(invalid="ignore"):  # a sliding layer may see neither
+            return image / (image + end)
+
+    def uniform(self) -> np.ndarray:
+        """What equation 2 gives ``(B,)`` when every token of image and end of image gets the same."""
+        return self.tokens[:, _IMAGE] / (self.tokens[:, _IMAGE] + self.tokens[:, _IMAGE_END])
+
+    def cumulative(self, grid: np.ndarray) -> np.ndarray:
+        """The part ``(B, L, len(grid))`` of the image's attention that its most attended tokens hold, by their share
+        ``grid`` of all image tokens (figures 2 and 3)."""
+        return np.array(
+            [[np.interp(grid, *_curve(layer)) for layer in sample] for sample in self.received], self.received.dtype
+        )
+
+    def needed(self, part: float) -> np.ndarray:
+        """The least share ``(B, L)`` of the image tokens that together hold ``part`` of the image's attention."""
+
+        def least(x, y):
+            return np.nan if np.isnan(y).any() else x[np.argmax(y >= part)]
+
+        return np.array([[least(*_curve(layer)) for layer in sample] for sample in self.received])
+
+
+def _curve(received: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the tokens and of what they receive, most attended first, each from 0 to 1."""
+    held = np.cumsum(np.sort(received[~np.isnan(received)].astype(np.float64))[::-1])
+    with np.errstate(invalid="ignore"):
+        return np.arange(len(held) + 1) / len(held), np.concatenate([[0.0], held / held[-1]])
+
+
+def text_attention(model: Model, batch: Batch) -> Reading:
+    """What the text behind the image attends to: in the prompt, and in the answer where the batch has it.
+
+    The probabilities are summed over the text layer by layer: nothing of size layers x tokens x tokens is ever kept.
+
+    Raises:
+        UserError: if a row has no image.
+    """
+    labels = label(batch)
+    text, image = np.isin(labels, members("text")), labels == _IMAGE
+    if not image.any(1).all():
+        raise UserError(f"row {int(np.argmin(image.any(1)))} has no image for its text to read: leave it out")
+    summed = fetch(_summed(model, batch.inputs, text)).transpose(1, 0, 2, 3)
+    groups = labels[:, None] == np.arange(len(GROUPS))[:, None]  # (B, G, T)
+    index, valid = positions(image)
+    received = np.take_along_axis(summed.mean(2), index[:, None], 2)
+    return Reading(
+        np.einsum("blht,bgt->blhg", summed, groups), groups.sum(-1), np.where(valid[:, None], received, np.nan)
+    )
+
+
+@jax.jit
+def _summed(model: Model, inputs: Inputs, text: jax.Array) -> jax.Array:
+    """The attention probabilities, summed over the queries that ``text (B, T)`` marks: ``(L, B, H, T)``."""
+    tap = Tap(reduce=lambda probs: jnp.einsum("bhst,bs->bht", probs, text.astype(probs.dtype)))
+    return model(inputs, taps={"text.attn_probs": tap}).taps["text.attn_probs"]
+
+
+def read_examples(model: Model, processor, examples: list[Example], size: int = 16, name: str = "") -> Reading:
+    """:func:`text_attention` of every example's prompt, without an answer."""
+    found: dict[int, tuple] = {}
+    for rows, batch in encoded(model, processor, examples, size, f"attention {name}", with_answer=False):
+        found |= zip(rows, zip(*text_attention(model, batch), strict=True), strict=False)
+    mass, tokens, received = zip(*(found[row] for row in range(len(examples))), strict=True)
+    most = max(layers.shape[1] for layers in received)
+    padded = [np.pad(r, [(0, 0), (0, most - r.shape[1])], constant_values=np.nan) for r in received]
+    return Reading(*map(np.stack, (mass, tokens, padded)))
+
+
+def encoded(model: Model, processor, examples, size: int, name: str, **how) -> Iterator[tuple[list[int], Batch]]:
+    with progress(total=len(examples), desc=name.strip(), unit="sample", leave=False) as bar:
+        for rows, batch in batches(examples, processor, model.config, size, **how):
+            yield rows, batch
+            bar.update(len(rows))

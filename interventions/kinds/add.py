@@ -1,0 +1,74 @@
+"""Adds something to values: a vector (steering), an array, Gaussian noise."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from interventions.kinds.base import OnTokens, option, slot_at
+from vlm_jax.errors import UserError
+from vlm_jax.sites import Context, token_axis
+
+
+@flax.struct.dataclass
+class Noise(OnTokens):
+    """Adds Gaussian noise of standard deviation ``scale (B,)`` at a site outside of the layers (P0, equation 5).
+
+    ``key (B, 2)`` uint32, :func:`jax.random.key_data` of one key per row: a row's noise does not depend on its batch.
+    Needs the tokens; generated ones are left alone.
+    """
+
+    key: jax.Array
+    scale: jax.Array
+    site: str = option("text.embeddings")
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset({self.site})
+
+    def active(self) -> dict[str, jax.Array]:
+        return {self.site: (self.scale != 0).any()}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        if ctx.decoding:
+            return value
+        if self.where is None:
+            raise UserError("Noise must know its tokens: give where, or a group and bind it to a batch")
+        shape = self.where.shape[1], value.shape[-1]
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.wrap_key_data(key), shape))(self.key)
+        noise = ctx.tokens(noise * self.scale[:, None, None], value.shape[1])
+        return self.only(site, value + noise.astype(value.dtype), value, ctx)
+
+
+@flax.struct.dataclass
+class Add(OnTokens):
+    """Adds ``value`` at one site: a vector on every token (steering) ``(..., D)``, or something for each token of the
+    prompt ``(B, T, ..., D)``, then never to generated ones. In layers it has K slots in front and a ``slot (L,)``."""
+
+    value: jax.Array
+    site: str = option("text.embeddings")
+    slot: jax.Array | None = None
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset({self.site})
+
+    def active(self) -> dict[str, jax.Array]:
+        return {self.site: jnp.asarray(True) if self.slot is None else self.slot < len(self.value)}
+
+    def tokens(self) -> jax.Array | None:
+        own = self.value if self.slot is None else self.value.any(0)
+        if self.where is not None or own.ndim < 3:
+            return self.where
+        changed = (own != 0).any(tuple(set(range(1, own.ndim)) - {token_axis(self.site)}))
+        return changed | ~changed.any()  # zeros are there to be differentiated: they stand for all tokens
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        added, used = self.value, True
+        if self.slot is not None:
+            slot, used = slot_at(self.slot, len(added), ctx)
+            added = added[slot]
+        if added.ndim == value.ndim:
+            if ctx.decoding:
+                return value
+            added = ctx.tokens(added, value.shape[token_axis(site)], axis=token_axis(site))
+        return self.only(site, jnp.where(used, value + added, value), value, ctx)

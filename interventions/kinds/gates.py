@@ -1,0 +1,68 @@
+"""Scales what layers or heads write; 0 cuts them out."""
+
+from collections.abc import Iterable
+
+import flax.struct
+import jax
+import numpy as np
+
+from interventions.kinds.base import OnTokens, beside_heads, option, table
+from vlm_jax.errors import UserError
+from vlm_jax.sites import Context, head_axis
+
+
+@flax.struct.dataclass
+class Gate(OnTokens):
+    """Scales the values at sites by ``scale[site] (L,)``; 0 cuts (TaLo's cut, P3, is 0 at one layer's attn_out)."""
+
+    scale: dict[str, jax.Array]
+
+    @classmethod
+    def cut(
+        cls, depth: int, layers: Iterable[int], modules: Iterable[str] = ("attn",), scale: float = 0.0, **tokens
+    ) -> "Gate":
+        """Takes the attention and/or MLP of some layers out: modules "attn", "mlp". ``tokens``: where, group, new."""
+        layers = list(layers)
+        return cls({f"text.{module}_out": table(depth, layers, scale, 1.0) for module in modules}, **tokens)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.scale)
+
+    def active(self) -> dict[str, jax.Array]:
+        return {site: scale != 1 for site, scale in self.scale.items()}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        scale = self.scale[site] if ctx.layer is None else self.scale[site][ctx.layer]
+        return self.only(site, value * scale, value, ctx)
+
+
+@flax.struct.dataclass
+class HeadGate(OnTokens):
+    """Scales what attention heads read (``head_out``, before the output projection) by ``scale (L, H)``."""
+
+    scale: jax.Array
+    site: str = option("text.head_out")
+
+    @classmethod
+    def cut(cls, depth: int, count: int, heads: Iterable[tuple[int, int]], scale: float = 0.0) -> "HeadGate":
+        """Takes out ``(layer, head)`` pairs of a model with ``count`` heads a layer."""
+        scales = np.ones((depth, count), np.float32)
+        for layer, head in heads:
+            if not (0 <= layer < depth and 0 <= head < count):
+                raise UserError(f"there is no head {head} in layer {layer}: {depth} layers have {count} heads each")
+            scales[layer, head] = scale
+        return cls(scales)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset({self.site})
+
+    def active(self) -> dict[str, jax.Array]:
+        return {self.site: (self.scale != 1).any(-1)}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        scale = self.scale[ctx.layer]
+        if len(scale) != value.shape[head_axis(site)]:
+            raise UserError(f"HeadGate is for {len(scale)} heads, but {site} has {value.shape[head_axis(site)]}")
+        return self.only(site, value * beside_heads(scale, site, value.ndim), value, ctx)

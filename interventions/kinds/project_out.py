@@ -1,0 +1,39 @@
+"""Removes directions from values."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interventions.kinds.base import OnTokens, slot_at
+from vlm_jax.errors import UserError
+from vlm_jax.sites import Context
+
+
+@flax.struct.dataclass
+class ProjectOut(OnTokens):
+    """Removes directions: ``y - (y V^T) V`` with K slots of R orthonormal rows ``directions (K, R, D)`` (P2)."""
+
+    directions: jax.Array
+    slot: dict[str, jax.Array]
+
+    @classmethod
+    def of(cls, vectors: np.ndarray, slot: dict[str, jax.Array], **tokens) -> "ProjectOut":
+        """From any vectors ``(K, R, D)``: their spans are taken out."""
+        _, size, rows = np.linalg.svd(np.asarray(vectors, np.float64), full_matrices=False)
+        rank = size > 1e-6 * size.max(-1, keepdims=True)
+        if not rank.any(-1).all():
+            raise UserError("ProjectOut has a slot whose vectors are all zero: they span no direction")
+        return cls((rows * rank[..., None]).astype(np.float32), slot, **tokens)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.slot)
+
+    def active(self) -> dict[str, jax.Array]:
+        return {site: slot < len(self.directions) for site, slot in self.slot.items()}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        slot, used = slot_at(self.slot[site], len(self.directions), ctx)
+        v = self.directions[slot].astype(value.dtype)
+        return self.only(site, jnp.where(used, value - (value @ v.T) @ v, value), value, ctx)

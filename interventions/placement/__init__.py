@@ -1,0 +1,1 @@
+"""P0: which modules matter, and LoRA placed in them."""

@@ -1,0 +1,294 @@
+"""Where LoRA goes. A placement is a function from a scoring run to module names; all of them are in one registry.
+
+A module is named by layer and kind, "L3-attn" or "L7-mlp": attn = q, k, v, o; mlp = gate, up, down. Scores that need
+gradients or activations come from :mod:`interventions.placement.scores`, restoration rates from
+:mod:`interventions.trace`.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from interventions.modules import MODULES, check_k, check_names, module_names
+from interventions.statistics import normalised
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.files import read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """What placements are chosen from.
+
+    parameters ``(L, 2)``: LoRA parameters of every module at rank 1 (:func:`.scores.module_sizes`).
+    scores: score -> task family -> ``(L, 2)``, last axis attention, MLP; higher is more important. ``scores["rr"]`` are
+    restoration rates (``RR_mean``).
+    """
+
+    depth: int
+    parameters: np.ndarray
+    scores: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def of(self, score: str, family: str) -> np.ndarray:
+        """One score of one family ``(L, 2)``.
+
+        Raises:
+            UserError: where it is not known, or not a number for every module.
+        """
+        known = self.scores.get(score, {})
+        if family not in known:
+            has = f"is known of {' and '.join(sorted(known))} alone" if known else "was not computed"
+            raise UserError(f"score {score!r} {has}: score {family} too")
+        values = np.asarray(known[family], float)
+        if values.shape != (self.depth, 2) or not np.isfinite(values).all():
+            raise UserError(
+                f"score {score!r} of {family} has shape {values.shape} or holds NaN: "
+                f"give a finite number for each of {self.depth} x 2 modules"
+            )
+        return values
+
+    def size(self, names: Iterable[str]) -> int:
+        """LoRA parameters of these modules at rank 1."""
+        sizes = dict(zip(module_names(self.depth), self.parameters.ravel().tolist(), strict=True))
+        return sum(sizes[name] for name in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """One way to choose modules.
+
+    choose: ``(scoring, family, k, seed) -> names``. needs: the score that it reads. seeded: whether the seed matters,
+    so that it should be drawn several times. description, reference: for people.
+    """
+
+    choose: Callable[..., list[str]]
+    description: str
+    reference: str = ""
+    needs: str | None = None
+    seeded: bool = False
+
+
+def top(score: np.ndarray, k: int) -> list[str]:
+    """The k modules of highest score ``(L, 2)``, best first; of equal ones the lower."""
+    return [module_names(len(score))[i] for i in np.argsort(-score.ravel(), kind="stable")[:k]]
+
+
+#: Top-k-shared: the k modules of highest ``rr_mean (L, 2)``.
+shared = top
+
+
+def task_diff(rr_mean: np.ndarray, other: np.ndarray, k: int) -> list[str]:
+    """The k modules where the normalised RR of this task family exceeds the other's most (Top-k-task-diff)."""
+    return top(normalised(rr_mean) - normalised(other), k)
+
+
+def random_k(depth: int, k: int, seed: int) -> list[str]:
+    """k modules, uniformly at random (Random-k)."""
+    return _drawn(np.random.default_rng(seed), module_names(depth), k)
+
+
+def _drawn(rng: np.random.Generator, names: list[str], k: int) -> list[str]:
+    return [names[i] for i in sorted(rng.choice(len(names), k, replace=False))]
+
+
+def _all(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
+    return module_names(scoring.depth)
+
+
+def _random(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
+    return random_k(scoring.depth, k, seed)
+
+
+def _random_stratified(scoring: Scoring, family: str, k: int, seed: int, target: str = "task_diff") -> list[str]:
+    chosen, names = place(target, scoring, family, k, seed), module_names(scoring.depth)
+    rng, drawn = np.random.default_rng(seed), set()
+    for module in MODULES:
+        kind = [name for name in names if name.endswith(module)]
+        drawn.update(_drawn(rng, kind, sum(name in kind for name in chosen)))
+    return [name for name in names if name in drawn]
+
+
+def _random_matched(scoring: Scoring, family: str, k: int, seed: int, target: str = "task_diff") -> list[str]:
+    wanted = scoring.size(place(target, scoring, family, k, seed))
+    chosen = closest_subset(scoring.parameters.ravel(), wanted, np.random.default_rng(seed))
+    return [name for name, taken in zip(module_names(scoring.depth), chosen, strict=True) if taken]
+
+
+def closest_subset(sizes: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
+    """A subset ``(M,)`` bool of the whole numbers ``sizes (M,)``: of the non-empty ones whose sum is nearest to
+    ``wanted``, each is equally likely."""
+    unit = int(np.gcd.reduce(sizes))
+    sizes = (np.asarray(sizes) // unit).astype(int)
+    # ways[i][s]: how many subsets of the first i have the sum s.
+    ways = np.zeros((len(sizes) + 1, sizes.sum() + 1))
+    ways[0, 0] = 1
+    for i, size in enumerate(sizes):
+        ways[i + 1] = ways[i]
+        ways[i + 1, size:] += ways[i, : ways.shape[1] - size]
+    sums = np.flatnonzero(ways[-1][1:]) + 1
+    distance = np.abs(sums * unit - wanted)
+    best = sums[distance == distance.min()]
+    left = rng.choice(best, p=ways[-1][best] / ways[-1][best].sum())
+    taken = np.zeros(len(sizes), bool)
+    for i in reversed(range(len(sizes))):
+        without = ways[i, left] / ways[i + 1, left]
+        taken[i] = rng.random() >= without
+        left -= sizes[i] * taken[i]
+    return taken
+
+
+def _task_diff(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
+    known = sorted(scoring.scores.get("rr", {}))
+    if len(known) != 2 or family not in known:
+        has = " and ".join(known) or "no family"
+        raise UserError(f"task_diff for {family} compares two families, but rr is known of {has}: trace two of them")
+    other = next(name for name in known if name != family)
+    return task_diff(scoring.of("rr", family), scoring.of("rr", other), k)
+
+
+def _scored(score: str) -> Callable[..., list[str]]:
+    def choose(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
+        return top(scoring.of(score, family), k)
+
+    return choose
+
+
+def _first(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
+    return module_names(scoring.depth)[:k]
+
+
+def _middle(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
+    begin = (2 * scoring.depth - k) // 2
+    return module_names(scoring.depth)[begin : begin + k]
+
+
+def _last(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
+    return module_names(scoring.depth)[-k:]
+
+
+PLACEMENTS: dict[str, Placement] = {
+    "all": Placement(_all, "every module (LLM-all)", "P0"),
+    "random": Placement(_random, "k modules at random", "P0", seeded=True),
+    "random_matched": Placement(
+        _random_matched, "random modules with as many parameters as task_diff's", "control", "rr", True
+    ),
+    "random_stratified": Placement(
+        _random_stratified, "as many random attentions and MLPs as task_diff has", "control", "rr", True
+    ),
+    "shared": Placement(_scored("rr"), "the highest mean restoration rate", "P0, section 2.4", "rr"),
+    "task_diff": Placement(
+        _task_diff, "the highest normalised RR, less the other family's", "P0, equations 7 and 8", "rr"
+    ),
+    "gradient_norm": Placement(
+        _scored("gradient_norm"),
+        "the largest squared gradient of the training loss",
+        "common; form unverified",
+        "gradient_norm",
+    ),
+    "fisher": Placement(
+        _scored("fisher"), "the largest trace of the empirical Fisher information", "common; form unverified", "fisher"
+    ),
+    "attribution": Placement(
+        _scored("attribution"), "the highest first-order estimate of the RR's numerator", "Nanda 2023", "attribution"
+    ),
+    "page": Placement(
+        _scored("page"), "the largest gradient of a fresh adapter", "after PAGE, 2605.06183; form derived", "page"
+    ),
+    "lora_drop": Placement(
+        _scored("lora_drop"),
+        "the largest output of a trained LoRA",
+        "after LoRA-drop, 2402.07721; form unverified",
+        "lora_drop",
+    ),
+    "talo": Placement(
+        _scored("talo"), "the modules whose cut costs most accuracy", "P3's vector, and MLPs (ours)", "talo"
+    ),
+    "first": Placement(_first, "the k lowest modules", "control"),
+    "middle": Placement(_middle, "the k modules in the middle", "control"),
+    "last": Placement(_last, "the k highest modules", "control"),
+}
+
+
+#: Controls that imitate another placement: "random_matched:fisher" imitates fisher.
+IMITATIONS = ("random_matched", "random_stratified")
+
+
+def resolve(name: str) -> Placement:
+    """The placement behind a name: one of ``PLACEMENTS``; "random_matched:NAME" or "random_stratified:NAME", which
+    imitate NAME instead of task_diff; or a JSON file such as ``["L2-attn", "L7-mlp"]``.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    base, _, target = name.partition(":")
+    if target and base in IMITATIONS:
+        control = PLACEMENTS[base]
+        description = control.description.replace("task_diff", target)
+        choose = functools.partial(control.choose, target=target)
+        return dataclasses.replace(control, choose=choose, description=description, needs=resolve(target).needs)
+    if name in PLACEMENTS:
+        return PLACEMENTS[name]
+    if not name.endswith(".json"):
+        raise UserError(f"unknown placement {name!r}{nearest(name, PLACEMENTS)} (or give a .json file)")
+    return Placement(lambda scoring, family, k, seed: read_names(Path(name), scoring.depth), f"the modules in {name}")
+
+
+def place(name: str, scoring: Scoring, family: str, k: int, seed: int = 0) -> list[str]:
+    """The modules that a placement chooses for a task family.
+
+    Args:
+        k: how many; "all", "random_matched" and files choose as many as they do.
+
+    Raises:
+        UserError: an unknown name, a k that cannot be, or a score or family that the scoring run lacks.
+    """
+    return resolve(name).choose(scoring, family, check_k(k, scoring.depth), seed)
+
+
+def table() -> str:
+    """The registry as a Markdown table."""
+    rows = [
+        f"| `{name}` | {p.description} | {p.needs or '-'} | {'yes' if p.seeded else '-'} | {p.reference} |"
+        for name, p in PLACEMENTS.items()
+    ]
+    return "\n".join(["| placement | chooses | needs the score | seeded | source |", "|---|---|---|---|---|", *rows])
+
+
+def read_names(path: Path, depth: int) -> list[str]:
+    """Module names from a JSON file: a list such as ``["L2-attn", "L7-mlp"]``."""
+    try:
+        names = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'placement file {path} cannot be read as JSON ({error}): write a list such as ["L2-attn"]'
+        ) from None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise UserError(f'placement file {path} must hold a list of module names such as ["L2-attn", "L7-mlp"]')
+    return check_names(names, depth)
+
+
+def read_trace(folder: Path, fingerprint: str) -> np.ndarray:
+    """RR ``(L, 2)`` of a trace's run folder, by the statistic that it was asked for.
+
+    Args:
+        fingerprint: of the model that LoRA is placed in (:func:`vlm_jax.checkpoints.fingerprint.fingerprint`).
+
+    Raises:
+        UserError: if the folder holds no finished trace, or one of another model.
+    """
+    summary = read_json(Path(folder) / "summary.json")
+    if "rr" not in summary or "fingerprint" not in summary:
+        raise UserError(f"{folder}/summary.json lacks rr or fingerprint: trace again into another folder")
+    if summary["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{folder} is the trace of another model (fingerprint {summary['fingerprint']}, this one's is "
+            f"{fingerprint}): trace this model, or load the one that was traced"
+        )
+    rates = summary["rr"]
+    names = module_names(len(rates) // 2)
+    if sorted(rates) != sorted(names):
+        raise UserError(f"{folder}/summary.json names other modules than a decoder has: trace again")
+    return np.array([rates[name] for name in names]).reshape(-1, 2)

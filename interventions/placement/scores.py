@@ -1,0 +1,379 @@
+"""Scores of modules that need gradients or activations: what placements other than P0's are chosen from.
+
+Every score is ``(L, 2)`` float64, last axis attention (q, k, v, o) and MLP (gate, up, down), higher is more important.
+``groups`` are what ``list(vlm_jax.prompts.batches(...))`` gives: the samples' rows and their encoded batch, whose last
+row is repeated where samples are few; repeats do not count. The answers are the gold ones, teacher-forced.
+
+The gradients of a large model's weights fill as much memory as the model. Here a gradient is measured while the
+backward pass is in its layer (:class:`Gauge`), or is kept for some layers at a time.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interventions.engine.grids import cut_grid
+from interventions.engine.read import Gold, Scores
+from interventions.engine.sweep import sweep_runs
+from interventions.kinds.lora import LoRA
+from interventions.modules import MODULES, module_names
+from interventions.placement.adapters import parameters
+from interventions.trace.corruption import Corrupter, survey
+from interventions.trace.options import TraceOptions
+from vlm_jax import Inputs, Model, UserError
+from vlm_jax.checkpoints.leaves import leaf_name
+from vlm_jax.data import Example
+from vlm_jax.prompts import Batch
+from vlm_jax.runs.processes import fetch, progress
+from vlm_jax.sites import NO_TAPS, TEXT_LINEARS, Context, Probe
+
+#: What the gradients of :func:`gradient_norm` that are kept at a time may take; a batch's own come on top.
+GRADIENT_BYTES = 2**32
+Groups = Sequence[tuple[Sequence[int], Batch]]
+#: ``(rows, batch) -> interventions`` that corrupt the batch.
+Corrupt = Callable[[Sequence[int], Batch], tuple]
+
+_OUTPUTS = {module: f"text.{module}_out" for module in MODULES}
+_LINEARS = {module: [f"text.{name}" for name in TEXT_LINEARS[module]] for module in MODULES}
+
+
+def module_sizes(model: Model) -> np.ndarray:
+    """LoRA parameters of every module at rank 1 ``(L, 2)``: inputs plus outputs of its linears."""
+    names = module_names(model.config.text.num_hidden_layers)
+    return np.array([parameters(model, [name], 1) for name in names]).reshape(-1, 2)
+
+
+def weights(model: Model) -> np.ndarray:
+    """Weights of every module's linears ``(L, 2)``, without biases: what a score per parameter is divided by."""
+    kernels = {name: kernel.size // len(kernel) for name, kernel in _kernels(model.text.layers).items()}
+    row = [sum(kernels[site] for site in _LINEARS[module]) for module in MODULES]
+    return np.tile(row, (model.config.text.num_hidden_layers, 1))
+
+
+def gradient_norm(model: Model, groups: Groups, *, layers: int | None = None) -> np.ndarray:
+    """``sum ||dL/dW||_F^2`` over a module's linears W; L is the training loss, the mean cross-entropy of all gold
+    tokens and ends of turns.
+
+    The gradient is that of all samples together, not a mean of batches' norms, so batches do not matter.
+
+    Args:
+        layers: how many layers' gradients are kept at a time, each time with one pass over the samples; as many as fit
+            ``GRADIENT_BYTES`` where None.
+    """
+    depth = model.config.text.num_hidden_layers
+    if layers is None:
+        layers = max(1, GRADIENT_BYTES // int(4 * weights(model)[0].sum()))
+    rows = []
+    for low in range(0, depth, layers):
+        high = min(low + layers, depth)
+        kernels = _kernels(model.text.layers)
+        total = {site: jnp.zeros((high - low, *kernel.shape[1:])) for site, kernel in kernels.items()}
+        for batch, gold in _golds(groups, f"gradient norm, layers {low} to {high - 1}"):
+            total = _add_kernel_gradients(total, model, batch.inputs, gold, low=low, high=high)
+        rows.append(_by_module({name: _square(gradient) for name, gradient in total.items()}))
+    return np.concatenate(rows) / _tokens(groups) ** 2
+
+
+def fisher(model: Model, groups: Groups) -> np.ndarray:
+    """``E_samples ||d log p(gold) / dW||_F^2``, summed over a module's linears: the trace of the empirical Fisher
+    information. ``log p(gold)`` is the sum over the gold answer's tokens (P0's T; without the end of the turn)."""
+
+    def each(rows, batch: Batch) -> jax.Array:
+        return _fisher(model, batch.inputs, Gold.of(batch.inputs, batch.spans["answer"]))
+
+    return _mean(groups, "Fisher", each)
+
+
+def corrupter(model: Model, processor, examples: Sequence[Example], groups: Groups, options: TraceOptions) -> Corrupt:
+    """Corrupts as a causal trace of the examples with these options does in its first replicate: the same noise for
+    the same sample, the same sigma_E."""
+    return Corrupter(model, processor, examples, survey(model, groups), options)
+
+
+class Attribution(NamedTuple):
+    """Per sample: ``p_clean, p_corrupt (B,)``, and ``ie (B, L, 2)``, the estimate of a causal trace's ``ie``."""
+
+    p_clean: Any
+    p_corrupt: Any
+    ie: Any
+
+
+def attribution(model: Model, groups: Groups, corrupt: Corrupt) -> np.ndarray:
+    """Attribution patching (Nanda 2023): the mean over samples of the first-order estimate of P0's indirect effect,
+    the numerator of RR, for all modules in two forward passes and one backward pass.
+
+    Args:
+        corrupt: what corrupts a batch: :func:`corrupter`, or a function that gives, say, ``(Noise(...),)``.
+    """
+
+    def each(rows, batch: Batch) -> jax.Array:
+        return attribute(model, batch.inputs, batch.spans["answer"], corrupt(rows, batch)).ie
+
+    return _mean(groups, "attribution", each)
+
+
+def attribute(model: Model, inputs: Inputs, answer_mask, corrupt: tuple) -> Attribution:
+    """``(a_clean - a_corrupt) . dp/da`` at the corrupted run, summed over all tokens; a is a module's output and p the
+    geometric mean of the gold tokens' probabilities (P0, equation 1)."""
+    return _attribute(model, inputs, Gold.of(inputs, answer_mask), corrupt)
+
+
+def page(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
+    """PAGE-style energy of a fresh adapter's gradient, ``||dL/dB||_F^2`` summed over a module's linears.
+
+    At initialisation B = 0, so A has no gradient and ``dL/dB = scale * A^T dL/dW`` (A as the rows ``x @ A`` are made):
+    over draws of A the expectation is ``scale^2 r / (3 in) ||dL/dW||^2``. L is the loss of :func:`gradient_norm`.
+    arXiv 2605.06183 is the source of the idea; this form of it is derived, not read there.
+
+    Args:
+        lora: on all modules, as :func:`interventions.placement.adapters.init_lora` makes it.
+    """
+    _check_everywhere(model, lora)
+    if any(np.any(b) for _, b in lora.weights.values()):
+        raise UserError("page scores a fresh adapter, but this one's B is not zero: make it with init_lora")
+    lora = lora.replace(dropout=0.0, key=None)
+    total = {site: jnp.zeros(b.shape, jnp.float32) for site, (_, b) in lora.weights.items()}
+    for batch, gold in _golds(groups, "PAGE"):
+        total = _add_adapter_gradients(total, model, batch.inputs, gold, lora)
+    return _by_module({site: _square(gradient) for site, gradient in total.items()}) / _tokens(groups) ** 2
+
+
+def lora_drop(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
+    """The mean over real tokens of ``||scale * B A x||^2``, summed over a module's linears: how much a trained adapter
+    says (after LoRA-drop, arXiv 2402.07721; the square and the mean over tokens are our reading).
+
+    Args:
+        lora: on all modules, trained; x is what its linears read in the adapted model.
+    """
+    _check_everywhere(model, lora)
+    lora = lora.replace(dropout=0.0, key=None)
+    total, count = 0.0, 0
+    for rows, batch in progress(groups, desc="LoRA-drop", unit="batch"):
+        mask = np.array(batch.inputs.attention_mask)
+        mask[len(rows) :] = False
+        total, count = total + _by_module(_lora_outputs(model, batch.inputs, mask, lora)), count + mask.sum()
+    return total / count
+
+
+def talo(model: Model, groups: Groups) -> np.ndarray:
+    """What cutting a module costs in accuracy: minus P3's Delta of a task, for attentions and (ours) for MLPs.
+
+    Right is forced-greedy: every gold token and the end of the turn is the likeliest token, as in
+    :mod:`interventions.talo`. Of few samples many modules cost the same.
+    """
+    cuts = cut_grid(model.config.text.num_hidden_layers)
+
+    def each(rows, batch: Batch) -> jax.Array:
+        gold = Gold.of(batch.inputs, batch.spans["answer"] | batch.spans["end"])
+        runs = sweep_runs(model, batch.inputs, cuts, gold)
+        lost = runs.base.correct.astype(int) - runs.variants.correct.astype(int)  # (2 L, B)
+        return lost.reshape(2, -1, lost.shape[-1]).transpose(2, 1, 0)
+
+    return _mean(groups, "TaLo", each)
+
+
+@flax.struct.dataclass
+class Gauge:
+    """Changes nothing; its gradient is a measurement. The "gradient" by ``zeros[site] (L, B)`` is, for every layer and
+    sample, what is measured of the true gradient ``g (B, T, D)`` at the site, while the backward pass is there:
+
+    without ``clean``, at a linear: ``||x^T g||_F^2``, the squared gradient of its weight for one sample;
+    with ``clean[site] (L, B, T, D)``: ``(clean - value) . g``, what putting the clean value in would change, to first
+    order.
+    """
+
+    zeros: dict[str, jax.Array]
+    clean: dict[str, jax.Array] | None = None
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.zeros)
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        zeros = self.zeros[site][ctx.layer]
+        if self.clean is None:
+            return _gauged(_weight_norm, value, jax.lax.stop_gradient(ctx.input), zeros)
+        return _gauged(_inner, value, jax.lax.stop_gradient(self.clean[site][ctx.layer] - value), zeros)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gauged(measure, value, beside, zeros):
+    return value
+
+
+def _gauged_forward(measure, value, beside, zeros):
+    return value, beside
+
+
+def _gauged_backward(measure, beside, g):
+    return g, jnp.zeros_like(beside), measure(beside.astype(jnp.float32), g.astype(jnp.float32))
+
+
+_gauged.defvjp(_gauged_forward, _gauged_backward)
+
+
+def _weight_norm(x: jax.Array, g: jax.Array) -> jax.Array:
+    """``||x_b^T g_b||_F^2`` ``(B,)``, by the smaller of its two matrices: tokens by tokens, or the weight's gradient
+    itself, of one sample at a time."""
+    inputs, outputs, tokens = x.shape[-1], g.shape[-1], x.shape[1]
+    if tokens * (inputs + outputs) < inputs * outputs:
+        return jnp.sum((x @ x.mT) * (g @ g.mT), (1, 2))
+    return jax.lax.map(lambda pair: jnp.sum((pair[0].T @ pair[1]) ** 2), (x, g))
+
+
+def _inner(difference: jax.Array, g: jax.Array) -> jax.Array:
+    return jnp.sum(difference * g, range(1, g.ndim))
+
+
+class _Listener:
+    """A LoRA whose outputs' squared norms, over the tokens of ``mask (B, T)``, are noted while a layer is traced."""
+
+    def __init__(self, lora: LoRA, mask: jax.Array):
+        self.lora, self.mask, self.sites = lora, mask, lora.sites
+        self.heard: dict[str, jax.Array] = {}
+
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        added = self.lora(site, jnp.zeros_like(value), ctx)
+        self.heard[site] = jnp.sum(added.astype(jnp.float32) ** 2 * self.mask[..., None])
+        return value + added
+
+
+def _through(text, span: tuple[int, int], x, window, deepstack, layers=None, listener=tuple):
+    """``x`` after the layers of a span, and what a listener to each heard; recomputed in a backward pass.
+
+    Args:
+        layers: copies of these layers, stacked, by which the result is to be differentiated. The model's own are read
+            one at a time where None: a slice of their stack would be a copy, too.
+    """
+
+    def body(x, scanned):
+        layer, index = scanned
+        layer = jax.tree.map(lambda a: a[index], text.layers) if layer is None else layer
+        listeners = listener()
+        probe = Probe(listeners, NO_TAPS, Context(index))
+        x, _ = layer(x, text.at(window, index), (), text.deepstack_at(deepstack, index), probe)
+        return x, [one.heard for one in listeners]
+
+    return jax.lax.scan(jax.checkpoint(body), x, (layers, jnp.arange(*span)))
+
+
+def _scores(model: Model, inputs: Inputs, gold: Gold, interventions: tuple) -> Scores:
+    """The gold tokens' scores; a backward pass keeps the residual stream alone and recomputes each layer."""
+    interventions = jax.tree.map(jnp.asarray, interventions)
+    (x, deepstack), _ = model.embed(inputs, interventions)
+    window = model.window(inputs)
+    x, _, _ = model.text.scan(x, window, deepstack=deepstack, interventions=interventions, remat=True)
+    return gold(model, model.text.norm(x), 0)
+
+
+def _zeros(model: Model, inputs: Inputs, sites) -> dict[str, jax.Array]:
+    shape = model.config.text.num_hidden_layers, len(inputs.input_ids)
+    return {site: jnp.zeros(shape) for site in sites}
+
+
+@jax.jit
+def _fisher(model: Model, inputs: Inputs, gold: Gold) -> jax.Array:
+    def logp(zeros):
+        return jnp.sum(_scores(model, inputs, gold, (Gauge(zeros),)).logp)
+
+    sites = [site for linears in _LINEARS.values() for site in linears]
+    squares = jax.grad(logp)(_zeros(model, inputs, sites))
+    return jnp.stack([sum(squares[site] for site in _LINEARS[module]).T for module in MODULES], -1)
+
+
+@jax.jit
+def _attribute(model: Model, inputs: Inputs, gold: Gold, corrupt: tuple) -> Attribution:
+    outputs = _OUTPUTS.values()
+    clean = model(inputs, (), [*outputs, "text.norm"]).taps
+    p_clean = gold(model, clean.pop("text.norm"), 0).probability
+
+    def probability(zeros):
+        p = _scores(model, inputs, gold, (*corrupt, Gauge(zeros, clean))).probability
+        return jnp.sum(p), p
+
+    found, p_corrupt = jax.grad(probability, has_aux=True)(_zeros(model, inputs, outputs))
+    return Attribution(p_clean, p_corrupt, jnp.stack([found[site].T for site in outputs], -1))
+
+
+@functools.partial(jax.jit, static_argnames=("low", "high"), donate_argnums=0)
+def _add_kernel_gradients(total: dict, model: Model, inputs: Inputs, gold: Gold, *, low: int, high: int) -> dict:
+    """``total`` plus the gradients of the gold tokens' summed cross-entropy by the kernels of layers low to high."""
+    text, window = model.text, model.window(inputs)
+    (x, deepstack), _ = model.embed(inputs)
+    x, _ = _through(text, (0, low), x, window, deepstack)
+
+    def loss(layers):
+        y, _ = _through(text, (low, high), x, window, deepstack, layers)
+        y, _ = _through(text, (high, model.config.text.num_hidden_layers), y, window, deepstack)
+        return -jnp.sum(gold(model, text.norm(y), 0).logp)
+
+    found = _kernels(jax.grad(loss)(jax.tree.map(lambda a: a[low:high], text.layers)))
+    return {name: total[name] + found[name] for name in total}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add_adapter_gradients(total: dict, model: Model, inputs: Inputs, gold: Gold, lora: LoRA) -> dict:
+    def loss(b):
+        own = lora.replace(weights={site: (a, b[site]) for site, (a, _) in lora.weights.items()})
+        return -jnp.sum(_scores(model, inputs, gold, (own,)).logp)
+
+    found = jax.grad(loss)({site: b for site, (_, b) in lora.weights.items()})
+    return {site: total[site] + found[site] for site in total}
+
+
+@jax.jit
+def _lora_outputs(model: Model, inputs: Inputs, mask, lora: LoRA) -> dict[str, jax.Array]:
+    (x, deepstack), _ = model.embed(inputs)
+    text, window = model.text, model.window(inputs)
+    span = 0, model.config.text.num_hidden_layers
+    _, (heard,) = _through(text, span, x, window, deepstack, listener=lambda: (_Listener(lora, mask),))
+    return heard
+
+
+def _kernels(layers) -> dict[str, jax.Array]:
+    """The kernels of the linears in stacked layers, by site."""
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(layers)[0]}
+    return {f"text.{name.removesuffix('.kernel')}": leaf for name, leaf in leaves.items() if name.endswith(".kernel")}
+
+
+def _square(gradient: jax.Array) -> jax.Array:
+    """``||.||_F^2`` of every layer's matrix ``(L, n, m) -> (L,)``."""
+    return jnp.sum(gradient.astype(jnp.float32) ** 2, (1, 2))
+
+
+def _by_module(linears: dict[str, jax.Array]) -> np.ndarray:
+    """Numbers of linears ``(L,)``, by site, summed into those of modules ``(L, 2)``."""
+    return np.stack([sum(fetch(linears[s]).astype(np.float64) for s in _LINEARS[module]) for module in MODULES], -1)
+
+
+def _check_everywhere(model: Model, lora: LoRA) -> None:
+    sites = {site for linears in _LINEARS.values() for site in linears}
+    if lora.sites != sites or any((np.asarray(lora.slot[s]) >= len(lora.weights[s][0])).any() for s in sites):
+        raise UserError("the adapter leaves modules out: score one that is placed on all of them (LLM-all)")
+
+
+def _mean(groups: Groups, label: str, each: Callable[[Sequence[int], Batch], jax.Array]) -> np.ndarray:
+    """The mean over samples of what ``each`` makes of a batch, ``(B, L, 2)``."""
+    total, count = 0.0, 0
+    for rows, batch in progress(groups, desc=label, unit="batch"):
+        values = fetch(each(rows, batch)).astype(np.float64)[: len(rows)]
+        total, count = total + values.sum(0), count + len(rows)
+    return total / count
+
+
+def _golds(groups: Groups, label: str) -> Iterator[tuple[Batch, Gold]]:
+    """Each batch with what training has it say: the gold tokens and the ends of their turns; repeats say nothing."""
+    for rows, batch in progress(groups, desc=label, unit="batch"):
+        gold = Gold.of(batch.inputs, batch.spans["answer"] | batch.spans["end"])
+        real = np.arange(len(gold.valid)) < len(rows)
+        yield batch, gold.replace(valid=gold.valid & real[:, None])
+
+
+def _tokens(groups: Groups) -> int:
+    """Gold tokens and ends of turns of all samples."""
+    return sum(int((b.spans["answer"] | b.spans["end"])[: len(rows)].sum()) for rows, b in groups)

@@ -1,0 +1,99 @@
+"""P3: TaLo. Which layers hurt a task, and what does cutting one at test time change? (methods: arXiv 2602.01167)
+
+python -m interventions.talo --tasks mini-okvqa mini-docvqa --out runs/talo
+
+The model is asked once, by :func:`tabulate`, which samples are right under every cut; the rest is
+:mod:`interventions.talo.selection` on that table.
+"""
+
+import numpy as np
+import tyro
+
+from interventions.store import save_interventions
+from interventions.talo.options import Args
+from interventions.talo.report import compare, records, study
+from interventions.talo.selection import BASE, layer_name
+from interventions.talo.tables import Task, layer_cut, subtask, tabulate
+from vlm_jax.checkpoints.fingerprint import fingerprint
+from vlm_jax.data import Example, load_task, source, task_label
+from vlm_jax.errors import UserError
+from vlm_jax.prompts import check_fit
+from vlm_jax.runs.command import command
+from vlm_jax.runs.folder import Run
+
+
+def load_tasks(args: Args) -> dict[str, list[Example]]:
+    """The examples of every task, by its label."""
+    named = {task_label(name): name for name in args.tasks}
+    if len(named) != len(args.tasks) or not named:
+        raise UserError(f"--tasks is {' '.join(args.tasks) or 'empty'}: give at least one task, each once")
+    loaded = {label: load_task(name, split=args.split, limit=args.limit, options=args) for label, name in named.items()}
+    for label, examples in loaded.items():
+        try:
+            args.check(len(examples))
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from None
+    return loaded
+
+
+def show(results: dict, args: Args) -> None:
+    """Prints two tables: what was chosen and what it gained, and how far such a choice can be trusted."""
+
+    def span(part: dict) -> str:
+        return f"{part['mean']:+.3f} [{part['low']:+.3f}, {part['high']:+.3f}]"
+
+    print(f"{f'cut: {args.cut}':18s} base  layer   on {args.shot:2d}+   on the others [95 %]")
+    for label, r in results.items():
+        print(f"{label:16s} {r['base']:6.3f}  {r['layer']:5s}  {r['probe_gain']:+6.3f}   {span(r['eval_gain'])}")
+    print(
+        f"\n{f'{args.draws} probe sets':16s} on them  on the others [95 %]     minus a random layer     stable  "
+        "best of all     p"
+    )
+    for label, r in results.items():
+        over, best = r["over_probe_sets"], r["best_of_all"]
+        print(
+            f"{label:16s} {over['probe_gain']:+7.3f}  {span(over['held_out'])}  {span(over['over_random'])}  "
+            f"{over['stability']:6.2f}  {layer_name(best['layer']):>3s} {best['delta']:+.3f}  {best['p']:6.3f}"
+        )
+    print()
+
+
+@command
+def main(args: Args) -> None:
+    for name in ("batch", "draws"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}: give at least 1")
+    loaded = load_tasks(args)
+    model, processor = args.load()
+    args.layers(model.config.text.num_hidden_layers)
+    for examples in loaded.values():
+        check_fit(examples, processor, model.config)
+    run = Run.open(args.out, args, model.config, processor)
+    run.pin("model", fingerprint(model))
+    run.pin("data", {name: source(name, split=args.split, options=args) for name in args.tasks})
+    tasks, results, lines = {}, {}, []
+    for label, examples in loaded.items():
+
+        def make(label=label, examples=examples) -> dict:
+            base, correct = tabulate(model, processor, examples, args.cut, batch=args.batch, label=label)
+            return {"base": base, "correct": correct}
+
+        strata = np.array([subtask(example) for example in examples])
+        tasks[label] = Task(examples, **run.once(f"{label}/table.npz", make), strata=strata)
+        results[label], choice = study(tasks[label], args)
+        lines += [{"task": label, **record} for record in records(tasks[label], choice)]
+        if choice.layer != BASE:
+            cut = layer_cut(model.config.text.num_hidden_layers, choice.layer, args.cut)
+            run.write(f"{label}/cut.safetensors", lambda path, cut=cut: save_interventions(path, (cut,)))
+    run.save_lines("samples.jsonl", lines)
+    halves = compare(run, tasks, args)
+    run.save_json("results.json", {"metric": "forced_greedy", "tasks": results, "halves": halves})
+    show(results, args)
+    for half in halves:
+        how_often = f"in {half['together']:.2f} of resamples or more" if len(half["names"]) > 1 else "the only one"
+        print(f"alike ({args.similarity}; {how_often}): {', '.join(half['names'])}")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,1 @@
+"""P0: causal tracing."""

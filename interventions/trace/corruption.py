@@ -1,0 +1,335 @@
+"""Ways to corrupt a prompt before its first layer: what a causal trace then restores from.
+
+A corruption is a function from a :class:`Case` to the embeddings, and DeepStack tensors, that the corrupted run has.
+Chance comes from counters: a sample's noise depends on the seed, its id, the replicate and the token, and on nothing
+else, so that batches, padding and devices do not matter. Whom a sample swaps with depends on the seed, the ids and the
+replicate, whatever the order of the samples.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import ImageFilter
+
+from interventions.kinds.add import Add
+from vlm_jax import Model
+from vlm_jax.data import Example
+from vlm_jax.data.metrics import normalise
+from vlm_jax.errors import UserError
+from vlm_jax.model import Embedded
+from vlm_jax.prompts import Batch, encode
+from vlm_jax.runs.processes import fetch, gathered
+
+#: Of ``blurred_image``: the blur's radius as a share of the image's longer side.
+_BLUR = 1 / 16
+
+
+@flax.struct.dataclass
+class Survey:
+    """What a corruption needs to know of a whole task: the standard deviation of embeddings over all ``sequence``
+    tokens (P0's sigma_E), over ``question`` tokens and over the ``vocabulary``; of DeepStack's tensors ``(K,)``; and
+    the mean image embedding ``(D,)`` and DeepStack row ``(K, D)``."""
+
+    sigma: dict[str, float]
+    deepstack_sigma: np.ndarray | None
+    mean_image: np.ndarray | None
+    mean_deepstack: np.ndarray | None
+
+
+class Moments:
+    """Mean and standard deviation of numbers that are seen a part at a time, along every axis but the first."""
+
+    def __init__(self):
+        self.count, self.total, self.square = 0, 0.0, 0.0
+
+    def add(self, x: np.ndarray) -> None:
+        """``x (n, ...)``."""
+        x = np.asarray(x, np.float64)
+        self.count, self.total, self.square = self.count + len(x), self.total + x.sum(0), self.square + (x**2).sum(0)
+
+    @property
+    def _sums(self) -> tuple:
+        return self.total, self.square
+
+    def joined(self) -> "Moments":
+        """Of what all processes have seen. (The processes of a team see the same, and every team has as many.)"""
+        whole = Moments()
+        for count, *sums in gathered([self.count, *(np.asarray(part).tolist() for part in self._sums)]):
+            if count:
+                whole.count += count
+                whole.total, whole.square = (a + np.array(b) for a, b in zip(whole._sums, sums, strict=True))
+        return whole
+
+    @property
+    def mean(self) -> np.ndarray | None:
+        return self.total / self.count if self.count else None
+
+    def std(self, axis: int | None = None) -> np.ndarray | None:
+        """Over all numbers, or along what is left but ``axis``."""
+        if not self.count:
+            return None
+        rest = tuple(i for i in range(np.ndim(self.total)) if i != axis)
+        mean = (self.total / self.count).mean(rest)
+        return np.sqrt((self.square / self.count).mean(rest) - mean**2)
+
+
+@jax.jit
+def embed(model: Model, inputs) -> Embedded:
+    return model.embed(inputs)[0]
+
+
+class Surveyor:
+    """Takes a survey, batch by batch."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.sequence, self.question, self.image, self.deepstack = (Moments() for _ in range(4))
+
+    def add(self, batch: Batch, rows: int) -> None:
+        """The first ``rows`` of a batch; the others are repeats."""
+        embedded = fetch(embed(self.model, batch.inputs))
+        image = batch.spans["image"][:rows]
+        self.sequence.add(embedded.x[:rows][np.asarray(batch.inputs.attention_mask)[:rows]])
+        self.question.add(embedded.x[:rows][batch.spans["question"][:rows]])
+        self.image.add(embedded.x[:rows][image])
+        if embedded.deepstack is not None:
+            self.deepstack.add(np.moveaxis(embedded.deepstack[:, :rows][:, image], 0, 1))
+
+    def survey(self) -> Survey:
+        sequence, question, image, deepstack = (
+            moments.joined() for moments in (self.sequence, self.question, self.image, self.deepstack)
+        )
+        table = self.model.text.embed_tokens.weight[...].astype(jnp.float32)
+        sigma = {
+            "sequence": float(sequence.std()),
+            "question": float(question.std()),
+            "vocabulary": float(jnp.std(table)) * self.model.config.text.embed_scale,
+        }
+        return Survey(sigma, deepstack.std(0), image.mean, deepstack.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One batch to corrupt: its examples (one for each row) and their counterparts in the task, what it looks like
+    encoded and embedded, one key per row, and the noise's scale s and sigma_E."""
+
+    model: Model
+    processor: object
+    examples: Sequence[Example]
+    counterparts: Sequence[Example]
+    batch: Batch
+    embedded: Embedded
+    keys: jax.Array
+    survey: Survey
+    scale: float
+    sigma: float
+
+    def noise(self, stream: int = 0) -> jax.Array:
+        """N(0, 1), ``(B, T, D)``; every stream is another."""
+        return normal(self.keys, *self.embedded.x.shape[1:], stream)
+
+    def again(self, **changed) -> Batch:
+        """The batch of examples of which some fields are changed (field -> one value per row), in the same shape."""
+        rows = [dict(zip(changed, values, strict=True)) for values in zip(*changed.values(), strict=True)]
+        examples = [dataclasses.replace(e, **row) for e, row in zip(self.examples, rows, strict=True)]
+        batch = encode(examples, self.processor, self.model.config, step=self.batch.inputs.input_ids.shape[1])
+        inputs = batch.inputs.take(np.arange(len(examples)), len(examples) * self.batch.images)
+        return Batch(inputs, batch.spans, self.batch.images)
+
+    def with_images(self, images: Sequence[Sequence]) -> Embedded:
+        """The embeddings with other images in the places of the prompts' own."""
+        batch = self.again(images=images)
+        if not np.array_equal(batch.inputs.input_ids, self.batch.inputs.input_ids):
+            raise UserError("a corrupted image takes other places in the prompt: trace with images of one size")
+        return embed(self.model, batch.inputs)
+
+
+@jax.jit(static_argnames=("length", "width"))
+def normal(keys: jax.Array, length: int, width: int, stream: int = 0) -> jax.Array:
+    """N(0, 1) ``(B, length, width)``, in which a token's numbers depend on its key, its place and the stream alone."""
+
+    def token(key, place):
+        return jax.random.normal(jax.random.fold_in(key, place), (width,))
+
+    def sample(key):
+        return jax.vmap(token, (None, 0))(jax.random.fold_in(key, stream), jnp.arange(length))
+
+    return jax.vmap(sample)(keys)
+
+
+def sample_key(seed: int, name: str, replicate: int) -> jax.Array:
+    """The key of one replicate of the sample with this id."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), replicate)
+
+
+def question_noise(case: Case) -> Embedded:
+    """Gaussian noise on the question's token embeddings (P0, equation 5)."""
+    noise = case.scale * case.sigma * case.noise()
+    x = jnp.where(case.batch.spans["question"][..., None], case.embedded.x + noise, case.embedded.x)
+    return case.embedded._replace(x=x)
+
+
+def image_noise(case: Case) -> Embedded:
+    """Gaussian noise on the image's embeddings and, each on its own scale, DeepStack's tensors (after Palit et al.
+    2023, who had no DeepStack)."""
+    image, (x, deepstack) = case.batch.spans["image"][..., None], case.embedded
+    x = jnp.where(image, x + case.scale * case.sigma * case.noise(), x)
+    if deepstack is not None:
+        again = jnp.stack([case.noise(layer) for layer in range(1, 1 + len(deepstack))])
+        spread = case.scale * jnp.asarray(case.survey.deepstack_sigma, x.dtype)[:, None, None, None]
+        deepstack = jnp.where(image, deepstack + spread * again, deepstack)
+    return Embedded(x, deepstack)
+
+
+def mean_image(case: Case) -> Embedded:
+    """Every image token becomes the task's mean image token (P2), in DeepStack too."""
+    image, (x, deepstack) = case.batch.spans["image"][..., None], case.embedded
+    x = jnp.where(image, jnp.asarray(case.survey.mean_image, x.dtype), x)
+    if deepstack is not None:
+        mean = jnp.asarray(case.survey.mean_deepstack, x.dtype)[:, None, None]
+        deepstack = jnp.where(image, mean, deepstack)
+    return Embedded(x, deepstack)
+
+
+def swapped_image(case: Case) -> Embedded:
+    """Another sample's images, resized to this one's (after NOTICE, Golovanevsky et al. 2025)."""
+    pairs = zip(case.examples, case.counterparts, strict=True)
+    return case.with_images(
+        [[b.images[i % len(b.images)].resize(a.size) for i, a in enumerate(e.images)] for e, b in pairs]
+    )
+
+
+def blurred_image(case: Case) -> Embedded:
+    """The images blurred so far (Gaussian, radius a sixteenth of the longer side) that no small text is left."""
+    return case.with_images(
+        [[i.filter(ImageFilter.GaussianBlur(_BLUR * max(i.size))) for i in e.images] for e in case.examples]
+    )
+
+
+def swapped_question(case: Case) -> Embedded:
+    """Another sample's question tokens in the places of this one's, repeated or cut to its length (symmetric token
+    replacement, after Zhang and Nanda 2024)."""
+    others = encode(case.counterparts, case.processor, case.model.config)
+    ids = np.array(case.batch.inputs.input_ids)
+    for row, span in enumerate(case.batch.spans["question"]):
+        ids[row, span] = np.resize(others.inputs.input_ids[row, others.spans["question"][row]], span.sum())
+    return case.embedded._replace(x=embed(case.model, case.batch.inputs.replace(input_ids=ids)).x)
+
+
+def _same_question(one: Example, other: Example) -> bool:
+    return one.question == other.question
+
+
+def _same_image(one: Example, other: Example) -> bool:
+    """Of an example without an image, True: it has none to lend."""
+    if not len(other.images):
+        return True
+    if one.image_id is not None and other.image_id is not None:
+        return one.image_id == other.image_id
+    first, second = ([(i.size, i.tobytes()) for i in example.images] for example in (one, other))
+    return first == second
+
+
+class Corruption(NamedTuple):
+    """How to corrupt; whether replicates differ; whether it is the image that changes; and of a swap, what tells that
+    two examples have nothing to swap."""
+
+    corrupt: Callable[[Case], Embedded]
+    random: bool
+    visual: bool
+    same: Callable[[Example, Example], bool] | None = None
+
+
+CORRUPTIONS = {
+    "question_noise": Corruption(question_noise, True, False),
+    "swapped_question": Corruption(swapped_question, True, False, _same_question),
+    "image_noise": Corruption(image_noise, True, True),
+    "mean_image": Corruption(mean_image, False, True),
+    "swapped_image": Corruption(swapped_image, True, True, _same_image),
+    "blurred_image": Corruption(blurred_image, False, True),
+}
+
+
+def counterpart(
+    examples: Sequence[Example],
+    row: int,
+    replicate: int = 0,
+    seed: int = 0,
+    same: Callable[[Example, Example], bool] | None = None,
+) -> Example:
+    """Another sample to swap with, whose gold answer is wrong here, so that the swap can change the answer, and that is
+    not the ``same``, so that it is a swap at all. Replicates differ as long as there are so many.
+
+    The samples' order plays no part: each one sorts the others by a digest of the seed and the two ids.
+    """
+    own = examples[row]
+    right = {normalise(answer) for answer in own.answers}
+
+    def digest(other: Example) -> bytes:
+        return hashlib.sha256(f"{seed}\0{own.id}\0{other.id}".encode()).digest()
+
+    others = (e for e in sorted(examples, key=digest) if normalise(e.answers[0]) not in right)
+    found = list(itertools.islice((e for e in others if same is None or not same(own, e)), replicate + 1))
+    if not found:
+        what = {_same_question: ", another question", _same_image: ", another image"}.get(same, "")
+        raise UserError(
+            f"example {own.id!r} finds no other with another answer than {own.answers[0]!r}{what}: trace more samples"
+        )
+    return found[replicate % len(found)]
+
+
+def as_interventions(model: Model, clean: Embedded, corrupt: Embedded) -> tuple[Add, ...]:
+    """What turns the clean embeddings into the corrupted ones."""
+    found = [Add(corrupt.x - clean.x)]
+    if clean.deepstack is not None and corrupt.deepstack is not clean.deepstack:
+        depth, count = model.config.text.num_hidden_layers, len(clean.deepstack)
+        slot = jnp.minimum(jnp.arange(depth), count).astype(jnp.int32)
+        found.append(Add(corrupt.deepstack - clean.deepstack, site="text.deepstack", slot=slot))
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrupter:
+    """Corrupts batches of a task's examples: ``(rows, batch) -> interventions``.
+
+    Args:
+        options: :class:`interventions.trace.options.TraceOptions`, or anything with its ``corruption, noise_scale,
+            sigma, seed``.
+    """
+
+    model: Model
+    processor: object
+    examples: Sequence[Example]
+    survey: Survey
+    options: Any
+
+    def __call__(self, rows: Sequence[int], batch: Batch, replicate: int = 0) -> tuple[Add, ...]:
+        options, corruption = self.options, CORRUPTIONS[self.options.corruption]
+        rows = [*rows, *[rows[-1]] * (len(batch.inputs.input_ids) - len(rows))]  # as batches fill up the last one
+        here = [self.examples[row] for row in rows]
+        others = here
+        if corruption.same is not None:
+            others = [counterpart(self.examples, row, replicate, options.seed, corruption.same) for row in rows]
+        keys = jnp.stack([sample_key(options.seed, example.id, replicate) for example in here])
+        embedded = embed(self.model, batch.inputs)
+        sigma = self.survey.sigma[options.sigma]
+        case = Case(
+            self.model, self.processor, here, others, batch, embedded, keys, self.survey, options.noise_scale, sigma
+        )
+        return as_interventions(self.model, embedded, corruption.corrupt(case))
+
+
+def survey(model: Model, groups: Iterable[tuple[Sequence[int], Batch]]) -> Survey:
+    """What corruptions need to know of a whole task, from all its batches."""
+    surveyor = Surveyor(model)
+    for rows, batch in groups:
+        surveyor.add(batch, len(rows))
+    return surveyor.survey()

@@ -1,0 +1,223 @@
+"""Causal tracing of a task's examples (P0), batch by batch, into a run folder."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from interventions import statistics
+from interventions.engine.grids import patch_grid
+from interventions.engine.read import Difference, Gold
+from interventions.engine.sweep import PREFIX_BUCKET, Variants, sweep_runs
+from interventions.figures.tracing import heatmap, intervals
+from interventions.kinds.groups import label, members
+from interventions.modules import MODULE_SITES, module_names
+from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
+from interventions.trace.options import TraceOptions
+from interventions.trace.result import TaskTrace, bounds, by_module, summarise
+from vlm_jax import Inputs, Model
+from vlm_jax.checkpoints.fingerprint import fingerprint
+from vlm_jax.config import Config
+from vlm_jax.data import Example
+from vlm_jax.data.metrics import LETTERS, normalise
+from vlm_jax.errors import UserError
+from vlm_jax.prompts import Batch, batches, encode
+from vlm_jax.runs.folder import Run
+from vlm_jax.runs.log import Log
+from vlm_jax.runs.processes import apart, fetch, progress
+
+
+def trace_examples(
+    model: Model, processor, examples: list[Example], options: TraceOptions, label: str, log: Log | None = None
+) -> TaskTrace:
+    """Traces every example.
+
+    Args:
+        log: where results go as they come, and where those of an earlier session are.
+    """
+    options.check(model.config.text.num_hidden_layers)
+    examples = [forced(example, options.gold) for example in examples]
+    if options.correct_only:
+        examples = answered(model, processor, examples, options.batch)
+    log, ids = Log() if log is None else log, [example.id for example in examples]
+    with apart(model) as (team, model):
+        own = team.own(len(examples))
+
+        def groups() -> Iterator[tuple[list[int], Batch]]:
+            mine = [examples[row] for row in own]
+            for rows, batch in batches(mine, processor, model.config, options.batch, align=PREFIX_BUCKET):
+                yield [own[row] for row in rows], batch
+
+        found = survey(model, groups())
+        if CORRUPTIONS[options.corruption].visual and found.mean_image is None:
+            raise UserError(
+                f"--corruption {options.corruption} needs images, and no sample has one: corrupt the question"
+            )
+        corrupt = Corrupter(model, processor, examples, found, options)
+        part = log.part(team, ids)
+        with progress(total=len(own), desc=f"trace {label}", unit="sample") as bar:
+            for rows, batch in part.missing(groups(), ids):
+                bar.update(len(part.records) - bar.n)
+                part.append(trace_batch(corrupt, rows, batch))
+                bar.update(len(rows))
+    log.join(part, ids, team)
+    by_id = {record["id"]: record for record in log.records}
+    kept = [by_id[example.id] for example in examples]
+    columns = {name: np.array([record[name] for record in kept]) for name in ("p_clean", "p_corrupt", "ie", "correct")}
+    return TaskTrace(
+        [example.id for example in examples],
+        [example.task for example in examples],
+        cell_names(model.config, options),
+        sigma=found.sigma[options.sigma],
+        **columns,
+    )
+
+
+def trace_batch(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> list[dict]:
+    """One record a sample of a batch, whose examples are those of ``rows``: ``id, correct, p_clean, p_corrupt (R,)``
+    and ``ie (R, C)`` as JSON has them."""
+    model, options = corrupt.model, corrupt.options
+    examples = [corrupt.examples[row] for row in rows]
+    read = gold = Gold.of(batch.inputs, batch.spans["answer"])
+    if options.metric == "logit_difference":
+        read = _difference(corrupt, rows, batch)
+    variants, shape = grid(model.config, options, batch)
+    features = _features(model, batch.inputs)
+    p_corrupt, ie = [], []
+    for replicate in range(options.replicates):
+        base = corrupt(rows, batch, replicate)
+        runs = sweep_runs(model, batch.inputs, variants, read, base=base, clean=(), features=features)
+        clean, corrupted, patched = (measured(r, options.metric) for r in (runs.clean, runs.base, runs.variants))
+        patched = patched.reshape(*shape, -1).swapaxes(0, 1).reshape(len(variants), -1)  # layer by layer
+        p_corrupt.append(corrupted)
+        ie.append((patched - corrupted).T)
+    scores = runs.clean if read is gold else _scores(model, batch.inputs, gold.replace(first=0))
+    correct = fetch(scores.correct)
+    return [
+        {
+            "id": example.id,
+            "task": example.task,
+            "correct": bool(correct[i]),
+            "p_clean": _short(clean[i]),
+            "p_corrupt": [_short(p[i]) for p in p_corrupt],
+            "ie": [[_short(value) for value in cells[i]] for cells in ie],
+        }
+        for i, example in enumerate(examples)
+    ]
+
+
+def _difference(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> Difference:
+    examples = corrupt.examples
+    foils = [dataclasses.replace(examples[row], answers=(foil(examples, row),)) for row in rows]
+    foils += foils[-1:] * (len(batch.inputs.input_ids) - len(rows))
+    encoded = encode(foils, corrupt.processor, corrupt.model.config)
+    return Difference.of(batch.inputs, batch.spans["answer"] | batch.spans["end"], encoded.inputs)
+
+
+@jax.jit
+def _features(model: Model, inputs: Inputs):
+    return model.features(inputs)[0]
+
+
+@jax.jit
+def _scores(model: Model, inputs: Inputs, gold: Gold):
+    embedded, _ = model.embed(inputs)
+    x, _, _ = model.text.scan(embedded.x, model.window(inputs), deepstack=embedded.deepstack)
+    return gold(model, model.text.norm(x), 0)
+
+
+def _short(value: np.float32) -> float:
+    """The float with the fewest digits that is the same float32."""
+    return float(str(np.float32(value)))
+
+
+def measured(scores, metric: str) -> np.ndarray:
+    """What a run's read-out is in the metric's units, ``(..., B)``."""
+    match metric:
+        case "probability":
+            return fetch(scores.probability)
+        case "log_probability":
+            return fetch(scores.log_probability)
+        case "logit_difference":
+            return fetch(scores)
+
+
+def forced(example: Example, rule: str) -> Example:
+    """The example with the gold string of a rule in front."""
+    if rule == "commonest":  # as they come
+        return example
+    answers = sorted(example.answers, key=len, reverse=rule == "longest")
+    return dataclasses.replace(example, answers=tuple(answers))
+
+
+def foil(examples: Sequence[Example], row: int) -> str:
+    """A wrong answer to compare with: another choice, or where there is none the answer of another sample."""
+    example = examples[row]
+    right = {normalise(answer) for answer in example.answers}
+    choices, gold = example.choices or (), example.gold
+    if choices and gold is not None and example.answers[0] not in choices and example.answers[0] in set(LETTERS):
+        choices = LETTERS[: len(choices)]  # which the question asks for
+    wrong = [choice for i, choice in enumerate(choices) if i != gold and normalise(choice) not in right]
+    return wrong[0] if wrong else counterpart(examples, row).answers[0]
+
+
+def answered(model: Model, processor, examples: list[Example], size: int) -> list[Example]:
+    """The examples whose gold answer greedy decoding would write."""
+    right = np.zeros(len(examples), bool)
+    for rows, batch in batches(examples, processor, model.config, size, align=PREFIX_BUCKET):
+        gold = Gold.of(batch.inputs, batch.spans["answer"]).replace(first=0)
+        right[rows] = fetch(_scores(model, batch.inputs, gold).correct)[: len(rows)]
+    kept = [example for example, keep in zip(examples, right, strict=True) if keep]
+    if not kept:
+        raise UserError("the model answers no sample rightly: drop --correct-only or choose other samples")
+    return kept
+
+
+def grid(config: Config, options: TraceOptions, batch: Batch) -> tuple[Variants, tuple[int, ...]]:
+    """The patches of a batch, and the shape of their grid: sites, layers, then heads and token groups if any."""
+    tokens = None
+    if options.positions != ("all",):
+        labels = label(batch)
+        tokens = [np.isin(labels, members(group)) for group in options.positions]
+        for group, mask in zip(options.positions, tokens, strict=True):
+            if not mask.any():
+                raise UserError(f"--positions {group}: a batch of samples has no such token, choose other groups")
+    depth, window = config.text.num_hidden_layers, options.window
+    if options.heads:
+        heads = config.text.num_attention_heads
+        return patch_grid(("text.head_out",), depth, window=window, heads=heads, tokens=tokens)
+    return patch_grid(MODULE_SITES, depth, window=window, tokens=tokens)
+
+
+def cell_names(config: Config, options: TraceOptions) -> list[str]:
+    """``L0-attn, L0-mlp, L1-attn, ...``; heads are ``L0-H0, L0-H1, ...``; of several token groups each is named:
+    ``L0-attn@question, L0-attn@last, ...``."""
+    depth = config.text.num_hidden_layers
+    heads = range(config.text.num_attention_heads)
+    names = [f"L{layer}-H{head}" for layer in range(depth) for head in heads] if options.heads else module_names(depth)
+    groups = [f"@{group}" for group in options.positions] if len(options.positions) > 1 else [""]
+    return [name + group for name in names for group in groups]
+
+
+def trace_task(
+    run: Run, folder: str, model: Model, processor, task: str, examples: list[Example], options: TraceOptions
+) -> dict:
+    """The summary of a task that is traced into ``folder`` of a run, now or in an earlier session, with its files:
+    ``samples.jsonl`` as results come; ``summary.json``, ``summary.parquet``, ``trace.parquet`` and figures."""
+
+    def make() -> dict:
+        begun = time.perf_counter()
+        traced = trace_examples(model, processor, examples, options, task, run.log(f"{folder}samples.jsonl"))
+        summary = {"task": task, "fingerprint": fingerprint(model), **summarise(traced, options)}
+        run.write(f"{folder}trace.parquet", lambda path: statistics.tidy(path, {task: traced}, options.eps))
+        run.write(f"{folder}summary.parquet", lambda path: statistics.tidy_summary(path, summary["cells"]))
+        if set(traced.cells) == set(module_names(model.config.text.num_hidden_layers)):
+            run.write(f"{folder}heatmap.png", lambda path: heatmap(path, {task: by_module(summary)}))
+        found = {task: bounds(summary)}
+        run.write(f"{folder}intervals.png", lambda path: intervals(path, traced.cells, found))
+        run.timed(f"trace {folder or task}".rstrip("/"), begun)
+        return summary
+
+    return run.once(f"{folder}summary.json", make)

@@ -1,0 +1,111 @@
+"""Run by test_processes.py as one of several processes: traces, answers and a LoRA training, kept in a run folder; and
+half of a training whose parameters are split over the mesh."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tyro
+
+from eval.evaluation import answer
+from interventions.flow.knockout import knocked_out_answers
+from interventions.trace.options import TraceOptions
+from interventions.trace.tracing import trace_examples
+from train import tune
+from train.loop import LoopOptions, fit
+from train.trunk import LoRAOptions, embedded_examples, train_lora
+from vlm_jax import UserError, prompts
+from vlm_jax.data import load_task
+from vlm_jax.mesh.sharding import placed
+from vlm_jax.runs import processes
+from vlm_jax.runs.command import command
+from vlm_jax.runs.folder import Run
+from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.processes import everywhere, is_first
+
+processes.LOST_SECONDS = int(os.environ.get("LOST_SECONDS", processes.LOST_SECONDS))
+MODULES = ["L1-attn", "L3-mlp"]
+ADAM = optax.adam(0.1)
+HALF, WHOLE = 3, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(ModelOptions):
+    """What the test compares."""
+
+    epochs: int = 12
+    seed: int = 0
+    out: Path = Path("runs/processes")
+
+
+def squares(trainable, frozen, batch, key):
+    return jnp.mean((batch @ trainable["w"] - frozen) ** 2) + 0 * jax.random.uniform(key)
+
+
+def numbers(step: int) -> np.ndarray:
+    return np.random.default_rng(step).normal(size=(1, 4, 8)).astype(np.float32)
+
+
+def halved(folder: Path, steps: int) -> dict:
+    """A training of ``w``, split over fsdp where there is a mesh."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = placed({"w": np.ones((8, 4), np.float32)}, "embed")
+    options = LoopOptions(save_every=HALF)
+    return fit(squares, start, np.float32(2), numbers, ADAM, steps=steps, folder=folder, options=options)
+
+
+def encoded() -> set[str]:
+    """The ids of the examples that this process encodes from here on."""
+    seen: set[str] = set()
+    encode = prompts.encode
+
+    def watched(examples, *args, **how):
+        seen.update(example.id for example in examples)
+        return encode(examples, *args, **how)
+
+    prompts.encode = watched
+    return seen
+
+
+def refuse() -> None:
+    if jax.process_index() == jax.process_count() - 1:
+        raise UserError("the last one refuses")
+
+
+@command
+def main(args: Args) -> None:
+    model, processor = args.load()
+    run = Run.open(args.out, args, model.config, processor)
+    examples = load_task("mini-docvqa", split="test", limit=10)
+    tracing = TraceOptions(batch=4, seed=args.seed)
+    traced = trace_examples(model, processor, examples, tracing, "docvqa", run.log("trace/samples.jsonl"))
+    answers = answer(model, processor, examples, batch=4, log=run.log("answers.jsonl"))
+    cut = knocked_out_answers(model, processor, examples[:4], ["text:image"], modes=["post_softmax"], max_new_tokens=3)
+    with pytest.raises(UserError, match="the last one refuses"):
+        everywhere(refuse)
+    train = load_task("mini-docvqa", split="train", limit=16)
+    options = LoRAOptions(r=4, batch=4, accumulation=2, epochs=args.epochs, save_every=2, seed=args.seed)
+    seen = encoded()
+    data = embedded_examples(model, processor, train)
+    run.path(f"encoded/{jax.process_index()}.json").write_text(json.dumps(sorted(seen)))
+    lora = train_lora(model, MODULES, data, options, "lora", run.path("training/_").parent)
+    tune.tune(model, processor, train, tune.Args(batch=8, epochs=1, seed=args.seed), run.path("tune/_").parent)
+    weights = {f"lora {site} {i}": w for site, pair in sorted(lora.weights.items()) for i, w in enumerate(pair)}
+    half = halved(run.folder / "half", HALF)["w"]
+    if jax.process_count() > 1 and run.config["mesh"] and "fsdp" in run.config["mesh"]:
+        assert not half.is_fully_replicated
+    run.save_json("answers.json", [*answers.texts, *(record["output"] for record in cut)])
+    run.save_arrays("found.npz", ie=traced.ie, te=traced.te, sigma=traced.sigma, **weights)
+    print("only the first process says this")
+    print("done", is_first(), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,59 @@
+"""Pre-training, cut short: what its stages leave behind."""
+
+import json
+
+import numpy as np
+import pytest
+
+import vlm_jax
+from train import pretrain
+from vlm_jax.checkpoints.leaves import named_leaves
+from vlm_jax.data import Example
+from vlm_jax.prompts import PLAIN_PROMPT, encode
+
+
+def run(out, **changed):
+    options = {"stages": ("text", "align"), "steps": (1, 1, 0), "turns": (8, 8, 0), "batch": 2}
+    pretrain.main(pretrain.Args(out=out, **options | changed))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrain") / "run"
+    run(out)
+    return out
+
+
+def test_the_text_stage_leaves_a_text_only_model(out):
+    """The same decoder, and files of which none is about images: prompts come out alike."""
+    (whole, processor), (backbone, tokenizer) = (vlm_jax.load(out / name) for name in ("text", "backbone"))
+    assert whole.config.family == "qwen3_vl" and backbone.config.family == "qwen3"
+    leaves = named_leaves(whole)
+    for name, leaf in named_leaves(backbone).items():
+        np.testing.assert_array_equal(leaf, leaves[name])
+    assert not (out / "backbone" / "preprocessor_config.json").exists()
+    examples = [Example("a", (), "What is it?", ("red",))]
+    want, got = (
+        encode(examples, p, m.config, prompt=PLAIN_PROMPT) for m, p in ((whole, processor), (backbone, tokenizer))
+    )
+    np.testing.assert_array_equal(got.inputs.input_ids, want.inputs.input_ids)
+
+
+def test_every_stage_keeps_its_own_metrics(out):
+    steps = {
+        stage: [json.loads(line)["step"] for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+        for stage in ("text", "align")
+    }
+    assert steps == {"text": [1], "align": [1]}
+
+
+def test_another_run_is_refused(out, capsys):
+    """Before anything is changed; which stages to run, and how often to save, makes no other run."""
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(SystemExit):
+        run(out, batch=4, seed=1)
+    error = capsys.readouterr().err
+    assert "holds another run (batch 2 there, 4 here, seed 0 there, 1 here): choose another --out" in error
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    run(out, stages=(), save_every=7)
+    assert json.loads((out / "config.json").read_text())["batch"] == 2

@@ -1,0 +1,1 @@
+"""P0's study: every placement, model and seed, compared."""

@@ -1,0 +1,49 @@
+"""P0's whole study: every model, placement and seed, with the statistics that say whether differences are real.
+
+python -m train.study --recipe p0 --out runs/study
+"""
+
+import dataclasses
+import time
+
+import tyro
+
+from train.loop import WATCHING
+from train.study.cost import Plan
+from train.study.options import Args, check, conditions
+from train.study.report import report
+from train.study.study import examples_of, experiments, study
+from vlm_jax.checkpoints.fingerprint import fingerprint
+from vlm_jax.data import easy_vqa, source
+from vlm_jax.runs.command import command
+from vlm_jax.runs.folder import Run, manifest
+
+
+@command
+def main(args: Args) -> None:
+    started = time.perf_counter()
+    check(args)
+    run = Run.open(args.out, args, ignored=("plan", *WATCHING))
+    run.pin("data", {family: source(family, split="train", options=args) for family in args.families})
+    examples, results, plans = examples_of(args), {}, []
+    for experiment in experiments(args, run, *examples):
+        for kind in (args.tracing.corruption, *args.corruptions):
+            dataclasses.replace(args.tracing, corruption=kind).check(experiment.depth)
+        if args.plan:
+            plans.append(Plan.of(experiment, conditions(args, experiment.depth), args))
+            continue
+        experiment.check()
+        run.pin(f"{experiment.folder}model", fingerprint(experiment.model))
+        run.save_json(f"{experiment.folder}manifest.json", manifest(experiment.model.config, experiment.processor))
+        results[experiment.folder.rstrip("/")] = study(args, experiment)
+    if args.plan:
+        print("\n".join(map(str, plans)))
+        return
+    print(report(run, results, args))
+    for tested in examples[-1].values():
+        easy_vqa.show_baseline(tested)
+    print(f"{time.perf_counter() - started:.0f} s; tables, figures, adapters and predictions are in {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,341 @@
+"""What a study says: its tables beside the paper's numbers, its comparisons with their chance, and its figures."""
+
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from eval.tables import Table
+from interventions import statistics
+from interventions.figures.base import both
+from interventions.figures.tracing import correlation, heatmap, intervals, stability
+from interventions.modules import module_names
+from interventions.statistics import normalised
+from interventions.trace.result import bounds, by_module
+from train.study import figures
+from train.study.recipes import RECIPES
+from vlm_jax.errors import UserError
+from vlm_jax.runs.folder import Run
+
+#: What placements are compared with.
+CONTROLS = ("random", "random_matched", "random_stratified")
+
+
+def report(run: Run, results: dict[str, dict], args) -> str:
+    """Writes ``tables/``, ``figures/``, ``summary.json`` and ``results.parquet``, and returns the main table and what
+    it shows as Markdown.
+
+    Args:
+        results: model -> what :func:`train.study.study.study` found.
+    """
+    recipe, families = RECIPES[args.recipe], list(args.families)
+    summary, text = {}, []
+    rows = []
+    for model, result in results.items():
+        known = Outcomes(result, families)
+        compared = comparisons(known)
+        traces = {f: json.loads((run.folder / f"{model}/trace/{f}/summary.json").read_text()) for f in families}
+        differ = trace_difference(run, model, families, args)
+        alone = predictions(known, result["scores"])
+        agreement = corruption_agreement(run, model, families, args)
+        summary[model] = {
+            "accuracy": [known.summary(*key) for key in known.keys],
+            "comparisons": compared,
+            "alone": alone,
+            "trace": {f: {key: traces[f][key] for key in ("samples", "ranking", "rr", "stability")} for f in families},
+            "trace_difference": differ,
+            "corruptions": agreement,
+        }
+        rows += [{"model": model, **row} for row in known.rows()]
+        run.save_json("summary.json", summary)
+        main = table1(known, compared, recipe)
+        main.save(run, f"tables/{model}/table1")
+        selections(known, result, recipe, "shared").save(run, f"tables/{model}/table2")
+        selections(known, result, recipe, "task_diff").save(run, f"tables/{model}/table3")
+        comparison_table(compared).save(run, f"tables/{model}/comparisons")
+        draw(run, model, known, result, summary[model], traces)
+        text += [f"\n{model}: accuracy on held-out examples\n", main.markdown(), *findings(known, compared, alone)]
+    run.write("results.parquet", lambda path: statistics.tidy_summary(path, rows))
+    return "\n".join(text)
+
+
+class Outcomes:
+    """The held-out scores of one model by family, placement and k: ``(runs, samples)`` each."""
+
+    def __init__(self, result: dict, families: list[str]):
+        self.families, self.depth, self.records = families, result["depth"], result["records"]
+        self.by = defaultdict(list)
+        for record in self.records:
+            self.by[record["family"], record["placement"], record["k"]].append(record)
+        #: (placement, k), in the order in which they were run.
+        self.keys = list(dict.fromkeys((r["placement"], r["k"]) for r in self.records if r["placement"] != "alone"))
+        self.k = next((k for _, k in self.keys if k), 0)
+        self.accuracy = functools.cache(self._accuracy)
+
+    def scores(self, family: str, placement: str, k: int) -> np.ndarray:
+        """``(runs, N)``; of the family "both" the samples of all families after each other."""
+        names = self.families if family == "both" else [family]
+        return np.concatenate([[r["scores"] for r in self.by[name, placement, k]] for name in names], 1)
+
+    def clusters(self, family: str) -> np.ndarray:
+        """Which samples show one image ``(N,)``, as :func:`eval.judging.clusters_of` tells them apart."""
+        names = self.families if family == "both" else [family]
+        parts, count = [], 0
+        for name in names:
+            part = np.array(self.by[name, "baseline", 0][0]["clusters"])
+            parts.append(part + count)
+            count += part.max() + 1
+        return np.concatenate(parts)
+
+    def comparable(self, placement: str, control: str, k: int) -> bool:
+        """Whether a control is one for this placement: random modules where both have k; the imitations of task_diff
+        for task_diff alone."""
+        if placement in ("baseline", "all", *CONTROLS) or (control, k) not in self.keys:
+            return False
+        if control != "random":
+            return placement == "task_diff"
+        return all(len(record["names"]) == k for f in self.families for record in self.by[f, placement, k])
+
+    def parameters(self, family: str, placement: str, k: int) -> float:
+        return float(np.mean([record["parameters"] for record in self.by[family, placement, k]]))
+
+    def _accuracy(self, family: str, placement: str, k: int) -> dict:
+        """The mean over runs and samples with its 95 % bootstrap interval over both."""
+        scores = self.scores(family, placement, k)
+        found = statistics.paired(scores, np.zeros((1, scores.shape[1])), clusters=self.clusters(family))
+        return {"mean": found["first"], "low": found["low"], "high": found["high"], "runs": len(scores)}
+
+    def summary(self, placement: str, k: int) -> dict:
+        found = {family: self.accuracy(family, placement, k) for family in (*self.families, "both")}
+        return {"placement": placement, "k": k, "accuracy": found}
+
+    def rows(self) -> list[dict]:
+        """One for each run, for people who want their own statistics."""
+        names = ("family", "placement", "k", "seed", "accuracy", "stderr", "samples", "parameters")
+        return [{**{name: r[name] for name in names}, "modules": " ".join(r["names"])} for r in self.records]
+
+
+def comparisons(known: Outcomes) -> list[dict]:
+    """Every placement against as many random modules, and task_diff against the controls that imitate it: the paired
+    difference with its interval over samples and runs, p adjusted for all comparisons with the same control in a family
+    (Holm), and McNemar's test of the two's first runs."""
+    found = []
+    for control in CONTROLS:
+        for family in (*known.families, "both"):
+            part = []
+            for placement, k in known.keys:
+                if not known.comparable(placement, control, k):
+                    continue
+                first, second = known.scores(family, placement, k), known.scores(family, control, k)
+                pair = statistics.paired(first, second, clusters=known.clusters(family))
+                pair |= statistics.mcnemar(first[0], second[0])
+                part.append({"placement": placement, "k": k, "against": control, "family": family, **pair})
+            for row, p in zip(part, statistics.holm([row["p"] for row in part]) if part else [], strict=True):
+                row["p_holm"] = float(p)
+            found += part
+    return found
+
+
+def trace_difference(run: Run, model: str, families: list[str], args) -> dict:
+    """Per module: whether the two families' RR differ, raw and normalised (equation 7), by permutation with FDR."""
+    traced = []
+    for family in families:
+        lines = (run.folder / f"{model}/trace/{family}/samples.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        te = np.array([r["p_clean"] - np.array(r["p_corrupt"]) for r in records])
+        traced.append((te, np.array([r["ie"] for r in records])))
+    found = {}
+    for name, normalise in (("raw", False), ("normalised", True)):
+        how = {"min_te": args.tracing.min_te, "eps": args.tracing.eps, "statistic": args.tracing.statistic}
+        try:
+            difference = statistics.permutation_test(*traced, normalise=normalise, **how)
+        except UserError:  # no RR to normalise by, or no sample
+            found[name] = None
+            continue
+        found[name] = {key: np.asarray(values).tolist() for key, values in difference._asdict().items()}
+    return found
+
+
+def corruption_agreement(run: Run, model: str, families: list[str], args) -> dict:
+    """How alike RR are under different corruptions, by family."""
+    found = {}
+    for family in families:
+        folders = {args.tracing.corruption: f"trace/{family}"}
+        folders |= {kind: f"trace/{kind}/{family}" for kind in args.corruptions}
+        rates = {
+            kind: np.array(list(json.loads((run.folder / model / folder / "summary.json").read_text())["rr"].values()))
+            for kind, folder in folders.items()
+        }
+        found[family] = statistics.correlations(rates)
+    return found
+
+
+def predictions(known: Outcomes, scores: dict) -> dict:
+    """Does a score tell where LoRA helps? Spearman's rank correlation, over modules, of each score with the accuracy
+    gained by training that module alone, once; None of a score that is the same everywhere. Modules are no sample of
+    anything, so there is no p-value."""
+    found = {}
+    every = module_names(known.depth)
+    for family in known.families:
+        alone = {r["names"][0]: r["accuracy"] for r in known.by[family, "alone", 1]}
+        if not alone:
+            continue
+        base = known.by[family, "baseline", 0][0]["accuracy"]
+        gains = np.array([alone[name] - base for name in every])
+        sizes = {r["names"][0]: r["parameters"] for r in known.by[family, "alone", 1]}
+        tried = {name: np.ravel(values[family]) for name, values in scores.items()}
+        tried |= {
+            "depth": np.repeat(np.arange(known.depth), 2),
+            "parameters": np.array([sizes[name] for name in every]),
+        }
+        found[family] = {
+            "gains": dict(zip(every, gains.tolist(), strict=True)),
+            "spearman": {
+                name: float(spearmanr(v, gains).statistic) if np.ptp(v) else None for name, v in tried.items()
+            },
+        }
+    return found
+
+
+# Tables.
+
+
+def _interval(found: dict) -> str:
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def kind(family: str) -> str:
+    """The paper's name of a task family: that of "p0-knowledge" is "knowledge"."""
+    return family.removeprefix("p0-")
+
+
+def label(placement: str, k: int) -> str:
+    return {"baseline": "baseline", "all": "all modules"}.get(placement, f"{placement}, k = {k}")
+
+
+def table1(known: Outcomes, compared: list[dict], recipe) -> Table:
+    """P0's Table 1 with intervals, the difference from random modules, and what the paper has."""
+    header = ["LoRA on", "trained"]
+    header += [name for family in known.families for name in (family, f"{family} less random")]
+    header += [f"{model} (paper), {' / '.join(map(kind, known.families))}" for model in recipe.reported]
+    rows = []
+    for placement, k in known.keys:
+        if k not in (0, known.k) and placement != "all":
+            continue
+        sizes = dict.fromkeys(f"{known.parameters(f, placement, k):,.0f}" for f in known.families)
+        row = [label(placement, k), " / ".join(sizes) if placement != "baseline" else "-"]
+        for family in known.families:
+            row += [_interval(known.accuracy(family, placement, k)), _difference(compared, placement, k, family)]
+        for reported in recipe.reported.values():
+            values = reported.get(placement, {})
+            row.append(" / ".join(f"{values[kind(f)]:.3f}" if kind(f) in values else "-" for f in known.families))
+        rows.append(tuple(row))
+    return Table(tuple(header), rows)
+
+
+def _difference(compared: list[dict], placement: str, k: int, family: str) -> str:
+    for row in compared:
+        if (row["placement"], row["k"], row["family"], row["against"]) == (placement, k, family, "random"):
+            return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return "-"
+
+
+def selections(known: Outcomes, result: dict, recipe, placement: str) -> Table:
+    """P0's Tables 2 and 3: which modules a placement chose, with the score that chose them, and the paper's."""
+    rr = {family: np.array(values) for family, values in result["scores"]["rr"].items()}
+    names, rows = module_names(known.depth), []
+    for number, family in enumerate(known.families):
+        values = rr[family]
+        if placement == "task_diff":
+            values = normalised(rr[family]) - normalised(rr[known.families[1 - number]])
+        chosen = known.by[family, placement, known.k]
+        ranked = sorted(chosen[0]["names"] if chosen else [], key=lambda name: -values.ravel()[names.index(name)])
+        ours = ", ".join(f"{name} ({values.ravel()[names.index(name)]:+.2f})" for name in ranked)
+        paper = ", ".join(recipe.selected[placement].get(kind(family), ())) or "-"
+        rows.append((family, ours, paper))
+    return Table(("family", f"modules (k = {known.k})", f"Qwen3-VL-4B (paper, of {recipe.modules})"), rows)
+
+
+def comparison_table(compared: list[dict]) -> Table:
+    """Every comparison of :func:`comparisons`."""
+    header = ("placement", "k", "against", "family", "difference", "95 % interval", "p", "p (Holm)", "gained / lost")
+    header += ("McNemar p",)
+    rows = [
+        (
+            row["placement"],
+            str(row["k"]),
+            row["against"],
+            row["family"],
+            f"{row['difference']:+.3f}",
+            f"[{row['low']:+.3f}, {row['high']:+.3f}]",
+            f"{row['p']:.3f}",
+            f"{row['p_holm']:.3f}",
+            "-" if row["gained"] is None else f"{row['gained']} / {row['lost']}",
+            "-" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.3f}",
+        )
+        for row in compared
+    ]
+    return Table(header, rows)
+
+
+def findings(known: Outcomes, compared: list[dict], alone: dict) -> list[str]:
+    """What the numbers say, in sentences."""
+    lines = []
+    for family in (*known.families, "both"):
+        tested = [r for r in compared if r["family"] == family and r["against"] == "random"]
+        for verb, sign in (("better", 1), ("worse", -1)):
+            sure = [r for r in tested if r["p_holm"] < 0.05 and np.sign(r["difference"]) == sign]
+            names = ", ".join(f"{label(r['placement'], r['k'])} ({r['difference']:+.3f})" for r in sure) or "none"
+            lines.append(f"* {family}: of {len(tested)} placements {verb} than as many random modules (Holm): {names}.")
+        if tested:
+            low, high = (f(r["excluded"] for r in tested) for f in (min, max))
+            lines.append(
+                f"* {family}: what their 95 % intervals exclude is a difference above {low:.3f} to {high:.3f}."
+            )
+    for family, found in alone.items():
+        rho = {name: value for name, value in found["spearman"].items() if value is not None}
+        shown = ", ".join(f"{name} {rho[name]:+.2f}" for name in sorted(rho, key=lambda name: -rho[name]))
+        lines.append(f"* {family}: rank correlation over modules of a score with LoRA's gain there alone: {shown}.")
+    return lines
+
+
+# Figures.
+
+
+def draw(run: Run, model: str, known: Outcomes, result: dict, summary: dict, traces: dict[str, dict]) -> None:
+    """P0's figures 2 to 4, and the study's own."""
+    families, names = known.families, module_names(known.depth)
+    rr = {family: np.array(result["scores"]["rr"][family]) for family in families}
+    one, other = (normalised(rr[family]) for family in families)
+    difference = {f"{families[0]} - {families[1]}": one - other}
+    tasks = {task: by_module({"rr": rates}) for trace in traces.values() for task, rates in trace["tasks"].items()}
+
+    def write(name: str, draw: Callable, *args, **options) -> None:
+        both(run.write, f"figures/{model}/{name}", lambda path: draw(path, *args, **options))
+
+    write("figure2", heatmap, rr)
+    write("figure3", heatmap, difference, label="difference of normalised RR")
+    write("figure4", heatmap, tasks)
+    tested = summary["trace_difference"]["raw"]
+    different = tested and [q < 0.05 for q in tested["q"]]
+    write("intervals", intervals, names, {family: bounds(trace) for family, trace in traces.items()}, different)
+    if all(trace["stability"] for trace in traces.values()):
+        write("stability", stability, {family: trace["stability"] for family, trace in traces.items()})
+    for family, agreement in summary["corruptions"].items():
+        if agreement:
+            write(f"corruptions_{family}", correlation, agreement)
+    at_k = [(p, k) for p, k in known.keys if k in (0, known.k) or p == "all"]
+    accuracy = {f: {label(p, k): known.accuracy(f, p, k) for p, k in at_k} for f in (*families, "both")}
+    write("placements", figures.placements, accuracy)
+    swept = sorted({p for p, k in known.keys if k not in (0, known.k)} - {"all"})
+    if swept:
+        curves = {
+            f: {p: {k: known.accuracy(f, p, k) for q, k in known.keys if q == p} for p in swept} for f in families
+        }
+        write("k", figures.k_sweep, curves)
+    gains = {family: list(found["gains"].values()) for family, found in summary["alone"].items()}
+    if gains:
+        write("alone", figures.alone, {family: rr[family].ravel() for family in gains}, gains, names)

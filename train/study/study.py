@@ -1,0 +1,92 @@
+"""P0's whole study on each model: traces, scores, placements, trainings, held-out results."""
+
+import dataclasses
+from pathlib import Path
+
+from eval import judging as metrics
+from interventions.modules import module_names
+from interventions.placement.rules import place, resolve
+from train.study.experiment import Experiment
+from train.study.options import Args, conditions
+from vlm_jax.data import Example, load_task
+from vlm_jax.data.overlap import check_disjoint
+from vlm_jax.errors import UserError
+from vlm_jax.runs.folder import Run
+from vlm_jax.runs.options import DeviceOptions, ModelOptions
+from vlm_jax.runs.processes import progress
+
+
+def examples_of(args: Args) -> list[dict[str, list[Example]]]:
+    """What is traced, trained on and tested on, by family."""
+    sizes = {"trace": args.trace, "train": args.train, "test": args.eval}
+    found = [
+        {family: load_task(family, split=split, limit=limit, options=args) for family in args.families}
+        for split, limit in sizes.items()
+    ]
+    for (split, limit), parts in zip(sizes.items(), found, strict=True):
+        for family, examples in parts.items():
+            if len(examples) < limit:
+                flag = {"test": "eval"}.get(split, split)
+                raise UserError(f"{family} has {len(examples)} examples to {flag}, not {limit}: lower --{flag}")
+    traced, train, test = found
+    for family in args.families:
+        check_disjoint([*traced[family], *train[family]], test[family])
+        metrics.check(test[family], args.metric)
+    return found
+
+
+def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict):
+    """One :class:`Experiment` a model, loaded when it is reached."""
+    for name in args.models:
+        devices = {field.name: getattr(args, field.name) for field in dataclasses.fields(DeviceOptions)}
+        model, processor = ModelOptions(model=name, dtype=args.dtype, max_pixels=args.max_pixels, **devices).load()
+        folder = f"{Path(name).name}/"
+        yield Experiment(
+            run,
+            folder,
+            model,
+            processor,
+            traced,
+            trained,
+            tested,
+            args.tracing,
+            args.training,
+            args.metric,
+            args.answering,
+        )
+
+
+def study(args: Args, experiment: Experiment) -> dict:
+    """Everything on one model: scores, placements and, by family, condition and run, the result on every sample."""
+    families, depth = list(args.families), experiment.depth
+    todo = conditions(args, depth)
+    needs = dict.fromkeys(["rr", *(resolve(c.placement).needs for c in todo)])
+    scoring = experiment.scoring([name for name in needs if name], families)
+    for kind in args.corruptions:
+        for family in families:
+            experiment.trace(family, corruption=kind)
+    cells = [
+        (
+            family,
+            condition.placement,
+            condition.k,
+            place(condition.placement, scoring, family, condition.k, chosen),
+            seed,
+        )
+        for condition in todo
+        for chosen, seed in condition.runs
+        for family in families
+    ]
+    if args.alone:
+        cells += [(family, "alone", 1, [name], args.seeds[0]) for name in module_names(depth) for family in families]
+    records = [
+        {"family": family, "placement": "baseline", "k": 0, "names": [], "seed": 0, **experiment.baseline(family)}
+        for family in families
+    ]
+    for family, placement, k, names, seed in progress(cells, desc=experiment.folder.rstrip("/"), unit="cell"):
+        found = experiment.cell(family, names, seed)
+        records.append({"family": family, "placement": placement, "k": k, "names": names, "seed": seed, **found})
+    for record in records:
+        record["parameters"] = experiment.parameters(record["names"]) if record["names"] else 0
+    scores = {name: {f: known.tolist() for f, known in by.items()} for name, by in scoring.scores.items()}
+    return {"depth": depth, "scores": scores, "records": records}

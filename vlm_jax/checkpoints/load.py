@@ -1,0 +1,178 @@
+"""Loads a model from a Hugging Face or Orbax folder, driven by the family's key table."""
+
+import functools
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vlm_jax.checkpoints.leaves import abstract, leaf_name, rows_of, tensor_count
+from vlm_jax.checkpoints.orbax import load_orbax
+from vlm_jax.checkpoints.sources import INDEX, ORBAX, SINGLE, read_config, resolve
+from vlm_jax.config import Config, with_attention
+from vlm_jax.errors import UserError
+from vlm_jax.families import FAMILIES
+from vlm_jax.families.key_table import Row
+from vlm_jax.files import read_json
+from vlm_jax.mesh.sharding import sharding
+
+#: Tensors that are no parameters: older files saved what is computed from the config.
+BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | None = None, attention: str = "xla"):
+    """A model and its processor.
+
+    Every tensor goes from the file to its device layer by layer: host memory beyond the finished arrays stays below
+    one stacked parameter.
+
+    Args:
+        source: an embedded name (``mini-qwen3-vl``), a Hugging Face folder, a folder that
+            ``python -m vlm_jax.convert`` wrote, or a hub id.
+        dtype: of the parameters ("float32", "bfloat16", "float16"); the checkpoint's own where None.
+        mesh: put the parameters on this mesh by the rules of :mod:`vlm_jax.mesh.sharding`; each process reads the
+            slices that its devices hold, each once.
+        attention: "xla", or "splash": TPU's kernel where it applies (:mod:`vlm_jax.nn.kernels`).
+
+    Returns:
+        ``(model, processor)``; the processor is None where the folder has no tokeniser.
+
+    Raises:
+        UserError: unknown source or architecture; missing, extra, misshapen or NaN-filled tensors (all that are
+            missing, extra or misshapen are listed); an unreadable file; a pickle checkpoint.
+    """
+    if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in DTYPES.values():
+        raise UserError(f"dtype {dtype!r} is not supported: use float32, bfloat16 or float16")
+    folder = resolve(source)
+    config = with_attention(read_config(folder), attention)
+    if (folder / ORBAX).is_dir():
+        leaves = load_orbax(folder, config, dtype, mesh)
+    else:
+        with ExitStack() as stack:
+            tensors = _open(folder, config, stack)
+            rows = _coverage(config, tensors, folder)
+            leaves = {row.path: _read(row, leaf, tensors, config, dtype, mesh) for row, leaf in rows}
+    model = abstract(config)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(model)
+    model = treedef.unflatten([leaves[leaf_name(path)] for path, _ in paths])
+    if not (folder / "tokenizer_config.json").is_file():
+        return model, None
+    try:
+        return model, FAMILIES[config.family].load_processor(folder)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: the tokeniser or image processor cannot be loaded ({reason}): repair it") from None
+
+
+def _open(folder: Path, config: Config, stack: ExitStack) -> dict[str, tuple[Any, str]]:
+    """The table's tensor name -> (open file, its name there), over one ``model.safetensors`` or the files of an
+    index."""
+    index = folder / INDEX
+    files = [SINGLE]
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise UserError(f"{index} has no weight_map: fetch the folder again, whole")
+        files = sorted(set(map(str, names.values())))
+    elif not (folder / SINGLE).is_file():
+        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
+            for pickle in sorted(folder.glob(pattern)):
+                raise UserError(
+                    f"{folder} holds only a pickle checkpoint ({pickle.name}), which can run code and is never read: "
+                    "save the model as safetensors"
+                )
+    family, tensors = FAMILIES[config.family], {}
+    for file in files:
+        path = folder / file
+        if Path(file).name != file:
+            raise UserError(f"{index} names {file!r}, which lies outside of the folder: fetch the folder again")
+        if not path.is_file():
+            raise UserError(f"{folder} has no {file}: fetch the folder again, whole")
+        try:
+            handle = stack.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} cannot be read as safetensors ({error}): it may be cut short, fetch it again"
+            ) from None
+        for key in handle.keys():  # noqa: SIM118
+            if (known := family.in_table(key)) in tensors:
+                raise UserError(f"{folder} holds {known} twice, as {key} and {tensors[known][1]}: remove one of them")
+            tensors[known] = handle, key
+    return tensors
+
+
+def _coverage(config: Config, tensors: dict, folder: Path) -> list[tuple[Row, jax.ShapeDtypeStruct]]:
+    """The rows to read, once every tensor is known to be wanted exactly once and every shape to fit."""
+    rows = rows_of(config)
+    problems, wanted = [], set()
+    for row, leaf in rows:
+        ours = leaf.shape[1:] if row.stacked else leaf.shape
+        expected = tuple(row.op.hf_shape(ours, config))
+        for i in range(tensor_count(row, leaf)):
+            key = row.hf.format(i)
+            wanted.add(key)
+            if key not in tensors:
+                problems.append(f"missing {FAMILIES[config.family].on_disk(key)} {expected}")
+                continue
+            handle, disk = tensors[key]
+            part = handle.get_slice(disk)
+            if (found := tuple(part.get_shape())) != expected:
+                problems.append(f"misshapen {disk} {found}, expected {expected}")
+            elif part.get_dtype() not in ("F32", "BF16", "F16"):
+                problems.append(f"{disk} is stored as {part.get_dtype()}, only F32, BF16 and F16 are supported")
+    # Some published files repeat the tied head, and older ones hold buffers.
+    ignored = {"lm_head.weight"} if config.text.tie_word_embeddings else set()
+    extra = (key for key in tensors.keys() - wanted - ignored if not key.endswith(BUFFERS))
+    problems += [f"extra {tensors[key][1]}" for key in sorted(extra)]
+    if problems:
+        raise UserError(
+            f"{folder}: {len(problems)} tensor(s) do not fit the config of a {config.family} ({'; '.join(problems)}): "
+            "check that config.json and the weights belong together"
+        )
+    return rows
+
+
+def _read(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, dtype, mesh) -> jax.Array:
+    """One parameter, from its tensors to its devices."""
+    own = tensors[row.hf.format(0)]
+    dtype = jnp.dtype(dtype or DTYPES[own[0].get_slice(own[1]).get_dtype()])
+
+    def tensor(i: int, where: tuple[slice, ...]) -> np.ndarray:
+        handle, key = tensors[row.hf.format(i)]
+        try:
+            # A slice of ours is a slice of theirs in all but the patch embedding, which is small.
+            value = row.op.read(handle.get_slice(key), where)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{key} cannot be read ({error}): the file may be cut short, fetch it again") from None
+        if not np.isfinite(value).all():
+            raise UserError(f"{key} holds NaN or infinite numbers: the checkpoint is damaged, fetch it again")
+        return value
+
+    @functools.cache
+    def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        where = tuple(slice(*bound) for bound in bounds)
+        value = np.empty([stop - start for start, stop in bounds], dtype)
+        if row.stacked:
+            for place, i in enumerate(range(*bounds[0])):
+                value[place] = tensor(i, where[1:])
+        else:
+            value[...] = tensor(0, where)
+        return value
+
+    def callback(index: tuple[slice, ...]) -> np.ndarray:
+        # Several devices may hold the same slice, which is then read once.
+        return part(tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True)))
+
+    if mesh is None:
+        return jax.device_put(part(tuple((0, size) for size in leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, sharding(row.path, leaf.shape, mesh), callback)

@@ -1,0 +1,78 @@
+"""Writes a model as a Hugging Face folder."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from vlm_jax.checkpoints.leaves import named_leaves, rows_of, tensor_count
+from vlm_jax.checkpoints.sources import INDEX, ORBAX, SINGLE
+from vlm_jax.errors import UserError
+from vlm_jax.families import FAMILIES
+from vlm_jax.families.key_table import Row
+from vlm_jax.model import Model
+
+
+def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**9) -> Path:
+    """Writes ``config.json`` and the tensors, named as transformers does; an existing checkpoint is replaced whole.
+
+    Args:
+        shard_bytes: beyond this size there are several files and an index.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    family, leaves = FAMILIES[model.config.family], named_leaves(model)
+    places = [(row, i) for row, leaf in rows_of(model.config) for i in range(tensor_count(row, leaf))]
+    shards: list[list[tuple[Row, int]]] = [[]]
+    filled = 0
+    for row, i in places:
+        size = leaves[row.path].nbytes // tensor_count(row, leaves[row.path])
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((row, i))
+        filled += size
+    index: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for number, shard in enumerate(shards):
+            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
+            tensors = {}
+            for row, i in shard:
+                value = np.asarray(leaves[row.path][i] if row.stacked else leaves[row.path])
+                tensors[family.on_disk(row.hf.format(i))] = np.ascontiguousarray(row.op.to_hf(value, model.config))
+            try:
+                save_file(tensors, Path(scratch) / file, metadata={"format": "pt"})
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"cannot write {folder / file} ({error}): free the disk or choose another") from None
+            index |= dict.fromkeys(tensors, file)
+        (Path(scratch) / "config.json").write_text(json.dumps(config_to_save(model), indent=2) + "\n")
+        if len(shards) > 1:
+            total = sum(leaf.nbytes for leaf in leaves.values())
+            value = {"metadata": {"total_size": total}, "weight_map": index}
+            (Path(scratch) / INDEX).write_text(json.dumps(value, indent=2) + "\n")
+        # What an earlier checkpoint left here would be loaded instead of this one.
+        for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
+            stale.unlink(missing_ok=True)
+        shutil.rmtree(folder / ORBAX, ignore_errors=True)
+        for file in sorted(Path(scratch).iterdir()):
+            file.chmod(0o644)
+            shutil.move(file, folder / file.name)
+    return folder
+
+
+def config_to_save(model: Model) -> dict:
+    """The model's ``config.json``, with the precision that its parameters have now."""
+    return with_dtype(json.loads(model.config.hf), str(model.text.embed_tokens.weight[...].dtype))
+
+
+def with_dtype(config: Any, dtype: str) -> Any:
+    """A ``config.json`` whose dtype fields, those of its parts too, say ``dtype``."""
+    if not isinstance(config, dict):
+        return config
+    return {k: dtype if k in ("dtype", "torch_dtype") else with_dtype(v, dtype) for k, v in config.items()}

@@ -1,0 +1,57 @@
+"""From a name to a folder: embedded models, local folders, the hub; and the config in it."""
+
+import os
+from pathlib import Path
+
+from vlm_jax import families
+from vlm_jax.config import Config
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.files import read_json
+
+MINI = Path(__file__).parents[1] / "mini"
+
+
+SINGLE, INDEX, ORBAX = "model.safetensors", "model.safetensors.index.json", "orbax"
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the library."""
+    return sorted(p.parent.name for p in MINI.glob("*/config.json"))
+
+
+def resolve(source: str | os.PathLike) -> Path:
+    """The folder behind an embedded name, a local folder or a hub id."""
+    path = Path(source)
+    if (path / "config.json").is_file():
+        return path
+    if path.exists():
+        raise UserError(f"{source} holds no config.json: name a Hugging Face model folder")
+    if str(source) in embedded_models():
+        return MINI / str(source)
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise UserError(
+            f"unknown model {str(source)!r}: no such folder or embedded model{nearest(str(source), embedded_models())}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"cannot fetch {str(source)!r} from the hub ({type(error).__name__}): check the id and the network, "
+            f"or give a local folder or an embedded model ({', '.join(embedded_models())})"
+        ) from None
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a Hugging Face folder."""
+    where = folder / "config.json"
+    hf = read_json(where)
+    if (folder / "generation_config.json").is_file():
+        # What generation stops at is often written there alone.
+        generation = read_json(folder / "generation_config.json")
+        hf |= {k: generation[k] for k in ("eos_token_id", "pad_token_id") if generation.get(k) is not None}
+    return families.read_config(hf, str(where))

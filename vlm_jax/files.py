@@ -1,0 +1,17 @@
+"""Reading small files, with errors a user can act on."""
+
+import json
+from pathlib import Path
+
+from vlm_jax.errors import UserError
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): repair it or fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: repair it or fetch it again")
+    return value

@@ -1,0 +1,1 @@
+"""Neural building blocks: the decoder, its layers, rotary angles, attention kernels."""
