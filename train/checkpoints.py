@@ -18,7 +18,7 @@ from vlm_jax.mesh.sharding import placed
 from vlm_jax.runs.processes import fetch, gathered
 
 
-def place(folder: Path, base: str | None) -> epath.Path:
+def checkpoint_folder(folder: Path, base: str | None) -> epath.Path:
     """Where the checkpoints of a training in ``folder`` are: there, or under ``base``, which may be a bucket."""
     folder = os.path.abspath(folder)
     if base is None:

@@ -37,8 +37,6 @@ def loss(weights: dict[str, dict], frozen: Frozen, batch: Batch, key: jax.Array)
     image = jnp.zeros(inputs.input_ids.shape, bool) if inputs.is_image is None else inputs.is_image
     where = {"visual": None, "cross": image, **batch.where}
     editors = tuple(LoReFT(weights=own, slot=frozen.slot[name], where=where[name]) for name, own in weights.items())
-    embedded, _ = model.embed(inputs, editors)
-    window, deepstack = model.window(inputs), embedded.deepstack
-    x, _, _ = model.text.scan(embedded.x, window, deepstack=deepstack, interventions=editors, remat=True)
+    x, _ = model.hidden(inputs, editors, remat=True)
     target = jnp.take_along_axis(inputs.input_ids, batch.index, 1)
     return answer_loss(model, x, batch.index, batch.valid, target)

@@ -18,7 +18,7 @@ import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from train.checkpoints import Checkpoints, place
+from train.checkpoints import Checkpoints, checkpoint_folder
 from train.meter import About, Meter, Tracker, check_trackers, unsound
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import placed, placed_rows
@@ -57,7 +57,7 @@ WATCHING = tuple(field.name for field in dataclasses.fields(LoopOptions))
 
 def forget(folder: Path, options: LoopOptions) -> None:
     """Removes the checkpoints of a training that is done."""
-    first(lambda: place(folder, options.checkpoints).rmtree(missing_ok=True))
+    first(lambda: checkpoint_folder(folder, options.checkpoints).rmtree(missing_ok=True))
 
 
 class State(NamedTuple):
@@ -147,7 +147,9 @@ def fit(
         profiled = 0
         if folder is not None and options is not None:
             profiled = options.profile_steps
-            checkpoints = stack.enter_context(Checkpoints(place(folder, options.checkpoints), options.fall_back))
+            checkpoints = stack.enter_context(
+                Checkpoints(checkpoint_folder(folder, options.checkpoints), options.fall_back)
+            )
             state, begun = checkpoints.restore(state)
             if not begun and (folder / "metrics.jsonl").is_file() and is_first():
                 print(f"{label}: no checkpoint in {checkpoints.folder}, begins at step 0", file=sys.stderr)

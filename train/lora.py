@@ -18,7 +18,7 @@ from eval.judging import MetricOptions
 from eval.tables import Table
 from interventions.figures.tracing import heatmap
 from interventions.modules import check_k, default_k
-from interventions.placement.rules import Scoring, place, read_names, read_trace, resolve
+from interventions.placement.rules import Scoring, choose_modules, find_placement, read_names, read_trace
 from interventions.placement.scores import module_sizes
 from interventions.statistics import normalised
 from interventions.trace.options import TraceOptions
@@ -27,7 +27,7 @@ from train.study.experiment import Experiment
 from train.trunk import LoRAOptions
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import Example, easy_vqa, load_task, source
-from vlm_jax.data.example import FAMILIES
+from vlm_jax.data.example import TASK_FAMILIES
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
@@ -70,7 +70,7 @@ def examples_of(source: str, split: str, args: Args) -> dict[str, list[Example]]
     """Examples by family, from a number per family, a task or dataset name or a JSONL file. Those of no family go by
     their task's name."""
     if source.lstrip("-").isdigit():
-        return {family: load_task(family, split=split, limit=int(source), options=args) for family in FAMILIES}
+        return {family: load_task(family, split=split, limit=int(source), options=args) for family in TASK_FAMILIES}
     found: dict[str, list[Example]] = {}
     for example in load_task(source, split=split, limit=args.limit, options=args):
         found.setdefault(example.family or example.task, []).append(example)
@@ -89,10 +89,10 @@ def conditions(args: Args, scoring: Scoring, families: list[str]) -> dict[str, l
     wanted = dict.fromkeys([*(labels if args.baselines else ()), args.placement])
     found = {}
     for name in wanted:
-        seeds = args.random_seeds if resolve(name).seeded else (args.seed,)
+        seeds = args.random_seeds if find_placement(name).seeded else (args.seed,)
         title = f"File-{Path(name).stem}" if name.endswith(".json") else f"Top-{k}-{name.replace('_', '-')}"
         found[labels.get(name, title)] = [
-            {family: place(name, scoring, family, k, seed) for family in families} for seed in seeds
+            {family: choose_modules(name, scoring, family, k, seed) for family in families} for seed in seeds
         ]
     return found
 
@@ -106,7 +106,7 @@ def modules_to_place(args: Args, depth: int) -> int:
 
 def check_options(args: Args, depth: int) -> None:
     """Refuses options that cannot be, before anything is computed or written."""
-    resolve(args.placement)
+    find_placement(args.placement)
     modules_to_place(args, depth)
     if args.placement.endswith(".json"):
         read_names(Path(args.placement), depth)
@@ -130,8 +130,8 @@ def main(args: Args) -> None:
     families = [family for family in train if family in test]
     if not families:
         raise UserError(f"--train has {' and '.join(train)}, --eval has {' and '.join(test)}: they share no family")
-    needed = resolve(args.placement).needs
-    to_score = list(FAMILIES) if args.placement == "task_diff" else families
+    needed = find_placement(args.placement).needs
+    to_score = list(TASK_FAMILIES) if args.placement == "task_diff" else families
     own = needed is not None and not set(to_score) <= set(args.traces)
     traced = examples_of(args.trace, "trace", args) if own else {}
     check_disjoint(itertools.chain(*traced.values()), held_out)

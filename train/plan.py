@@ -25,12 +25,10 @@ from interventions.editing.editors import init_editors
 from interventions.engine.cost import estimate, head_flops, layers_flops
 from interventions.engine.grids import patch_grid
 from interventions.engine.read import Gold
-from interventions.engine.sweep import block_of, chunk_of, first_layers
-from interventions.engine.sweep import plan as shared_tokens
-from interventions.engine.sweep import program as sweep_program
+from interventions.engine.sweep import block_of, chunk_of, first_layers, shared_prefix, sweep_program
 from interventions.kinds.add import Add
 from interventions.modules import MODULE_SITES, module_names
-from interventions.placement.adapters import init_lora, parameters
+from interventions.placement.adapters import adapter_parameters, init_lora
 from train import edit as train_editors
 from train import trunk
 from train.loop import State, update
@@ -38,7 +36,7 @@ from vlm_jax.checkpoints.leaves import abstract, leaf_name
 from vlm_jax.config import Config, with_attention
 from vlm_jax.errors import UserError
 from vlm_jax.generate import decoding
-from vlm_jax.generate import program as generation
+from vlm_jax.generate import generation_program as generation
 from vlm_jax.info import config_of
 from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.chips import TPUS, Chip
@@ -151,7 +149,7 @@ def trace(model: Model, args: Args) -> Job:
     read = Gold.of(inputs, answer)
     noise = Add(jnp.asarray(question, jnp.float32)[..., None])
     how = {"base": (noise,), "clean": ()}
-    start = shared_tokens(model, inputs, variants, read, **how)
+    start = shared_prefix(model, inputs, variants, read, **how)
     chunk = chunk_of(inputs, start, "tpu")
     if block_of(model, inputs, start, len(variants), chunk) < len(variants):
         raise UserError(f"--batch {args.batch} is more than one sweep holds on this mesh: give a smaller one")
@@ -192,7 +190,7 @@ def lora(model: Model, args: Args) -> Job:
     )
     data = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), data)
     state = State(padded.weights, jax.eval_shape(tx.init, padded.weights))
-    adapters = parameters(model, names, args.r) * args.batch * args.length
+    adapters = adapter_parameters(model, names, args.r) * args.batch * args.length
     flops = trunk.step_flops(model, 0, args.batch, args.length, _ANSWER) + 6.0 * adapters
     return Job(update, (state, frozen, data, jax.random.key(0)), {"loss": trunk.loss, "tx": tx}, flops, reads=2)
 

@@ -17,6 +17,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from train import mini
 from train.loop import LoopOptions, fit
+from train.trunk import answer_loss
 from vlm_jax import Model, load, save
 from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.checkpoints.sources import read_config
@@ -102,13 +103,8 @@ class Pool:
 def loss(model: Model, frozen, batch, key) -> jax.Array:
     """Mean cross-entropy of the answer tokens and of the token that ends them."""
     inputs, index, valid = batch
-    embedded, _ = model.embed(inputs)
-    window = model.window(inputs)
-    x, _, _ = model.text.scan(embedded.x, window, deepstack=embedded.deepstack, remat=True)
-    logits = model.text.logits(model.text.norm(jnp.take_along_axis(x, jnp.maximum(index - 1, 0)[..., None], 1)))
-    target = jnp.take_along_axis(inputs.input_ids, index, 1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    return jnp.sum(losses * valid) / jnp.sum(valid)
+    x, _ = model.hidden(inputs, remat=True)
+    return answer_loss(model, x, index, valid, jnp.take_along_axis(inputs.input_ids, index, 1))
 
 
 def optimiser(model: Model, peak: float, steps: int) -> optax.GradientTransformation:
@@ -127,7 +123,7 @@ def optimiser(model: Model, peak: float, steps: int) -> optax.GradientTransforma
     )
 
 
-def window(stage: str, step: int, steps: int, count: int) -> tuple[int, int]:
+def turn_range(stage: str, step: int, steps: int, count: int) -> tuple[int, int]:
     """Which turns a step draws from. Alignment's window moves from easy to difficult ones."""
     if stage != "align":
         return 0, count
@@ -142,7 +138,7 @@ def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> 
 
     def batches(step: int):
         rng = np.random.default_rng([args.seed, i, step])
-        return pool.take(pool.draw(rng, *window(stage, step, args.steps[i], args.turns[i]), args.batch))
+        return pool.take(pool.draw(rng, *turn_range(stage, step, args.steps[i], args.turns[i]), args.batch))
 
     tx = optimiser(model, args.lr[i], args.steps[i])
     return fit(

@@ -21,7 +21,7 @@ import optax
 
 from interventions.engine.cost import head_flops, layers_flops
 from interventions.kinds.lora import LoRA, low_rank
-from interventions.placement.adapters import compact, init_lora, lowest_layer, pad, parameters
+from interventions.placement.adapters import adapter_parameters, compact, init_lora, lowest_layer, pad
 from train.loop import WATCHING, LoopOptions, fit
 from train.meter import About
 from vlm_jax import Model
@@ -378,7 +378,7 @@ def train_lora(
         rate=schedule(lr, steps),
         ids=lambda step: [ids[row] for row in rows_of(step).ravel()] if ids else rows_of(step).ravel(),
         tokens=tokens,
-        flops=flops + 6.0 * parameters(model, names, options.r) * tokens,
+        flops=flops + 6.0 * adapter_parameters(model, names, options.r) * tokens,
     )
     weights = fit(
         loss,

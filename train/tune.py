@@ -102,8 +102,7 @@ def loss(trained: dict[str, jax.Array], rest: Rest, batch: Fitted, key: jax.Arra
     """Mean cross-entropy of the gold tokens and the end of their turn. The batch's inputs are
     :meth:`Inputs.turned`."""
     model, inputs = rest.joined(trained), batch.inputs.turned()
-    embedded, _ = model.embed(inputs)
-    x, _, _ = model.text.scan(embedded.x, model.window(inputs), deepstack=embedded.deepstack, remat=True)
+    x, _ = model.hidden(inputs, remat=True)
     target = jnp.take_along_axis(inputs.input_ids, batch.index, 1)
     return answer_loss(model, x, batch.index, batch.valid, target)
 

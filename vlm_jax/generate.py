@@ -46,7 +46,7 @@ def generate(
     if temperature and key is None:
         raise UserError("sampling needs a key: pass key=jax.random.key(seed)")
     sampling = (jnp.float32(temperature), jnp.float32(top_p), key) if temperature else None
-    return program(model, inputs, tuple(interventions), how, sampling)
+    return generation_program(model, inputs, tuple(interventions), how, sampling)
 
 
 class Decoding(NamedTuple):
@@ -74,7 +74,7 @@ def decoding(
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def program(model: Model, inputs: Inputs, interventions, how: Decoding, sampling) -> jax.Array:
+def generation_program(model: Model, inputs: Inputs, interventions, how: Decoding, sampling) -> jax.Array:
     embedded, _ = model.embed(inputs, interventions)
     return continued(model, inputs, embedded, model.window(inputs), (), interventions, how, sampling)
 

@@ -52,15 +52,37 @@ class Model(nnx.Module):
             UserError: for an unknown tap or site, or an intervention that touches nothing.
         """
         wanted = check(interventions, taps, self.sites(inputs), self.depths, inputs.input_ids.shape)
-        interventions = jax.tree.map(jnp.asarray, tuple(interventions))  # layers index them while being traced
-        embedded, outer = self.embed(inputs, interventions, wanted)
-        window = self.window(inputs)
-        x, _, layer_taps = self.text.scan(
-            embedded.x, window, deepstack=embedded.deepstack, interventions=interventions, taps=wanted
-        )
+        x, tapped = self.hidden(inputs, interventions, wanted)
         probe = Probe(interventions, wanted, Context())
         logits = self.text.head(x, probe)
-        return Output(logits, {**outer, **layer_taps, **probe.taps})
+        return Output(logits, {**tapped, **probe.taps})
+
+    def hidden(
+        self,
+        inputs: Inputs,
+        interventions=(),
+        taps: Mapping[str, Tap] = NO_TAPS,
+        remat: bool | tuple[str, ...] = False,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The residual stream ``(B, T, D)`` after the last layer, before the final norm, and the taps up to there:
+        everything but the unembedding, for losses and read-outs that unembed a few tokens.
+
+        Args:
+            taps: site -> :class:`vlm_jax.Tap`; neither they nor the interventions are checked, as calling the model
+                does.
+            remat: what a backward pass computes again (:meth:`vlm_jax.nn.decoder.Decoder.scan`).
+        """
+        interventions = jax.tree.map(jnp.asarray, tuple(interventions))  # layers index them while being traced
+        embedded, outer = self.embed(inputs, interventions, taps)
+        x, _, tapped = self.text.scan(
+            embedded.x,
+            self.window(inputs),
+            deepstack=embedded.deepstack,
+            interventions=interventions,
+            taps=taps,
+            remat=remat,
+        )
+        return x, {**outer, **tapped}
 
     def backbone(self) -> "Model":
         """The text-only model inside: the same arrays, not copies, under the backbone's own config.

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interventions.kinds.base import slots, table
+from interventions.kinds.base import layer_table, slots
 from interventions.kinds.loreft import LoReFT
 from vlm_jax import Model
 from vlm_jax.errors import UserError
 
 #: Editor -> the site that it acts at: psi_V on all patches; psi_c on the visual tokens; psi_P and psi_S on the first
 #: and the last tokens of the text.
-SITES = {
+EDITOR_SITES = {
     "visual": "visual.resid_post",
     "cross": "text.embeddings",
     "prefix": "text.resid_post",
@@ -46,7 +46,7 @@ def init_editors(
     if model.visual is None:
         raise UserError("the model has no vision tower to edit: choose a vision-language model")
     depths, width = model.depths, model.config.text.hidden_size
-    keys = jax.random.split(key, len(SITES))
+    keys = jax.random.split(key, len(EDITOR_SITES))
     return {
         "visual": _editor("visual", model.config.vision.hidden_size, visual_rank, keys[0], depths["visual"], blocks),
         "cross": _editor("cross", width, visual_rank, keys[1]),
@@ -60,7 +60,7 @@ def _editor(
 ) -> LoReFT:
     if not 0 < rank <= width:
         raise UserError(f"the rank of the {name} editor is {rank}: give 1 to {width}")
-    slot, count = (np.int32(0), 1) if depth is None else (slots(depth, layers), int(table(depth, layers).sum()))
+    slot, count = (np.int32(0), 1) if depth is None else (slots(depth, layers), int(layer_table(depth, layers).sum()))
     r, w, b = jax.random.split(key, 3)
     bound = 1 / np.sqrt(width)
     weights = (
@@ -68,9 +68,9 @@ def _editor(
         jax.random.uniform(w, (count, width, rank), minval=-bound, maxval=bound),
         jax.random.uniform(b, (count, rank), minval=-bound, maxval=bound),
     )
-    return LoReFT(weights={SITES[name]: weights}, slot={SITES[name]: jnp.asarray(slot)})
+    return LoReFT(weights={EDITOR_SITES[name]: weights}, slot={EDITOR_SITES[name]: jnp.asarray(slot)})
 
 
-def parameters(editors: Mapping[str, LoReFT]) -> dict[str, int]:
+def editor_parameters(editors: Mapping[str, LoReFT]) -> dict[str, int]:
     """Trainable parameters of each editor."""
     return {name: sum(a.size for a in jax.tree.leaves(editor.weights)) for name, editor in editors.items()}

@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 
-from interventions.engine.sweep import Variants, first_layers, plan
+from interventions.engine.sweep import Variants, first_layers, shared_prefix
 from vlm_jax import Inputs, Model
 from vlm_jax.runs.processes import fetch
 
@@ -45,16 +45,16 @@ class Cost:
         return f"{seconds:.1f} s, {self.flops / seconds / 1e9:,.1f} GFLOP/s of necessary work"
 
 
-class Meter:
+class Announced:
     """Says what a long job's sweeps will cost, and what they did cost.
 
-    Used as ``with Meter(cost) as meter``; short jobs say nothing.
+    Used as ``with Announced(cost)``; short jobs say nothing.
     """
 
     def __init__(self, cost: Cost):
         self.cost, self.long = cost, cost.flops > _LONG
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "Announced":
         self.begun = time.perf_counter()
         if self.long:
             print(f"to do: {self.cost}")
@@ -88,7 +88,7 @@ def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(),
     """
     config = model.config.text
     batch, length = inputs.input_ids.shape
-    start = plan(model, inputs, variants, read, base, clean)
+    start = shared_prefix(model, inputs, variants, read, base, clean)
     depth, window = config.num_hidden_layers, length - start
     alive = int(np.sum(depth - np.minimum(fetch(first_layers(variants, depth)), depth)))
     runs = alive + (depth if clean is not None else 0)

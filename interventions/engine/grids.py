@@ -13,7 +13,7 @@ from interventions.kinds.patch import Patch
 from vlm_jax import UserError
 
 
-def windows(depth: int, width: int = 1) -> np.ndarray:
+def layer_windows(depth: int, width: int = 1) -> np.ndarray:
     """``(L, L)`` bool: row l holds the ``width`` layers around l, cut off at the ends; of an even width one more lies
     before l than behind it (ROME's windows of 10: [l - 5, l + 5))."""
     if not 1 <= width <= depth:
@@ -42,7 +42,7 @@ def patch_grid(
     """
     shape = (len(sites), depth, *(() if heads is None else (heads,)), *(() if tokens is None else (len(tokens),)))
     which = np.indices(shape).reshape(len(shape), -1)
-    here = windows(depth, window)[which[1]]
+    here = layer_windows(depth, window)[which[1]]
     slot = {site: jnp.asarray(~(here & (which[0] == number)[:, None]), jnp.int32) for number, site in enumerate(sites)}
     one_hot = None if heads is None else jnp.arange(heads) == which[2][:, None]
     where = None if tokens is None else jnp.stack([jnp.asarray(mask) for mask in tokens])[which[-1]]
@@ -52,7 +52,7 @@ def patch_grid(
 
 def cut_grid(depth: int, modules: Sequence[str] = ("attn", "mlp"), window: int = 1, scale: float = 0.0) -> Variants:
     """A :class:`Gate` for every module and window of layers, ``len(modules) * depth`` of them, module by module."""
-    here = windows(depth, window)
+    here = layer_windows(depth, window)
     scales = {
         f"text.{module}_out": np.concatenate([np.where(here & (m == number), scale, 1) for m in range(len(modules))])
         for number, module in enumerate(modules)

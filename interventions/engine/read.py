@@ -92,7 +92,7 @@ class Logits:
 
 
 @flax.struct.dataclass
-class Difference:
+class LogitDifference:
     """Reads how much likelier the gold answer is than a foil where the two first differ: the difference of the two
     tokens' logits ``(B,)``, after what they share (Zhang and Nanda 2024)."""
 
@@ -102,7 +102,7 @@ class Difference:
     first: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, inputs: Inputs, answer_mask, foils: Inputs) -> "Difference":
+    def of(cls, inputs: Inputs, answer_mask, foils: Inputs) -> "LogitDifference":
         """Of prompts that are equal but for their answers, of which ``answer_mask (B, T)`` marks those of ``inputs``.
 
         Raises:

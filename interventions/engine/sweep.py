@@ -264,7 +264,7 @@ def sweep_runs(
         )
     if not missing <= LAYER_SITES:
         raise UserError(f"a clean run supplies no {sorted(missing - LAYER_SITES)[0]!r}: give the donor's values")
-    most = plan(model, inputs, variants, read, base, clean)
+    most = shared_prefix(model, inputs, variants, read, base, clean)
     start = most if start is None else prefix(model, inputs, min(start, most))
     if hasattr(read, "first"):  # said what it had to, and programs must not differ for it
         read = read.replace(first=0)
@@ -274,7 +274,9 @@ def sweep_runs(
     count, block, parts = len(variants), block_of(model, inputs, start, len(variants), chunk), []
     for at in range(0, count, block):
         part = variants.take(np.minimum(np.arange(at, at + block), count - 1))
-        parts.append(program(model, inputs, clean, base, part, read, features, start=start, chunk=chunk, mesh=mesh))
+        parts.append(
+            sweep_program(model, inputs, clean, base, part, read, features, start=start, chunk=chunk, mesh=mesh)
+        )
     if len(parts) == 1:
         return parts[0]
     joined = jax.tree.map(lambda *a: jnp.concatenate(a)[:count], *(runs.variants for runs in parts))
@@ -296,7 +298,7 @@ def block_of(model: Model, inputs: Inputs, start: int, count: int, chunk: int) -
     return min(count, max(chunk, LIVE_BYTES * shards("batch", batch) // state))
 
 
-def plan(model: Model, inputs: Inputs, variants: Variants, read: Read, base=(), clean=None) -> int:
+def shared_prefix(model: Model, inputs: Inputs, variants: Variants, read: Read, base=(), clean=None) -> int:
     """How many tokens the runs of a sweep share."""
     length = inputs.input_ids.shape[1]
     runs = [variants] if clean is None else [variants, *(stack([i]) for i in (*base, *clean))]
@@ -337,7 +339,7 @@ def _from(embedded: Embedded, start: int) -> Embedded:
 
 
 @functools.partial(jax.jit, static_argnames=("start", "chunk", "mesh"))
-def program(
+def sweep_program(
     model: Model, inputs: Inputs, clean, base, variants: Variants, read: Read, features, *, start, chunk, mesh
 ) -> Runs:
     """One scan over the layers carries the clean run, the base run and every variant that is alive."""

@@ -16,7 +16,7 @@ def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: A
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Writes a figure in the format of the path's suffix, without the date, so that equal data give equal bytes."""
     figure.savefig(path, dpi=dpi, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from interventions.figures.base import save, subplots
+from interventions.figures.base import save_figure, subplots
 from interventions.flow.shares import Reading
 
 _COLOURS = {"before": "#bab0ac", "image": "#4e79a7", "image_end": "#e15759", "text": "#76b7b2"}
@@ -49,7 +49,7 @@ def attention(path: Path, tasks: Mapping[str, Mapping]) -> None:
             axis.set_xlabel("layer")
             axis.set_xticks(_ticks(len(bottom)))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=4)
-    save(figure, path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def cumulative(path: Path, readings: Mapping[str, Reading]) -> None:
@@ -86,7 +86,7 @@ def cumulative(path: Path, readings: Mapping[str, Reading]) -> None:
         right.set_xticks(_ticks(len(curves)))
         right.legend(fontsize=8, loc="lower right")
     axes[0, 0].legend(fontsize=7, loc="lower right", ncols=2)
-    save(figure, path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def answers(path: Path, tasks: Mapping[str, Sequence[Mapping]]) -> None:
@@ -117,7 +117,7 @@ def answers(path: Path, tasks: Mapping[str, Sequence[Mapping]]) -> None:
         axis.set(title=task, ylim=(-0.03, 1.03))
     axes[0, 0].set_ylabel("share of samples")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(modes) + 2)
-    save(figure, path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def windows(path: Path, tasks: Mapping[str, Mapping]) -> None:
@@ -134,7 +134,7 @@ def windows(path: Path, tasks: Mapping[str, Mapping]) -> None:
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(found["change"])
     )
-    save(figure, path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _arrow(edge: str) -> str:

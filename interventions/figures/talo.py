@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.colors
 import numpy as np
 
-from interventions.figures.base import save, subplots
+from interventions.figures.base import save_figure, subplots
 
 
 def interactions(
@@ -53,7 +53,7 @@ def interactions(
         axis.set_title(f"similarity ({label})", fontsize=9)
         axis.set_xticks(range(count), ordered, rotation=90, fontsize=8)
         axis.set_yticks([])
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _cells(axis, values: np.ndarray, norm, bold: np.ndarray | None = None):

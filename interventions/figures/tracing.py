@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.patches import Patch
 
-from interventions.figures.base import COLOURS, save, subplots
+from interventions.figures.base import COLOURS, save_figure, subplots
 from interventions.statistics import Interval
 
 
@@ -27,10 +27,10 @@ def heatmap(path: Path, panels: dict[str, np.ndarray], label: str = "mean restor
                 colour = "white" if abs(value) > 0.6 * limit else "black"
                 axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, ax=axes[0].tolist(), label=label)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def intervals(
+def interval_plot(
     path: Path,
     cells: Sequence[str],
     groups: Mapping[str, Interval],
@@ -89,7 +89,7 @@ def intervals(
         handles.append(Patch(color="#edc948", alpha=0.35))
         names.append("significant difference (*)")
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=len(names))
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _parts(cell: str) -> tuple[int, str]:
@@ -123,7 +123,7 @@ def stability(path: Path, groups: Mapping[str, Sequence[Mapping]]) -> None:
     axes[0, 0].set_ylim(min(low, -0.05), max(high, 1.02))
     axes[0, 0].set_ylabel("mean, 95 % of random halves")
     axes[0, 0].legend(fontsize=8, loc="lower right")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def correlation(
@@ -149,4 +149,4 @@ def correlation(
         axis.set_title(measure.capitalize(), fontsize=10)
         axis.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(count), names, fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)

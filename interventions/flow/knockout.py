@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from interventions.engine.cost import Meter, estimate
-from interventions.engine.grids import windows
+from interventions.engine.cost import Announced, estimate
+from interventions.engine.grids import layer_windows
 from interventions.engine.read import Gold
 from interventions.engine.sweep import generate_variants, stack, sweep_runs
 from interventions.flow.shares import encoded
@@ -45,8 +45,8 @@ def knockouts(depth: int, edges: Iterable[str], layers: Iterable[Sequence[int] |
 
 
 def window_layers(depth: int, width: int) -> list[list[int]]:
-    """The layers of every window of :func:`interventions.engine.grids.windows`."""
-    return [np.flatnonzero(row).tolist() for row in windows(depth, width)]
+    """The layers of every window of :func:`interventions.engine.grids.layer_windows`."""
+    return [np.flatnonzero(row).tolist() for row in layer_windows(depth, width)]
 
 
 def knocked_out_answers(
@@ -139,7 +139,7 @@ def window_effects(
     costs = [estimate(model, *rest) for _, *rest in work]
     found: dict[int, tuple] = {}
     bar = progress(total=len(examples), desc=f"windows {name}".strip(), unit="sample", leave=False)
-    with Meter(sum(costs[1:], costs[0])), bar:
+    with Announced(sum(costs[1:], costs[0])), bar:
         for rows, *rest in work:
             runs = sweep_runs(model, *rest)
             p = fetch(runs.variants.probability).T.reshape(-1, len(edges), depth + 1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interventions.kinds.base import OnTokens, option, table
+from interventions.kinds.base import OnTokens, layer_table, option
 from interventions.kinds.groups import GROUPS, members
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context
@@ -55,7 +55,7 @@ class AttentionKnockout:
             raise UserError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
         block = np.zeros((len(GROUPS), len(GROUPS)), bool)
         block[np.ix_(members(query), members(key))] = True
-        kept = np.where(table(depth, layers)[:, None, None] * block > 0, keep, 1).astype(np.float32)
+        kept = np.where(layer_table(depth, layers)[:, None, None] * block > 0, keep, 1).astype(np.float32)
         random = np.asarray(jax.random.key_data(jax.random.key(seed))) if mode == "random_mass" else None
         return cls(kept, key=random, mode=mode)
 

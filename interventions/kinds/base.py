@@ -25,7 +25,7 @@ def option(default: Any = None) -> Any:
     return flax.struct.field(pytree_node=False, default=default)
 
 
-def table(depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float = 0.0) -> np.ndarray:
+def layer_table(depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float = 0.0) -> np.ndarray:
     """``(depth,)`` float32: ``on`` at the layers (None: all), ``off`` elsewhere.
 
     Raises:
@@ -39,7 +39,7 @@ def table(depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float 
 
 def slots(depth: int, layers: Iterable[int] | None) -> np.ndarray:
     """The slot table ``(depth,)`` in which the layers (None: all), ascending, use slots 0, 1, ..."""
-    used = table(depth, layers) > 0
+    used = layer_table(depth, layers) > 0
     return np.where(used, np.cumsum(used) - 1, used.sum()).astype(np.int32)
 
 

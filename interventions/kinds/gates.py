@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from interventions.kinds.base import OnTokens, beside_heads, option, table
+from interventions.kinds.base import OnTokens, beside_heads, layer_table, option
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, head_axis
 
@@ -23,7 +23,7 @@ class Gate(OnTokens):
     ) -> "Gate":
         """Takes the attention and/or MLP of some layers out: modules "attn", "mlp". ``tokens``: where, group, new."""
         layers = list(layers)
-        return cls({f"text.{module}_out": table(depth, layers, scale, 1.0) for module in modules}, **tokens)
+        return cls({f"text.{module}_out": layer_table(depth, layers, scale, 1.0) for module in modules}, **tokens)
 
     @property
     def sites(self) -> frozenset[str]:

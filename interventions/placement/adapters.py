@@ -35,7 +35,7 @@ def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropo
     return LoRA(weights, _slots(model, placed), jnp.float32(alpha / r), dropout=dropout)
 
 
-def parameters(model: Model, names: Iterable[str], r: int) -> int:
+def adapter_parameters(model: Model, names: Iterable[str], r: int) -> int:
     """Trainable parameters of rank-``r`` LoRA on these modules."""
     names = check_names(names, model.config.text.num_hidden_layers)
     return sum(r * sum(_shape(model, name)) for _, name in linears(names))

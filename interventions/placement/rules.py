@@ -103,7 +103,7 @@ def _random(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
 
 
 def _random_stratified(scoring: Scoring, family: str, k: int, seed: int, target: str = "task_diff") -> list[str]:
-    chosen, names = place(target, scoring, family, k, seed), module_names(scoring.depth)
+    chosen, names = choose_modules(target, scoring, family, k, seed), module_names(scoring.depth)
     rng, drawn = np.random.default_rng(seed), set()
     for module in MODULES:
         kind = [name for name in names if name.endswith(module)]
@@ -112,7 +112,7 @@ def _random_stratified(scoring: Scoring, family: str, k: int, seed: int, target:
 
 
 def _random_matched(scoring: Scoring, family: str, k: int, seed: int, target: str = "task_diff") -> list[str]:
-    wanted = scoring.size(place(target, scoring, family, k, seed))
+    wanted = scoring.size(choose_modules(target, scoring, family, k, seed))
     chosen = closest_subset(scoring.parameters.ravel(), wanted, np.random.default_rng(seed))
     return [name for name, taken in zip(module_names(scoring.depth), chosen, strict=True) if taken]
 
@@ -216,7 +216,7 @@ PLACEMENTS: dict[str, Placement] = {
 IMITATIONS = ("random_matched", "random_stratified")
 
 
-def resolve(name: str) -> Placement:
+def find_placement(name: str) -> Placement:
     """The placement behind a name: one of ``PLACEMENTS``; "random_matched:NAME" or "random_stratified:NAME", which
     imitate NAME instead of task_diff; or a JSON file such as ``["L2-attn", "L7-mlp"]``.
 
@@ -228,7 +228,7 @@ def resolve(name: str) -> Placement:
         control = PLACEMENTS[base]
         description = control.description.replace("task_diff", target)
         choose = functools.partial(control.choose, target=target)
-        return dataclasses.replace(control, choose=choose, description=description, needs=resolve(target).needs)
+        return dataclasses.replace(control, choose=choose, description=description, needs=find_placement(target).needs)
     if name in PLACEMENTS:
         return PLACEMENTS[name]
     if not name.endswith(".json"):
@@ -236,7 +236,7 @@ def resolve(name: str) -> Placement:
     return Placement(lambda scoring, family, k, seed: read_names(Path(name), scoring.depth), f"the modules in {name}")
 
 
-def place(name: str, scoring: Scoring, family: str, k: int, seed: int = 0) -> list[str]:
+def choose_modules(name: str, scoring: Scoring, family: str, k: int, seed: int = 0) -> list[str]:
     """The modules that a placement chooses for a task family.
 
     Args:
@@ -245,10 +245,10 @@ def place(name: str, scoring: Scoring, family: str, k: int, seed: int = 0) -> li
     Raises:
         UserError: an unknown name, a k that cannot be, or a score or family that the scoring run lacks.
     """
-    return resolve(name).choose(scoring, family, check_k(k, scoring.depth), seed)
+    return find_placement(name).choose(scoring, family, check_k(k, scoring.depth), seed)
 
 
-def table() -> str:
+def placement_table() -> str:
     """The registry as a Markdown table."""
     rows = [
         f"| `{name}` | {p.description} | {p.needs or '-'} | {'yes' if p.seeded else '-'} | {p.reference} |"

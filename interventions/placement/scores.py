@@ -22,7 +22,7 @@ from interventions.engine.read import Gold, Scores
 from interventions.engine.sweep import sweep_runs
 from interventions.kinds.lora import LoRA
 from interventions.modules import MODULES, module_names
-from interventions.placement.adapters import parameters
+from interventions.placement.adapters import adapter_parameters
 from interventions.trace.corruption import Corrupter, survey
 from interventions.trace.options import TraceOptions
 from vlm_jax import Inputs, Model, UserError
@@ -45,7 +45,7 @@ _LINEARS = {module: [f"text.{name}" for name in TEXT_LINEARS[module]] for module
 def module_sizes(model: Model) -> np.ndarray:
     """LoRA parameters of every module at rank 1 ``(L, 2)``: inputs plus outputs of its linears."""
     names = module_names(model.config.text.num_hidden_layers)
-    return np.array([parameters(model, [name], 1) for name in names]).reshape(-1, 2)
+    return np.array([adapter_parameters(model, [name], 1) for name in names]).reshape(-1, 2)
 
 
 def weights(model: Model) -> np.ndarray:
@@ -264,10 +264,7 @@ def _through(text, span: tuple[int, int], x, window, deepstack, layers=None, lis
 
 def _scores(model: Model, inputs: Inputs, gold: Gold, interventions: tuple) -> Scores:
     """The gold tokens' scores; a backward pass keeps the residual stream alone and recomputes each layer."""
-    interventions = jax.tree.map(jnp.asarray, interventions)
-    (x, deepstack), _ = model.embed(inputs, interventions)
-    window = model.window(inputs)
-    x, _, _ = model.text.scan(x, window, deepstack=deepstack, interventions=interventions, remat=True)
+    x, _ = model.hidden(inputs, interventions, remat=True)
     return gold(model, model.text.norm(x), 0)
 
 

@@ -11,9 +11,9 @@ import tyro
 
 from interventions.store import save_interventions
 from interventions.talo.options import Args
-from interventions.talo.report import compare, records, study
+from interventions.talo.report import compare, records, task_report
 from interventions.talo.selection import BASE, layer_name
-from interventions.talo.tables import Task, layer_cut, subtask, tabulate
+from interventions.talo.tables import TaskTable, layer_cut, subtask, tabulate
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import Example, load_task, source, task_label
 from vlm_jax.errors import UserError
@@ -79,8 +79,8 @@ def main(args: Args) -> None:
             return {"base": base, "correct": correct}
 
         strata = np.array([subtask(example) for example in examples])
-        tasks[label] = Task(examples, **run.once(f"{label}/table.npz", make), strata=strata)
-        results[label], choice = study(tasks[label], args)
+        tasks[label] = TaskTable(examples, **run.once(f"{label}/table.npz", make), strata=strata)
+        results[label], choice = task_report(tasks[label], args)
         lines += [{"task": label, **record} for record in records(tasks[label], choice)]
         if choice.layer != BASE:
             cut = layer_cut(model.config.text.num_hidden_layers, choice.layer, args.cut)

@@ -12,23 +12,23 @@ from interventions.talo.selection import (
     layer_name,
     outside,
     permuted,
-    resampled,
+    resampled_vectors,
     select,
     similarity,
     together,
     tree,
 )
-from interventions.talo.tables import Task
+from interventions.talo.tables import TaskTable
 from vlm_jax.runs.folder import Run
 
 
-def study(task: Task, args: Args) -> tuple[dict, Choice]:
+def task_report(task: TaskTable, args: Args) -> tuple[dict, Choice]:
     """The choice for a task, its gain on the eval set with an interval over that set's samples, and the controls."""
     base, correct, strata = task.base, task.correct, task.strata
     choice = select(base, correct, strata, args, np.random.default_rng(args.seed))
     rows = outside(len(base), choice)
     gained = gains(base, correct, choice.layer)[rows]
-    spread = resampled(gained[None], args.draws, np.random.default_rng(args.seed))
+    spread = resampled_vectors(gained[None], args.draws, np.random.default_rng(args.seed))
     return {
         "samples": len(base),
         "base": float(base.mean()),
@@ -44,7 +44,7 @@ def study(task: Task, args: Args) -> tuple[dict, Choice]:
     }, choice
 
 
-def records(task: Task, choice: Choice) -> list[dict]:
+def records(task: TaskTable, choice: Choice) -> list[dict]:
     """A line per sample: what it was used for, and whether it is right without a cut and with each layer cut."""
     used = np.full(len(task.base), "eval", object)
     used[choice.pool], used[choice.probe] = "pool", "probe"
@@ -64,7 +64,7 @@ def records(task: Task, choice: Choice) -> list[dict]:
     ]
 
 
-def compare(run: Run, tasks: dict[str, Task], args: Args) -> list[dict]:
+def compare(run: Run, tasks: dict[str, TaskTable], args: Args) -> list[dict]:
     """Saves and draws the interaction vectors, and returns the two halves of their tree: the tasks or sub-tasks, and
     how often, of resamples, the two of them that part most easily are in the same half."""
     from interventions.figures.talo import interactions
@@ -78,7 +78,7 @@ def compare(run: Run, tasks: dict[str, Task], args: Args) -> list[dict]:
     vectors = np.stack([delta.mean(1) for delta in deltas.values()])
     # Layer 0, which every task needs, would make all of them alike.
     tried = args.layers(vectors.shape[1])
-    low, high = np.percentile([resampled(d, args.draws, rng) for d in deltas.values()], [2.5, 97.5], axis=1)
+    low, high = np.percentile([resampled_vectors(d, args.draws, rng) for d in deltas.values()], [2.5, 97.5], axis=1)
     alike = similarity(vectors[:, tried], args.similarity)
     halves = together([delta[tried] for delta in deltas.values()], args.similarity, args.draws, args.seed)
     arrays = {"delta": vectors, "low": low, "high": high, "similarity": alike, "together": halves}

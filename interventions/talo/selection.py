@@ -189,7 +189,7 @@ def permuted(base: np.ndarray, correct: np.ndarray, layers: np.ndarray, draws: i
 # Task-layer interaction vectors.
 
 
-def resampled(delta: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+def resampled_vectors(delta: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Interaction vectors ``(draws, L)`` of bootstrap resamples of the samples of ``delta (L, N)``."""
     count = delta.shape[1]
     return rng.multinomial(count, np.full(count, 1 / count), draws) @ delta.T / count
@@ -222,5 +222,5 @@ def together(deltas: Sequence[np.ndarray], kind: Similarity, draws: int, seed: i
     """How often two tasks are in the same half of the tree ``(T, T)`` when every task's samples ``delta (L, N)`` are
     resampled."""
     rng = np.random.default_rng(seed)
-    vectors = np.stack([resampled(delta, draws, rng) for delta in deltas], 1)
+    vectors = np.stack([resampled_vectors(delta, draws, rng) for delta in deltas], 1)
     return np.mean([in_two(drawn, kind) for drawn in vectors], 0)

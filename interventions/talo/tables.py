@@ -5,11 +5,11 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from interventions.engine.cost import Meter, estimate
+from interventions.engine.cost import Announced, estimate
 from interventions.engine.read import Gold
 from interventions.engine.sweep import stack, sweep_runs
 from interventions.kinds.attention import UniformAttention
-from interventions.kinds.base import table
+from interventions.kinds.base import layer_table
 from interventions.kinds.gates import Gate
 from vlm_jax import Model
 from vlm_jax.data import Example
@@ -33,7 +33,7 @@ def layer_cut(depth: int, layer: int, cut: Cut) -> Gate | UniformAttention:
     if cut not in get_args(Cut):
         raise UserError(f"unknown cut {cut!r}: use one of {', '.join(get_args(Cut))}")
     if cut == "uniform":
-        return UniformAttention(table(depth, [layer]))
+        return UniformAttention(layer_table(depth, [layer]))
     return Gate.cut(depth, [layer], ("attn", "mlp") if cut == "block" else (cut,))
 
 
@@ -53,7 +53,7 @@ def tabulate(
     costs = [estimate(model, *sweep) for sweep in asked]
     right = np.zeros((1 + depth, len(examples)), bool)
     bar = progress(total=len(examples), desc=f"cut {cut} {label}".strip(), unit="sample")
-    with Meter(sum(costs[1:], costs[0])), bar:
+    with Announced(sum(costs[1:], costs[0])), bar:
         for (rows, _), sweep in zip(groups, asked, strict=True):
             runs = fetch(sweep_runs(model, *sweep))
             right[0, rows] = runs.base.correct[: len(rows)]
@@ -67,7 +67,7 @@ def subtask(example: Example) -> str:
     return example.task if example.subtask is None else f"{example.task}: {example.subtask}"
 
 
-class Task(NamedTuple):
+class TaskTable(NamedTuple):
     """A task's samples and their table: ``base (N,)``, ``correct (L, N)``, and their sub-tasks ``strata (N,)``."""
 
     examples: list[Example]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
 
-from interventions.engine.grids import windows
+from interventions.engine.grids import layer_windows
 from interventions.kinds.groups import members
 from interventions.trace.corruption import CORRUPTIONS
 from vlm_jax.errors import UserError, nearest
@@ -66,7 +66,7 @@ class TraceOptions:
             raise UserError(f"--positions is {named}: give at least one token group, such as all, each once")
         for group in self.positions:
             members(group)
-        windows(depth, self.window)
+        layer_windows(depth, self.window)
         if self.replicates > 1 and not CORRUPTIONS[self.corruption].random:
             raise UserError(f"--corruption {self.corruption} leaves nothing to chance: drop --replicates")
 

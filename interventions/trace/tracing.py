@@ -9,9 +9,9 @@ import numpy as np
 
 from interventions import statistics
 from interventions.engine.grids import patch_grid
-from interventions.engine.read import Difference, Gold
+from interventions.engine.read import Gold, LogitDifference
 from interventions.engine.sweep import PREFIX_BUCKET, Variants, sweep_runs
-from interventions.figures.tracing import heatmap, intervals
+from interventions.figures.tracing import heatmap, interval_plot
 from interventions.kinds.groups import label, members
 from interventions.modules import MODULE_SITES, module_names
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
@@ -108,12 +108,12 @@ def trace_batch(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> list[d
     ]
 
 
-def _difference(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> Difference:
+def _difference(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> LogitDifference:
     examples = corrupt.examples
     foils = [dataclasses.replace(examples[row], answers=(foil(examples, row),)) for row in rows]
     foils += foils[-1:] * (len(batch.inputs.input_ids) - len(rows))
     encoded = encode(foils, corrupt.processor, corrupt.model.config)
-    return Difference.of(batch.inputs, batch.spans["answer"] | batch.spans["end"], encoded.inputs)
+    return LogitDifference.of(batch.inputs, batch.spans["answer"] | batch.spans["end"], encoded.inputs)
 
 
 @jax.jit
@@ -123,8 +123,7 @@ def _features(model: Model, inputs: Inputs):
 
 @jax.jit
 def _scores(model: Model, inputs: Inputs, gold: Gold):
-    embedded, _ = model.embed(inputs)
-    x, _, _ = model.text.scan(embedded.x, model.window(inputs), deepstack=embedded.deepstack)
+    x, _ = model.hidden(inputs)
     return gold(model, model.text.norm(x), 0)
 
 
@@ -216,7 +215,7 @@ def trace_task(
         if set(traced.cells) == set(module_names(model.config.text.num_hidden_layers)):
             run.write(f"{folder}heatmap.png", lambda path: heatmap(path, {task: by_module(summary)}))
         found = {task: bounds(summary)}
-        run.write(f"{folder}intervals.png", lambda path: intervals(path, traced.cells, found))
+        run.write(f"{folder}intervals.png", lambda path: interval_plot(path, traced.cells, found))
         run.timed(f"trace {folder or task}".rstrip("/"), begun)
         return summary
 

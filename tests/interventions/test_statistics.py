@@ -579,7 +579,7 @@ def drawings():
     stable = {"knowledge": rank_stability(*trace(40), top=(2,), halves=5)}
     alike = correlations({"noise": value, "swap": value**2, "flat": np.ones(6)})
     return {
-        "intervals": lambda path: tracing.intervals(path, cells, groups, different),
+        "intervals": lambda path: tracing.interval_plot(path, cells, groups, different),
         "stability": lambda path: tracing.stability(path, stable),
         "correlation": lambda path: tracing.correlation(path, alike),
         "heatmap": lambda path: tracing.heatmap(path, {"a": value.reshape(3, 2)}),

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from train.checkpoints import Checkpoints, place
+from train.checkpoints import Checkpoints, checkpoint_folder
 from train.loop import LoopOptions, fit, forget
 from train.meter import About
 from vlm_jax import UserError
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken_when_told(dam
 def test_numbers_that_changed_are_seen_by_their_checksum(stopped):
     """A file that reads well but is not what was saved: here a checkpoint with another's sums."""
     state = jnp.arange(3.0)
-    at = place(stopped / "other", None)
+    at = checkpoint_folder(stopped / "other", None)
     with Checkpoints(at) as checkpoints:
         checkpoints.save(1, state)
     with Checkpoints(at) as checkpoints:

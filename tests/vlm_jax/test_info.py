@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from interventions.placement.adapters import parameters as placed_parameters
+from interventions.placement.adapters import adapter_parameters as placed_parameters
 from vlm_jax import UserError, info
 from vlm_jax.checkpoints.leaves import abstract
 from vlm_jax.checkpoints.sources import MINI

@@ -9,10 +9,10 @@ import time
 import tyro
 
 from train.loop import WATCHING
-from train.study.cost import Plan
+from train.study.cost import Estimate
 from train.study.options import Args, check, conditions
 from train.study.report import report
-from train.study.study import examples_of, experiments, study
+from train.study.study import examples_of, experiments, run_study
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.runs.command import command
@@ -30,12 +30,12 @@ def main(args: Args) -> None:
         for kind in (args.tracing.corruption, *args.corruptions):
             dataclasses.replace(args.tracing, corruption=kind).check(experiment.depth)
         if args.plan:
-            plans.append(Plan.of(experiment, conditions(args, experiment.depth), args))
+            plans.append(Estimate.of(experiment, conditions(args, experiment.depth), args))
             continue
         experiment.check()
         run.pin(f"{experiment.folder}model", fingerprint(experiment.model))
         run.save_json(f"{experiment.folder}manifest.json", manifest(experiment.model.config, experiment.processor))
-        results[experiment.folder.rstrip("/")] = study(args, experiment)
+        results[experiment.folder.rstrip("/")] = run_study(args, experiment)
     if args.plan:
         print("\n".join(map(str, plans)))
         return

@@ -42,7 +42,7 @@ DEVICES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Estimate:
     """The jobs of one model: how many, and the FLOPs of all of them; bytes of the weights and of a training step."""
 
     model: str
@@ -52,7 +52,7 @@ class Plan:
     step: float
 
     @classmethod
-    def of(cls, experiment: Experiment, conditions: Sequence, args) -> "Plan":
+    def of(cls, experiment: Experiment, conditions: Sequence, args) -> "Estimate":
         """Of :func:`train.study.options.conditions`. Placements that choose the same modules are counted twice here
         and trained once."""
         model, families = experiment.model, list(args.families)

@@ -18,7 +18,7 @@ from eval.judging import MetricOptions, clusters_of
 from interventions.engine.sweep import PREFIX_BUCKET
 from interventions.modules import module_names
 from interventions.placement import scores as scoring
-from interventions.placement.adapters import init_lora, load_peft, merge, parameters, save_peft
+from interventions.placement.adapters import adapter_parameters, init_lora, load_peft, merge, save_peft
 from interventions.placement.rules import Scoring
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import by_module
@@ -84,9 +84,9 @@ class Experiment:
         known = {name: {family: self.scores(name, family) for family in families} for name in names}
         return Scoring(self.depth, scoring.module_sizes(self.model), known)
 
-    def parameters(self, names: Sequence[str]) -> int:
+    def adapter_parameters(self, names: Sequence[str]) -> int:
         """Trainable parameters of LoRA on these modules."""
-        return parameters(self.model, names, self.training.r)
+        return adapter_parameters(self.model, names, self.training.r)
 
     def baseline(self, family: str) -> dict:
         """The model's own result: see :meth:`cell`."""

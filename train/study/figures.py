@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from interventions.figures.base import save, subplots
+from interventions.figures.base import save_figure, subplots
 
 
 def placements(path: Path, accuracy: dict[str, dict[str, dict]]) -> None:
@@ -26,7 +26,7 @@ def placements(path: Path, accuracy: dict[str, dict[str, dict]]) -> None:
         axis.set_title(family)
         axis.set_xlabel("accuracy (95 % interval over samples and runs)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def k_sweep(path: Path, found: dict[str, dict[str, dict[int, dict]]]) -> None:
@@ -43,7 +43,7 @@ def k_sweep(path: Path, found: dict[str, dict[str, dict[int, dict]]]) -> None:
         axis.set_ylabel("accuracy")
         axis.grid(alpha=0.3)
     axes[0][0].legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def alone(path: Path, rr: dict[str, np.ndarray], gains: dict[str, list[float]], names: list[str]) -> None:
@@ -60,4 +60,4 @@ def alone(path: Path, rr: dict[str, np.ndarray], gains: dict[str, list[float]], 
         axis.set_xlabel("mean restoration rate (RR)")
         axis.set_ylabel("accuracy gained by LoRA there alone")
     axes[0][0].legend()
-    save(figure, path)
+    save_figure(figure, path)

@@ -9,7 +9,7 @@ import tyro
 from eval.evaluation import AnswerOptions
 from eval.judging import MetricOptions
 from interventions.modules import check_k, default_k
-from interventions.placement.rules import resolve
+from interventions.placement.rules import find_placement
 from interventions.trace.corruption import CORRUPTIONS
 from interventions.trace.options import TraceOptions
 from train.study.recipes import RECIPES
@@ -92,7 +92,7 @@ def conditions(args: Args, depth: int) -> list[Condition]:
     for number, k in enumerate(ks):
         check_k(k, depth)
         for name in (args.placements or recipe.placements) if number == 0 else recipe.swept:
-            if resolve(name).seeded:
+            if find_placement(name).seeded:
                 runs = [(seed, args.seeds[i % len(args.seeds)]) for i, seed in enumerate(args.random_seeds)]
             else:
                 runs = [(0, seed) for seed in args.seeds]
@@ -116,7 +116,7 @@ def check(args: Args) -> None:
         if len(set(values)) < len(values):
             raise UserError(f"--{name} names one twice: name each once, repeats are no new evidence")
     for name in args.placements:
-        resolve(name)
+        find_placement(name)
     args.tracing.check_modules()
     for kind in args.corruptions:
         if kind == args.tracing.corruption:

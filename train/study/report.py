@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from eval.tables import Table
 from interventions import statistics
 from interventions.figures.base import both
-from interventions.figures.tracing import correlation, heatmap, intervals, stability
+from interventions.figures.tracing import correlation, heatmap, interval_plot, stability
 from interventions.modules import module_names
 from interventions.statistics import normalised
 from interventions.trace.result import bounds, by_module
@@ -29,7 +29,7 @@ def report(run: Run, results: dict[str, dict], args) -> str:
     it shows as Markdown.
 
     Args:
-        results: model -> what :func:`train.study.study.study` found.
+        results: model -> what :func:`train.study.study.run_study` found.
     """
     recipe, families = RECIPES[args.recipe], list(args.families)
     summary, text = {}, []
@@ -321,7 +321,7 @@ def draw(run: Run, model: str, known: Outcomes, result: dict, summary: dict, tra
     write("figure4", heatmap, tasks)
     tested = summary["trace_difference"]["raw"]
     different = tested and [q < 0.05 for q in tested["q"]]
-    write("intervals", intervals, names, {family: bounds(trace) for family, trace in traces.items()}, different)
+    write("intervals", interval_plot, names, {family: bounds(trace) for family, trace in traces.items()}, different)
     if all(trace["stability"] for trace in traces.values()):
         write("stability", stability, {family: trace["stability"] for family, trace in traces.items()})
     for family, agreement in summary["corruptions"].items():

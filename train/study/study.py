@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eval import judging as metrics
 from interventions.modules import module_names
-from interventions.placement.rules import place, resolve
+from interventions.placement.rules import choose_modules, find_placement
 from train.study.experiment import Experiment
 from train.study.options import Args, conditions
 from vlm_jax.data import Example, load_task
@@ -56,11 +56,11 @@ def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict)
         )
 
 
-def study(args: Args, experiment: Experiment) -> dict:
+def run_study(args: Args, experiment: Experiment) -> dict:
     """Everything on one model: scores, placements and, by family, condition and run, the result on every sample."""
     families, depth = list(args.families), experiment.depth
     todo = conditions(args, depth)
-    needs = dict.fromkeys(["rr", *(resolve(c.placement).needs for c in todo)])
+    needs = dict.fromkeys(["rr", *(find_placement(c.placement).needs for c in todo)])
     scoring = experiment.scoring([name for name in needs if name], families)
     for kind in args.corruptions:
         for family in families:
@@ -70,7 +70,7 @@ def study(args: Args, experiment: Experiment) -> dict:
             family,
             condition.placement,
             condition.k,
-            place(condition.placement, scoring, family, condition.k, chosen),
+            choose_modules(condition.placement, scoring, family, condition.k, chosen),
             seed,
         )
         for condition in todo

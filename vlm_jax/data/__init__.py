@@ -4,7 +4,7 @@ import hashlib
 import pathlib
 
 from vlm_jax.data import easy_vqa, loading, specs
-from vlm_jax.data.example import FAMILIES, Example
+from vlm_jax.data.example import TASK_FAMILIES, Example
 from vlm_jax.data.folder import open_folder
 from vlm_jax.data.jsonl import read_jsonl
 from vlm_jax.data.miniworld import SPLIT_SIZES, TASKS, make_example
@@ -18,7 +18,7 @@ __all__ = ["Example", "load_task", "source", "task_label", "task_names"]
 def task_names() -> list[str]:
     """All names: the miniworld's tasks and their families, easy-VQA, P0's families of datasets, datasets by their plain
     names, and lmms-eval's tasks on them. A family stands for its tasks in turn."""
-    return [*TASKS, *FAMILIES, easy_vqa.NAME, *specs.names()]
+    return [*TASKS, *TASK_FAMILIES, easy_vqa.NAME, *specs.names()]
 
 
 def task_label(name_or_path: str | pathlib.Path) -> str:
@@ -54,7 +54,7 @@ def load_task(
         return loading.load(name, split, limit, options)
     if name == easy_vqa.NAME:
         return easy_vqa.load(split, limit)
-    if name not in (*TASKS, *FAMILIES):
+    if name not in (*TASKS, *TASK_FAMILIES):
         if path.is_dir():
             task, opened = open_folder(path, split)
             return loading.read_all(opened, task, limit, options)
@@ -79,7 +79,7 @@ def source(name_or_path: str | pathlib.Path, *, split: str = "eval", options: Da
         return loading.source(name, split, options)
     if name == easy_vqa.NAME:
         return easy_vqa.source()
-    if name in (*TASKS, *FAMILIES):
+    if name in (*TASKS, *TASK_FAMILIES):
         return {"dataset": "miniworld", "seed": WORLD_SEED}
     opened = open_folder(path, split)[1]
     return {"dataset": opened.resolved, **loading.contents(opened)}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-FAMILIES = ("knowledge", "perception")
+TASK_FAMILIES = ("knowledge", "perception")
 
 
 @dataclasses.dataclass(frozen=True)

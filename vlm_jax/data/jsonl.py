@@ -5,7 +5,7 @@ import pathlib
 
 from PIL import Image
 
-from vlm_jax.data.example import FAMILIES, Example
+from vlm_jax.data.example import TASK_FAMILIES, Example
 from vlm_jax.errors import UserError, nearest
 
 _REQUIRED = ("id", "image", "question", "answers")
@@ -61,8 +61,8 @@ def _parse(line: str, path: pathlib.Path, where: str) -> Example:
     _check(_is_text(record["question"]), where, "question", "a non-empty string")
     _check(_is_texts(record["answers"]), where, "answers", "a non-empty list of non-empty strings")
     _check(choices is None or _is_texts(choices), where, "choices", "a non-empty list of non-empty strings")
-    if family is not None and family not in FAMILIES:
-        raise UserError(f"{where}: unknown family {family!r}{nearest(str(family), FAMILIES)}")
+    if family is not None and family not in TASK_FAMILIES:
+        raise UserError(f"{where}: unknown family {family!r}{nearest(str(family), TASK_FAMILIES)}")
     return Example(
         id=record["id"],
         images=tuple(_load_image(path.parent / name, where) for name in images),

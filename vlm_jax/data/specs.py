@@ -477,7 +477,7 @@ def split_of(spec: DatasetSpec, split: str) -> Split:
     return spec.splits[split]
 
 
-def table() -> str:
+def dataset_table() -> str:
     """The datasets as a Markdown table."""
     lines = ["| task | dataset | rows (*withheld*) | trace / train / eval / test | metric | family | licence | note |"]
     lines.append("|---" * 8 + "|")

@@ -20,7 +20,7 @@ TPUS = {
     "v6e": Chip(918e12, 1640e9, 448e9, 31.25 * 2**30),
 }
 #: By the beginning of what JAX calls a device's kind.
-KINDS = {
+CHIP_KINDS = {
     "TPU v5 lite": TPUS["v5e"],
     "TPU v6 lite": TPUS["v6e"],
     "TPU v5": TPUS["v5p"],
@@ -32,4 +32,4 @@ KINDS = {
 
 def chip(kind: str) -> Chip | None:
     """That of a device's kind; None where it is not known, as a CPU's."""
-    return next((chip for name, chip in KINDS.items() if kind.startswith(name)), None)
+    return next((chip for name, chip in CHIP_KINDS.items() if kind.startswith(name)), None)

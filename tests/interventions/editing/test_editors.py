@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from interventions.editing.editors import SITES, init_editors, parameters
+from interventions.editing.editors import EDITOR_SITES, editor_parameters, init_editors
 from train.edit import Batch, Frozen, loss
 from train.loop import fit
 from vlm_jax import UserError, load
@@ -23,16 +23,16 @@ init = functools.partial(init_editors, key=jax.random.key(0))
 def test_as_many_parameters_as_in_the_paper():
     """On CLIP-L and Vicuna-7B (the sizes of LLaVA-1.5-7B): editors in blocks 1 to 22 and in all 32 layers."""
     model = abstract(config_of("LLaVA-1.5-7B"))
-    found = parameters(jax.eval_shape(lambda: init(model, blocks=range(1, 23))))
+    found = editor_parameters(jax.eval_shape(lambda: init(model, blocks=range(1, 23))))
     assert found == {"visual": 270_468, "cross": 49_158, "prefix": 32 * 32_772, "suffix": 32 * 32_772}
     assert sum(found.values()) == 2_417_034
-    odd = parameters(jax.eval_shape(lambda: init(model, blocks=range(1, 23, 2), layers=range(1, 32, 2))))
+    odd = editor_parameters(jax.eval_shape(lambda: init(model, blocks=range(1, 23, 2), layers=range(1, 32, 2))))
     assert odd["visual"] * 2 == found["visual"] and odd["prefix"] * 2 == found["prefix"]
 
 
 def test_every_editor_begins_orthogonal():
     for name, editor in init(abstract(config_of("mini-qwen3-vl")), visual_rank=3).items():
-        r, _, _ = editor.weights[SITES[name]]
+        r, _, _ = editor.weights[EDITOR_SITES[name]]
         np.testing.assert_allclose(np.einsum("kdi,kdj->kij", r, r), [np.eye(r.shape[-1])] * len(r), atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_gradients_reach_every_editor(case):
 
     wanted = jax.jit(jax.grad(by_hand))(weights)
     scale = float(optax.tree.norm(wanted))
-    for name, site in SITES.items():
+    for name, site in EDITOR_SITES.items():
         for got, want in zip(found[name][site], wanted[name][site], strict=True):
             assert all(np.abs(slot).max() > 0 for slot in np.asarray(got)), name
             np.testing.assert_allclose(got, want, atol=1e-5 * scale, err_msg=name)
@@ -112,8 +112,8 @@ def test_gradients_reach_every_editor(case):
 def test_without_images_the_cross_editor_does_nothing(case):
     _, _, _, weights, frozen, batch = case
     texts = batch.replace(inputs=batch.inputs.replace(images=None, image_index=None))
-    r, w, b = weights["cross"][SITES["cross"]]
-    other = {**weights, "cross": {SITES["cross"]: (r, w, b + 1)}}
+    r, w, b = weights["cross"][EDITOR_SITES["cross"]]
+    other = {**weights, "cross": {EDITOR_SITES["cross"]: (r, w, b + 1)}}
     key = jax.random.key(0)
     assert loss(weights, frozen, texts, key) == loss(other, frozen, texts, key)
     assert loss(weights, frozen, batch, key) != loss(other, frozen, batch, key)

@@ -38,8 +38,8 @@ from interventions import (
     stack,
     sweep,
 )
-from interventions.engine.grids import cut_grid, head_grid, patch_grid, windows
-from interventions.engine.sweep import plan
+from interventions.engine.grids import cut_grid, head_grid, layer_windows, patch_grid
+from interventions.engine.sweep import shared_prefix
 from interventions.kinds.groups import GROUPS
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import Batch
@@ -133,7 +133,7 @@ LAYER_KINDS = {
     "patch": lambda r, i: Patch(
         r.donor,
         {
-            "text.attn_out": np.where(windows(LAYERS, 2)[i % LAYERS], np.arange(LAYERS), 99).astype(np.int32),
+            "text.attn_out": np.where(layer_windows(LAYERS, 2)[i % LAYERS], np.arange(LAYERS), 99).astype(np.int32),
             "text.mlp_out": slot(i % LAYERS, (i + 1) % LAYERS),
             "text.resid_mid": nothing(),
         },
@@ -300,7 +300,7 @@ def tail_kinds(case, i):
 def test_prefix_may_hold_images(runs, family):
     case = runs(family)
     variants = stack([tail_kinds(case, i) for i in range(COUNT)])
-    start = plan(case.model, case.inputs, variants, case.read)
+    start = shared_prefix(case.model, case.inputs, variants, case.read)
     assert case.masks["image"][:, :start].any() and not case.masks["image"][:, start:].any()
     naive, fast = case.both(variants)
     assert min(np.abs(naive[0] - other).max() for other in naive[1:]) > CAUGHT
@@ -455,8 +455,8 @@ def test_gold_tokens_are_scored(patches):
 
 
 def test_windows():
-    np.testing.assert_array_equal(windows(4, 3)[[0, 1, 3]], [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]])
-    np.testing.assert_array_equal(windows(4, 2)[[0, 3]], [[1, 0, 0, 0], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(layer_windows(4, 3)[[0, 1, 3]], [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(layer_windows(4, 2)[[0, 3]], [[1, 0, 0, 0], [0, 0, 1, 1]])
 
 
 def test_patch_grid_takes_the_clean_runs_values(texts):

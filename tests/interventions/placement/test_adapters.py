@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import vlm_jax
 from interventions import LoRA
 from interventions.modules import check_k, check_names, module_names
-from interventions.placement.adapters import init_lora, load_peft, lowest_layer, merge, parameters, save_peft
+from interventions.placement.adapters import adapter_parameters, init_lora, load_peft, lowest_layer, merge, save_peft
 from interventions.placement.rules import random_k, read_names
 from vlm_jax.checkpoints.leaves import abstract
 from vlm_jax.errors import UserError
@@ -116,7 +116,7 @@ def test_arrays_only_where_placed(base, adapters):
         assert np.flatnonzero(slot < slots[site]).tolist() == ([1] if "attn" in site else [0, 4])
     for name, placement in PLACEMENTS.items():
         arrays = jax.tree.leaves(adapters[name][0].weights)
-        assert sum(array.size for array in arrays) == parameters(base, placement, RANK)
+        assert sum(array.size for array in arrays) == adapter_parameters(base, placement, RANK)
     assert [lowest_layer(adapters[name][0]) for name in ("scattered", "elsewhere")] == [0, 2]
 
 
@@ -181,11 +181,14 @@ def released():
 def test_published_parameter_counts(released):
     """P0's LLM-all; its modules; and the mean of its random-10, which it prints as "about 18 M"."""
     every = module_names(36)
-    assert parameters(released, every, 64) == 132_120_576
-    assert parameters(released, ["L24-attn"], 64) == 1_310_720 and parameters(released, ["L0-mlp"], 64) == 2_359_296
+    assert adapter_parameters(released, every, 64) == 132_120_576
+    assert (
+        adapter_parameters(released, ["L24-attn"], 64) == 1_310_720
+        and adapter_parameters(released, ["L0-mlp"], 64) == 2_359_296
+    )
     make = functools.partial(init_lora, released, every, r=64, alpha=16, dropout=0.05, key=jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(jax.eval_shape(make).weights)) == 132_120_576
-    counts = [parameters(released, random_k(36, 10, seed), 64) for seed in range(200)]
+    counts = [adapter_parameters(released, random_k(36, 10, seed), 64) for seed in range(200)]
     assert np.mean(counts) == pytest.approx(18.35e6, rel=0.02)
 
 

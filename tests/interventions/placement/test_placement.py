@@ -14,7 +14,16 @@ from scipy.stats import chisquare
 import vlm_jax
 from interventions.modules import module_names
 from interventions.placement import rules
-from interventions.placement.rules import PLACEMENTS, Scoring, closest_subset, place, random_k, read_trace, resolve, top
+from interventions.placement.rules import (
+    PLACEMENTS,
+    Scoring,
+    choose_modules,
+    closest_subset,
+    find_placement,
+    random_k,
+    read_trace,
+    top,
+)
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.errors import UserError
 
@@ -67,21 +76,23 @@ def scoring(sizes=(5, 9), **changed):
     ],
 )
 def test_what_is_chosen(name, family, k, chosen):
-    assert place(name, scoring(), family, k) == chosen
+    assert choose_modules(name, scoring(), family, k) == chosen
 
 
 def test_every_placement_is_tested_and_shown():
     tested = {*SCORED, "all", "random", "random_matched", "random_stratified", "shared", "task_diff"}
     assert set(PLACEMENTS) == tested | {"first", "middle", "last"}
     page = (Path(__file__).parents[3] / "docs" / "placement.md").read_text()
-    assert rules.table() in page, "docs/placement.md does not show the registry: paste rules.table()"
+    assert rules.placement_table() in page, (
+        "docs/placement.md does not show the registry: paste rules.placement_table()"
+    )
 
 
 def test_p0_task_diff_is_not_the_plain_difference():
     """Equation 7 divides by each family's highest RR; without it L0-attn would lead."""
     plain = top(RR["knowledge"] - RR["perception"], 3)
     assert plain[0] == "L2-mlp" and "L0-attn" in plain[:3]
-    assert place("task_diff", scoring(), "knowledge", 2) == ["L3-mlp", "L2-mlp"]
+    assert choose_modules("task_diff", scoring(), "knowledge", 2) == ["L3-mlp", "L2-mlp"]
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
@@ -89,13 +100,17 @@ def test_needs_and_seeded_are_what_they_say(name):
     """With just the score that it needs a placement works, and without it not; the seed matters where it says so."""
     entry, full = PLACEMENTS[name], scoring()
     bare = dataclasses.replace(full, scores={key: full.scores[key] for key in {entry.needs} - {None}})
-    assert len({tuple(place(name, bare, "knowledge", 3, seed)) for seed in range(20)}) > 1 if entry.seeded else True
+    assert (
+        len({tuple(choose_modules(name, bare, "knowledge", 3, seed)) for seed in range(20)}) > 1
+        if entry.seeded
+        else True
+    )
     if not entry.seeded:
-        assert place(name, bare, "knowledge", 3, 0) == place(name, bare, "knowledge", 3, 1)
+        assert choose_modules(name, bare, "knowledge", 3, 0) == choose_modules(name, bare, "knowledge", 3, 1)
     if entry.needs:
         with pytest.raises(UserError, match=entry.needs):
-            place(name, dataclasses.replace(full, scores={}), "knowledge", 3)
-    names = place(name, bare, "knowledge", 8 if name == "all" else 3)
+            choose_modules(name, dataclasses.replace(full, scores={}), "knowledge", 3)
+    names = choose_modules(name, bare, "knowledge", 8 if name == "all" else 3)
     assert len(set(names)) == len(names) and set(names) <= set(module_names(DEPTH))
 
 
@@ -105,15 +120,19 @@ def test_needs_and_seeded_are_what_they_say(name):
 def test_random_is_uniform():
     counts = dict.fromkeys(module_names(DEPTH), 0)
     for seed in range(800):
-        for name in place("random", scoring(), "knowledge", 2, seed):
+        for name in choose_modules("random", scoring(), "knowledge", 2, seed):
             counts[name] += 1
     assert chisquare(list(counts.values())).pvalue > 1e-3
-    assert place("random", scoring(), "knowledge", 2, 7) == place("random", scoring(), "perception", 2, 7)
+    assert choose_modules("random", scoring(), "knowledge", 2, 7) == choose_modules(
+        "random", scoring(), "perception", 2, 7
+    )
 
 
 @pytest.mark.parametrize("target, kinds", [("task_diff", (1, 2)), ("fisher", (1, 2)), ("first", (2, 1))])
 def test_stratified_has_as_many_of_each_kind(target, kinds):
-    drawn = {tuple(place(f"random_stratified:{target}", scoring(), "knowledge", 3, seed)) for seed in range(200)}
+    drawn = {
+        tuple(choose_modules(f"random_stratified:{target}", scoring(), "knowledge", 3, seed)) for seed in range(200)
+    }
     assert {tuple(sum(n.endswith(m) for n in names) for m in ("attn", "mlp")) for names in drawn} == {kinds}
     assert len(drawn) == 4 * 6  # every one of them comes up
 
@@ -141,10 +160,10 @@ def test_matched_has_the_parameters_of_its_target(sizes, depth):
     off_by_count = []
     for seed in range(30):
         k = 1 + seed % (depth // 2)
-        target = run.size(place("task_diff", run, "perception", k))
-        matched = place("random_matched", run, "perception", k, seed)
+        target = run.size(choose_modules("task_diff", run, "perception", k))
+        matched = choose_modules("random_matched", run, "perception", k, seed)
         assert run.size(matched) == target, (k, matched)
-        off_by_count.append(abs(run.size(place("random", run, "perception", k, seed)) - target))
+        off_by_count.append(abs(run.size(choose_modules("random", run, "perception", k, seed)) - target))
     assert max(off_by_count) > 0, "as many modules are not as many parameters"
 
 
@@ -172,8 +191,8 @@ def test_sizes_are_those_of_the_paper():
 def test_a_file_is_a_placement(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('["L2-attn", "L0-mlp"]')
-    assert place(str(path), scoring(), "knowledge", 1) == ["L2-attn", "L0-mlp"]
-    imitated = place(f"random_stratified:{path}", scoring(), "knowledge", 1, 3)
+    assert choose_modules(str(path), scoring(), "knowledge", 1) == ["L2-attn", "L0-mlp"]
+    imitated = choose_modules(f"random_stratified:{path}", scoring(), "knowledge", 1, 3)
     assert sorted(name[3:] for name in imitated) == ["attn", "mlp"]
 
 
@@ -188,8 +207,11 @@ def test_a_file_is_a_placement(tmp_path):
 )
 def test_unknown_names(name, message):
     with pytest.raises(UserError, match=message):
-        place(name, scoring(), "knowledge", 2)
-    assert resolve("random_matched:fisher").needs == "fisher" and resolve("random_matched:first").needs is None
+        choose_modules(name, scoring(), "knowledge", 2)
+    assert (
+        find_placement("random_matched:fisher").needs == "fisher"
+        and find_placement("random_matched:first").needs is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,14 +227,14 @@ def test_unknown_names(name, message):
 )
 def test_scores_that_are_missing(change, name, family, message):
     with pytest.raises(UserError, match=message):
-        place(name, scoring(**change), family, 2)
+        choose_modules(name, scoring(**change), family, 2)
 
 
 @pytest.mark.parametrize("k", [0, 9])
 def test_k_out_of_range(k):
     for name in PLACEMENTS:
         with pytest.raises(UserError, match="8 modules"):
-            place(name, scoring(), "knowledge", k)
+            choose_modules(name, scoring(), "knowledge", k)
 
 
 # Which model?

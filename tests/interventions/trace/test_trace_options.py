@@ -14,7 +14,7 @@ import interventions.trace.__main__
 import interventions.trace.tracing
 import vlm_jax
 from interventions import Patch
-from interventions.engine.read import Difference
+from interventions.engine.read import LogitDifference
 from interventions.engine.sweep import PREFIX_BUCKET
 from interventions.kinds.base import slots
 from interventions.kinds.groups import label, members
@@ -241,7 +241,7 @@ def test_a_foil_is_never_right():
 
 def test_a_foil_that_is_the_answer_is_refused(task):
     with pytest.raises(UserError, match="row 0 has its gold answer as its foil"):
-        Difference.of(task.batch.inputs, task.batch.spans["answer"], task.batch.inputs)
+        LogitDifference.of(task.batch.inputs, task.batch.spans["answer"], task.batch.inputs)
 
 
 # Which samples, which gold answer

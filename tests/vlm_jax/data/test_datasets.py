@@ -604,7 +604,7 @@ def test_bad_folders(tmp_path):
 
 def test_the_docs_have_the_table():
     page = (Path(__file__).parents[3] / "docs/data.md").read_text()
-    assert page.split("a test compares -->\n")[1].split("\n<!-- end -->")[0] == specs.table()
+    assert page.split("a test compares -->\n")[1].split("\n<!-- end -->")[0] == specs.dataset_table()
     for task, (spec, _) in specs.LMMS_TASKS.items():
         assert f"`{task}`" in page and f"`{spec.name}`" in page
 
