@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers.vision_utils import get_vision_window_index
 
 VOCAB, PAD, TEXT_TOKENS = 320, 0, range(1, 300)
@@ -200,10 +201,75 @@ def tiny_config(family="qwen3_vl", tied=False, text=None, vision=None, top=None)
     )
 
 
-def tiny_model(config, seed=0):
-    """A float32 model whose every parameter is random, at a scale where each of them matters."""
+class _Float64(TorchFunctionMode):
+    """Reads every float32 that PyTorch code asks for as float64, except in rotary modules.
+
+    A model whose weights are float64 is not a float64 program yet: transformers computes norms, softmax and
+    interpolation weights in float32 by name. Rotary angles stay float32, because their rounding belongs to the model:
+    an angle of 500 radians is a multiple of 3e-5, in training as in vlm_jax. Their powers, sines and
+    cosines are computed in float64, since CPUs round these differently.
+    """
+
+    in_rotary_module = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.in_rotary_module:
+            function = torch.Tensor.double if function is torch.Tensor.float else function
+            args = [torch.float64 if arg is torch.float32 else arg for arg in args]
+            kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in kwargs.items()}
+        elif function is torch.Tensor.__rpow__:
+            exponent, base = args
+            return function(exponent.double(), base).float()
+        elif function in (torch.Tensor.cos, torch.Tensor.sin):
+            return function(args[0].double())
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def computing_in(dtype):
+    """PyTorch code that says float32, or says nothing, computes in float64 if that is ``dtype``."""
+    if dtype != torch.float64:
+        yield
+        return
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Float64():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def enter_rotary(*_):
+    _Float64.in_rotary_module = True
+
+
+def leave_rotary(*_):
+    _Float64.in_rotary_module = False
+
+
+def exact_model(config, seed=0):
+    """The float64 twin of :func:`tiny_model`: equal parameters, the same function without float32's rounding.
+
+    float32 results depend on the CPU, because its vector width decides the order of sums. The twin's do not, to
+    float32's last bit. It has to run under ``computing_in(torch.float64)``, as it does in :func:`oracle_sites`.
+    """
+    with computing_in(torch.float64):
+        enter_rotary()  # the constructor computes the frequencies
+        model = tiny_model(config, seed, torch.float64)
+        leave_rotary()
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__:
+            module.register_forward_pre_hook(enter_rotary)
+            module.register_forward_hook(leave_rotary, always_call=True)
+    return model
+
+
+def tiny_model(config, seed=0, dtype=torch.float32):
+    """A model whose every parameter is a random float32 number, at a scale where each of them matters."""
     cls = FAMILIES[config.model_type].model
-    model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = cls._from_config(config, attn_implementation="eager", dtype=dtype)
     if getattr(config, "mm_projector_type", None) == "linear":  # which transformers does not know
         model.model.multi_modal_projector.act = model.model.multi_modal_projector.linear_2 = torch.nn.Identity()
     generator = torch.Generator().manual_seed(seed)
@@ -216,7 +282,7 @@ def tiny_model(config, seed=0):
             mean, std = scale(name, parameter.shape)
             mean -= name in offset_norms
             std /= embed_scale if "embed_tokens" in name else 1
-            parameter.normal_(mean, std, generator=generator)
+            parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(mean, std, generator=generator))
     return model.eval()
 
 
@@ -363,11 +429,15 @@ def attention_recorded(modules):
 
 
 def oracle_sites(model, batch):
-    """``{site: array}`` in vlm_jax's layout, NaN where nothing is promised (padded tokens, patches past an image)."""
+    """``{site: float32 array}`` in vlm_jax's layout, NaN where nothing is promised (padded tokens, patches past an
+    image). A float64 model computes all of it in float64, and each number is rounded once, at the end."""
     text = getattr(model.model, "language_model", model.model)
     tower = TOWERS[model.config.model_type](model, batch) if "pixel_values" in batch else None
     attentions = [layer.self_attn for layer in text.layers] + (tower.attentions if tower else [])
-    with Recorder() as recorder, attention_recorded(attentions) as calls, torch.no_grad():
+    inputs = tensors(batch) | positions(model.config, batch)
+    if model.dtype == torch.float64 and "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+    with Recorder() as recorder, attention_recorded(attentions) as calls, torch.no_grad(), computing_in(model.dtype):
         for layer in text.layers:
             sandwich = hasattr(layer, "pre_feedforward_layernorm")
             recorder.input("resid_pre", layer)
@@ -384,7 +454,7 @@ def oracle_sites(model, batch):
         recorder.output("norm", text.norm)
         if tower:
             tower.record(recorder)
-        logits = model(**tensors(batch), **positions(model.config, batch), use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     assert logits.isfinite().all()  # below, NaN means "not promised", and must come from nowhere else
 
     # DeepStack is added between the layers, so what a layer hands on is what the next one takes.
@@ -409,7 +479,7 @@ def oracle_sites(model, batch):
         sites[name] = blank(maps, padding[:, None, :, None])
     if tower:
         sites |= tower.sites(recorder, calls)
-    return {name: (site if site.dtype == torch.float64 else site.float()).numpy() for name, site in sites.items()}
+    return {name: site.float().numpy() for name, site in sites.items()}
 
 
 def positions(config, batch):

@@ -1,5 +1,6 @@
 """Every family against transformers: every tap and the logits within 1e-4, bfloat16, generation, and checkpoints.
 
+The oracle computes in float64, so that the reference is the same on every CPU; only vlm_jax rounds to float32.
 ``compare`` is the one judge. The controls break the oracle in the ways a port is most likely to be wrong, and the
 same ``compare`` must then object - at the site that was broken, and at none before it.
 """
@@ -13,7 +14,17 @@ import jax
 import numpy as np
 import pytest
 import torch
-from hf_oracle import FAMILIES, PAD, make_batch, oracle_sites, tensors, tiny_config, tiny_model
+from hf_oracle import (
+    FAMILIES,
+    PAD,
+    computing_in,
+    exact_model,
+    make_batch,
+    oracle_sites,
+    tensors,
+    tiny_config,
+    tiny_model,
+)
 from parity_controls import CONTROLS
 from safetensors.numpy import load_file, save_file
 
@@ -21,7 +32,7 @@ import vlm_jax
 
 TOLERANCE = 1e-4
 # In bfloat16 and in units of a site's standard deviation: the root mean square and the largest difference from
-# transformers in bfloat16, and how much farther from its float32 vlm_jax may be than transformers is itself.
+# transformers in bfloat16, and how much farther from float64 vlm_jax may be than transformers is itself.
 BFLOAT16_RMS, BFLOAT16_MAX, BFLOAT16_RATIO = 0.05, 0.5, 1.25
 NEW = 12
 
@@ -113,22 +124,28 @@ BATCHES = {"left": (ROWS, TEXT, 0), "right": (ROWS, TEXT, 0), "long": (LONG, LON
 
 
 class Case:
-    """A model of transformers', the same model in vlm_jax, and what either said about a batch, kept for later tests."""
+    """A model of transformers', the same model in vlm_jax, and their answers to a batch, kept for later tests."""
 
     def __init__(self, name, folder):
         self.config = CONFIGS[name]
-        self.oracle = tiny_model(self.config, SEEDS.get(name, 0))
+        self.oracle = exact_model(self.config, SEEDS.get(name, 0))
         self.folder = folder
-        self.oracle.save_pretrained(folder)
+        tiny_model(self.config, SEEDS.get(name, 0)).save_pretrained(folder)
         self.model, _ = vlm_jax.load(folder)
-        self.answers = {}
+        self.answers, self.references = {}, {}
 
     def batch(self, name):
         rows, text, seed = BATCHES[name]
         side = "right" if name == "right" else "left"
         return make_batch(rows.get(self.config.model_type, text), side, seed, self.config)
 
-    def said(self, batch, sites):
+    def reference(self, batch):
+        """transformers' ``{site: array}``, every site of it."""
+        if batch not in self.references:
+            self.references[batch] = oracle_sites(self.oracle, self.batch(batch))
+        return dict(self.references[batch])
+
+    def answer(self, batch, sites):
         """vlm_jax's ``{site: array}``."""
         if batch not in self.answers:
             self.answers[batch] = port(self.model, self.batch(batch), sites)
@@ -187,8 +204,7 @@ def cases(tmp_path_factory):
 def test_oracle_is_a_hard_case(cases, name):
     """Parity says little about a model whose attention is uniform, or whose sites are faint."""
     case = cases(name)
-    batch = case.batch("left")
-    sites = oracle_sites(case.oracle, batch)
+    batch, sites = case.batch("left"), case.reference("left")
     probs = sites["text.attn_probs"][:, :, :, -1]  # the last query of a left-padded row sees the whole row
     entropy = -np.sum(probs * np.log(probs + 1e-30), -1).mean((0, 2))
     assert (entropy < 0.9 * np.log(batch["attention_mask"].sum(-1))).all() and (entropy > 0.3).all()
@@ -198,14 +214,75 @@ def test_oracle_is_a_hard_case(cases, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_oracle_is_well_conditioned(cases, name):
-    """If rounding alone moved the oracle by the tolerance, correct ports would fail and the margin mean nothing."""
+    """If float32 rounding moved the oracle by the tolerance, correct ports would fail and the margin mean nothing.
+
+    Computed without float32: parameters that are off by one float32 rounding, in float64.
+    """
     case = cases(name)
-    double = copy.deepcopy(case.oracle).double()
-    rows = LONG.get(case.config.model_type, LONG_TEXT)[:1]  # unpadded: the eager mask overflows in float64
-    batch = make_batch(rows, seed=1, config=case.config)
-    exact = oracle_sites(double, {k: x.astype(np.float64) if k == "pixel_values" else x for k, x in batch.items()})
-    rounding = compare(oracle_sites(case.oracle, batch), {site: x.astype(np.float32) for site, x in exact.items()})
-    assert max(rounding.values()) < TOLERANCE / 2, rounding
+    batch = make_batch(LONG.get(case.config.model_type, LONG_TEXT), seed=1, config=case.config)
+    moved = compare(oracle_sites(rounded_otherwise(case.oracle), batch), oracle_sites(case.oracle, batch))
+    assert max(moved.values()) < TOLERANCE / 2, moved
+
+
+def rounded_otherwise(model):
+    """A copy whose every parameter is off by at most the distance between two float32 numbers."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.mul_(1 + 2**-23 * (2 * noise - 1))
+    return model
+
+
+def test_a_loud_oracle_would_be_ill_conditioned():
+    """The control of the test above: layers that write loudly amplify the rounding of those before them."""
+    config = CONFIGS["qwen3"]
+    loud = exact_model(config)
+    with torch.no_grad():
+        for layer in loud.model.layers:
+            layer.mlp.down_proj.weight.mul_(16)
+            layer.self_attn.o_proj.weight.mul_(16)
+    batch = make_batch(LONG_TEXT, seed=1, config=config)
+    moved = compare(oracle_sites(rounded_otherwise(loud), batch), oracle_sites(loud, batch))
+    assert max(moved.values()) > TOLERANCE / 2, moved
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_oracle_is_exact(cases, name):
+    """A padded row's logits are the lone row's to float32's last bit, as only a float64 computation gives them."""
+    case = cases(name)
+    assert padding_moves(case.oracle, case) <= 1
+
+
+def test_a_float32_oracle_is_not_exact(cases):
+    """The control of the test above."""
+    case = cases("qwen3_vl")
+    assert padding_moves(tiny_model(case.config), case) > 1
+
+
+def padding_moves(model, case):
+    """The largest difference between a row's logits alone and in the padded batch, in units in the last place of the
+    largest logit."""
+    rows = ROWS.get(case.config.model_type, TEXT)
+    batch, errors = case.batch("left"), []
+    logits = oracle_sites(model, batch)["logits"]
+    pixels, grids = batch.get("pixel_values"), batch.get("image_grid_thw")
+    first_image = first_pixel = 0
+    for row, parts in enumerate(rows):
+        real = batch["attention_mask"][row] == 1
+        names = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        alone = {name: batch[name][row : row + 1, real] for name in names if name in batch}
+        images = sum(not isinstance(part, int) for part in parts)
+        if images:
+            chosen = slice(first_image, first_image + images)
+            count = images
+            if grids is not None:
+                alone["image_grid_thw"] = grids[chosen]
+                count = int(grids[chosen].prod(-1).sum())
+            alone["pixel_values"] = pixels[first_pixel : first_pixel + count]
+            first_image, first_pixel = first_image + images, first_pixel + count
+        errors.append(np.abs(oracle_sites(model, alone)["logits"][0] - logits[row, real]).max())
+    return max(errors) / np.spacing(np.nanmax(np.abs(logits)))
 
 
 @pytest.mark.parametrize("batch", ["left", "right", "long"])
@@ -225,9 +302,9 @@ def test_every_site_matches_without_images(cases, name):
 
 
 def matches(case, batch, absent=None):
-    want = oracle_sites(case.oracle, case.batch(batch))
+    want = case.reference(batch)
     want.pop(absent, None)
-    errors = compare(want, case.said(batch, sorted(want)))
+    errors = compare(want, case.answer(batch, sorted(want)))
     assert max(errors.values()) < TOLERANCE, far(errors)
 
 
@@ -237,7 +314,7 @@ def test_no_site_is_left_out(cases, name):
     case = cases(name)
     batch = case.batch("left")
     sites = case.model.sites(vlm_jax.Inputs.from_hf(case.model.config, **batch))
-    assert {*sites, "logits"} == oracle_sites(case.oracle, batch).keys()
+    assert {*sites, "logits"} == case.reference("left").keys()
 
 
 def test_a_site_that_a_pass_does_not_have_is_refused(cases):
@@ -254,15 +331,16 @@ def test_greedy_generation_matches(cases, name):
     case = cases(name)
     rows, seed = ROWS.get(name, TEXT), PROMPT_SEEDS.get(name, 5)
     batches = {side: make_batch(rows, side, seed, case.config) for side in ("left", "right")}
-    out = case.oracle.generate(
-        **tensors(batches["left"]),
-        max_new_tokens=NEW,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=PAD,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    with computing_in(torch.float64):
+        out = case.oracle.generate(
+            **tensors(batches["left"]),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=PAD,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     top = torch.stack(out.logits).topk(2).values
     assert (top[..., 0] - top[..., 1]).min() > 5 * TOLERANCE  # a near tie would be decided by rounding
     want = out.sequences[:, -NEW:].numpy()
@@ -277,18 +355,24 @@ def test_greedy_generation_matches(cases, name):
 def test_bfloat16_is_within_its_bound(cases, name):
     case = cases(name)
     batch = case.batch("left")
-    single = oracle_sites(case.oracle, batch)
+    reference = case.reference("left")
     theirs = type(case.oracle).from_pretrained(case.folder, attn_implementation="eager", dtype=torch.bfloat16)
     half = oracle_sites(theirs.eval(), batch)
-    sites = [site for site in ("visual.resid_post", "text.embeddings", "text.resid_post", "logits") if site in single]
+    sites = [
+        site for site in ("visual.resid_post", "text.embeddings", "text.resid_post", "logits") if site in reference
+    ]
     model, _ = vlm_jax.load(case.folder, dtype="bfloat16")
     ours = port(model, batch, sites)
     assert {str(array.dtype) for array in ours.values()} == {"bfloat16"}
     for site in sites:
-        promised = ~np.isnan(single[site])
+        promised = ~np.isnan(reference[site])
         got, want, exact = (
-            x[promised] / single[site][promised].std()
-            for x in (unpadded(site, np.asarray(ours[site]).astype(np.float32), single[site]), half[site], single[site])
+            x[promised] / reference[site][promised].std()
+            for x in (
+                unpadded(site, np.asarray(ours[site]).astype(np.float32), reference[site]),
+                half[site],
+                reference[site],
+            )
         )
         assert rms(got - want) < BFLOAT16_RMS, site
         assert np.abs(got - want).max() < BFLOAT16_MAX, site
@@ -313,7 +397,7 @@ def test_round_trip_is_bit_equal(cases, tmp_path, name):
         return
     theirs, loading = type(case.oracle).from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(loading.values()), loading
-    want, got = ({key: x.numpy() for key, x in model.state_dict().items()} for model in (case.oracle, theirs))
+    want, got = ({key: x.float().numpy() for key, x in model.state_dict().items()} for model in (case.oracle, theirs))
     assert same_bits(got, want)
 
 
@@ -331,19 +415,19 @@ def same_bits(got, want):
     params=[(name, c) for name in CONTROLS for c in CONTROLS[name]], ids=lambda p: f"{p[0]}-{p[1].__name__}"
 )
 def control(request, cases, monkeypatch):
-    """The model's case, what the broken oracle says, the first sites that must differ and the one upstream."""
+    """The model's case, the sites of the intact and the broken oracle, the first sites that must differ and the one
+    upstream."""
     name, control = request.param
     case = cases(name)
     model = copy.deepcopy(case.oracle)
-    intact = oracle_sites(case.oracle, case.batch("left"))
     control(monkeypatch, model)
-    return case, intact, oracle_sites(model, case.batch("left")), *CONTROLS[name][control]
+    return case, case.reference("left"), oracle_sites(model, case.batch("left")), *CONTROLS[name][control]
 
 
 def test_control_is_caught(control):
     """The broken oracle differs from the intact one, or the control proves nothing, and so it does from the port."""
     case, intact, broken, first, upstream = control
-    for ours in (intact, case.said("left", sorted(intact))):
+    for ours in (intact, case.answer("left", sorted(intact))):
         errors = compare(broken, ours)
         assert errors["logits"] > 3 * TOLERANCE, errors
         assert all(errors[site] > TOLERANCE for site in first), errors
