@@ -1,4 +1,8 @@
-"""Interventions on disk and in words: a safetensors file whose metadata says, as JSON, which kinds its arrays make."""
+"""Interventions on disk and in words.
+
+A file of interventions is a safetensors file. Its metadata describes, as JSON, each intervention in order: its kind,
+the module that defines the kind, its options, and which arrays its fields hold.
+"""
 
 import dataclasses
 import hashlib
@@ -12,29 +16,55 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from interventions import kinds
+from interventions.kinds import KINDS
 from vlm_jax.errors import UserError, nearest
-
-#: Name in files -> kind.
-KINDS = {name: getattr(kinds, name) for name in kinds.__all__}
+from vlm_jax.sites import Intervention
 
 
-def dump(interventions: Sequence[Any]) -> bytes:
-    """The file's content; equal interventions give equal bytes."""
-    tensors, described = {}, []
-    for number, intervention in enumerate(interventions):
-        kind = type(intervention).__name__
-        if KINDS.get(kind) is not type(intervention):
-            raise UserError(f"a {kind} cannot be saved: only the kinds of interventions.kinds can")
-        options, layout = {}, {}
-        for field in dataclasses.fields(intervention):
-            value = getattr(intervention, field.name)
-            if not field.metadata.get("pytree_node", True):
-                options[field.name] = value
-            elif value is not None:
-                layout[field.name] = _pack(value, f"{number}.{field.name}", tensors)
-        described.append({"kind": kind, "options": options, "arrays": layout})
-    return save(dict(sorted(tensors.items())), metadata={"interventions": json.dumps(described, sort_keys=True)})
+def save_interventions(path: str | Path, interventions: Sequence[Intervention]) -> None:
+    """Writes the interventions, in their order, to one file.
+
+    Raises:
+        UserError: for an intervention whose class is not registered with :func:`interventions.kinds.base.kind`.
+    """
+    entries, tensors = _packed(interventions)
+    modules = [{"module": type(intervention).__module__} for intervention in interventions]
+    Path(path).write_bytes(_file(list(map(dict.__or__, entries, modules)), tensors))
+
+
+def digest(interventions: Sequence[Intervention]) -> str:
+    """A hash of what the interventions do: of kinds, options and arrays."""
+    return hashlib.sha256(_file(*_packed(interventions))).hexdigest()[:12]
+
+
+def _file(entries: list[dict], tensors: dict[str, np.ndarray]) -> bytes:
+    return save(dict(sorted(tensors.items())), metadata={"interventions": json.dumps(entries, sort_keys=True)})
+
+
+def _packed(interventions: Sequence[Intervention]) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """The description of each intervention, and all their arrays by name."""
+    tensors: dict[str, np.ndarray] = {}
+    return [_described(number, i, tensors) for number, i in enumerate(interventions)], tensors
+
+
+def _described(number: int, intervention: Intervention, tensors: dict[str, np.ndarray]) -> dict:
+    """Kind, options, and the names that the arrays get in ``tensors``."""
+    name = type(intervention).__name__
+    if KINDS.get(name) is not type(intervention):
+        raise UserError(f"a {name} cannot be saved: register its class with @interventions.kinds.base.kind")
+    options, arrays = {}, {}
+    for field in dataclasses.fields(intervention):
+        value = getattr(intervention, field.name)
+        if _is_option(field):
+            options[field.name] = value
+        elif value is not None:
+            arrays[field.name] = _pack(value, f"{number}.{field.name}", tensors)
+    return {"kind": name, "options": options, "arrays": arrays}
+
+
+def _is_option(field: dataclasses.Field) -> bool:
+    """Whether a field of a kind is static."""
+    return not field.metadata.get("pytree_node", True)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
@@ -49,22 +79,17 @@ def _pack(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
     return name
 
 
-def save_interventions(path: str | Path, interventions: Sequence[Any]) -> None:
-    """Writes the interventions, in their order, to one file."""
-    Path(path).write_bytes(dump(interventions))
-
-
-def load_interventions(path: str | Path) -> tuple:
+def load_interventions(path: str | Path) -> tuple[Intervention, ...]:
     """The interventions of a file.
 
     Raises:
-        UserError: a file that is no safetensors file, names an unknown kind, or lacks an array.
+        UserError: a file that is no safetensors file, holds a kind that is not registered, or lacks an array.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            described = json.loads((file.metadata() or {})["interventions"])
+            entries = json.loads((file.metadata() or {})["interventions"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tuple(_unpack(entry, tensors) for entry in described)
+        return tuple(_unpack(entry, tensors) for entry in entries)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -74,9 +99,13 @@ def load_interventions(path: str | Path) -> tuple:
         ) from None
 
 
-def _unpack(entry: dict, tensors: dict[str, np.ndarray]) -> Any:
-    if entry["kind"] not in KINDS:
-        raise UserError(f"unknown kind of intervention {entry['kind']!r}{nearest(entry['kind'], KINDS)}")
+def _unpack(entry: dict, tensors: dict[str, np.ndarray]) -> Intervention:
+    name = entry["kind"]
+    if name not in KINDS:
+        raise UserError(
+            f"the file holds the kind {name!r}, which is not registered: import {entry['module']}, which defines it, "
+            f"before you load the file{nearest(name, KINDS)}"
+        )
 
     def arrays(layout):
         if layout is None:
@@ -85,30 +114,28 @@ def _unpack(entry: dict, tensors: dict[str, np.ndarray]) -> Any:
             return {key: arrays(part) for key, part in layout.items()}
         return tuple(arrays(part) for part in layout) if isinstance(layout, list) else tensors[layout]
 
-    found = KINDS[entry["kind"]](**entry["options"], **{k: arrays(v) for k, v in entry["arrays"].items()})
-    found.sites  # noqa: B018  refuses options that the kind does not know
-    return found
+    # JSON has lists alone, but static fields are hashed.
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["options"].items()}
+    intervention = KINDS[name].restored(options | {key: arrays(layout) for key, layout in entry["arrays"].items()})
+    intervention.sites  # noqa: B018  refuses options that the kind does not know
+    return intervention
 
 
-def digest(interventions: Sequence[Any]) -> str:
-    """A hash of what the interventions do: of kinds, options and arrays."""
-    return hashlib.sha256(dump(interventions)).hexdigest()[:12]
-
-
-def describe(intervention: Any) -> str:
+def describe(intervention: Intervention) -> str:
     """One line: the kind, where it acts, its options and its hash."""
-    active = {site: np.atleast_1d(np.asarray(table)) for site, table in intervention.active().items()}
-    places = []
-    for site, table in sorted(active.items()):
-        layers = np.flatnonzero(table)
-        whole = len(layers) == len(table)
-        places.append(site if whole else f"{site} L{','.join(map(str, layers))}" if len(layers) else f"{site} nowhere")
-    options = [
-        f"{field.name}={getattr(intervention, field.name)}"
-        for field in dataclasses.fields(intervention)
-        if not field.metadata.get("pytree_node", True) and getattr(intervention, field.name) not in (None, False, 0)
-    ]
+    tables = {site: np.atleast_1d(np.asarray(table)) for site, table in intervention.active().items()}
+    parts = [_place(site, tables.get(site)) for site in sorted(intervention.sites)]
+    for field in filter(_is_option, dataclasses.fields(intervention)):
+        value = getattr(intervention, field.name)
+        if value and isinstance(value, str | int | float):
+            parts.append(f"{field.name}={value}")
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(intervention))
-    return (
-        f"{type(intervention).__name__}({'; '.join([*places, *options])}) {size:,} numbers #{digest((intervention,))}"
-    )
+    return f"{type(intervention).__name__}({'; '.join(parts)}) {size:,} numbers #{digest((intervention,))}"
+
+
+def _place(site: str, table: np.ndarray | None) -> str:
+    """A site, and in which of its layers something happens: ``text.attn_out L3,4``; None or all: just the site."""
+    if table is None or table.all():
+        return site
+    layers = np.flatnonzero(table)
+    return f"{site} L{','.join(map(str, layers))}" if len(layers) else f"{site} nowhere"

@@ -1,15 +1,17 @@
-"""The named sites of a forward pass, and the protocol by which interventions and taps meet them.
+"""The named sites of a forward pass, and how interventions and taps meet them.
 
 A **site** is ``tower.name``. At every site the model hands the value to each intervention that names the
 site, in order, and then to the taps. Sites of the layers (and of the vision blocks) occur once per layer:
 an intervention finds the traced layer index in its :class:`Context`, a tap gets a leading layer axis.
 """
 
+import abc
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,28 @@ def tower_sites(linears: str, *projector: str) -> frozenset[str]:
     return frozenset([*names, *(f"projector.{name}" for name in projector)])
 
 
+class Stage(enum.Enum):
+    """The part of a forward pass in which a site lies."""
+
+    VISION = "in the vision tower or the projector"
+    ENTRY = "before the layers"
+    LAYERS = "in a layer"
+    EXIT = "behind the layers"
+
+
+def stage(site: str) -> Stage:
+    """The stage of a site.
+
+    Raises:
+        UserError: for an unknown site.
+    """
+    if site not in SITES:
+        raise UserError(f"unknown site {site!r}{nearest(site, SITES)}")
+    if site in LAYER_SITES:
+        return Stage.LAYERS
+    return {"text.embeddings": Stage.ENTRY, "text.norm": Stage.EXIT}.get(site, Stage.VISION)
+
+
 def token_axis(site: str) -> int:
     """Which axis of the value at a site counts the tokens (of the queries, at attention's sites)."""
     return 2 if site.endswith(("attn_scores", "attn_probs", "deepstack_merger_list")) else 1
@@ -117,21 +141,53 @@ class Context:
         return jnp.pad(array[:, :count], [(0, 0), (0, max(0, count - array.shape[1]))], constant_values=new)
 
 
-@runtime_checkable
-class Intervention(Protocol):
+class Intervention(abc.ABC):
     """A pytree that maps the value at a site to a new value of the same shape.
 
-    ``sites`` is static; everything else in the pytree is arrays, so that changing what is done, where or how
-    strongly never retraces. A kind may also tell where it acts, which lets the library refuse what acts nowhere and
-    share work in sweeps; without, it is taken to act everywhere:
+    A kind defines two things: ``sites``, the names of the sites that it changes, which is static; and ``__call__``.
+    Everything else in the pytree is arrays, so that changing what is done, where or how strongly never retraces.
 
-    ``active()``: site -> ``(layers,)`` bool, or a scalar at sites outside of the layers.
-    ``tokens()``: ``(B, T)`` bool, the tokens of the prompt it acts on; None for all of them.
+    The other members have defaults for a kind that acts in every layer and on every token. A kind that overrides
+    ``active`` and ``tokens`` gets two things for it: the library refuses an intervention that acts nowhere, and a sweep
+    skips the layers and the tokens before the first ones that it acts on.
     """
 
     sites: frozenset[str]
+    #: The first token of the prompt that it acts on, for a kind whose :meth:`tokens` is None.
+    start: int = 0
 
-    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array: ...
+    @abc.abstractmethod
+    def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
+        """The new value at ``site``."""
+
+    def active(self) -> Mapping[str, jax.Array]:
+        """In which layers it acts: site -> ``(layers,)`` bool, or a scalar at a site outside of the layers. It acts in
+        every layer of a site that is not in the result."""
+        return {}
+
+    def tokens(self) -> jax.Array | None:
+        """On which tokens of the prompt it acts: ``(B, T)`` bool; None for all tokens from :attr:`start` on."""
+        return None
+
+    def bound(self, labels: np.ndarray) -> "Intervention":
+        """The same for one batch, whose tokens are in the groups ``labels (B, T)``
+        (:func:`interventions.kinds.groups.label`). Kinds that name token groups look them up."""
+        return self
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """The sites at which it needs the value of a clean run, which only a sweep has (``ctx.donors``)."""
+        return frozenset()
+
+    def filled(self, values: Mapping[str, jax.Array]) -> "Intervention":
+        """The same with the clean run's values at the missing sites, ``(L, B, T, ...)`` each."""
+        return self
+
+    @classmethod
+    def restored(cls, fields: dict[str, Any]) -> "Intervention":
+        """The intervention with the ``fields`` that a file holds. A kind overrides this to convert or refuse what older
+        versions wrote."""
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,36 +277,21 @@ def check(
     depths: Mapping[str, int],
     shape: tuple[int, int],
 ) -> dict[str, Tap]:
-    """The taps by site, once it is sure that every tap and every intervention meets a site of this pass, and acts
-    there as far as can be told: what is traced by jit is not known before the program runs.
+    """Checks that every tap and every intervention meets a site of this pass, and that the interventions act there;
+    returns the taps by site. Arrays that jit traces have no values yet, so only their shapes are checked.
 
     Args:
         present: the sites that this model has for these inputs (:meth:`vlm_jax.Model.sites`).
         depths: tower -> number of layers that are run; "deepstack" -> after how many of them it adds something.
         shape: ``(B, T)`` of the inputs.
     """
-    if isinstance(taps, Mapping):
-        found = {
-            site: tap if isinstance(tap, Tap) else Tap(None if tap is None else tuple(tap))
-            for site, tap in taps.items()
-        }
-    else:
-        found = {site: Tap() for site in taps}
-    for name, tap in found.items():
-        if name not in SITES:
-            raise UserError(f"unknown tap {name!r}{nearest(name, SITES)}")
-        if name not in present:
-            raise UserError(
-                f"tap {name!r} is no site of this pass: this model lacks it, or it needs an image and these inputs "
-                "have none: give images or drop the tap"
-            )
-        if tap.layers is not None:
-            depth = depths[name.partition(".")[0]] if layered(name) else 0
-            once = len(set(tap.layers)) == len(tap.layers) > 0
-            if not once or not set(tap.layers) <= set(range(depth)):
-                raise UserError(
-                    f"tap {name!r} asks for layers {list(tap.layers)}: name some of its {depth} layers, each once"
-                )
+    if not isinstance(taps, Mapping):
+        taps = dict.fromkeys(taps)
+    wanted = {
+        site: tap if isinstance(tap, Tap) else Tap(None if tap is None else tuple(tap)) for site, tap in taps.items()
+    }
+    for name, tap in wanted.items():
+        _check_tap(name, tap, present, depths)
     for intervention in interventions:
         kind = type(intervention).__name__
         if unknown := intervention.sites - SITES:
@@ -260,34 +301,51 @@ def check(
             where = "no site" if absent is True else absent[0]
             raise UserError(f"{kind} touches nothing at {where}, which this forward pass does not have")
         _check_acts(intervention, kind, depths, shape)
-    return found
+    return wanted
+
+
+def _check_tap(name: str, tap: Tap, present: frozenset[str], depths: Mapping[str, int]) -> None:
+    """Refuses taps of sites or layers that this pass lacks."""
+    if name not in SITES:
+        raise UserError(f"unknown tap {name!r}{nearest(name, SITES)}")
+    if name not in present:
+        raise UserError(
+            f"tap {name!r} is no site of this pass: this model lacks it, or it needs an image and these inputs "
+            "have none: give images or drop the tap"
+        )
+    if tap.layers is None:
+        return
+    depth = depths[name.partition(".")[0]] if layered(name) else 0
+    once = len(set(tap.layers)) == len(tap.layers) > 0
+    if not once or not set(tap.layers) <= set(range(depth)):
+        raise UserError(f"tap {name!r} asks for layers {list(tap.layers)}: name some of its {depth} layers, each once")
 
 
 def layered(site: str) -> bool:
-    """Whether a site occurs once per layer."""
+    """Whether a site occurs once per layer of the decoder or once per block of the vision tower."""
     return site in LAYER_SITES or site in BLOCK_SITES
 
 
 def _check_acts(intervention: Intervention, kind: str, depths: Mapping[str, int], shape: tuple[int, int]) -> None:
-    """Refuses tables of another depth, tokens of another batch and, where the arrays are known, what acts in no layer
-    or on no token."""
-    known = []
-    active = intervention.active() if hasattr(intervention, "active") else {}
+    """Refuses tables of another depth and tokens of another batch; and, where the arrays are known, an intervention
+    that acts in no layer or on no token."""
+    tables, active = [], intervention.active()
     for site in sorted(intervention.sites & active.keys()):
         table, tower = active[site], site.partition(".")[0]
-        right = (depths[tower],) if layered(site) else ()
-        if np.shape(table) != right:
-            has = f"{right[0]} layers" if right else "no layers"
+        expected = (depths[tower],) if layered(site) else ()
+        if np.shape(table) != expected:
+            has = f"{expected[0]} layers" if expected else "no layers"
             raise UserError(f"{kind} at {site!r} has a table of shape {np.shape(table)}, but the site has {has}")
-        known.append(table[: depths["deepstack"]] if site == "text.deepstack" else table)
+        tables.append(table[: depths["deepstack"]] if site == "text.deepstack" else table)
     where = ", ".join(sorted(intervention.sites))
-    if known and not any(isinstance(table, jax.core.Tracer) or np.any(table) for table in known):
+    everywhere = not intervention.sites <= active.keys()
+    if not everywhere and not any(isinstance(table, jax.core.Tracer) or np.any(table) for table in tables):
         raise UserError(f"{kind} touches nothing: it acts in no layer or head of {where}")
-    tokens = intervention.tokens() if hasattr(intervention, "tokens") else None
+    tokens = intervention.tokens()
     if tokens is None:
         return
-    text = all(site.startswith("text.") for site in intervention.sites)
-    if text and np.shape(tokens) not in (tuple(shape), (1, shape[1])):
+    of_text = Stage.VISION not in map(stage, intervention.sites)
+    if of_text and np.shape(tokens) not in (tuple(shape), (1, shape[1])):
         raise UserError(
             f"{kind} is for prompts of shape {np.shape(tokens)}, but these have {tuple(shape)}: bind it anew"
         )

@@ -1,7 +1,8 @@
-"""The kinds of intervention, one file per subject. What they share, and the rules they follow: :mod:`.base`."""
+"""The kinds of intervention, one file per subject. :mod:`interventions.kinds.base` has what they share."""
 
 from interventions.kinds.add import Add, Noise
 from interventions.kinds.attention import AttentionKnockout, UniformAttention
+from interventions.kinds.base import KINDS
 from interventions.kinds.gates import Gate, HeadGate
 from interventions.kinds.lora import LoRA
 from interventions.kinds.loreft import LoReFT
@@ -9,6 +10,7 @@ from interventions.kinds.patch import Patch, Replace
 from interventions.kinds.project_out import ProjectOut
 
 __all__ = [
+    "KINDS",
     "Add",
     "AttentionKnockout",
     "Gate",

@@ -1,20 +1,19 @@
 """Adds something to values: a vector (steering), an array, Gaussian noise."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from interventions.kinds.base import OnTokens, option, slot_at
+from interventions.kinds.base import OnTokens, kind, option, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, token_axis
 
 
-@flax.struct.dataclass
+@kind
 class Noise(OnTokens):
     """Adds Gaussian noise of standard deviation ``scale (B,)`` at a site outside of the layers (P0, equation 5).
 
-    ``key (B, 2)`` uint32, :func:`jax.random.key_data` of one key per row: a row's noise does not depend on its batch.
-    Needs the tokens; generated ones are left alone.
+    ``key (B, 2)`` uint32 is :func:`jax.random.key_data` of one key per row, so a row's noise does not depend on its
+    batch. It needs ``where`` or ``group``. Generated tokens are left alone.
     """
 
     key: jax.Array
@@ -39,10 +38,11 @@ class Noise(OnTokens):
         return self.only(site, value + noise.astype(value.dtype), value, ctx)
 
 
-@flax.struct.dataclass
+@kind
 class Add(OnTokens):
-    """Adds ``value`` at one site: a vector on every token (steering) ``(..., D)``, or something for each token of the
-    prompt ``(B, T, ..., D)``, then never to generated ones. In layers it has K slots in front and a ``slot (L,)``."""
+    """Adds ``value`` at one site. It is a vector ``(..., D)`` for every token (steering); or an array
+    ``(B, T, ..., D)`` for the tokens of the prompt, which leaves generated tokens alone. At a site of the layers,
+    ``value`` has a leading axis of K slots and ``slot (L,)`` says which layer uses which."""
 
     value: jax.Array
     site: str = option("text.embeddings")
@@ -56,11 +56,11 @@ class Add(OnTokens):
         return {self.site: jnp.asarray(True) if self.slot is None else self.slot < len(self.value)}
 
     def tokens(self) -> jax.Array | None:
-        own = self.value if self.slot is None else self.value.any(0)
-        if self.where is not None or own.ndim < 3:
+        added = self.value if self.slot is None else self.value.any(0)
+        if self.where is not None or added.ndim < 3:
             return self.where
-        changed = (own != 0).any(tuple(set(range(1, own.ndim)) - {token_axis(self.site)}))
-        return changed | ~changed.any()  # zeros are there to be differentiated: they stand for all tokens
+        changed = (added != 0).any(tuple(set(range(1, added.ndim)) - {token_axis(self.site)}))
+        return changed | ~changed.any()  # an array of zeros is there to be differentiated, so it acts on all tokens
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         added, used = self.value, True

@@ -1,35 +1,39 @@
-"""Changes who reads whom: attention knock-outs between token groups, and even attention."""
+"""Changes which tokens read which: attention knock-outs between token groups, and uniform attention."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interventions.kinds.base import OnTokens, layer_table, option
+from interventions.kinds.base import OnTokens, kind, layer_table, option
 from interventions.kinds.groups import GROUPS, members
-from vlm_jax.errors import UserError
-from vlm_jax.sites import Context
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.sites import Context, Intervention
 
 MODES = ("post_softmax", "pre_softmax", "value_norm", "random_mass")
 
 
-@flax.struct.dataclass
-class AttentionKnockout:
-    """Takes the attention of some token groups to others away: ``keep (L, G, G)``, by query's and key's group, is what
-    is left of it. ``groups (B, T)`` are the labels of :func:`interventions.kinds.groups.label`; generated tokens are
-    ``new``.
+@kind
+class AttentionKnockout(Intervention):
+    """Takes away attention between token groups: ``keep (L, G, G)``, by the query's and the key's group, is the share
+    of it that is left. ``groups (B, T)`` are the tokens' labels (:func:`interventions.kinds.groups.label`); generated
+    tokens are in the group ``new``.
+
+    ``group_names`` names the G groups in the order of ``keep``'s axes and of the labels. It is saved with them, so a
+    file keeps its meaning when the library gets another group: :meth:`bound` and loading bring the table into today's
+    order, in which a group that the file does not know keeps its attention.
 
     mode:
-        post_softmax: the probabilities are multiplied by ``keep`` and do not sum to 1 any more (P1, equations 3, 4).
-        pre_softmax: the keys are masked, so what is left sums to 1 (Geva et al. 2023). The same as post_softmax,
-            renormalised.
-        value_norm: control: every key is read, but the head's output is scaled to the norm that post_softmax would
-            leave it. What this changes, less norm explains and missing information does not.
-        random_mass: control: the same mass of attention is taken from other keys, in a random order (``key``), the
-            last of them in part; from all the others where they hold less.
+        post_softmax: the probabilities are multiplied by ``keep``, so they do not sum to 1 any more (P1, equations 3
+            and 4).
+        pre_softmax: the keys are masked before the softmax, so the probabilities that are left sum to 1 (Geva et al.
+            2023). This equals post_softmax, renormalised.
+        value_norm: a control. Every key is read, but the head's output is scaled to the norm that it has under
+            post_softmax. It separates the effect of a smaller output from that of missing information.
+        random_mass: a control. The same mass of attention is taken from other keys, in a random order (``key``). The
+            last of them loses a part; if the others hold less than this mass, they lose all of it.
     """
 
     keep: jax.Array
@@ -37,6 +41,7 @@ class AttentionKnockout:
     key: jax.Array | None = None
     mode: str = option("post_softmax")
     new: str = option("answer")
+    group_names: tuple[str, ...] = option(GROUPS)
 
     @classmethod
     def between(
@@ -72,23 +77,57 @@ class AttentionKnockout:
         if self.groups is None:
             return None
         groups, length = jnp.asarray(self.groups), self.groups.shape[1]
-        member = groups[:, :, None] == jnp.arange(len(GROUPS))
-        first = jnp.where(member.any(1), member.argmax(1), length)  # (B, G): where the first key of a group is
+        is_member = groups[:, :, None] == jnp.arange(len(self.group_names))  # (B, T, G)
+        first_key = jnp.where(is_member.any(1), is_member.argmax(1), length)  # (B, G): each group's first token
         cut = (jnp.asarray(self.keep) != 1).any(0)[groups]  # (B, T, G)
-        return (cut & (first[:, None] <= jnp.arange(length)[:, None])).any(-1)  # no token sees a later one
+        return (cut & (first_key[:, None] <= jnp.arange(length)[:, None])).any(-1)  # no token sees a later one
 
     def bound(self, labels: np.ndarray) -> "AttentionKnockout":
-        return self.replace(groups=labels)
+        return self.in_order_of(GROUPS).replace(groups=labels)
+
+    @classmethod
+    def restored(cls, fields: dict[str, Any]) -> "AttentionKnockout":
+        if "group_names" not in fields:
+            raise UserError(
+                "the file's AttentionKnockout does not name the token groups of its table: make it again with "
+                "AttentionKnockout.between and save it"
+            )
+        return cls(**fields).in_order_of(GROUPS)
+
+    def in_order_of(self, names: tuple[str, ...]) -> "AttentionKnockout":
+        """The same knock-out with ``keep`` and ``groups`` for these group names. Groups that it does not know keep
+        their attention.
+
+        Raises:
+            UserError: if ``keep`` is not for the groups it names, or if one of them is not in ``names``.
+        """
+        known = self.group_names
+        if np.shape(self.keep)[1:] != (len(known),) * 2 or len(set(known)) != len(known):
+            raise UserError(
+                f"AttentionKnockout names the token groups {', '.join(known)}, but its table has the shape "
+                f"{np.shape(self.keep)}: give one row and one column for each group"
+            )
+        if unknown := [name for name in known if name not in names]:
+            raise UserError(
+                f"AttentionKnockout has a table for the unknown token group {unknown[0]!r}{nearest(unknown[0], names)}"
+            )
+        if known == names:
+            return self
+        index = np.array([names.index(name) for name in known])
+        keep = jnp.ones((len(self.keep), len(names), len(names)), self.keep.dtype)
+        keep = keep.at[:, index[:, None], index].set(self.keep)
+        groups = None if self.groups is None else jnp.asarray(index.astype(np.int32))[self.groups]
+        return self.replace(keep=keep, groups=groups, group_names=names)
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         if self.groups is None:
             raise UserError("AttentionKnockout must know the token groups: bind it to a batch first")
-        groups, new = self.groups, GROUPS.index(self.new)
+        groups, new = self.groups, self.group_names.index(self.new)
         queries = ctx.tokens(groups, value.shape[2], new)
         keys = ctx.keys(groups, value.shape[3], new)
         # (B, S, G) by one-hot rather than by gathering (B, S, keys) entries one by one.
         rows = self.keep[ctx.layer][queries]
-        keep = jnp.einsum("bsg,bkg->bsk", rows, jax.nn.one_hot(keys, len(GROUPS), dtype=rows.dtype))[:, None]
+        keep = jnp.einsum("bsg,bkg->bsk", rows, jax.nn.one_hot(keys, rows.shape[-1], dtype=rows.dtype))[:, None]
         match self.mode:
             case "pre_softmax":
                 lowest = jnp.finfo(value.dtype).min
@@ -102,12 +141,13 @@ class AttentionKnockout:
         return self._without_mass(value, keep, keys, ctx.layer)
 
     def _without_mass(self, value: jax.Array, keep: jax.Array, keys: jax.Array, layer) -> jax.Array:
-        """The probabilities less the mass that ``keep`` would take, taken from other keys in a random order."""
+        """The probabilities ``value (B, H, S, keys)`` after the mass that ``keep`` would take is taken from other keys
+        in a random order; ``keys (B, keys)`` are the keys' groups."""
         mass = (value * (1 - keep)).sum(-1, keepdims=True)
-        # One order for all rows, heads and queries; by a key's number in its row, so that padding does not matter.
+        # One order for all rows, heads and queries. A key is known by its number in its row, so padding has no effect.
         random = jax.random.fold_in(jax.random.wrap_key_data(self.key), layer)
         draw = jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(random, number)))
-        number = jnp.cumsum(keys != GROUPS.index("padding"), 1)
+        number = jnp.cumsum(keys != self.group_names.index("padding"), 1)
         order = jnp.argsort(draw(jnp.arange(value.shape[-1] + 1))[number], 1)
         others = jnp.where(keep == 1, value, 0)
         others = jnp.take_along_axis(others, order[:, None, None], -1)
@@ -115,10 +155,10 @@ class AttentionKnockout:
         return value - jnp.take_along_axis(taken, jnp.argsort(order, 1)[:, None, None], -1)
 
 
-@flax.struct.dataclass
+@kind
 class UniformAttention(OnTokens):
-    """Makes attention uniform over the visible keys where ``strength (L,)`` is 1 (TaLo's other form, P3): the scores
-    are scaled by ``1 - strength``, which is what zeroing q_proj does."""
+    """Makes attention uniform over the visible keys in layers whose ``strength (L,)`` is 1 (P3, TaLo's other cut). The
+    scores are scaled by ``1 - strength``; at 1 this equals zeroing q_proj."""
 
     strength: jax.Array
     site: str = option("text.attn_scores")

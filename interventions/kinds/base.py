@@ -1,14 +1,21 @@
-"""The kinds of intervention: small frozen pytrees on the protocol of :mod:`vlm_jax.sites`.
+"""What the kinds of intervention share: the registry, and the tables that say where a kind acts.
 
-Three rules hold for all of them. *Which layers*: a table with one entry per layer, either a strength or an int32
-**slot table** ``slot (L,)``: the slot that a layer uses, or the number of slots where it uses none. Slots are compact:
-what is not placed has no array. Sites outside of the layers have a scalar in its place. *Which tokens of the prompt*:
-``where (B, T)`` bool; or ``group``, the name of a token group that :func:`interventions.kinds.groups.bind` looks up in
-every batch; or, without both, all. *Generated tokens*: acted on where all are, else only if ``new``.
+A kind is a small frozen pytree with the members of :class:`vlm_jax.sites.Intervention`. All kinds follow three rules.
+
+*Which layers*: an array with one entry per layer. It is either a strength or an int32 **slot table** ``slot (L,)``. A
+slot table holds the number of the slot that each layer uses, or the number of slots where a layer uses none. So a layer
+that is not placed needs no array. At a site outside of the layers, a scalar takes the table's place.
+
+*Which tokens of the prompt*: ``where (B, T)`` bool; or ``group``, the name of a token group, which
+:func:`interventions.kinds.groups.bind` looks up in every batch; or all tokens, if neither is given.
+
+*Generated tokens*: a kind without ``where`` and ``group`` acts on them too. Otherwise it does so only if ``new``.
+
+docs/interventions.md ("A kind of your own") shows how to write one.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import flax.struct
 import jax
@@ -17,19 +24,43 @@ import numpy as np
 
 from interventions.kinds.groups import members
 from vlm_jax.errors import UserError
-from vlm_jax.sites import Context, head_axis, token_axis
+from vlm_jax.sites import Context, Intervention, Stage, head_axis, stage, token_axis
+
+Kind = TypeVar("Kind", bound=type[Intervention])
+#: Name in files -> kind; :func:`kind` fills it.
+KINDS: dict[str, type[Intervention]] = {}
 
 
 def option(default: Any = None) -> Any:
-    """A static field."""
+    """A static field: part of the compiled program, saved as JSON."""
     return flax.struct.field(pytree_node=False, default=default)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(flax.struct.field, option))
+def kind(cls: Kind) -> Kind:
+    """Class decorator: turns a subclass of :class:`vlm_jax.Intervention` into a frozen dataclass and pytree, and
+    registers it under its name, so that it can be saved and loaded.
+
+    Fields are arrays, or dicts and tuples of them; static fields are :func:`option`.
+
+    Raises:
+        UserError: for a class that is no intervention, or whose name another kind has. (The same class may be defined
+            again, as when a notebook's cell is run twice.)
+    """
+    if not issubclass(cls, Intervention):
+        raise UserError(f"{cls.__name__} is no intervention: derive it from vlm_jax.Intervention")
+    other = KINDS.get(cls.__name__)
+    if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise UserError(f"the kind {cls.__name__!r} exists in {other.__module__} already: choose another name")
+    KINDS[cls.__name__] = flax.struct.dataclass(cls)
+    return KINDS[cls.__name__]
 
 
 def layer_table(depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float = 0.0) -> np.ndarray:
     """``(depth,)`` float32: ``on`` at the layers (None: all), ``off`` elsewhere.
 
     Raises:
-        UserError: for a layer that the model lacks, or for none at all.
+        UserError: for a layer that the model lacks, or for an empty list.
     """
     layers = range(depth) if layers is None else list(layers)
     if not layers or not set(layers) <= set(range(depth)):
@@ -44,13 +75,13 @@ def slots(depth: int, layers: Iterable[int] | None) -> np.ndarray:
 
 
 def slot_at(slot: jax.Array, count: int, ctx: Context) -> tuple[jax.Array, jax.Array]:
-    """The slot that is used here, and whether any is."""
+    """The slot that this layer uses (0 to ``count - 1`` in any case, so that it can index), and whether it uses one."""
     slot = slot if ctx.layer is None else slot[ctx.layer]
     return jnp.minimum(slot, count - 1), slot < count
 
 
 def beside_tokens(tokens: jax.Array, site: str, ndim: int) -> jax.Array:
-    """``(B, S)`` in the shape that broadcasts against a value at the site."""
+    """``tokens (B, S)`` in the shape that broadcasts against a value with ``ndim`` axes at the site."""
     axis = token_axis(site)
     shape = [1] * ndim
     shape[axis - 1 if site.endswith("deepstack_merger_list") else 0], shape[axis] = tokens.shape
@@ -58,14 +89,15 @@ def beside_tokens(tokens: jax.Array, site: str, ndim: int) -> jax.Array:
 
 
 def beside_heads(heads: jax.Array, site: str, ndim: int) -> jax.Array:
+    """``heads (H,)`` in the shape that broadcasts against a value with ``ndim`` axes at the site."""
     shape = [1] * ndim
     shape[head_axis(site)] = -1
     return heads.reshape(shape)
 
 
 @flax.struct.dataclass(kw_only=True)
-class OnTokens:
-    """What the kinds share that act on some of the tokens."""
+class OnTokens(Intervention):
+    """The base of kinds that can act on some of the tokens: they return ``self.only(site, changed, value, ctx)``."""
 
     where: jax.Array | None = None
     group: str | None = option()
@@ -75,21 +107,21 @@ class OnTokens:
         return self.where
 
     def bound(self, labels: np.ndarray):
-        """With ``where`` taken from the labels ``(B, T)`` of a batch."""
+        """With ``where`` taken from the labels ``(B, T)`` of a batch, if it names a group."""
         if self.group is None:
             return self
-        if other := sorted(site for site in self.sites if not site.startswith("text.")):
-            raise UserError(f"{type(self).__name__} is on tokens of the prompt, which {other[0]!r} does not have")
+        if vision := sorted(site for site in self.sites if stage(site) is Stage.VISION):
+            raise UserError(f"{type(self).__name__} is on tokens of the prompt, which {vision[0]!r} does not have")
         where = np.isin(labels, members(self.group))
         if not where.any():
             raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}, of which this batch has none")
         return self.replace(where=where)
 
     def only(self, site: str, changed: jax.Array, value: jax.Array, ctx: Context) -> jax.Array:
-        """``changed`` at the tokens that are meant, ``value`` elsewhere."""
+        """``changed`` at the tokens that it acts on, ``value`` elsewhere."""
         if self.where is None:
             if self.group is not None:
                 raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}: bind it to a batch first")
             return changed
-        here = ctx.tokens(self.where, value.shape[token_axis(site)], self.new)
-        return jnp.where(beside_tokens(here, site, value.ndim), changed, value)
+        marked = ctx.tokens(self.where, value.shape[token_axis(site)], self.new)
+        return jnp.where(beside_tokens(marked, site, value.ndim), changed, value)

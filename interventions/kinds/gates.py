@@ -1,17 +1,16 @@
-"""Scales what layers or heads write; 0 cuts them out."""
+"""Gates: they scale the output of modules or heads; 0 cuts it."""
 
 from collections.abc import Iterable
 
-import flax.struct
 import jax
 import numpy as np
 
-from interventions.kinds.base import OnTokens, beside_heads, layer_table, option
+from interventions.kinds.base import OnTokens, beside_heads, kind, layer_table, option
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, head_axis
 
 
-@flax.struct.dataclass
+@kind
 class Gate(OnTokens):
     """Scales the values at sites by ``scale[site] (L,)``; 0 cuts (TaLo's cut, P3, is 0 at one layer's attn_out)."""
 
@@ -21,7 +20,7 @@ class Gate(OnTokens):
     def cut(
         cls, depth: int, layers: Iterable[int], modules: Iterable[str] = ("attn",), scale: float = 0.0, **tokens
     ) -> "Gate":
-        """Takes the attention and/or MLP of some layers out: modules "attn", "mlp". ``tokens``: where, group, new."""
+        """Cuts the attention ("attn") or MLP ("mlp") output of some layers. ``tokens``: where, group, new."""
         layers = list(layers)
         return cls({f"text.{module}_out": layer_table(depth, layers, scale, 1.0) for module in modules}, **tokens)
 
@@ -37,7 +36,7 @@ class Gate(OnTokens):
         return self.only(site, value * scale, value, ctx)
 
 
-@flax.struct.dataclass
+@kind
 class HeadGate(OnTokens):
     """Scales what attention heads read (``head_out``, before the output projection) by ``scale (L, H)``."""
 
@@ -46,7 +45,7 @@ class HeadGate(OnTokens):
 
     @classmethod
     def cut(cls, depth: int, count: int, heads: Iterable[tuple[int, int]], scale: float = 0.0) -> "HeadGate":
-        """Takes out ``(layer, head)`` pairs of a model with ``count`` heads a layer."""
+        """Cuts ``(layer, head)`` pairs of a model with ``depth`` layers of ``count`` heads."""
         scales = np.ones((depth, count), np.float32)
         for layer, head in heads:
             if not (0 <= layer < depth and 0 <= head < count):

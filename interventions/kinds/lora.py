@@ -1,27 +1,26 @@
 """Low-rank adapters of the decoder's linears."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interventions.kinds.base import slot_at
-from vlm_jax.sites import TEXT_LINEARS, Context
+from interventions.kinds.base import kind, option, slot_at
+from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
 
 
-@flax.struct.dataclass
-class LoRA:
+@kind
+class LoRA(Intervention):
     """Low-rank adapters: ``y + scale * dropout(x) @ A @ B`` at placed linears (Hu et al. 2022), on every token.
 
-    ``weights[site] = (A (K, in, r), B (K, r, out))`` are the trainable arrays. Dropout (of the adapter's input, as
-    PEFT does) happens only where a ``key`` is given.
+    ``weights[site] = (A (K, in, r), B (K, r, out))`` are the trainable arrays. With a ``key``, the adapter's input gets
+    dropout, as in PEFT.
     """
 
     weights: dict[str, tuple[jax.Array, jax.Array]]
     slot: dict[str, jax.Array]
     scale: jax.Array
     key: jax.Array | None = None
-    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    dropout: float = option(0.0)
 
     @property
     def sites(self) -> frozenset[str]:
@@ -29,9 +28,6 @@ class LoRA:
 
     def active(self) -> dict[str, jax.Array]:
         return {site: slot < len(self.weights[site][0]) for site, slot in self.slot.items()}
-
-    def tokens(self) -> None:
-        return None
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         a, b = self.weights[site]
@@ -41,7 +37,7 @@ class LoRA:
             key = None if self.key is None else jax.random.fold_in(self.key, 0 if ctx.layer is None else ctx.layer)
             return low_rank(x, a[slot], b[slot], self.scale, site, key, self.dropout).astype(value.dtype)
 
-        if len(a) == np.size(self.slot[site]):  # hardly a layer without one: skipping it costs more than it saves
+        if len(a) == np.size(self.slot[site]):  # nearly every layer has one: a branch costs more than it saves
             return value + jnp.where(used, delta(ctx.input), 0)
         return value + jax.lax.cond(used, delta, lambda x: jnp.zeros_like(value), ctx.input)
 
@@ -50,20 +46,20 @@ def low_rank(
     x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, site: str, key: jax.Array | None, rate: float
 ) -> jax.Array:
     """What LoRA adds at a linear: ``scale * dropout(x) @ a @ b``; ``x (B, T, in)``, ``a (in, r)``, ``b (r, out)``.
-    Dropout is done where there is a ``key`` (of this layer; every linear draws its own from it)."""
+    ``key`` is the layer's, from which every linear draws its own; None: no dropout."""
     if key is not None and rate:
         x = _drop(x, rate, jax.random.fold_in(key, _LINEARS.index(site)))
     flat = x.reshape(-1, x.shape[-1])
     return ((flat @ a) @ b * scale).reshape(*x.shape[:-1], -1)
 
 
-#: The linears that may have adapters, numbered whichever of them do.
+#: The linears that may have adapters. The index of a linear seeds its dropout, so it may not depend on the placement.
 _LINEARS = sorted(f"text.{name}" for names in TEXT_LINEARS.values() for name in names)
 
 
 def _drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Dropout with one random byte per number, since random words cost more than a small model's layers: the rate is
-    rounded to a multiple of 1 / 256 above 0 and below 1, and what is kept is scaled by the rounded rate."""
+    """Dropout with one random byte per number, because random words cost more than a small model's layers. The rate is
+    rounded to a multiple of 1 / 256 above 0 and below 1; the kept numbers are scaled by the rounded rate."""
     words = jax.random.bits(key, (-(-x.size // 4),), jnp.uint32)
     noise = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
     dropped = min(max(round(rate * 256), 1), 255)

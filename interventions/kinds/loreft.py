@@ -1,14 +1,13 @@
 """Low-rank representation editors."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from interventions.kinds.base import OnTokens, slot_at
+from interventions.kinds.base import OnTokens, kind, slot_at
 from vlm_jax.sites import Context
 
 
-@flax.struct.dataclass
+@kind
 class LoReFT(OnTokens):
     """Low-rank linear representation editors: ``h + (W h + b - U h) U^T`` (Wu et al. 2024; P4, equation 1).
 

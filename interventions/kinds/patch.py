@@ -1,21 +1,20 @@
-"""Puts other values in the place of values: another run's (patching), or a fixed vector."""
+"""Replaces values: by another run's (patching), or by a fixed vector."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from interventions.kinds.base import OnTokens, beside_heads, beside_tokens, option, slot_at
+from interventions.kinds.base import OnTokens, beside_heads, beside_tokens, kind, option, slot_at
 from vlm_jax.errors import UserError
-from vlm_jax.sites import Context, token_axis
+from vlm_jax.sites import Context, Intervention, token_axis
 
 
-@flax.struct.dataclass
-class Patch:
-    """Replaces values by a donor's: causal patching (P0, section 2.2).
+@kind
+class Patch(Intervention):
+    """Replaces values by those of another run, the donor: causal patching (P0, section 2.2).
 
-    ``donor[site] (K, B, T', ...)`` holds K slots of values of the tokens from ``start`` on; None is one slot that a
-    sweep fills with its clean run's value of the same layer. ``heads (H,)`` bool keeps to some heads, at sites that
-    have them. Generated tokens are left alone.
+    ``donor[site] (K, B, T', ...)`` holds K slots of values of the tokens from ``start`` on. A donor of None is one
+    slot, which a sweep fills with its clean run's value of the same layer. ``where (B, T)`` and ``heads (H,)``, both
+    bool, restrict the patch to some tokens and heads. Generated tokens are left alone.
     """
 
     donor: dict[str, jax.Array | None]
@@ -30,18 +29,18 @@ class Patch:
 
     @property
     def missing(self) -> frozenset[str]:
-        """The sites whose donor is a sweep's clean run."""
+        """The sites without a donor: a sweep takes the clean run's values there."""
         return frozenset(site for site, donor in self.donor.items() if donor is None)
 
     def filled(self, values: dict[str, jax.Array]) -> "Patch":
         """With the missing donors taken from the values of every layer ``(L, B, T, ...)``."""
-        depth = {site: len(values[site]) for site in self.missing}
-        slot = {site: jnp.where(self.slot[site] == 0, jnp.arange(n), n) for site, n in depth.items()}
-        return self.replace(donor=self.donor | {site: values[site] for site in depth}, slot=self.slot | slot)
+        depths = {site: len(values[site]) for site in self.missing}
+        slot = {site: jnp.where(self.slot[site] == 0, jnp.arange(n), n) for site, n in depths.items()}
+        return self.replace(donor=self.donor | {site: values[site] for site in depths}, slot=self.slot | slot)
 
     def active(self) -> dict[str, jax.Array]:
-        some = True if self.heads is None else self.heads.any()
-        return {site: (slot < self._count(site)) & some for site, slot in self.slot.items()}
+        any_head = True if self.heads is None else self.heads.any()
+        return {site: (slot < self._count(site)) & any_head for site, slot in self.slot.items()}
 
     def _count(self, site: str) -> int:
         return 1 if self.donor[site] is None else len(self.donor[site])
@@ -61,22 +60,22 @@ class Patch:
                     f"Patch holds a donor's tokens {begin} to {end} at {site!r}, but the run has "
                     f"{ctx.start} to {ctx.start + value.shape[axis]}: give values of a prompt of this shape"
                 )
-            here = jax.lax.dynamic_slice_in_dim(donor[slot], ctx.start - self.start, value.shape[axis], axis)
+            patched = jax.lax.dynamic_slice_in_dim(donor[slot], ctx.start - self.start, value.shape[axis], axis)
         elif ctx.donors is not None:
-            here = ctx.donors[site]
+            patched = ctx.donors[site]
         else:
             raise UserError(f"Patch has no donor at {site!r}: give its values, or sweep it beside a clean run")
         if self.where is not None:
             used = used & beside_tokens(ctx.tokens(self.where, value.shape[axis]), site, value.ndim)
         if self.heads is not None:
             used = used & beside_heads(self.heads, site, value.ndim)
-        return jnp.where(used, here, value)
+        return jnp.where(used, patched, value)
 
 
-@flax.struct.dataclass
+@kind
 class Replace(OnTokens):
-    """Puts a vector ``value (..., D)`` in the place of values, such as a mean image embedding (P2). In layers it has K
-    slots in front and a ``slot (L,)``."""
+    """Replaces values by a vector ``value (..., D)``, such as a mean image embedding (P2). At a site of the layers,
+    ``value`` has a leading axis of K slots and ``slot (L,)`` says which layer uses which."""
 
     value: jax.Array
     site: str = option("text.embeddings")
@@ -90,8 +89,8 @@ class Replace(OnTokens):
         return {self.site: jnp.asarray(True) if self.slot is None else self.slot < len(self.value)}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        put, used = self.value, True
+        vector, used = self.value, True
         if self.slot is not None:
-            slot, used = slot_at(self.slot, len(put), ctx)
-            put = put[slot]
-        return self.only(site, jnp.where(used, put.astype(value.dtype), value), value, ctx)
+            slot, used = slot_at(self.slot, len(vector), ctx)
+            vector = vector[slot]
+        return self.only(site, jnp.where(used, vector.astype(value.dtype), value), value, ctx)

@@ -1,16 +1,15 @@
 """Removes directions from values."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interventions.kinds.base import OnTokens, slot_at
+from interventions.kinds.base import OnTokens, kind, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context
 
 
-@flax.struct.dataclass
+@kind
 class ProjectOut(OnTokens):
     """Removes directions: ``y - (y V^T) V`` with K slots of R orthonormal rows ``directions (K, R, D)`` (P2)."""
 
@@ -19,12 +18,12 @@ class ProjectOut(OnTokens):
 
     @classmethod
     def of(cls, vectors: np.ndarray, slot: dict[str, jax.Array], **tokens) -> "ProjectOut":
-        """From any vectors ``(K, R, D)``: their spans are taken out."""
-        _, size, rows = np.linalg.svd(np.asarray(vectors, np.float64), full_matrices=False)
-        rank = size > 1e-6 * size.max(-1, keepdims=True)
-        if not rank.any(-1).all():
+        """From any vectors ``(K, R, D)``: each slot removes the span of its R vectors."""
+        _, singular, rows = np.linalg.svd(np.asarray(vectors, np.float64), full_matrices=False)
+        is_direction = singular > 1e-6 * singular.max(-1, keepdims=True)
+        if not is_direction.any(-1).all():
             raise UserError("ProjectOut has a slot whose vectors are all zero: they span no direction")
-        return cls((rows * rank[..., None]).astype(np.float32), slot, **tokens)
+        return cls((rows * is_direction[..., None]).astype(np.float32), slot, **tokens)
 
     @property
     def sites(self) -> frozenset[str]:

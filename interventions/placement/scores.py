@@ -30,7 +30,7 @@ from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.data import Example
 from vlm_jax.prompts import Batch
 from vlm_jax.runs.processes import fetch, progress
-from vlm_jax.sites import NO_TAPS, TEXT_LINEARS, Context, Probe
+from vlm_jax.sites import NO_TAPS, TEXT_LINEARS, Context, Intervention, Probe
 
 #: What the gradients of :func:`gradient_norm` that are kept at a time may take; a batch's own come on top.
 GRADIENT_BYTES = 2**32
@@ -178,7 +178,7 @@ def talo(model: Model, groups: Groups) -> np.ndarray:
 
 
 @flax.struct.dataclass
-class Gauge:
+class Gauge(Intervention):
     """Changes nothing; its gradient is a measurement. The "gradient" by ``zeros[site] (L, B)`` is, for every layer and
     sample, what is measured of the true gradient ``g (B, T, D)`` at the site, while the backward pass is there:
 
@@ -230,7 +230,7 @@ def _inner(difference: jax.Array, g: jax.Array) -> jax.Array:
     return jnp.sum(difference * g, range(1, g.ndim))
 
 
-class _Listener:
+class _Listener(Intervention):
     """A LoRA whose outputs' squared norms, over the tokens of ``mask (B, T)``, are noted while a layer is traced."""
 
     def __init__(self, lora: LoRA, mask: jax.Array):

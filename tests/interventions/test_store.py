@@ -33,7 +33,9 @@ from interventions import (
     load_interventions,
     save_interventions,
 )
-from interventions.store import KINDS
+from interventions.kinds import KINDS
+from interventions.kinds.base import kind, option
+from vlm_jax import Intervention
 from vlm_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
@@ -109,7 +111,8 @@ def reloaded(intervention, tmp_path):
 
 
 def test_every_kind_is_here():
-    assert {type(intervention).__name__ for intervention in SAVED.values()} == set(KINDS)
+    ours = {name for name, made in KINDS.items() if made.__module__.startswith("interventions.kinds.")}
+    assert {type(intervention).__name__ for intervention in SAVED.values()} == ours
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -316,10 +319,154 @@ def test_unknown_kind_is_named(file):
     assert "'Gates'" in refusal(file) and "'Gate'" in refusal(file)
 
 
-def test_other_kinds_cannot_be_saved(tmp_path):
+def test_unregistered_kinds_cannot_be_saved(tmp_path):
     class Mine(Gate):
         pass
 
     with pytest.raises(UserError, match="Mine"):
         save_interventions(tmp_path / "file", (Mine({"text.norm": np.float32(1)}),))
     assert not (tmp_path / "file").exists()
+
+
+# Kinds from outside of the library
+
+
+@kind
+class Sharpen(Intervention):
+    """Scales the attention scores of chosen layers."""
+
+    strength: jax.Array  # (L,)
+    place: tuple[str, ...] = option(("text.attn_scores",))
+
+    @property
+    def sites(self):
+        return frozenset(self.place)
+
+    def active(self):
+        return dict.fromkeys(self.place, self.strength != 1)
+
+    def __call__(self, site, value, ctx):
+        return value * self.strength[ctx.layer]
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    save_interventions(tmp_path / "foreign", (Sharpen(np.array([1, 3], np.float32)), SAVED["Gate"]))
+    return tmp_path / "foreign"
+
+
+def test_kinds_of_others_come_back_and_act(foreign, model, inputs):
+    loaded = load_interventions(foreign)
+    assert isinstance(loaded[0], Sharpen) and loaded[0].place == ("text.attn_scores",)
+    assert "text.attn_scores L1" in describe(loaded[0])
+    run = jax.jit(lambda m, i: m(inputs, i).logits)
+    got, plain = run(model, loaded[:1]), run(model, ())
+    assert np.abs(np.asarray(got) - np.asarray(plain)).max() > 1e-3
+    np.testing.assert_array_equal(got, run(model, (Sharpen(np.array([1, 3], np.float32)),)))
+
+
+def test_a_file_says_which_module_defines_its_kind(foreign, monkeypatch):
+    monkeypatch.delitem(KINDS, "Sharpen")
+    assert "'Sharpen'" in refusal(foreign) and f"import {__name__}," in refusal(foreign)
+
+
+def test_two_kinds_of_one_name_are_refused():
+    with pytest.raises(UserError, match=r"'Gate' exists in interventions\.kinds\.gates") as raised:
+
+        @kind
+        class Gate(Intervention):
+            sites = frozenset({"text.norm"})
+
+            def __call__(self, site, value, ctx):
+                return value
+
+    assert one_sentence(raised.value) and KINDS["Gate"] is type(SAVED["Gate"])
+
+
+def test_a_kind_may_be_defined_again():
+    """As in a notebook's cell that is run twice: the newer class counts."""
+
+    def cell(name):
+        class Twice(Intervention):
+            sites = frozenset({name})
+
+            def __call__(self, site, value, ctx):
+                return value
+
+        return kind(Twice)
+
+    cell("text.embeddings")
+    newer = cell("text.norm")
+    assert KINDS.pop("Twice") is newer and newer.sites == {"text.norm"}
+
+
+def test_only_interventions_are_kinds():
+    with pytest.raises(UserError, match="Table"):
+
+        @kind
+        class Table:
+            values: jax.Array
+
+
+# Token groups have names in files
+
+REVERSED = GROUPS[::-1]
+
+
+def in_reverse(knock):
+    """The same knock-out as a library would save it whose groups are in the reverse order."""
+    last = len(GROUPS) - 1
+    return knock.replace(keep=knock.keep[:, ::-1, ::-1], groups=last - knock.groups, group_names=REVERSED)
+
+
+@pytest.mark.parametrize("mode", ["post_softmax", "random_mass"])
+def test_order_of_the_groups_in_a_file_does_not_matter(tmp_path, model, inputs, mode):
+    run = jax.jit(lambda m, i: m(inputs, i).logits)
+    today = knock(mode, seed=1)
+    want = np.asarray(run(model, (today,)))
+    assert np.abs(want - np.asarray(run(model, ()))).max() > 1e-3
+    np.testing.assert_array_equal(run(model, (in_reverse(today),)), want)
+    loaded = reloaded(in_reverse(today), tmp_path)
+    assert loaded.group_names == GROUPS and digest((loaded,)) == digest((today,))
+    np.testing.assert_array_equal(run(model, (loaded,)), want)
+    # The control: by their order alone, the groups of the file would be other ones.
+    misread = in_reverse(today).replace(group_names=GROUPS, groups=GROUP_LABELS)
+    assert np.abs(np.asarray(run(model, (misread,))) - want).max() > 1e-3
+
+
+def test_a_file_of_fewer_groups_keeps_the_attention_of_new_ones(tmp_path):
+    fewer = tuple(name for name in GROUPS if name != "image_end")
+    rows = [GROUPS.index(name) for name in fewer]
+    today = knock("post_softmax")
+    saved = today.replace(keep=today.keep[:, rows][:, :, rows], group_names=fewer, groups=None)
+    loaded = reloaded(saved, tmp_path)
+    assert loaded.group_names == GROUPS
+    np.testing.assert_array_equal(loaded.keep, today.keep)
+    np.testing.assert_array_equal(saved.bound(GROUP_LABELS).keep, today.keep)
+
+
+def without_group_names(described):
+    del described[0]["options"]["group_names"]
+
+
+def of_a_group_that_is_gone(described):
+    described[0]["options"]["group_names"][0] = "thumbnail"
+
+
+def of_more_groups_than_the_table(described):
+    described[0]["options"]["group_names"].append("register")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (without_group_names, "does not name the token groups"),
+        (of_a_group_that_is_gone, "'thumbnail'"),
+        (of_more_groups_than_the_table, "register"),
+    ],
+)
+def test_groups_that_do_not_fit(tmp_path, change, says):
+    path = tmp_path / "file.safetensors"
+    save_interventions(path, (knock("post_softmax"),))
+    respell(path, change)
+    assert says in refusal(path)

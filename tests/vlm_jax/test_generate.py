@@ -189,7 +189,7 @@ def test_same_shapes_compile_once(model):
 def test_an_intervention_on_the_final_norm_reaches_every_token(mini):
     """With the last site zeroed all logits are equal, so every token is the first of the vocabulary."""
 
-    class Zero:
+    class Zero(vlm_jax.Intervention):
         sites = frozenset({"text.norm"})
 
         def __call__(self, site, value, ctx):
