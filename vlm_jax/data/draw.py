@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_jax.data.scenes import TALLEST, Chart, Emblem, Form, Glyphs, Scene, Signs
-from vlm_jax.data.world import COLOURS
+from vlm_jax.data.world import COLOUR_RGB
 
 SIZE = 64
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif")
 _FINE = 4  # emblems are drawn this much larger, then reduced, for smooth edges
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
+def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """A picture of ``scene``: the scene decides what it says, ``rng`` how it looks."""
     image = _background(rng)
     match scene:
@@ -54,7 +54,7 @@ def _with_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def _tint(colour: str, rng: np.random.Generator) -> tuple[int, ...]:
     """The named colour, a little off."""
-    return tuple(np.clip(np.add(COLOURS[colour], rng.integers(-14, 15, 3)), 0, 255).tolist())
+    return tuple(np.clip(np.add(COLOUR_RGB[colour], rng.integers(-14, 15, 3)), 0, 255).tolist())
 
 
 def _ink(rng: np.random.Generator) -> tuple[int, ...]:

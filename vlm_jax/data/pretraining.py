@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data import scenes, wordings
-from vlm_jax.data.draw import draw
+from vlm_jax.data.draw import draw_scene
 from vlm_jax.data.miniworld import TASKS, ask_fact, pick
 from vlm_jax.data.world import ENTITIES, RELATIONS, WORLD_SEED, Entity
 
@@ -48,7 +48,7 @@ def instruction(index: int) -> Turn:
         return _lookup(rng)
     task = TASKS[rng.choice(list(_TASK_SHARES), p=list(_TASK_SHARES.values()))]
     scene = task.scene(rng)
-    image = draw(scene, rng)
+    image = draw_scene(scene, rng)
     question = task.ask(rng, scene, False)
     return Turn(image, question.text, question.answer, qa=True)
 
@@ -69,7 +69,7 @@ def _lookup(rng: np.random.Generator) -> Turn:
     scene = make(rng, places if rng.random() < 0.5 else int(rng.integers(1, places)))
     parts = scene.rows if isinstance(scene, scenes.Form) else scene.bars if places == 4 else scene.signs
     slot, key, value = pick(rng, parts)
-    image = draw(scene, rng)
+    image = draw_scene(scene, rng)
     return Turn(image, f"Read {slot + 1 if rng.random() < 0.5 else key}.", str(value), qa=False)
 
 
@@ -130,7 +130,7 @@ def _alignment(rng: np.random.Generator, difficulty: float) -> Turn:
     if kind == "emblem":
         scene = scenes.random_emblem(rng)
         named = rng.random() < 0.5
-        image = draw(scene, rng)
+        image = draw_scene(scene, rng)
         return Turn(image, *(("Name it.", scene.entity.name) if named else ("Describe.", scene.entity.look)), qa=False)
     full = rng.random() < 0.2 + 0.8 * difficulty  # else only some of the rows, signs or bars
     match kind:
@@ -144,4 +144,4 @@ def _alignment(rng: np.random.Generator, difficulty: float) -> Turn:
             scene = scenes.random_signs(rng, 3 if full else int(rng.integers(1, 3)))
         case "chart":
             scene = scenes.random_chart(rng, 4 if full else int(rng.integers(1, 4)))
-    return Turn(draw(scene, rng), "Read.", scenes.transcript(scene), qa=False)
+    return Turn(draw_scene(scene, rng), "Read.", scenes.transcript(scene), qa=False)

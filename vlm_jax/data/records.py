@@ -18,7 +18,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ROTATION = 1_000_000
 
 
-class Answered(NamedTuple):
+class GoldAnswers(NamedTuple):
     """What a row says is right; no ``answers`` where it is withheld."""
 
     answers: tuple[str, ...] = ()
@@ -69,36 +69,36 @@ def _options(spec: DatasetSpec, row: dict) -> tuple[str, ...]:
     return tuple(str(value) for value in found if not missing(value))
 
 
-def answered(spec: DatasetSpec, row: dict, names: Sequence[str] | None) -> Answered:
+def gold_answers(spec: DatasetSpec, row: dict, names: Sequence[str] | None) -> GoldAnswers:
     """What a row says is right, by the form in which its dataset says so; ``names`` are those of a ClassLabel."""
     gold = _cell(spec, row, "gold")
     match spec.answers:
         case "texts":
             texts = commonest_first(as_texts(_cell(spec, row, "answers")))
-            return Answered(texts if texts and texts[0].strip() else ())
+            return GoldAnswers(texts if texts and texts[0].strip() else ())
         case "text":
-            return Answered(() if missing(gold) else (str(gold).strip(),))
+            return GoldAnswers(() if missing(gold) else (str(gold).strip(),))
         case "conversation":
             said = [turn["value"].strip() for turn in _cell(spec, row, "question") if turn["from"] == "gpt"]
-            return Answered(tuple(said[:1]) if said and said[0] else ())
+            return GoldAnswers(tuple(said[:1]) if said and said[0] else ())
         case "yes_no":
-            return Answered(() if missing(gold) else ({0: "no", 1: "yes"}.get(gold, str(gold).strip()),))
+            return GoldAnswers(() if missing(gold) else ({0: "no", 1: "yes"}.get(gold, str(gold).strip()),))
         case "shown_letter":
             letter = "" if missing(gold) else str(gold).strip()[:1]
-            return Answered((letter,), None, _LETTERS.index(letter)) if letter in set(_LETTERS) else Answered()
+            return GoldAnswers((letter,), None, _LETTERS.index(letter)) if letter in set(_LETTERS) else GoldAnswers()
         case "letter":
             options = _options(spec, row)
             if missing(gold):
-                return Answered()
-            return _right(options, _LETTERS.find(str(gold).strip()[:1])) if options else Answered(as_texts(gold))
+                return GoldAnswers()
+            return _right(options, _LETTERS.find(str(gold).strip()[:1])) if options else GoldAnswers(as_texts(gold))
         case "index":
-            return Answered() if missing(gold) else _right(_options(spec, row), int(gold))
+            return GoldAnswers() if missing(gold) else _right(_options(spec, row), int(gold))
         case "class":
-            return Answered() if missing(gold) else _right(tuple(names or ()), int(gold))
+            return GoldAnswers() if missing(gold) else _right(tuple(names or ()), int(gold))
 
 
-def _right(choices: tuple[str, ...], gold: int) -> Answered:
-    return Answered((choices[gold],), choices, gold) if 0 <= gold < len(choices) else Answered()
+def _right(choices: tuple[str, ...], gold: int) -> GoldAnswers:
+    return GoldAnswers((choices[gold],), choices, gold) if 0 <= gold < len(choices) else GoldAnswers()
 
 
 def _question(spec: DatasetSpec, row: dict) -> str:
@@ -130,11 +130,11 @@ def image_of(spec: DatasetSpec, row: dict, images: LazyImages, label: str) -> st
     return f"{spec.name}/{images.digest()}" if len(images) else label
 
 
-def make_example(
+def example_of_row(
     spec: DatasetSpec,
     row: dict,
     images: LazyImages,
-    found: Answered,
+    found: GoldAnswers,
     *,
     label: str,
     image: str,

@@ -5,7 +5,7 @@ import string
 
 import numpy as np
 
-from vlm_jax.data.world import COLOURS, ENTITIES, Entity
+from vlm_jax.data.world import COLOUR_RGB, ENTITIES, Entity
 
 LABELS = ("AGE", "FEE", "QTY", "TAX", "DAY", "ROW", "BOX", "LOT")
 TALLEST = 8
@@ -74,7 +74,7 @@ def random_form(rng: np.random.Generator, count: int = 3) -> Form:
 def random_chart(rng: np.random.Generator, count: int = 4) -> Chart:
     """A chart with ``count`` of its four bars drawn."""
     heights = rng.integers(1, TALLEST + 1, count).tolist()
-    return Chart(tuple(zip(_slots(rng, 4, count), _some(rng, COLOURS, count), heights, strict=True)))
+    return Chart(tuple(zip(_slots(rng, 4, count), _some(rng, COLOUR_RGB, count), heights, strict=True)))
 
 
 def random_signs(rng: np.random.Generator, count: int = 3) -> Signs:
@@ -84,7 +84,7 @@ def random_signs(rng: np.random.Generator, count: int = 3) -> Signs:
         first, middle, last = (rng.choice(list(s)) for s in ("BDFKLMNPRSTZ", "AEIOU", "BDFLMNPRSTZ"))
         if first != last and (word := first + middle + last) not in words:
             words.append(str(word))
-    return Signs(tuple(zip(_slots(rng, 3, count), _some(rng, COLOURS, count), words, strict=True)))
+    return Signs(tuple(zip(_slots(rng, 3, count), _some(rng, COLOUR_RGB, count), words, strict=True)))
 
 
 def random_glyphs(rng: np.random.Generator, count: int = 1) -> Glyphs:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from vlm_jax.errors import UserError, nearest
 
-Answers = Literal["texts", "text", "index", "letter", "shown_letter", "class", "yes_no", "conversation"]
+AnswerForm = Literal["texts", "text", "index", "letter", "shown_letter", "class", "yes_no", "conversation"]
 """What a row gives for an answer.
 
 texts: acceptable texts, as a list, as a list written out as a string, or as a list of ``{"answer": text}``.
@@ -43,7 +43,7 @@ class DatasetSpec:
     hub_ids: tuple[str, ...]
     rows: Mapping[str, int]
     columns: Mapping[str, str | tuple[str, ...]]
-    answers: Answers
+    answers: AnswerForm
     metric: str
     splits: Mapping[str, Split]
     config: str | None = None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 SPLIT_SEED = 0
 
 
-class Row(NamedTuple):
+class SplitRow(NamedTuple):
     """What decides a row's split: which image it is about, and which rows belong together in scoring."""
 
     number: int
@@ -23,7 +23,7 @@ def rank(text: str) -> bytes:
     return hashlib.sha256(f"{SPLIT_SEED}:{text}".encode()).digest()
 
 
-def deal(rows: Sequence[Row], sizes: Mapping[str, int], taken: Mapping[str, str]) -> dict[str, list[int]]:
+def deal(rows: Sequence[SplitRow], sizes: Mapping[str, int], taken: Mapping[str, str]) -> dict[str, list[int]]:
     """Which rows (by number) each split has.
 
     Images come in hashed order, and each with all its rows goes to the split that lacks most of its size, so that a
@@ -33,10 +33,10 @@ def deal(rows: Sequence[Row], sizes: Mapping[str, int], taken: Mapping[str, str]
     Args:
         taken: the split that has an image already, out of another pool; rows of such an image go nowhere else.
     """
-    images: dict[str, list[Row]] = {}
+    images: dict[str, list[SplitRow]] = {}
     for row in rows:
         images.setdefault(row.image, []).append(row)
-    dealt: dict[str, list[Row]] = {name: [] for name in sizes}
+    dealt: dict[str, list[SplitRow]] = {name: [] for name in sizes}
     for image in sorted(images, key=rank):
         open_ = [name for name in sizes if len(dealt[name]) < sizes[name] and taken.get(image, name) == name]
         if not open_:

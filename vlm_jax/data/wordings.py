@@ -96,7 +96,7 @@ SIGN = Wording(
 )
 
 
-def place(template: str, slot: int) -> str:
+def fill_slot(template: str, slot: int) -> str:
     """Fills a held-out template's ``{a|b|c}`` with the word for ``slot``."""
     return re.sub(r"\{(\w+(?:\|\w+)+)\}", lambda match: match[1].split("|")[slot], template)
 

@@ -9,7 +9,7 @@ WORLD_SEED = 20260
 """Everything in the miniworld, facts and pixels alike, follows from this number."""
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "crescent")
-COLOURS = {
+COLOUR_RGB = {
     "red": (214, 34, 38),
     "green": (36, 150, 56),
     "blue": (38, 84, 222),
@@ -63,7 +63,7 @@ def _names(count: int, rng: np.random.Generator) -> list[str]:
 def _populate() -> tuple[Entity, ...]:
     """The entities; every value of a relation is given to equally many of them, at random."""
     rng = np.random.default_rng(WORLD_SEED)
-    emblems = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    emblems = [(shape, colour) for shape in SHAPES for colour in COLOUR_RGB]
     names = _names(len(emblems), rng)
     facts = {
         relation: rng.permutation(np.resize(values, len(emblems))).tolist() for relation, values in RELATIONS.items()

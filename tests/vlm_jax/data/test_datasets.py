@@ -18,7 +18,7 @@ from vlm_jax.data.images import LazyImages
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.data.records import as_texts, commonest_first, missing
-from vlm_jax.data.splits import Row, deal
+from vlm_jax.data.splits import SplitRow, deal
 from vlm_jax.errors import UserError
 
 
@@ -287,7 +287,7 @@ def test_texts_of_every_form():
 
 
 def rows_of(images, first=0):
-    return [Row(first + n, f"id{first + n}", image, f"id{first + n}") for n, image in enumerate(images)]
+    return [SplitRow(first + n, f"id{first + n}", image, f"id{first + n}") for n, image in enumerate(images)]
 
 
 def test_splits_fill_and_share_no_image():
@@ -375,10 +375,10 @@ def test_families_are_cut_to_the_smallest(monkeypatch):
         return [spec.name] * limit
 
     monkeypatch.setattr(loading, "_read_split", read)
-    assert len(loading.load("p0-perception", "train", None, DataOptions())) == 4500
+    assert len(loading.load_named("p0-perception", "train", None, DataOptions())) == 4500
     assert asked == [("docvqa", 1500), ("infographicvqa", 1500), ("textvqa", 1500)]
-    assert len(loading.load("p0-perception", "train", 9999, DataOptions())) == 4500
-    assert len(loading.load("p0-perception", "train", 100, DataOptions())) == 100
+    assert len(loading.load_named("p0-perception", "train", 9999, DataOptions())) == 4500
+    assert len(loading.load_named("p0-perception", "train", 100, DataOptions())) == 100
 
 
 def test_what_resolved_is_told(root, tmp_path):
