@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 
-from vlm_jax.data import easy_vqa, loading, specs
+from vlm_jax.data import catalogue, easy_vqa, loading
 from vlm_jax.data.example import TASK_FAMILIES, Example
 from vlm_jax.data.folder import open_folder
 from vlm_jax.data.jsonl import read_jsonl
@@ -18,7 +18,7 @@ __all__ = ["Example", "load_task", "source", "task_label", "task_names"]
 def task_names() -> list[str]:
     """All names that :func:`load_task` knows: the miniworld's tasks and families, easy-VQA, P0's families of datasets,
     datasets by their plain names, and lmms-eval's tasks."""
-    return [*TASKS, *TASK_FAMILIES, easy_vqa.NAME, *specs.names()]
+    return [*TASKS, *TASK_FAMILIES, easy_vqa.NAME, *catalogue.names()]
 
 
 def task_label(name_or_path: str | pathlib.Path) -> str:
@@ -53,7 +53,7 @@ def load_task(
     name, path = str(name_or_path), pathlib.Path(name_or_path)
     if name.endswith(".jsonl"):
         return read_jsonl(path)[:limit]
-    if name in specs.names():
+    if name in catalogue.names():
         return loading.load_named(name, split, limit, options)
     if name == easy_vqa.NAME:
         return easy_vqa.load_easy_vqa(split, limit)
@@ -78,7 +78,7 @@ def source(name_or_path: str | pathlib.Path, *, split: str = "eval", options: Da
     name, path = str(name_or_path), pathlib.Path(name_or_path)
     if name.endswith(".jsonl"):
         return {"dataset": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    if name in specs.names():
+    if name in catalogue.names():
         return loading.dataset_source(name, split, options)
     if name == easy_vqa.NAME:
         return easy_vqa.easy_vqa_source()

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vlm_jax.data.catalogue import DATASETS, FAMILY_TASKS, LMMS_TASKS
 from vlm_jax.data.example import Example
 from vlm_jax.data.hub import Opened, open_split
 from vlm_jax.data.images import lazy_images
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.records import GoldAnswers, example_of_row, gold_answers, group_of, image_of, label_of
-from vlm_jax.data.specs import ALL, DATASETS, FAMILY_TASKS, LMMS_TASKS, DatasetSpec, split_of
+from vlm_jax.data.specs import ALL, DatasetSpec, split_of
 from vlm_jax.data.splits import SplitRow, deal
 from vlm_jax.errors import UserError
 

@@ -1,4 +1,4 @@
-"""What a picture shows, before it is drawn: the ground truth that a question is asked about."""
+"""Scenes: the contents of a picture before it is drawn, and so the ground truth for questions about it."""
 
 import dataclasses
 import string
@@ -50,7 +50,7 @@ Scene = Emblem | Form | Chart | Signs | Glyphs
 
 
 def transcript(scene: Scene) -> str:
-    """All that a picture of ``scene`` says, in reading order."""
+    """All text and values of a scene, in reading order."""
     match scene:
         case Emblem(entity):
             return entity.look
@@ -78,7 +78,7 @@ def random_chart(rng: np.random.Generator, count: int = 4) -> Chart:
 
 
 def random_signs(rng: np.random.Generator, count: int = 3) -> Signs:
-    """``count`` of three signs, each with another colour and a consonant-vowel-consonant word."""
+    """``count`` of three signs. Each has its own colour and its own consonant-vowel-consonant word."""
     words: list[str] = []
     while len(words) < count:
         first, middle, last = (rng.choice(list(s)) for s in ("BDFKLMNPRSTZ", "AEIOU", "BDFLMNPRSTZ"))
@@ -93,8 +93,8 @@ def random_glyphs(rng: np.random.Generator, count: int = 1) -> Glyphs:
     return Glyphs("".join(rng.choice(list(alphabet), count)))
 
 
-def _slots(rng: np.random.Generator, places: int, count: int) -> list[int]:
-    return sorted(rng.choice(places, count, replace=False).tolist())
+def _slots(rng: np.random.Generator, slots: int, count: int) -> list[int]:
+    return sorted(rng.choice(slots, count, replace=False).tolist())
 
 
 def _some(rng: np.random.Generator, options, count: int) -> list[str]:
