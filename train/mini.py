@@ -37,7 +37,7 @@ def corpus() -> list[str]:
     kinds += [wordings.FIELD, wordings.BAR, wordings.SIGN]
     lines = [template.replace("|", " ") for kind in kinds for template in (*kind.familiar, *kind.held_out)] * 30
     values = [value for values in world.RELATIONS.values() for value in values]
-    lines += [f"{word}\nthe {word}" for word in (*values, *world.COLOURS, *world.SHAPES)] * 30
+    lines += [f"{word}\nthe {word}" for word in (*values, *world.COLOUR_RGB, *world.SHAPES)] * 30
     lines += [f"{turn.prompt}\n{turn.answer}" for turn in map(pretraining.text_fact, range(2000))]
     return lines + [P0_PROMPT, "user\nassistant\nName it. Describe. Read. "] * 100
 

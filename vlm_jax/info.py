@@ -20,8 +20,8 @@ from vlm_jax.runs.command import command
 from vlm_jax.sites import PROJECTOR_SITES, TEXT_LINEARS
 from vlm_jax.vision.vit import ViTVision
 
-PARTS = ("vision tower", "projector", "embeddings", "decoder layers", "final norm", "head")
-_TEXT_PARTS = dict(zip(("embed_tokens", "layers", "norm", "lm_head"), PARTS[2:], strict=True))
+MODEL_PARTS = ("vision tower", "projector", "embeddings", "decoder layers", "final norm", "head")
+_TEXT_PARTS = dict(zip(("embed_tokens", "layers", "norm", "lm_head"), MODEL_PARTS[2:], strict=True))
 _PROJECTOR = {site.removeprefix("projector.") for site in PROJECTOR_SITES}
 
 
@@ -64,8 +64,8 @@ def config_of(source: str) -> Config:
         ) from None
 
 
-def parameters(config: Config) -> dict[str, int]:
-    """Parameters of each of :data:`PARTS` that the model has, and of all ("total"). A tied head has none."""
+def parameter_counts(config: Config) -> dict[str, int]:
+    """Parameters of each of :data:`MODEL_PARTS` that the model has, and of all ("total"). A tied head has none."""
     sizes: Counter[str] = Counter()
     for name, leaf in named_leaves(abstract(config)).items():
         tower, part, *rest = name.split(".")
@@ -73,10 +73,10 @@ def parameters(config: Config) -> dict[str, int]:
             sizes[_TEXT_PARTS[part]] += leaf.size
         else:
             sizes["projector" if _PROJECTOR & {part, *rest} else "vision tower"] += leaf.size
-    return {**{part: sizes[part] for part in PARTS if sizes[part] or part == "head"}, "total": sizes.total()}
+    return {**{part: sizes[part] for part in MODEL_PARTS if sizes[part] or part == "head"}, "total": sizes.total()}
 
 
-def lora_parameters(config: Config, r: int) -> dict[str, int]:
+def lora_parameter_counts(config: Config, r: int) -> dict[str, int]:
     """Parameters of rank-``r`` LoRA by placement: ``r * (inputs + outputs)`` for each linear."""
     leaves, depth = named_leaves(abstract(config)), config.text.num_hidden_layers
     attn, mlp = (
@@ -92,10 +92,10 @@ def lora_parameters(config: Config, r: int) -> dict[str, int]:
     }
 
 
-def bytes_of(config: Config, dtype: str) -> dict[str, int]:
+def byte_counts(config: Config, dtype: str) -> dict[str, int]:
     """Bytes of the weights in float32 and bfloat16, and of the key-value cache per token in ``dtype``: every layer
     caches all tokens, those with a sliding window too."""
-    total, text = parameters(config)["total"], config.text
+    total, text = parameter_counts(config)["total"], config.text
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return {
         "weights, float32": 4 * total,
@@ -104,7 +104,7 @@ def bytes_of(config: Config, dtype: str) -> dict[str, int]:
     }
 
 
-def shapes(config: Config) -> dict[str, str]:
+def describe_shapes(config: Config) -> dict[str, str]:
     """The decoder, the tower and the visual tokens in words."""
     text, vision = config.text, config.vision
     found = {
@@ -144,12 +144,12 @@ def main(args: Args) -> None:
         raise UserError(f"--r is {args.r}: give at least 1")
     config = config_of(args.model)
     print(args.model)
-    for name, value in shapes(config).items():
+    for name, value in describe_shapes(config).items():
         print(f"  {name:14s}{value}")
     tables = {
-        "parameters": parameters(config),
-        f"LoRA parameters, r = {args.r}": lora_parameters(config, args.r),
-        "bytes": bytes_of(config, args.dtype),
+        "parameters": parameter_counts(config),
+        f"LoRA parameters, r = {args.r}": lora_parameter_counts(config, args.r),
+        "bytes": byte_counts(config, args.dtype),
     }
     for title, numbers in tables.items():
         print(f"\n{title}")

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from interventions.flow.knockout import FAILURES, Effect
 from interventions.flow.shares import Reading
 from interventions.kinds.groups import members
-from interventions.statistics import interval
+from interventions.statistics import mean_interval
 
 
 def summarise_reading(reading: Reading, seed: int = 0) -> dict:
     """By layer: what share of the text's attention goes where (mean over heads), equation 2, and how many image tokens
     carry 80 and 90 % of what the image gets."""
     groups = [name for name in ("before", "image", "image_end", "text") if reading.tokens[:, members(name)].any()]
-    found = {f"to_{group}": interval(reading.share(group).mean(2), seed) for group in groups}
+    found = {f"to_{group}": mean_interval(reading.share(group).mean(2), seed) for group in groups}
     if "image_end" in groups:
-        found |= {"ratio": interval(reading.ratio(), seed), "ratio_if_uniform": float(reading.uniform().mean())}
-    found |= {f"tokens_for_{part}": interval(reading.needed(part / 100), seed) for part in (80, 90)}
+        found |= {"ratio": mean_interval(reading.ratio(), seed), "ratio_if_uniform": float(reading.uniform().mean())}
+    found |= {f"tokens_for_{part}": mean_interval(reading.needed(part / 100), seed) for part in (80, 90)}
     return found
 
 
@@ -28,7 +28,7 @@ def summarise_answers(records: list[dict], seed: int = 0) -> list[dict]:
         {
             **{key: part[0][key] for key in ("edge", "layers", "mode")},
             "samples": len(part),
-            "accuracy": interval([r["correct"] for r in part], seed),
+            "accuracy": mean_interval([r["correct"] for r in part], seed),
             "failures": {why: sum(r["failure"] == why for r in part) for why in FAILURES},
         }
         for part in conditions.values()
@@ -39,7 +39,7 @@ def summarise_effect(effect: Effect, edges: Sequence[str], seed: int = 0) -> dic
     """p(gold), and by edge its change in every window of layers and with all layers cut."""
     window, whole = effect.window - effect.base[:, None, None], effect.whole - effect.base[:, None]
     return {
-        "p_base": interval(effect.base, seed),
-        "change": {name: interval(window[:, number], seed) for number, name in enumerate(edges)},
-        "change_all_layers": {name: interval(whole[:, number], seed) for number, name in enumerate(edges)},
+        "p_base": mean_interval(effect.base, seed),
+        "change": {name: mean_interval(window[:, number], seed) for number, name in enumerate(edges)},
+        "change_all_layers": {name: mean_interval(whole[:, number], seed) for number, name in enumerate(edges)},
     }

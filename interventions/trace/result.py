@@ -1,4 +1,4 @@
-"""A traced task, and what it says: restoration rates, their intervals and their ranking."""
+"""The result of tracing a task: restoration rates, their intervals and their ranking."""
 
 from typing import NamedTuple
 
@@ -11,37 +11,48 @@ from vlm_jax.errors import UserError
 
 
 class TaskTrace(NamedTuple):
-    """A traced task as NumPy arrays: of N samples, R replicates and C cells ``p_clean (N,)``, ``p_corrupt (N, R)`` and
-    ``ie (N, R, C)`` in the metric's units, and ``correct (N,)``: whether greedy decoding writes the gold answer."""
+    """The trace of a task as NumPy arrays of N samples, R replicates of the corruption and C cells."""
 
     ids: list[str]
+    """The samples' ids."""
     tasks: list[str]
+    """The samples' tasks."""
     cells: list[str]
+    """The names of the cells."""
     p_clean: np.ndarray
+    """``(N,)``: the metric of the clean run, by default p(gold)."""
     p_corrupt: np.ndarray
+    """``(N, R)``: the metric of the corrupted run."""
     ie: np.ndarray
+    """``(N, R, C)``: the indirect effect of restoring each cell, in the metric's units (P0, equation 3)."""
     correct: np.ndarray
+    """``(N,)`` bool: whether greedy decoding writes the gold answer."""
     sigma: float
+    """sigma_E, the standard deviation of the embeddings, which scales the noise."""
 
     @property
     def te(self) -> np.ndarray:
-        """TE of every sample and replicate ``(N, R)``."""
+        """The total effect of the corruption ``(N, R)`` (P0, equation 2)."""
         return self.p_clean[:, None] - self.p_corrupt
 
 
 def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
-    """What ``summary.json`` says of a traced task: RR of every cell by the chosen statistic with its 95 % bootstrap
-    interval over samples, the ranking, all statistics side by side, how stable the ranking is, and counts."""
-    te, how = traced.te, {"min_te": options.min_te, "eps": options.eps}
-    rows = statistics.summary(te, traced.ie, traced.cells, seed=options.seed, **how)
+    """The content of a task's ``summary.json``: RR and ranking by the chosen statistic, all statistics with
+    their 95 % bootstrap intervals, the stability of the ranking, and counts.
+
+    Raises:
+        UserError: as :func:`interventions.statistics.rr`.
+    """
+    te, rate_options = traced.te, {"min_te": options.min_te, "eps": options.eps}
+    rows = statistics.rr_summary(te, traced.ie, traced.cells, seed=options.seed, **rate_options)
     chosen = [row for row in rows if row["statistic"] == options.statistic]
-    if not chosen:  # says why
-        statistics.rr(te, traced.ie, statistic=options.statistic, **how)
+    if not chosen:  # the statistic does not exist: this call raises the error with the reason
+        statistics.rr(te, traced.ie, statistic=options.statistic, **rate_options)
     ranked = sorted(chosen, key=lambda row: row["rank"])
     try:
         top = sorted({max(1, round(PAPER_SHARE * len(traced.cells))), 10})
-        how |= {"seed": options.seed, "statistic": options.statistic}
-        stability = statistics.rank_stability(te, traced.ie, top=top, **how)
+        rate_options |= {"seed": options.seed, "statistic": options.statistic}
+        stability = statistics.rank_stability(te, traced.ie, top=top, **rate_options)
     except UserError:  # too few samples to be halved
         stability = []
     return {
@@ -63,24 +74,24 @@ def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
 
 
 def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, float]:
-    """RR of every cell in one of the tasks of a family, none where no sample of it counts."""
-    here = np.array(traced.tasks) == task
-    how = {"min_te": options.min_te, "eps": options.eps, "statistic": options.statistic}
+    """RR of every cell in one task of a family; empty if the task has no sample with TE >= min_te."""
+    in_task = np.array(traced.tasks) == task
+    rate_options = {"min_te": options.min_te, "eps": options.eps, "statistic": options.statistic}
     try:
-        found = statistics.rr(traced.te[here], traced.ie[here], **how)
+        rates = statistics.rr(traced.te[in_task], traced.ie[in_task], **rate_options)
     except UserError:
         return {}
-    return dict(zip(traced.cells, found.tolist(), strict=True))
+    return dict(zip(traced.cells, rates.tolist(), strict=True))
 
 
 def bounds(summary: dict) -> statistics.Interval:
-    """RR of every cell by the chosen statistic, with its interval over samples."""
+    """RR of every cell ``(C,)`` by the chosen statistic, with its interval over samples."""
     rows = [row for row in summary["cells"] if row["statistic"] == summary["statistic"]]
     return statistics.Interval(*(np.array([row[name] for row in rows]) for name in ("rr", "low", "high")))
 
 
 def by_module(summary: dict) -> np.ndarray:
-    """RR ``(L, 2)`` of a summary, last axis attention, MLP."""
+    """RR ``(L, 2)`` of a summary by layer and module; the last axis is attention, MLP."""
     rates = summary["rr"]
     depth = len(rates) // 2
     return np.array([rates[name] for name in module_names(depth)]).reshape(depth, 2)

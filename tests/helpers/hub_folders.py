@@ -1,11 +1,12 @@
-"""Synthetic copies of hub repositories: a few made-up rows each, in the shape, and with the oddities, of the originals.
+"""Synthetic copies of hub repositories: a few invented rows each, with the schema and the oddities of the originals.
 
-Nothing here is anybody's data: pictures are plain colours and noise, questions are placeholders.
+No row is real data: pictures are plain colours and noise, questions are placeholders.
 """
 
 import base64
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,18 @@ from PIL import Image as Pictures
 
 TEXT, WHOLE = Value("string"), Value("int64")
 LABEL = "Synthetic rows for tests, in the shape of a public dataset; not its data.\n"
+#: Name of a dataset -> the function that writes its synthetic repository under a folder.
+WRITERS: dict[str, Callable[[Path], None]] = {}
+
+
+def copies(*names: str) -> Callable:
+    """Registers the function that writes the synthetic repository of these datasets."""
+
+    def register(write: Callable[[Path], None]) -> Callable[[Path], None]:
+        WRITERS.update(dict.fromkeys(names, write))
+        return write
+
+    return register
 
 
 def picture(seed: int, mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -55,6 +68,7 @@ def ten(answer: str, other: str) -> list[str]:
     return [other, *[answer] * 6, *[other] * 2, "rare"]
 
 
+@copies("ok-vqa")
 def ok_vqa(root: Path) -> None:
     rows = [
         {
@@ -72,6 +86,7 @@ def ok_vqa(root: Path) -> None:
     write(root, "lmms-lab-encoder/LMMs-Eval-Lite", {"lite": rows[:3]}, features, "ok_vqa_val2014")
 
 
+@copies("a-okvqa")
 def a_okvqa(root: Path) -> None:
     """direct_answers is written out as a string, and withheld in the test split."""
 
@@ -100,6 +115,7 @@ def a_okvqa(root: Path) -> None:
     write(root, "HuggingFaceM4/A-OKVQA", splits, features)
 
 
+@copies("scienceqa")
 def scienceqa(root: Path) -> None:
     """The first picture of the test split is in the train split too."""
 
@@ -128,6 +144,7 @@ def scienceqa(root: Path) -> None:
     write(root, "lmms-lab-encoder/ScienceQA", splits, features, "ScienceQA-IMG")
 
 
+@copies("docvqa", "infographicvqa")
 def docvqa(root: Path) -> None:
     """Several questions a page; the test split's answers are withheld; a slash in a column's name."""
     doc = [
@@ -177,6 +194,7 @@ def docvqa(root: Path) -> None:
     write(root, "lmms-lab-encoder/DocVQA", {"validation": graphic}, features, "InfographicVQA")
 
 
+@copies("textvqa")
 def textvqa(root: Path) -> None:
     """Ten answers; the test split's are ten empty strings."""
 
@@ -205,6 +223,7 @@ def textvqa(root: Path) -> None:
     write(root, "lmms-lab-encoder/textvqa", {"train": rows(0, 40), "validation": validation, "test": hidden}, features)
 
 
+@copies("mmbench")
 def mmbench(root: Path, index: Value = WHOLE) -> None:
     """Four questions with their rotations, the index of which is a million more; "nan" for what is missing."""
     rows = []
@@ -243,6 +262,7 @@ def mmbench_base64(root: Path) -> None:
     write(root, "lmms-lab-encoder/MMBench", {"dev": [row]}, features, "en")
 
 
+@copies("vqav2")
 def vqav2(root: Path) -> None:
     """answers is a list of objects."""
     rows = [
@@ -271,6 +291,7 @@ def vqav2(root: Path) -> None:
     write(root, "lmms-lab-encoder/VQAv2", {"validation": rows}, features)
 
 
+@copies("vsr")
 def vsr(root: Path) -> None:
     """JSON Lines that name COCO files, which lie in a folder of the user's."""
     folder = root / "cambridgeltl/vsr_random"
@@ -292,6 +313,7 @@ def vsr(root: Path) -> None:
             (folder / "images" / f"{first + i:012d}.jpg").write_bytes(picture(900 + first + i, kind="JPEG"))
 
 
+@copies("pope")
 def pope(root: Path) -> None:
     rows = [
         {
@@ -309,6 +331,7 @@ def pope(root: Path) -> None:
     write(root, "lmms-lab-encoder/POPE", {"test": rows}, features | {"image": Image()})
 
 
+@copies("mme")
 def mme(root: Path) -> None:
     """Two questions an image, which share a question_id."""
     rows = [
@@ -325,6 +348,7 @@ def mme(root: Path) -> None:
     write(root, "lmms-lab-encoder/MME", {"test": rows}, features | {"image": Image()})
 
 
+@copies("mmstar")
 def mmstar(root: Path) -> None:
     """The choices stand in the question."""
     rows = [
@@ -341,6 +365,7 @@ def mmstar(root: Path) -> None:
     write(root, "Lin-Chen/MMStar", {"val": rows}, features)
 
 
+@copies("mmmu")
 def mmmu(root: Path) -> None:
     """Several images with marks in the question; options written out as a string, none for an open question."""
     rows = [
@@ -359,6 +384,7 @@ def mmmu(root: Path) -> None:
     write(root, "lmms-lab-encoder/MMMU", {"validation": rows}, features)
 
 
+@copies("seedbench")
 def seedbench(root: Path) -> None:
     """The image column is a list; some rows are about videos."""
     rows = [
@@ -380,6 +406,7 @@ def seedbench(root: Path) -> None:
     write(root, "lmms-lab-encoder/SEED-Bench", {"test": rows}, features)
 
 
+@copies("snli-ve")
 def snli_ve(root: Path) -> None:
     names = ["entailment", "neutral", "contradiction"]
     rows = [
@@ -396,6 +423,7 @@ def snli_ve(root: Path) -> None:
     write(root, "Multimodal-Fatima/SNLI-VE_test", {"test": rows}, features)
 
 
+@copies("cifar-10", "cifar-100", "mnist")
 def classes(root: Path) -> None:
     """CIFAR's column is ``img``; CIFAR-100 has two labels; MNIST's pictures are grey."""
     for hub_id, image, label, names, mode in (
@@ -415,6 +443,7 @@ def classes(root: Path) -> None:
         write(root, hub_id, splits, features)
 
 
+@copies("vision-flan")
 def vision_flan(root: Path) -> None:
     folder = root / "Vision-Flan/vision-flan_191-task_1k"
     rows = []
@@ -427,6 +456,7 @@ def vision_flan(root: Path) -> None:
     (folder / "annotation_191-task_1k.json").write_text(json.dumps(rows))
 
 
+@copies("cc-sbu-align")
 def cc_sbu_align(root: Path) -> None:
     folder = root / "cc_sbu_align"  # without its owner
     (folder / "image").mkdir(parents=True)
@@ -434,28 +464,3 @@ def cc_sbu_align(root: Path) -> None:
     (folder / "filter_cap.json").write_text(json.dumps({"annotations": rows}))
     for i in range(20):
         (folder / "image" / f"{i}.jpg").write_bytes(picture(5000 + i, kind="JPEG"))
-
-
-#: Task name -> what writes a copy of its repository under a root.
-WRITERS = {
-    "ok-vqa": ok_vqa,
-    "a-okvqa": a_okvqa,
-    "scienceqa": scienceqa,
-    "docvqa": docvqa,
-    "infographicvqa": docvqa,
-    "textvqa": textvqa,
-    "mmbench": mmbench,
-    "vqav2": vqav2,
-    "vsr": vsr,
-    "pope": pope,
-    "mme": mme,
-    "mmstar": mmstar,
-    "mmmu": mmmu,
-    "seedbench": seedbench,
-    "snli-ve": snli_ve,
-    "cifar-10": classes,
-    "cifar-100": classes,
-    "mnist": classes,
-    "vision-flan": vision_flan,
-    "cc-sbu-align": cc_sbu_align,
-}

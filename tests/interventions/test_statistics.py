@@ -8,28 +8,29 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from interventions import statistics
 from interventions.figures import base, tracing
 from interventions.statistics import (
     STATISTICS,
     Interval,
+    bootstrap,
+    bootstrap_rows,
     correlations,
-    drawn_rows,
     holm,
-    interval,
-    intervals,
     mcnemar,
+    mean_interval,
     normalised,
     paired,
     percentiles,
     permutation_test,
     rank_stability,
-    resampled,
     rr,
-    summary,
+    rr_interval,
+    rr_resamples,
+    rr_summary,
     tidy,
     tidy_summary,
 )
+from interventions.statistics.restoration import estimate_with_variance
 from vlm_jax.errors import UserError
 
 PROFILE = np.array([0.9, 0.5, 0.3, 0.1])
@@ -94,7 +95,7 @@ def test_other_refusals():
     with pytest.raises(UserError, match="the mean TE is -"):
         rr(te - 9, ie, statistic="ratio_of_means")
     with pytest.raises(UserError, match="--replicates 2"):
-        intervals(te[:, :1], ie[:, :1], "replicates")
+        rr_interval(te[:, :1], ie[:, :1], "replicates")
     with pytest.raises(UserError, match="no RR of a group is positive"):
         permutation_test((te, ie), (te, -ie), normalise=True)
     with pytest.raises(UserError, match="two sets of 0"):
@@ -113,7 +114,7 @@ def test_interval_is_that_of_scipy(shape):
     values = np.random.default_rng(1).random(shape)
     if values.ndim > 1:
         values[:: 4 if len(values) > 1 else 9, 0] = values[:, 0] if len(values) == 1 else np.nan
-    found = interval(values, seed=5)
+    found = mean_interval(values, seed=5)
     if len(values) == 1:
         assert found["low"] == found["mean"] == found["high"] == values[0].tolist()
         return
@@ -128,9 +129,9 @@ def test_intervals_over_samples_are_those_of_scipy():
     cases = {"mean_of_ratios": np.mean, "median": np.median}
     for name, function in cases.items():
         expected = scipy.stats.bootstrap((ratios,), function, n_resamples=300, method="percentile", rng=2)
-        found = intervals(te, ie, resamples=300, seed=2, statistic=name, min_te=-1)
+        found = rr_interval(te, ie, resamples=300, seed=2, statistic=name, min_te=-1)
         np.testing.assert_allclose(found[1:], expected.confidence_interval, rtol=1e-10)
-    narrower = intervals(te, ie, resamples=300, seed=2, level=0.5, min_te=-1)
+    narrower = rr_interval(te, ie, resamples=300, seed=2, level=0.5, min_te=-1)
     assert (narrower.low > found.low).all() and (narrower.high < found.high).all()
 
 
@@ -140,8 +141,8 @@ def test_resamples_are_those_of_a_loop(over, statistic, monkeypatch):
     te, ie = trace(12)
     te[0] -= 0.6  # out, or in again
     how = {"min_te": 0.2, "eps": 1e-8, "statistic": statistic}
-    found = resampled(te, ie, over, resamples=7, seed=3, **how)
-    rows = np.concatenate([*drawn_rows(12, 7, 3, 3)])
+    found = rr_resamples(te, ie, over, resamples=7, seed=3, **how)
+    rows = np.concatenate([*bootstrap_rows(12, 7, 3, 3)])
     within = np.random.default_rng([3, 1]).integers(0, 3, (7, 12, 3))
     for draw in range(7):
         chosen = rows[draw] if over != "replicates" else range(12)
@@ -149,22 +150,22 @@ def test_resamples_are_those_of_a_loop(over, statistic, monkeypatch):
         some_te = [te[n][r] for n, r in zip(chosen, which, strict=True)]
         some_ie = [ie[n][r] for n, r in zip(chosen, which, strict=True)]
         np.testing.assert_allclose(found[draw], by_hand(some_te, some_ie, **how), rtol=1e-9)
-    monkeypatch.setattr(statistics, "_ROOM", 80)  # two draws at a time
-    np.testing.assert_allclose(resampled(te, ie, over, resamples=7, seed=3, **how), found, rtol=1e-12)
+    monkeypatch.setattr(bootstrap, "CHUNK_NUMBERS", 80)  # two draws at a time
+    np.testing.assert_allclose(rr_resamples(te, ie, over, resamples=7, seed=3, **how), found, rtol=1e-12)
 
 
 def test_one_replicate_leaves_the_samples_alone():
     te, ie = trace(20, replicates=1)
-    np.testing.assert_array_equal(resampled(te, ie, "both", resamples=9), resampled(te, ie, resamples=9))
+    np.testing.assert_array_equal(rr_resamples(te, ie, "both", resamples=9), rr_resamples(te, ie, resamples=9))
 
 
 def test_resamples_without_a_sample_are_left_out():
     te, ie = np.full((4, 1), -1.0), np.ones((4, 1, 2))
     te[0] = 1
-    draws = resampled(te, ie, resamples=200)
+    draws = rr_resamples(te, ie, resamples=200)
     assert 30 < np.isnan(draws[:, 0]).sum() < 100  # (3 / 4)^4 of 200
-    assert np.isfinite(intervals(te, ie, resamples=200)).all()
-    medians = resampled(te, ie, resamples=200, statistic="median")
+    assert np.isfinite(rr_interval(te, ie, resamples=200)).all()
+    medians = rr_resamples(te, ie, resamples=200, statistic="median")
     np.testing.assert_array_equal(np.isnan(medians), np.isnan(draws))
 
 
@@ -181,7 +182,7 @@ def test_intervals_cover_what_they_say(statistic):
     for study in range(150):
         data = trace(60, seed=study, noise=0.4)
         for over, found in held.items():
-            found.append(covered(intervals(*data, over, seed=study, **how), PROFILE))
+            found.append(covered(rr_interval(*data, over, seed=study, **how), PROFILE))
     samples, both, replicates = (np.mean(held[over]) for over in held)
     assert 0.9 < samples < 0.98 and samples < both
     assert replicates < 0.9
@@ -195,24 +196,24 @@ def test_intervals_cover_what_they_say(statistic):
         return shaken, shaken[..., None] * (slopes + 0.4 * rng.standard_normal((60, count, 4)))
 
     truth = np.mean([rr(*retraced(study, 3), statistic=statistic) for study in range(1000, 3000)], 0)
-    held = [covered(intervals(*retraced(n, 3), "replicates", seed=n, **how), truth) for n in range(150)]
+    held = [covered(rr_interval(*retraced(n, 3), "replicates", seed=n, **how), truth) for n in range(150)]
     assert 0.9 < np.mean(held) < 0.99
 
 
 def test_summary_has_a_row_per_cell_and_statistic():
     te, ie = trace(30)
     cells = ["L0-attn", "L0-mlp", "L1-attn", "L1-mlp"]
-    rows = summary(te, ie, cells, resamples=100, seed=4, min_te=0.1)
+    rows = rr_summary(te, ie, cells, resamples=100, seed=4, min_te=0.1)
     assert [(r["statistic"], r["cell"]) for r in rows] == [(s, c) for s in STATISTICS for c in cells]
     for row in rows:
         cell = cells.index(row["cell"])
         how = {"resamples": 100, "seed": 4, "min_te": 0.1, "statistic": row["statistic"]}
         for over, prefix in (("samples", ""), ("replicates", "replicates_"), ("both", "both_")):
-            found = intervals(te, ie, over, **how)
+            found = rr_interval(te, ie, over, **how)
             expected = found.value[cell], found.low[cell], found.high[cell]
             assert (row["rr"], row[prefix + "low"], row[prefix + "high"]) == expected
     assert [r["rank"] for r in rows[:4]] == [1, 2, 3, 4]
-    assert "both_low" not in summary(te[:, :1], ie[:, :1], cells, resamples=20)[0]
+    assert "both_low" not in rr_summary(te[:, :1], ie[:, :1], cells, resamples=20)[0]
 
 
 # Two groups.
@@ -252,7 +253,7 @@ def test_standard_errors_are_those_of_the_jackknife(statistic, normalise):
     te, ie = trace(400, replicates=1)
     how = {"min_te": 0.1, "eps": 1e-8, "statistic": statistic}
     rows = np.arange(400)
-    value, variance = statistics._with_errors(te, ie, rows[None], normalise, **how)
+    value, variance = estimate_with_variance(te, ie, rows[None], normalise, **how)
     without = np.stack([rr(te[rows != n], ie[rows != n], **how) for n in rows])
     without = normalised(without, -1) if normalise else without
     expected = 399 / 400 * ((without - without.mean(0)) ** 2).sum(0)
@@ -471,7 +472,7 @@ def test_clusters_of_unequal_sizes_by_a_loop():
     first, second, labels = rng.random(30), rng.random(30), rng.integers(0, 8, 30)
     found = paired(first, second, clusters=labels, resamples=200, seed=4)
     members = [np.flatnonzero(labels == label) for label in sorted({*labels})]
-    (rows,) = drawn_rows(len(members), 200, 4)
+    (rows,) = bootstrap_rows(len(members), 200, 4)
     means = [(first - second)[np.concatenate([members[m] for m in row])].mean() for row in rows]
     np.testing.assert_allclose([found["low"], found["high"]], np.percentile(means, [2.5, 97.5]), rtol=1e-9)
     alone = paired(first, second, clusters=np.arange(30), resamples=200, seed=4)
@@ -564,7 +565,7 @@ def test_tidy_rows_are_the_arrays(tmp_path):
 
 
 def test_a_summary_can_be_read_back(tmp_path):
-    rows = [{"task": "one", **row} for row in summary(*trace(12), [f"L{n}-attn" for n in range(4)], resamples=20)]
+    rows = [{"task": "one", **row} for row in rr_summary(*trace(12), [f"L{n}-attn" for n in range(4)], resamples=20)]
     tidy_summary(tmp_path / "a", rows)
     tidy_summary(tmp_path / "b", rows)
     assert pq.read_table(tmp_path / "a").to_pylist() == rows
@@ -602,7 +603,7 @@ def test_figures_have_the_same_bytes_again(name, tmp_path):
 
 def test_figure_of_intervals_shows_the_numbers(tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(tracing, "save", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr(tracing, "save_figure", lambda figure, path: kept.append(figure))
     drawings()["intervals"](tmp_path / "a.png")
     attn, mlp = kept[0].axes
     assert (attn.get_title(), mlp.get_title()) == ("attn", "mlp")

@@ -56,7 +56,7 @@ def test_published_size(name):
     """Every published config abstracts, to as many parameters as transformers makes of it and the card says."""
     config = published_config(name)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract(config)))
-    counts = info.parameters(config)
+    counts = info.parameter_counts(config)
     hf = copy.deepcopy(PUBLISHED[name])
     with torch.device("meta"):
         theirs = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[hf["model_type"]].from_dict(hf))
@@ -71,7 +71,7 @@ def test_published_lora(printed, name, expected):
     """P0's own numbers of LoRA everywhere at rank 64, which placements made for training also have."""
     assert printed(name)[1]["LLM-all"] == expected
     config = published_config(name)
-    counts, model = info.lora_parameters(config, 64), abstract(config)
+    counts, model = info.lora_parameter_counts(config, 64), abstract(config)
     for placed, label in (["L3-attn"], "one attn module"), (["L3-mlp"], "one mlp module"):
         assert placed_parameters(model, placed, 64) == counts[label]
 
@@ -199,7 +199,7 @@ def test_docs_agree(printed):
     counts = {name: tuple(int(number.replace(",", "")) for number in numbers) for name, *numbers in rows}
     configs = {name: published_config(name) for name in PUBLISHED}
     assert counts == {
-        name: (info.parameters(config)["total"], info.lora_parameters(config, 64)["LLM-all"])
+        name: (info.parameter_counts(config)["total"], info.lora_parameter_counts(config, 64)["LLM-all"])
         for name, config in configs.items()
     }
     assert f"$ python -m vlm_jax.info Qwen3-VL-4B\n{printed('Qwen3-VL-4B')[0]}```" in page

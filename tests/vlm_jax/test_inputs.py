@@ -448,5 +448,5 @@ def test_a_room_refuses_what_cannot_be_encoded(processor, config):
     with pytest.raises(UserError, match="refuses an image"):
         prompts.room_of([wide], processor, config)
     broken = Example("one", LazyImages([lambda: b"no image"], "row 3"), "What is it?", ("red",))
-    with pytest.raises(UserError, match=r"^row 3: an image is broken or no image: fetch the dataset again$"):
+    with pytest.raises(UserError, match=r"^row 3: an image is broken or not an image: fetch the dataset again$"):
         prompts.room_of([broken], processor, config)

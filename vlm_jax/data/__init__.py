@@ -1,9 +1,9 @@
-"""Examples to work on: the miniworld, public datasets by name, or a user's own file or folder by path."""
+"""Loads the examples of a task: the miniworld, a public dataset by name, or a user's own file or folder by path."""
 
 import hashlib
 import pathlib
 
-from vlm_jax.data import easy_vqa, loading, specs
+from vlm_jax.data import catalogue, easy_vqa, loading
 from vlm_jax.data.example import TASK_FAMILIES, Example
 from vlm_jax.data.folder import open_folder
 from vlm_jax.data.jsonl import read_jsonl
@@ -16,13 +16,14 @@ __all__ = ["Example", "load_task", "source", "task_label", "task_names"]
 
 
 def task_names() -> list[str]:
-    """All names: the miniworld's tasks and their families, easy-VQA, P0's families of datasets, datasets by their plain
-    names, and lmms-eval's tasks on them. A family stands for its tasks in turn."""
-    return [*TASKS, *TASK_FAMILIES, easy_vqa.NAME, *specs.names()]
+    """All names that :func:`load_task` knows: the miniworld's tasks and families, easy-VQA, P0's families of datasets,
+    datasets by their plain names, and lmms-eval's tasks."""
+    return [*TASKS, *TASK_FAMILIES, easy_vqa.NAME, *catalogue.names()]
 
 
 def task_label(name_or_path: str | pathlib.Path) -> str:
-    """A short name, fit for a file: a task's own, or that of a file (without its ending) or of a folder."""
+    """A short name that can be part of a file name: the task's name, the file's name without its ending, or the
+    folder's name."""
     name, path = str(name_or_path), pathlib.Path(name_or_path)
     return name if name in task_names() else path.stem if name.endswith(".jsonl") else path.resolve().name
 
@@ -36,13 +37,15 @@ def load_task(
 ) -> list[Example]:
     """The first ``limit`` examples (all by default) of a task, a family, a JSON Lines file or a folder.
 
-    A family takes its tasks' examples in turn, and ``limit`` counts them all. Splits (trace, train, eval, test) are
-    the same everywhere and share no image; ``all`` is what a public dataset's benchmark scores. lmms-eval's tasks and a
-    file, known by its ending ``.jsonl``, have no splits, so there ``split`` is ignored; a folder
-    (:mod:`vlm_jax.data.folder`) has its own.
+    A family gives one example of each of its tasks in turn, and ``limit`` is the total number of examples.
+
+    Args:
+        split: trace, train, eval or test. These four are the same on every machine and share no image. For a public
+            dataset ``all`` gives the rows that its benchmark scores. lmms-eval's tasks and ``.jsonl`` files have no
+            splits, so ``split`` is ignored there. A folder (:mod:`vlm_jax.data.folder`) has its own splits.
 
     Raises:
-        UserError: for an unknown name or split; a dataset that cannot be reached, has other columns than it had, or
+        UserError: for an unknown name or split; a dataset that cannot be reached, whose columns have changed, or that
             has too few rows; a row without an answer; a file or folder that cannot be read.
     """
     if limit is not None and limit <= 0:
@@ -50,14 +53,14 @@ def load_task(
     name, path = str(name_or_path), pathlib.Path(name_or_path)
     if name.endswith(".jsonl"):
         return read_jsonl(path)[:limit]
-    if name in specs.names():
-        return loading.load(name, split, limit, options)
+    if name in catalogue.names():
+        return loading.load_named(name, split, limit, options)
     if name == easy_vqa.NAME:
-        return easy_vqa.load(split, limit)
+        return easy_vqa.load_easy_vqa(split, limit)
     if name not in (*TASKS, *TASK_FAMILIES):
         if path.is_dir():
             task, opened = open_folder(path, split)
-            return loading.read_all(opened, task, limit, options)
+            return loading.read_examples(opened, task, limit, options)
         raise UserError(
             f"unknown task {name!r}{nearest(name, task_names())} (or give the path of a .jsonl file or a folder)"
         )
@@ -65,21 +68,21 @@ def load_task(
         raise UserError(f"unknown split {split!r}{nearest(split, SPLIT_SIZES)}")
     tasks = [task.name for task in TASKS.values() if name in (task.name, task.family)]
     count = len(tasks) * SPLIT_SIZES[split]
-    places = range(count if limit is None else min(limit, count))
-    return [make_example(tasks[i % len(tasks)], split, i // len(tasks)) for i in places]
+    count = count if limit is None else min(limit, count)
+    return [make_example(tasks[i % len(tasks)], split, i // len(tasks)) for i in range(count)]
 
 
 def source(name_or_path: str | pathlib.Path, *, split: str = "eval", options: DataOptions = DataOptions()) -> dict:  # noqa: B008
-    """Where :func:`load_task`'s examples come from, for a run's manifest: what the name resolved to, its revision, its
-    rows, and a digest of what was read. ``{}`` for what has no such thing."""
+    """Where :func:`load_task`'s examples come from, for a run's manifest: the dataset that the name resolved to, and
+    where they exist its revision, its number of rows and a digest of the rows."""
     name, path = str(name_or_path), pathlib.Path(name_or_path)
     if name.endswith(".jsonl"):
         return {"dataset": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    if name in specs.names():
-        return loading.source(name, split, options)
+    if name in catalogue.names():
+        return loading.dataset_source(name, split, options)
     if name == easy_vqa.NAME:
-        return easy_vqa.source()
+        return easy_vqa.easy_vqa_source()
     if name in (*TASKS, *TASK_FAMILIES):
         return {"dataset": "miniworld", "seed": WORLD_SEED}
     opened = open_folder(path, split)[1]
-    return {"dataset": opened.resolved, **loading.contents(opened)}
+    return {"dataset": opened.resolved, **loading.digest_rows(opened)}

@@ -1,4 +1,4 @@
-"""Draws a scene as a 64x64 RGB picture; place, size, font, tints, texture and noise are left to chance."""
+"""Draws a scene as a 64x64 RGB picture. Position, size, font, tints, texture and noise are random."""
 
 import functools
 import math
@@ -9,15 +9,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_jax.data.scenes import TALLEST, Chart, Emblem, Form, Glyphs, Scene, Signs
-from vlm_jax.data.world import COLOURS
+from vlm_jax.data.world import COLOUR_RGB
 
 SIZE = 64
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif")
 _FINE = 4  # emblems are drawn this much larger, then reduced, for smooth edges
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """A picture of ``scene``: the scene decides what it says, ``rng`` how it looks."""
+def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """A picture of ``scene``. The scene decides its contents, ``rng`` its appearance."""
     image = _background(rng)
     match scene:
         case Emblem(entity):
@@ -34,7 +34,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """Light paper: plain, shaded from one side to another, or blotchy."""
+    """Light paper: plain, shaded from one side to the other, or blotchy."""
     paper = np.broadcast_to(rng.uniform(222, 252, 3), (SIZE, SIZE, 3))
     style = rng.integers(3)
     if style == 1:
@@ -53,8 +53,8 @@ def _with_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _tint(colour: str, rng: np.random.Generator) -> tuple[int, ...]:
-    """The named colour, a little off."""
-    return tuple(np.clip(np.add(COLOURS[colour], rng.integers(-14, 15, 3)), 0, 255).tolist())
+    """The named colour with a small random change, as red, green and blue from 0 to 255."""
+    return tuple(np.clip(np.add(COLOUR_RGB[colour], rng.integers(-14, 15, 3)), 0, 255).tolist())
 
 
 def _ink(rng: np.random.Generator) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _fitting_font(texts: list[str], width: int, largest: int, rng: np.random.Generator) -> ImageFont.FreeTypeFont:
-    """A random font, as large as lets each of ``texts`` fit in ``width``, or one or two sizes smaller."""
+    """A random font in the largest size with which all ``texts`` fit in ``width``, or one or two sizes smaller."""
     name = FONTS[rng.integers(len(FONTS))]
     size = largest
     while size > 13 and max(_font(name, size).getlength(t) for t in texts) > width:
@@ -83,15 +83,15 @@ def _draw_emblem(image: Image.Image, shape: str, colour: str, rng: np.random.Gen
     turn = rng.uniform(-0.2, 0.2)
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
 
-    def place(points) -> np.ndarray:
+    def to_pixels(points) -> np.ndarray:
         return (centre + radius * np.asarray(points) @ rotation) * _FINE
 
     def disc(x: float, y: float, r: float, fill: int) -> None:
-        middle, reach = place((x, y)), r * radius * _FINE
+        middle, reach = to_pixels((x, y)), r * radius * _FINE
         pen.ellipse([*(middle - reach), *(middle + reach)], fill=fill)
 
     if shape in _OUTLINES:
-        pen.polygon(place(_OUTLINES[shape]).ravel().tolist(), fill=255)
+        pen.polygon(to_pixels(_OUTLINES[shape]).ravel().tolist(), fill=255)
     else:
         disc(0, 0, 0.95, 255)
         if shape == "ring":
@@ -102,7 +102,7 @@ def _draw_emblem(image: Image.Image, shape: str, colour: str, rng: np.random.Gen
 
 
 def _wheel(corners: int, *radii: float) -> list[tuple[float, float]]:
-    """``corners`` points around the centre, the first at the top, at the given radii in turn."""
+    """``corners`` points around the centre, starting at the top, with the given radii in turn."""
     turns = [2 * math.pi * i / corners for i in range(corners)]
     return [(radii[i % len(radii)] * math.sin(t), -radii[i % len(radii)] * math.cos(t)) for i, t in enumerate(turns)]
 
@@ -130,7 +130,7 @@ def _draw_form(image: Image.Image, rows, rng: np.random.Generator) -> None:
     for line in (1, 2):
         pen.line([1, first + 21 * line - 10.5, SIZE - 2, first + 21 * line - 10.5], fill=rule)
     for slot, label, value in rows:
-        middle = first + 21 * slot + _drop(font)
+        middle = first + 21 * slot + _baseline_offset(font)
         pen.text((left, middle), label, ink, font, anchor="ls")
         pen.text((left + reach, middle), value, ink, font, anchor="ls")
 
@@ -160,7 +160,7 @@ def _draw_signs(image: Image.Image, signs, rng: np.random.Generator) -> None:
         tint = _tint(colour, rng)
         pen.rounded_rectangle([x - half, y - 9.2, x + half, y + 9.2], radius=int(rng.integers(0, 5)), fill=tint)
         ink = (10, 10, 10) if np.dot(tint, (0.3, 0.59, 0.11)) > 120 else (250, 250, 250)
-        pen.text((x, y + _drop(font)), word, ink, font, anchor="ms")
+        pen.text((x, y + _baseline_offset(font)), word, ink, font, anchor="ms")
 
 
 def _draw_glyphs(image: Image.Image, text: str, rng: np.random.Generator) -> None:
@@ -172,6 +172,6 @@ def _draw_glyphs(image: Image.Image, text: str, rng: np.random.Generator) -> Non
     ImageDraw.Draw(image).text((x, y), text, _ink(rng), font, anchor="ls")
 
 
-def _drop(font: ImageFont.FreeTypeFont) -> float:
-    """How far below a line's middle its capitals stand."""
+def _baseline_offset(font: ImageFont.FreeTypeFont) -> float:
+    """The distance in pixels from the middle of the capitals down to the baseline."""
     return 0.365 * font.size

@@ -1,4 +1,4 @@
-"""The one record every task is made of."""
+"""The record that every task consists of."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,28 +10,28 @@ TASK_FAMILIES = ("knowledge", "perception")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A question with its images and its acceptable answers.
-
-    ``question`` is the text asked, with the hint and the choices (if any) already written into it.
-    ``answers`` are all that annotators gave, repeats kept, the commonest first: ``answers[0]`` is the gold string, the
-    one that is teacher-forced.
-    ``images`` are RGB, and may be empty for a question about text alone; they may be decoded only when they are read.
-    ``choices`` of a multiple-choice question, of which ``choices[gold]`` is right.
-    """
+    """A question with its images and its acceptable answers."""
 
     id: str
     images: Sequence[Image.Image]
+    """RGB images; empty for a question about text alone. A public dataset's are decoded each time they are read."""
     question: str
+    """The text of the question, in which the hint and the choices (if any) are already written."""
     answers: tuple[str, ...]
+    """All answers of the annotators with repeats, the most frequent first. ``answers[0]`` is the gold string, which
+    tracing and training teacher-force."""
     choices: tuple[str, ...] | None = None
+    """The choices of a multiple-choice question."""
     family: str | None = None
+    """A name in :data:`TASK_FAMILIES`, where the task belongs to one."""
     task: str = ""
     gold: int | None = None
+    """The index of the right choice."""
     metric: str = "exact_match"
-    """The measure of the task's own benchmark: a name in :data:`eval.judging.METRICS`."""
+    """The metric of the task's own benchmark: a name in :data:`eval.judging.METRICS`."""
     subtask: str | None = None
-    """The benchmark's category of the question, where it has any."""
+    """The benchmark's category of the question, where it has categories."""
     image_id: str | None = None
-    """Which image is shown, where several questions share one."""
+    """A name of the image, by which questions about the same image are recognised."""
     group: str | None = None
-    """Examples that are scored together: the rotations of one multiple-choice question, the pair about one image."""
+    """A name that examples share which are scored together, such as the rotations of one multiple-choice question."""

@@ -5,11 +5,12 @@ from typing import Any
 
 import yaml
 
+from vlm_jax.data.catalogue import DATASETS
 from vlm_jax.data.hub import Opened, cache_of, open_split
-from vlm_jax.data.specs import DATASETS, DatasetSpec
+from vlm_jax.data.specs import DatasetSpec
 from vlm_jax.errors import UserError, nearest
 
-#: Role -> the usual names of its column, of which the first that is there counts.
+#: Role -> the usual names of its column; the first that the dataset has is used.
 _USUAL = {
     "id": ("question_id", "questionId", "id", "index"),
     "question": ("question",),
@@ -24,10 +25,15 @@ _USUAL = {
 def open_folder(path: str | Path, split: str) -> tuple[str, Opened]:
     """The name of the task in a folder, and its data.
 
-    A folder with one YAML file is a task: ``dataset_path`` (a folder beside the file, or the id of a known dataset, a
-    copy of which is then looked for under the folder), ``dataset_name``, ``test_split`` and ``task`` are read, and no
-    code is run. Any other folder is a dataset in parquet, JSON or JSON Lines, whose split is ``split``, or the only
-    one. Columns go by their usual names: question, answers or answer, image or images, choices or options, ...
+    A folder with one YAML file is an lmms-eval task. Its keys ``dataset_path``, ``dataset_name``, ``test_split`` and
+    ``task`` are read; no code is run. ``dataset_path`` is a folder beside the file. It may also be the hub id of a
+    known dataset; the folder must then hold a copy of that dataset.
+
+    Any other folder is a dataset in parquet, JSON or JSON Lines. ``split`` is read, or the only split. Columns are
+    recognised by their usual names: question, answers or answer, image or images, choices or options, ...
+
+    Raises:
+        UserError: for a YAML file that is not such a task, or data without the expected split or columns.
     """
     path = Path(path)
     tasks = sorted(file for pattern in ("*.yaml", "*.yml") for file in path.glob(pattern))
@@ -35,27 +41,27 @@ def open_folder(path: str | Path, split: str) -> tuple[str, Opened]:
         raise UserError(f"{path} holds {len(tasks)} YAML files: leave the one of the task, or name a folder of data")
     if not tasks:
         return path.name, _open(path, None, split, exact=False)
-    found = _read_task(tasks[0])
+    task = _read_task(tasks[0])
     for key in ("dataset_path", "test_split"):
-        if not isinstance(found.get(key), str):
+        if not isinstance(task.get(key), str):
             raise UserError(f"{tasks[0]} lacks {key}: add it (a task that includes others must be written out)")
-    data, name = path / found["dataset_path"], str(found.get("task", path.name))
-    known = [spec for spec in DATASETS.values() if found["dataset_path"] in spec.hub_ids]
-    known = [spec for spec in known if spec.config == found.get("dataset_name")] or known
+    data, name = path / task["dataset_path"], str(task.get("task", path.name))
+    known = [spec for spec in DATASETS.values() if task["dataset_path"] in spec.hub_ids]
+    known = [spec for spec in known if spec.config == task.get("dataset_name")] or known
     if not data.is_dir():
         if known:
             raise UserError(
-                f"{tasks[0]}: there is no copy of {found['dataset_path']} at {data}: put one there, or use the task "
+                f"{tasks[0]}: there is no copy of {task['dataset_path']} at {data}: put one there, or use the task "
                 f"name {known[0].name}"
             )
         raise UserError(f"{tasks[0]}: dataset_path {data} is no folder: give one beside the file")
     if known:
-        return name, open_split(known[0], found["test_split"], path, False)
-    return name, _open(data, found.get("dataset_name"), found["test_split"], exact=True)
+        return name, open_split(known[0], task["test_split"], path, False)
+    return name, _open(data, task.get("dataset_name"), task["test_split"], exact=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose tags, such as ``!function``, mean nothing."""
+    """Reads YAML and ignores tags such as ``!function``, so that no code is run."""
 
 
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
@@ -63,12 +69,12 @@ _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 def _read_task(file: Path) -> dict:
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        task = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file} is no YAML file ({str(error).splitlines()[0]}): correct it") from None
-    if not isinstance(found, dict):
+        raise UserError(f"{file} is not a YAML file ({str(error).splitlines()[0]}): correct it") from None
+    if not isinstance(task, dict):
         raise UserError(f"{file} is not a task: write keys such as dataset_path and test_split")
-    return found
+    return task
 
 
 def _open(path: Path, config: str | None, split: str, *, exact: bool) -> Opened:
@@ -77,7 +83,7 @@ def _open(path: Path, config: str | None, split: str, *, exact: bool) -> Opened:
     try:
         builder = datasets.load_dataset_builder(str(path), config, cache_dir=cache_of(path))
         builder.download_and_prepare()
-    except Exception as error:  # the libraries below raise anything
+    except Exception as error:  # datasets and the libraries below it raise errors of many kinds
         cause = str(error.__cause__ or error).strip().split("\n")[0][:160].rstrip(". ")
         raise UserError(f"{path} holds no dataset that can be read ({cause}): give parquet or JSON Lines") from None
     known = list(builder.info.splits)
@@ -90,7 +96,7 @@ def _open(path: Path, config: str | None, split: str, *, exact: bool) -> Opened:
 
 
 def _guess(path: Path, features: Any) -> DatasetSpec:
-    """What the columns of an unknown dataset mean."""
+    """The spec of an unknown dataset, guessed from the names of its columns."""
     columns = {role: next((n for n in names if n in features), None) for role, names in _USUAL.items()}
     columns = {role: name for role, name in columns.items() if name is not None}
     answer = next((name for name in ("answers", "answer") if name in features), None)
@@ -99,9 +105,19 @@ def _guess(path: Path, features: Any) -> DatasetSpec:
             f"{path} has the columns {', '.join(features)}: a task needs question and answers (or answer), may have "
             f"{', '.join(name for role, names in _USUAL.items() if role != 'question' for name in names)}"
         )
-    whole = getattr(features[answer], "dtype", "").startswith("int")
-    kind, metric = "texts", "exact_match"
+    is_index = getattr(features[answer], "dtype", "").startswith("int")
+    answer_form, metric = "texts", "exact_match"
     if "choices" in columns:
-        kind, metric = ("index" if whole else "letter"), "multiple_choice"
-    columns["answers" if kind == "texts" else "gold"] = answer
-    return DatasetSpec(path.name, path.name, (str(path),), {}, columns, kind, metric, {}, image_folder=".")
+        answer_form, metric = ("index" if is_index else "letter"), "multiple_choice"
+    columns["answers" if answer_form == "texts" else "gold"] = answer
+    return DatasetSpec(
+        name=path.name,
+        title=path.name,
+        hub_ids=(str(path),),
+        rows={},
+        columns=columns,
+        answers=answer_form,
+        metric=metric,
+        splits={},
+        image_folder=".",
+    )

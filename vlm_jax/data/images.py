@@ -14,7 +14,12 @@ from vlm_jax.errors import UserError
 
 
 class LazyImages(Sequence[Image.Image]):
-    """The images of an example: the files' bytes are fetched, and decoded to RGB, each time one is read."""
+    """The images of an example. Each access reads the file's bytes and decodes them to RGB, so nothing is kept.
+
+    Args:
+        files: a function for each image that returns its file's bytes.
+        where: the example's id, for error messages.
+    """
 
     def __init__(self, files: Sequence[Callable[[], bytes]], where: str):
         self._files, self._where = tuple(files), where
@@ -32,11 +37,11 @@ class LazyImages(Sequence[Image.Image]):
             raise
         except FileNotFoundError as error:
             raise UserError(f"{self._where}: image {error.filename} does not exist: put it there") from None
-        except Exception:  # a decoder may fail in any way on broken bytes
-            raise UserError(f"{self._where}: an image is broken or no image: fetch the dataset again") from None
+        except Exception:  # broken bytes can make a decoder raise any error
+            raise UserError(f"{self._where}: an image is broken or not an image: fetch the dataset again") from None
 
     def digest(self) -> str:
-        """What tells these images from others, without decoding them."""
+        """A SHA-256 digest of the files, by which equal images are recognised without decoding them."""
         digest = hashlib.sha256()
         for file in self._files:
             digest.update(hashlib.sha256(file()).digest())
@@ -44,7 +49,10 @@ class LazyImages(Sequence[Image.Image]):
 
 
 def lazy_images(cells: Sequence[pa.Scalar], folder: Path | None, where: str) -> LazyImages:
-    """The images of a row's image columns: embedded, lists of these, file names in ``folder``, or base64."""
+    """The images of a row, from its image columns' cells.
+
+    A cell is an embedded image, a list of them, a file name in ``folder``, or (without a folder) base64.
+    """
     files: list[Callable[[], bytes]] = []
     for cell in cells:
         if not cell.is_valid:
@@ -55,7 +63,7 @@ def lazy_images(cells: Sequence[pa.Scalar], folder: Path | None, where: str) -> 
                 files.append(partial(_embedded, element))
             elif folder is not None:
                 name = str(element.as_py())
-                # Some annotations give a number for the file's name.
+                # Some annotations give a number in place of the file's name.
                 files.append((folder / (name if "." in name else f"{name}.jpg")).read_bytes)
             else:
                 files.append(partial(_decoded, element))

@@ -12,11 +12,14 @@ _REQUIRED = ("id", "image", "question", "answers")
 
 
 def read_jsonl(path: str | pathlib.Path) -> list[Example]:
-    """The examples of a file with one JSON object a line.
+    """The examples of a file with one JSON object on each line.
 
-    ``{"id": .., "image": "a.png" or ["a.png", ..], "question": .., "answers": [..]}``, and if wanted
-    ``"choices": [..]`` and ``"family": "knowledge" or "perception"``. Image paths are relative to the
-    file's folder. Every image is decoded here, so that a broken one is found before any work starts.
+    An object is ``{"id": .., "image": "a.png" or ["a.png", ..], "question": .., "answers": [..]}``, with the optional
+    keys ``"choices": [..]`` and ``"family": "knowledge" or "perception"``. Image paths are relative to the file's
+    folder. Every image is decoded here, so that a broken one is reported before any work starts.
+
+    Raises:
+        UserError: for an unreadable file, or a line that is not such an object; the message gives the line number.
     """
     path = pathlib.Path(path)
     try:
@@ -26,16 +29,16 @@ def read_jsonl(path: str | pathlib.Path) -> list[Example]:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): name an existing .jsonl file") from None
     examples: list[Example] = []
-    seen: dict[str, int] = {}
+    line_of_id: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         example = _parse(line, path, where)
-        if example.id in seen:
-            first = seen[example.id]
+        if example.id in line_of_id:
+            first = line_of_id[example.id]
             raise UserError(f"{where}: id {example.id!r} was used on line {first}: give each line its own id")
-        seen[example.id] = number
+        line_of_id[example.id] = number
         examples.append(example)
     if not examples:
         raise UserError(f"{path}, line 1: the file holds no example: write one JSON object a line")
@@ -74,9 +77,9 @@ def _parse(line: str, path: pathlib.Path, where: str) -> Example:
     )
 
 
-def _check(right: bool, where: str, field: str, wanted: str) -> None:
-    if not right:
-        raise UserError(f"{where}: the field {field!r} must be {wanted}: correct it")
+def _check(valid: bool, where: str, field: str, expected: str) -> None:
+    if not valid:
+        raise UserError(f"{where}: the field {field!r} must be {expected}: correct it")
 
 
 def _is_text(value: object) -> bool:
@@ -93,5 +96,7 @@ def _load_image(path: pathlib.Path, where: str) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{where}: image {path} does not exist: paths are relative to the file's folder") from None
-    except Exception:  # a decoder may fail in any way on broken bytes
-        raise UserError(f"{where}: image {path} is broken or no image: replace it with a whole PNG or JPEG") from None
+    except Exception:  # broken bytes can make a decoder raise any error
+        raise UserError(
+            f"{where}: image {path} is broken or not an image: replace it with a whole PNG or JPEG"
+        ) from None

@@ -1,69 +1,72 @@
-"""Examples of the datasets that are known by name: which rows a split has, and the examples they become."""
+"""Examples of the datasets that are known by name: decides which rows a split has and turns them into examples."""
 
 import functools
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vlm_jax.data.catalogue import DATASETS, FAMILY_TASKS, LMMS_TASKS
 from vlm_jax.data.example import Example
 from vlm_jax.data.hub import Opened, open_split
 from vlm_jax.data.images import lazy_images
 from vlm_jax.data.options import DataOptions
-from vlm_jax.data.records import Answered, answered, group_of, image_of, label_of, make_example
-from vlm_jax.data.specs import ALL, DATASETS, FAMILY_TASKS, LMMS_TASKS, DatasetSpec, split_of
-from vlm_jax.data.splits import Row, deal
+from vlm_jax.data.records import GoldAnswers, example_of_row, gold_answers, group_of, image_of, label_of
+from vlm_jax.data.specs import ALL, DatasetSpec, split_of
+from vlm_jax.data.splits import SplitRow, deal
 from vlm_jax.errors import UserError
 
 
 class Index(NamedTuple):
-    """What is known of a dataset once its labelled rows have been read without their images."""
+    """The result of a first pass over a dataset's labelled rows."""
 
     numbers: dict[str, list[int]]
-    """Our split -> rows of the hub's split."""
+    """Our split -> the numbers of its rows in the hub's split."""
     images: dict[str, dict[int, str]]
-    """The hub's split -> row -> which image it is about."""
-    group: int
-    """Rows of the largest group."""
+    """The hub's split -> row number -> the name of the row's image."""
+    largest_group: int
+    """How many rows the largest group has."""
     fingerprint: str
-    """A digest of all that was read: ids, images, questions and answers."""
+    """A digest of the ids, images, questions and answers of all rows."""
 
 
-def load(name: str, split: str, limit: int | None, options: DataOptions) -> list[Example]:
-    """The first ``limit`` examples of a dataset's split, of a task of lmms-eval's, or of a family of datasets."""
+def load_named(name: str, split: str, limit: int | None, options: DataOptions) -> list[Example]:
+    """The first ``limit`` examples of a dataset's split, of one of lmms-eval's tasks, or of a family of datasets."""
     if name in FAMILY_TASKS:
         members = [DATASETS[member] for member in FAMILY_TASKS[name]]
         count = min(split_of(spec, split).size for spec in members)
         count = count if limit is None else min(count, -(-limit // len(members)))
-        parts = [load(spec.name, split, count, options) for spec in members]
-        return [example for turn in zip(*parts, strict=True) for example in turn][:limit]
+        members_examples = [load_named(spec.name, split, count, options) for spec in members]
+        return [example for turn in zip(*members_examples, strict=True) for example in turn][:limit]
     if name not in DATASETS or split == ALL:
-        spec, hub = _whole(name)
-        return read_all(_opened(spec, hub, options.data_root, options.stream), name, limit, options)
+        spec, hub = _benchmark_split(name)
+        return read_examples(_opened(spec, hub, options.data_root, options.stream), name, limit, options)
     return _read_split(DATASETS[name], split, limit, options)
 
 
-def read_all(opened: Opened, task: str, limit: int | None, options: DataOptions) -> list[Example]:
-    """The first ``limit`` rows, in their order."""
-    found = list(itertools.islice(_examples(opened, opened.each(images=True), task, options), limit))
-    if not found:
+def read_examples(opened: Opened, task: str, limit: int | None, options: DataOptions) -> list[Example]:
+    """The first ``limit`` rows that have an answer, as examples, in the dataset's order."""
+    examples = list(itertools.islice(_examples(opened, opened.each(images=True), task, options), limit))
+    if not examples:
         raise UserError(f"{task}: no row of {opened.resolved} has an answer: choose a split whose answers are public")
-    return found
+    return examples
 
 
-def source(name: str, split: str, options: DataOptions) -> dict:
-    """What a name resolved to, for a run's manifest: hub id or folder, revision, rows, and a digest of what was read.
+def dataset_source(name: str, split: str, options: DataOptions) -> dict:
+    """Where a name's examples come from, for a run's manifest: hub id or folder, revision, number of rows, and a digest
+    of the rows.
 
-    Costs nothing after :func:`load`, which has to know the same.
+    It takes no time after :func:`load_named`, because that function caches the same facts.
     """
     if name in FAMILY_TASKS:
-        return {member: source(member, split, options) for member in FAMILY_TASKS[name]}
-    spec, hub = _whole(name) if name not in DATASETS or split == ALL else (DATASETS[name], None)
+        return {member: dataset_source(member, split, options) for member in FAMILY_TASKS[name]}
+    spec, hub = _benchmark_split(name) if name not in DATASETS or split == ALL else (DATASETS[name], None)
     hubs = [hub] if hub else list(dict.fromkeys(part.hub for part in spec.splits.values()))
     opened = [_opened(spec, hub, options.data_root, options.stream) for hub in hubs]
-    found = {
+    origin = {
         "dataset": opened[0].resolved,
         "config": spec.config,
         "revision": opened[0].revision,
@@ -71,17 +74,17 @@ def source(name: str, split: str, options: DataOptions) -> dict:
         "hub_splits": hubs,
     }
     if hub:
-        return found | contents(opened[0])
+        return origin | digest_rows(opened[0])
     index = _index(spec, options.data_root, options.stream)
-    return found | {
+    return origin | {
         "rows": {hub: len(index.images[hub]) for hub in hubs},
         "splits": {split: len(numbers) for split, numbers in index.numbers.items()},
         "fingerprint": index.fingerprint,
     }
 
 
-def contents(opened: Opened) -> dict:
-    """How many rows there are, and a digest of them without their images."""
+def digest_rows(opened: Opened) -> dict:
+    """The number of rows of each split, and a SHA-256 digest of the rows without their images."""
     digest, count = hashlib.sha256(), 0
     for _, row, _ in opened.each(images=False):
         digest.update(json.dumps(row, default=str).encode())
@@ -89,8 +92,8 @@ def contents(opened: Opened) -> dict:
     return {"rows": {opened.split: count}, "fingerprint": digest.hexdigest()}
 
 
-def _whole(name: str) -> tuple[DatasetSpec, str]:
-    """The dataset of a name, and the split of the hub that its benchmark scores."""
+def _benchmark_split(name: str) -> tuple[DatasetSpec, str]:
+    """The dataset of a name, and the hub's split that its benchmark scores."""
     if name in LMMS_TASKS:
         return LMMS_TASKS[name]
     return DATASETS[name], DATASETS[name].splits["test"].hub
@@ -100,8 +103,8 @@ def _read_split(spec: DatasetSpec, split: str, limit: int | None, options: DataO
     hub, size = split_of(spec, split)
     index = _index(spec, options.data_root, options.stream)
     numbers, wanted = index.numbers[split], size if limit is None else min(limit, size)
-    # A split of whole groups may lack part of a group to its size.
-    if len(numbers) + index.group - 1 < wanted or not numbers:
+    # Groups are never divided, so a split may be smaller than its size by up to one row less than a group.
+    if len(numbers) + index.largest_group - 1 < wanted or not numbers:
         raise UserError(
             f"{spec.name} has {len(index.images[hub]):,} labelled rows in its split {hub!r}, which gives "
             f"{len(numbers):,} examples for {split!r} instead of {wanted:,}: ask for fewer (--limit) or get the whole "
@@ -119,48 +122,48 @@ def _opened(spec: DatasetSpec, hub: str, root: Path | None, stream: bool) -> Ope
 
 @functools.lru_cache(maxsize=16)
 def _index(spec: DatasetSpec, root: Path | None, stream: bool) -> Index:
-    """Deals out all labelled rows. Test's pool comes first, so that evaluation is the same whatever is trained on."""
+    """Assigns all labelled rows to splits.
+
+    The hub's split that holds ``test`` comes first, so that the test rows do not depend on the training rows.
+    """
     hubs = dict.fromkeys(spec.splits[split].hub for split in ("test", "eval", "trace", "train") if split in spec.splits)
-    numbers, images, taken, group = {}, {}, {}, 1
+    numbers, images, taken, largest_group = {}, {}, {}, 1
     digest = hashlib.sha256()
     for hub in hubs:
         rows = []
         opened = _opened(spec, hub, root, stream)
-        # Only where nothing says which image a row is about must the files be read.
+        # The image files are read only where no column identifies a row's image.
         for number, row, cells in opened.each(images="image_id" not in spec.columns):
             if spec.head is not None and number >= spec.head:
                 break
-            if (found := _answered(opened, number, row)) is None:
+            if (gold := _answers_of(opened, number, row)) is None:
                 continue
             label = label_of(spec, row, hub, number)
             image = image_of(spec, row, lazy_images(cells, opened.folder, label), label)
-            rows.append(Row(number, label, image, group_of(spec, row) or label))
-            digest.update(json.dumps([label, image, row, found], default=str).encode())
+            rows.append(SplitRow(number, label, image, group_of(spec, row) or label))
+            digest.update(json.dumps([label, image, row, gold], default=str).encode())
         sizes = {split: part.size for split, part in spec.splits.items() if part.hub == hub}
         dealt = deal(rows, sizes, taken)
         images[hub] = {row.number: row.image for row in rows}
         taken |= {images[hub][number]: split for split, part in dealt.items() for number in part}
         numbers |= dealt
-        counts: dict = {}
-        for row in rows:
-            counts[row.group] = counts.get(row.group, 0) + 1
-        group = max([group, *counts.values()])
-    return Index(numbers, images, group, digest.hexdigest())
+        largest_group = max([largest_group, *Counter(row.group for row in rows).values()])
+    return Index(numbers, images, largest_group, digest.hexdigest())
 
 
-def _answered(opened: Opened, number: int, row: dict) -> Answered | None:
-    """What is right in a row; None if the row is to be left out."""
+def _answers_of(opened: Opened, number: int, row: dict) -> GoldAnswers | None:
+    """The gold answers of a row; None if the row has none and its dataset allows to leave such rows out."""
     spec = opened.spec
     names = getattr(opened.features.get(spec.columns.get("gold", "")), "names", None)
     try:
-        found = answered(spec, row, names)
+        gold = gold_answers(spec, row, names)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"row {number} of {opened.resolved}, split {opened.split!r}, cannot be read as {spec.name} ({error!r}): "
             "its schema has changed; pin an older revision in a local copy (--data-root)"
         ) from None
-    if found.answers and all(answer.strip() for answer in found.answers[:1]):
-        return found
+    if gold.answers and gold.answers[0].strip():
+        return gold
     if spec.skip_unanswered:
         return None
     raise UserError(
@@ -171,15 +174,15 @@ def _answered(opened: Opened, number: int, row: dict) -> Answered | None:
 
 def _examples(opened: Opened, rows, task: str, options: DataOptions, images: dict[int, str] | None = None) -> Iterator:
     for number, row, cells in rows:
-        if (found := _answered(opened, number, row)) is None:
+        if (gold := _answers_of(opened, number, row)) is None:
             continue
         label = label_of(opened.spec, row, opened.split, number)
         files = lazy_images(cells, opened.folder, label)
-        yield make_example(
+        yield example_of_row(
             opened.spec,
             row,
             files,
-            found,
+            gold,
             label=label,
             image=images[number] if images else image_of(opened.spec, row, files, label),
             choices=options.choices,

@@ -1,4 +1,4 @@
-"""Scores of one prediction against its gold answers; :mod:`eval.judging` puts them together over a task."""
+"""Scores one prediction against its gold answers. :mod:`eval.judging` aggregates the scores over a task."""
 
 import math
 import re
@@ -10,19 +10,20 @@ LETTERS = string.ascii_uppercase
 
 
 def normalise(text: str) -> str:
-    """Lower case, white space collapsed, and neither quotes nor ``.,;:!?`` around it."""
+    """The text in lower case, with white space collapsed, and without quotes or ``.,;:!?`` at its ends."""
     return re.sub(r"\s+", " ", text).strip().strip("\"'.,;:!? ").lower()
 
 
-#: What the VQA evaluation calls punctuation; apostrophes and colons are not, and full stops have a rule of their own.
+#: What the VQA evaluation treats as punctuation. Apostrophes and colons are not part of it; full stops have their own
+#: rule.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = {"none": "0"} | {
     word: str(number)
     for number, word in enumerate("zero one two three four five six seven eight nine ten".split())  # noqa: SIM905
 }
 _ARTICLES = {"a", "an", "the"}
-#: The VQA evaluation restores an apostrophe where exactly one is missing from one of these words. (Its table also has
-#: I'm, I've and I'd've, which never apply, since the text is in lower case by then.)
+#: The VQA evaluation restores an apostrophe where exactly one is missing from one of these words. Its table also has
+#: I'm, I've and I'd've. They never apply, because the text is in lower case by then.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -38,15 +39,16 @@ _APOSTROPHE_MISSING = {
 
 
 def evalai(text: str) -> str:
-    """What VQA accuracy compares, as EvalAI's server normalises both sides (Antol et al. 2015; VQAv2, OK-VQA, TextVQA).
+    """The text as EvalAI's server normalises predictions and answers for VQA accuracy.
 
-    Lower case; no commas and question marks; ``'s`` a word of its own; other punctuation gone where a space is beside
-    any of its kind, else a space; full stops gone unless a digit follows; number words up to ten as digits; no
-    articles; apostrophes put back into contractions.
+    The text becomes lower case. Commas and question marks are removed, and ``'s`` becomes a separate word. Any other
+    mark is removed if the text has a space beside one such mark; otherwise it becomes a space. Full stops are removed
+    unless a digit follows. Number words up to ten become digits, articles are removed, and apostrophes are restored in
+    contractions.
     """
     text = " ".join(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").split())
     for mark in _PUNCTUATION:
-        # Whether a space is beside the mark is asked of the text as it was, so marks do not depend on their order.
+        # Placeholders stand for "removed" and "space" until all marks are done, so that their order does not matter.
         text = text.replace(mark, "\0" if f"{mark} " in text or f" {mark}" in text else "\1")
     text = re.sub(r"\.(?!\d)", "", text.replace("\0", "").replace("\1", " "))
     words = (_NUMBERS.get(word, word) for word in text.split())
@@ -54,7 +56,7 @@ def evalai(text: str) -> str:
 
 
 NORMALISATIONS: Mapping[str, Callable[[str], str]] = {"strip": str.strip, "lower": normalise, "evalai": evalai}
-"""What exact match may compare: only white space stripped; :func:`normalise`; :func:`evalai`."""
+"""Name -> normalisation that exact match can use: stripped white space, :func:`normalise` or :func:`evalai`."""
 
 
 def exact_match(
@@ -63,10 +65,12 @@ def exact_match(
     normalisation: Literal["strip", "lower", "evalai"] = "lower",
     multi_gold: Literal["any", "first"] = "any",
 ) -> bool:
-    """Whether the normalised prediction equals one of the normalised gold answers, or the first of them (P0's measure).
+    """Whether the normalised prediction equals a normalised gold answer (P0's metric).
 
-    ``answers[0]`` is the one that most annotators gave. A text of which normalisation leaves nothing (the letter A
-    is an article) is compared with less of it.
+    Args:
+        multi_gold: "any" accepts all gold answers, "first" only ``answers[0]``, which most annotators gave.
+
+    A text that normalisation would empty (the letter A is an article) gets a weaker normalisation.
     """
 
     def form(text: str) -> str:
@@ -76,27 +80,27 @@ def exact_match(
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """min(matches / 3, 1) against all annotators but one, averaged over who is left out (Antol et al. 2015).
+    """min(matches / 3, 1) against all annotators but one, averaged over the one that is left out (Antol et al. 2015).
 
-    It is made for ten annotators. Where the others are fewer than three, all of them must match; a single answer is
-    compared as it is.
+    The formula is for ten annotators. With fewer than four, all of the others must match. With one, its answer must
+    match.
     """
-    # A text that is all articles ("A") stays, lest silence be an answer.
-    said, *golds = (evalai(text) or normalise(text) for text in (prediction, *answers))
+    # A text that consists of articles ("A") is kept, because otherwise an empty prediction would match it.
+    reply, *golds = (evalai(text) or normalise(text) for text in (prediction, *answers))
     if len(golds) == 1:
-        return float(said == golds[0])
-    matches, needed = golds.count(said), min(3, len(golds) - 1)
-    return sum(min((matches - (gold == said)) / needed, 1.0) for gold in golds) / len(golds)
+        return float(reply == golds[0])
+    matches, needed = golds.count(reply), min(3, len(golds) - 1)
+    return sum(min((matches - (gold == reply)) / needed, 1.0) for gold in golds) / len(golds)
 
 
 def anls(prediction: str, answers: Sequence[str], tau: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity, of one question (Biten et al. 2019, equation 1).
+    """Average normalised Levenshtein similarity of one question (Biten et al. 2019, equation 1).
 
-    1 - NL for the nearest gold answer if its NL = edits / length of the longer text is below ``tau``, else 0: an NL of
-    just ``tau`` is 0. Case does not count, and white space is collapsed.
+    NL is the number of edits divided by the length of the longer text. The score is 1 - NL for the nearest gold answer
+    if its NL is below ``tau``, else 0. Case is ignored, and white space is collapsed.
     """
-    said = " ".join(prediction.lower().split())
-    nearest = min(_normalised_distance(said, " ".join(answer.lower().split())) for answer in answers)
+    reply = " ".join(prediction.lower().split())
+    nearest = min(_normalised_distance(reply, " ".join(answer.lower().split())) for answer in answers)
     return 1 - nearest if nearest < tau else 0.0
 
 
@@ -105,7 +109,7 @@ def _normalised_distance(a: str, b: str) -> float:
 
 
 def _levenshtein(a: str, b: str) -> int:
-    """How many insertions, deletions and substitutions turn ``a`` into ``b``."""
+    """The number of insertions, deletions and substitutions that turn ``a`` into ``b``."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -115,32 +119,38 @@ def _levenshtein(a: str, b: str) -> int:
 
 
 def extract_choice(prediction: str, choices: Sequence[str], *, lettered: bool) -> int | None:
-    """Which of the ``choices`` a reply names, by rules alone; None if none of them decides.
+    """The index of the choice that a reply names, found by rules; None if no rule applies.
 
-    In this order: the reply is an option's letter (``b``, ``(B)``, ``B.``); it is an option's text; it begins with a
-    marked letter (``B. a cat``); it says which one the answer is (``the answer is (B)``, the last time that it does);
-    it holds one option's letter and no other's; it holds one option's text and no other's. Letters count only where
-    the question showed them (``lettered``). ``A cat`` and ``not B`` name no letter, letters inside an option's text do
-    not count, and of options that hold one another the longest is meant.
+    The rules, in this order:
+
+    1. The reply is a choice's letter: ``b``, ``(B)``, ``B.``.
+    2. The reply is a choice's text.
+    3. The reply begins with a marked letter: ``B. a cat``.
+    4. The reply states the answer: ``the answer is (B)``. The last such statement counts.
+    5. The reply contains the letter of exactly one choice.
+    6. The reply contains the text of exactly one choice.
+
+    Letters count only if the question showed them (``lettered``). ``A cat`` and ``not B`` name no letter, and letters
+    inside a choice's text do not count. If one choice's text contains another's, the longer one counts.
     """
-    said, forms = normalise(prediction), [normalise(choice) for choice in choices]
+    reply, forms = normalise(prediction), [normalise(choice) for choice in choices]
     bare = prediction.strip(string.punctuation + string.whitespace).upper()
     if lettered and len(bare) == 1 and bare in LETTERS[: len(choices)]:
         return LETTERS.index(bare)
-    if said and forms.count(said) == 1:
-        return forms.index(said)
+    if reply and forms.count(reply) == 1:
+        return forms.index(reply)
     if lettered and (letter := _letter(prediction, choices)) is not None:
         return letter
-    # An option that is but a letter is no text.
+    # A choice that is a single letter does not count as text.
     texts = [form for form in forms if len(form) > 1 or form.isdigit()]
-    held = {form for form in texts if re.search(rf"(?<![\w.]){re.escape(form)}(?!\w|\.\d)", said)}
-    held = {form for form in held if not any(form != other and form in other for other in held)}
-    found = [i for i, form in enumerate(forms) if form in held]
-    return found[0] if len(found) == 1 else None
+    named = {form for form in texts if re.search(rf"(?<![\w.]){re.escape(form)}(?!\w|\.\d)", reply)}
+    named = {form for form in named if not any(form != other and form in other for other in named)}
+    indices = [i for i, form in enumerate(forms) if form in named]
+    return indices[0] if len(indices) == 1 else None
 
 
 def _letter(reply: str, choices: Sequence[str]) -> int | None:
-    """The option whose letter a longer reply names."""
+    """The index of the choice whose letter a longer reply names; None if it names none or several."""
     letters = f"[{LETTERS[: len(choices)]}]"
     for choice in sorted((choice for choice in choices if len(choice) > 1), key=len, reverse=True):
         reply = re.sub(rf"(?<!\w){re.escape(choice)}(?!\w)", "\0", reply, flags=re.IGNORECASE)
@@ -156,29 +166,30 @@ def _letter(reply: str, choices: Sequence[str]) -> int | None:
 
 
 def extract_yes_no(prediction: str) -> Literal["yes", "no"] | None:
-    """The first word if it is yes or no (or y or n), else whichever of the two the reply holds; None for both or
-    neither."""
+    """The first word if it is yes, no, y or n. Otherwise the one of "yes" and "no" that the reply contains; None if it
+    contains both or neither."""
     words = re.findall(r"\w+", prediction.lower())
     first = {"y": "yes", "n": "no"}.get(words[0], words[0]) if words else None
     if first in ("yes", "no"):
         return first
-    held = {"yes", "no"} & set(words)
-    return held.pop() if len(held) == 1 else None
+    named = {"yes", "no"} & set(words)
+    return named.pop() if len(named) == 1 else None
 
 
 def relaxed_match(prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> bool:
-    """Whether a number is within ``tolerance`` of a gold one, relative to it; other answers must be equal but for case
-    (Methani et al. 2020; ChartQA, Masry et al. 2022, section 5.1).
+    """Whether a number is within a relative ``tolerance`` of a gold number (Methani et al. 2020; ChartQA, Masry et al.
+    2022, section 5.1).
 
-    ``25%`` is 0.25. A gold 0, and what Python does not read as a number (``1,000``), are compared as texts.
+    ``25%`` is 0.25. All else must be equal except for case: texts, a gold 0, and numbers that Python cannot read
+    (``1,000``).
     """
     return any(_relaxed(prediction.strip(), answer.strip(), tolerance) for answer in answers)
 
 
-def _relaxed(said: str, gold: str, tolerance: float) -> bool:
-    number, target = _number(said), _number(gold)
+def _relaxed(reply: str, gold: str, tolerance: float) -> bool:
+    number, target = _number(reply), _number(gold)
     if number is None or not target:
-        return said.lower() == gold.lower()
+        return reply.lower() == gold.lower()
     return abs(number - target) / abs(target) <= tolerance
 
 

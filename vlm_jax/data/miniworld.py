@@ -1,8 +1,8 @@
-"""Miniworld: six small visual-question tasks that a laptop can make, each after a public benchmark.
+"""Miniworld: six small visual-question tasks, generated in memory and modelled on six public benchmarks.
 
-In a *knowledge* task the picture shows only an entity's emblem, and the answer is a fact about that
-entity. In a *perception* task the answer can only be read off the picture. Every example is a pure
-function of its task, split and index.
+In a *knowledge* task the picture shows only an entity's emblem, and the answer is a fact about that entity. In a
+*perception* task the answer can be read only in the picture. Every example is a pure function of its task, split and
+index.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vlm_jax.data import wordings
-from vlm_jax.data.draw import draw
+from vlm_jax.data.draw import draw_scene
 from vlm_jax.data.example import Example
 from vlm_jax.data.scenes import (
     Chart,
@@ -35,33 +35,37 @@ HELD_OUT_SHARE = {
     "mini-infovqa": 0.5,
     "mini-textvqa": 0.5,
 }
-"""Of a benchmark task's examples, the share asked in wordings that pre-training never uses."""
+"""Task -> the share of its examples whose wording pre-training never uses."""
 
 SPLIT_SIZES = {"trace": 1000, "train": 3000, "eval": 1000, "test": 1000}
 
 
 class Question(NamedTuple):
-    """A question as it is asked, its answer, the choices that are written into it, and what it is about."""
+    """A question about a scene, and its answer."""
 
     text: str
     answer: str
     choices: tuple[str, ...] | None = None
+    """The choices that are written in the text, if any."""
     subtask: str | None = None
+    """The relation of a fact, or how a part of the picture is named ("by place" or "by key")."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task: how to make up a scene, and how to ask about one, in held-out wordings or familiar ones."""
+    """A task: how to generate a scene and a question about it."""
 
     name: str
     family: str
     analogue: str
+    """The public benchmark that it imitates."""
     scene: Callable[[np.random.Generator], Scene]
     ask: Callable[[np.random.Generator, Scene, bool], Question]
+    """Random generator, scene, whether the wording is held out -> question."""
 
 
 def pick(rng: np.random.Generator, options):
-    """One of ``options``, which is indexed but never turned into an array."""
+    """One of ``options`` at random. Unlike NumPy's ``choice`` it does not turn them into an array."""
     return options[rng.integers(len(options))]
 
 
@@ -74,22 +78,29 @@ def ask_fact(
     choices: int = 0,
     hint: bool = False,
 ) -> Question:
-    """Asks for one of an entity's facts, with so many ``choices`` to pick from and a ``hint`` or not."""
+    """A question about one of an entity's facts.
+
+    Args:
+        held_out: whether the wording is one that pre-training never uses.
+        who: the words for the entity.
+        choices: how many choices the question lists; 0 for none.
+        hint: whether a line with a hint comes before the question.
+    """
     relation = pick(rng, tuple(RELATIONS))
     answer = entity.facts[relation]
-    lines = [_word(rng, wordings.FACTS[relation], held_out).format(who=who)]
+    lines = [_template(rng, wordings.FACTS[relation], held_out).format(who=who)]
     if hint:
-        lines.insert(0, "Hint: " + _word(rng, wordings.HINTS[relation], held_out))
+        lines.insert(0, "Hint: " + _template(rng, wordings.HINTS[relation], held_out))
     options = None
     if choices:
         others = [value for value in RELATIONS[relation] if value != answer]
         options = [answer, *rng.choice(others, choices - 1, replace=False).tolist()]
         options = tuple(options[i] for i in rng.permutation(choices))
-        lines.append(_word(rng, wordings.CHOICES, held_out).format(choices=", ".join(options)))
+        lines.append(_template(rng, wordings.CHOICES, held_out).format(choices=", ".join(options)))
     return Question("\n".join(lines), answer, options, relation)
 
 
-def _word(rng: np.random.Generator, wording: wordings.Wording, held_out: bool) -> str:
+def _template(rng: np.random.Generator, wording: wordings.Wording, held_out: bool) -> str:
     return pick(rng, wording.held_out if held_out else wording.familiar)
 
 
@@ -118,11 +129,11 @@ def _ask_sign(rng: np.random.Generator, scene: Signs, held_out: bool) -> Questio
 
 
 def _ask_part(rng: np.random.Generator, parts, wording: wordings.Wording, held_out: bool) -> Question:
-    """Asks what one part of a scene says: by the part's key, or if held out by its place."""
+    """A question about one part of a scene. It names the part by its key or, if held out, by its place."""
     slot, key, value = pick(rng, parts)
-    # One house style a task: a few hundred examples are then enough to learn it.
+    # Each task uses only one held-out wording, so that a few hundred examples are enough to learn it.
     template = wording.held_out[0] if held_out else pick(rng, wording.familiar)
-    text = wordings.place(template, slot) if held_out else template.format(key=key)
+    text = wordings.fill_slot(template, slot) if held_out else template.format(key=key)
     return Question(text, str(value), subtask="by place" if held_out else "by key")
 
 
@@ -140,7 +151,7 @@ TASKS = {
 
 
 def _generator(task: str, split: str, index: int) -> np.random.Generator:
-    """The source of chance of one example; no two examples share one."""
+    """The random generator of one example; no two examples share one."""
     return np.random.default_rng([WORLD_SEED, list(TASKS).index(task), list(SPLIT_SIZES).index(split), index])
 
 
@@ -150,13 +161,10 @@ def make_scene(task: str, split: str, index: int) -> Scene:
 
 
 def make_example(task: str, split: str, index: int) -> Example:
-    """One example of a task.
-
-    Its picture does not depend on :data:`HELD_OUT_SHARE`.
-    """
+    """One example of a task. Its picture does not depend on :data:`HELD_OUT_SHARE`."""
     rng = _generator(task, split, index)
     scene = TASKS[task].scene(rng)
-    image = draw(scene, rng)
+    image = draw_scene(scene, rng)
     held_out = rng.random() < HELD_OUT_SHARE[task]
     question = TASKS[task].ask(rng, scene, held_out)
     return Example(

@@ -1,6 +1,6 @@
-"""Endless streams of turns for the three stages of pre-training; a turn is a pure function of its index.
+"""Endless streams of turns for the three stages of pre-training. A turn is a pure function of its index.
 
-No stream asks in a held-out wording, and none shares its source of chance with a benchmark split.
+No stream uses a held-out wording, and none shares its random numbers with a benchmark split.
 """
 
 from typing import NamedTuple
@@ -9,35 +9,38 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data import scenes, wordings
-from vlm_jax.data.draw import draw
+from vlm_jax.data.draw import draw_scene
 from vlm_jax.data.miniworld import TASKS, ask_fact, pick
 from vlm_jax.data.world import ENTITIES, RELATIONS, WORLD_SEED, Entity
 
 
 class Turn(NamedTuple):
-    """What the user says, perhaps about an image, and the answer; ``qa`` marks a benchmark-like question."""
+    """A user's message, with or without an image, and the answer."""
 
     image: Image.Image | None
     prompt: str
     answer: str
     qa: bool
+    """Whether the message is a question like those of the benchmark tasks."""
 
 
 def text_fact(index: int) -> Turn:
-    """A fact about an entity that is named, without an image."""
+    """A turn about a fact of an entity, which is given by its name; there is no image."""
     return _text_fact(_generator(0, index))
 
 
 def alignment(index: int, difficulty: float = 1.0) -> Turn:
-    """A picture to name, describe or read out in full.
+    """A turn with a picture to name, to describe or to read in full.
 
-    ``difficulty`` 0 gives mostly one or two large glyphs, 1 mostly pictures as the benchmarks draw them.
+    Args:
+        difficulty: 0 gives mostly pictures of one or two large glyphs, 1 mostly pictures like the benchmarks'.
     """
     return _alignment(_generator(1, index), difficulty)
 
 
 def instruction(index: int) -> Turn:
-    """A benchmark-like question in a familiar wording, one part of a picture to read, or a turn of an earlier stage."""
+    """A turn with a question like the benchmarks' in a familiar wording, with one part of a picture to read, or of an
+    earlier stage."""
     rng = _generator(2, index)
     stage = rng.random()
     if stage < 0.2:
@@ -48,12 +51,12 @@ def instruction(index: int) -> Turn:
         return _lookup(rng)
     task = TASKS[rng.choice(list(_TASK_SHARES), p=list(_TASK_SHARES.values()))]
     scene = task.scene(rng)
-    image = draw(scene, rng)
+    image = draw_scene(scene, rng)
     question = task.ask(rng, scene, False)
     return Turn(image, question.text, question.answer, qa=True)
 
 
-_TASK_SHARES = {  # what is harder to learn is asked more often
+_TASK_SHARES = {  # tasks that are harder to learn come more often
     "mini-okvqa": 0.14,
     "mini-aokvqa": 0.10,
     "mini-scienceqa": 0.10,
@@ -64,17 +67,18 @@ _TASK_SHARES = {  # what is harder to learn is asked more often
 
 
 def _lookup(rng: np.random.Generator) -> Turn:
-    """One part of a picture to read, by its key or by the number of its place; sometimes there are fewer parts."""
-    make, places = pick(rng, ((scenes.random_form, 3),) * 2 + ((scenes.random_signs, 3), (scenes.random_chart, 4)))
-    scene = make(rng, places if rng.random() < 0.5 else int(rng.integers(1, places)))
-    parts = scene.rows if isinstance(scene, scenes.Form) else scene.bars if places == 4 else scene.signs
+    """A turn that asks for one part of a picture, by its key or by the number of its slot. Half of the pictures lack
+    some parts."""
+    make, slots = pick(rng, ((scenes.random_form, 3),) * 2 + ((scenes.random_signs, 3), (scenes.random_chart, 4)))
+    scene = make(rng, slots if rng.random() < 0.5 else int(rng.integers(1, slots)))
+    parts = scene.rows if isinstance(scene, scenes.Form) else scene.bars if slots == 4 else scene.signs
     slot, key, value = pick(rng, parts)
-    image = draw(scene, rng)
+    image = draw_scene(scene, rng)
     return Turn(image, f"Read {slot + 1 if rng.random() < 0.5 else key}.", str(value), qa=False)
 
 
 def _generator(stream: int, index: int) -> np.random.Generator:
-    """The source of chance of one turn; the longer seed keeps it apart from every benchmark example's."""
+    """The random generator of one turn. Its seed is longer than a benchmark example's, so the two never coincide."""
     return np.random.default_rng([WORLD_SEED, len(TASKS) + stream, 0, 0, index])
 
 
@@ -109,12 +113,13 @@ _VOCABULARY = wordings.held_out_words() + tuple(value for values in RELATIONS.va
 
 
 def _echo(rng: np.random.Generator) -> Turn:
-    """Words to say again: so that a model can tell even those apart whose use it has never seen."""
-    said = " ".join(rng.choice(_VOCABULARY, int(rng.integers(2, 5))).tolist())
-    return Turn(None, f"Repeat: {said}", said, qa=False)
+    """A turn that asks to repeat words. It teaches the model to tell apart the words of the held-out wordings, which no
+    other turn uses."""
+    words = " ".join(rng.choice(_VOCABULARY, int(rng.integers(2, 5))).tolist())
+    return Turn(None, f"Repeat: {words}", words, qa=False)
 
 
-_CURRICULUM = {  # the share of each kind of picture at difficulty 0 and at difficulty 1
+_CURRICULUM = {  # kind of picture -> its share at difficulty 0 and at difficulty 1
     "glyph": (0.45, 0.03),
     "glyphs": (0.27, 0.07),
     "emblem": (0.13, 0.27),
@@ -130,7 +135,7 @@ def _alignment(rng: np.random.Generator, difficulty: float) -> Turn:
     if kind == "emblem":
         scene = scenes.random_emblem(rng)
         named = rng.random() < 0.5
-        image = draw(scene, rng)
+        image = draw_scene(scene, rng)
         return Turn(image, *(("Name it.", scene.entity.name) if named else ("Describe.", scene.entity.look)), qa=False)
     full = rng.random() < 0.2 + 0.8 * difficulty  # else only some of the rows, signs or bars
     match kind:
@@ -144,4 +149,4 @@ def _alignment(rng: np.random.Generator, difficulty: float) -> Turn:
             scene = scenes.random_signs(rng, 3 if full else int(rng.integers(1, 3)))
         case "chart":
             scene = scenes.random_chart(rng, 4 if full else int(rng.integers(1, 4)))
-    return Turn(draw(scene, rng), "Read.", scenes.transcript(scene), qa=False)
+    return Turn(draw_scene(scene, rng), "Read.", scenes.transcript(scene), qa=False)

@@ -1,4 +1,4 @@
-"""A row of a dataset -> an example: its answers, its choices, and the question as it is put."""
+"""Turns a dataset's row into an example: its gold answers, its choices and the text of its question."""
 
 import ast
 import json
@@ -14,35 +14,37 @@ from vlm_jax.errors import UserError
 
 Choices = Literal["listed", "lettered", "hidden"]
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-#: MMBench numbers the rotations of question i as i + 1,000,000, i + 2,000,000 ...
+#: MMBench numbers the rotations of question i as i + 1,000,000, i + 2,000,000 and so on.
 _ROTATION = 1_000_000
 
 
-class Answered(NamedTuple):
-    """What a row says is right; no ``answers`` where it is withheld."""
+class GoldAnswers(NamedTuple):
+    """The gold answers of a row."""
 
     answers: tuple[str, ...] = ()
+    """Acceptable texts, the commonest first; empty where the answer is withheld."""
     choices: tuple[str, ...] | None = None
     gold: int | None = None
+    """The index of the right choice."""
 
 
 def missing(value: Any) -> bool:
-    """Whether a cell says nothing: null, blank, NaN, or the word that NaN became."""
+    """Whether a cell is empty: null, blank, NaN, or the text "nan"."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     return isinstance(value, str) and value.strip() in ("", "nan")
 
 
 def as_texts(value: Any) -> tuple[str, ...]:
-    """The texts of a list, of a list written out as a string, of a list of ``{"answer": text}``, or of one text."""
+    """The texts in a cell: a list of texts, a list written as a string, a list of ``{"answer": text}``, or one text."""
     if isinstance(value, str):
         for read in (ast.literal_eval, json.loads):
             try:
-                found = read(value)
+                parsed = read(value)
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
-            if isinstance(found, list):
-                value = found
+            if isinstance(parsed, list):
+                value = parsed
                 break
         else:
             value = [value]
@@ -50,11 +52,12 @@ def as_texts(value: Any) -> tuple[str, ...]:
 
 
 def commonest_first(texts: Sequence[str]) -> tuple[str, ...]:
-    """Repeats kept; blanks last; equals in the order in which they came."""
-    counts, first = Counter(texts), {}
-    for place, text in enumerate(texts):
-        first.setdefault(text, place)
-    return tuple(sorted(texts, key=lambda text: (not text.strip(), -counts[text], first[text])))
+    """The texts with the most frequent first. Repeats stay, blanks come last, and texts that are equally frequent stay
+    in the order of their first occurrence."""
+    counts, first_index = Counter(texts), {}
+    for index, text in enumerate(texts):
+        first_index.setdefault(text, index)
+    return tuple(sorted(texts, key=lambda text: (not text.strip(), -counts[text], first_index[text])))
 
 
 def _cell(spec: DatasetSpec, row: dict, role: str) -> Any:
@@ -63,42 +66,46 @@ def _cell(spec: DatasetSpec, row: dict, role: str) -> Any:
 
 
 def _options(spec: DatasetSpec, row: dict) -> tuple[str, ...]:
-    """A row's choices, from one column or from one each."""
+    """A row's choices, from one column that lists them or from one column for each."""
     column = spec.columns["choices"]
-    found = as_texts(row[column]) if isinstance(column, str) else [row[name] for name in column]
-    return tuple(str(value) for value in found if not missing(value))
+    values = as_texts(row[column]) if isinstance(column, str) else [row[name] for name in column]
+    return tuple(str(value) for value in values if not missing(value))
 
 
-def answered(spec: DatasetSpec, row: dict, names: Sequence[str] | None) -> Answered:
-    """What a row says is right, by the form in which its dataset says so; ``names`` are those of a ClassLabel."""
+def gold_answers(spec: DatasetSpec, row: dict, names: Sequence[str] | None) -> GoldAnswers:
+    """The gold answers of a row, read by its dataset's :data:`vlm_jax.data.specs.AnswerForm`.
+
+    Args:
+        names: the class names, where the gold column is a ClassLabel.
+    """
     gold = _cell(spec, row, "gold")
     match spec.answers:
         case "texts":
             texts = commonest_first(as_texts(_cell(spec, row, "answers")))
-            return Answered(texts if texts and texts[0].strip() else ())
+            return GoldAnswers(texts if texts and texts[0].strip() else ())
         case "text":
-            return Answered(() if missing(gold) else (str(gold).strip(),))
+            return GoldAnswers(() if missing(gold) else (str(gold).strip(),))
         case "conversation":
-            said = [turn["value"].strip() for turn in _cell(spec, row, "question") if turn["from"] == "gpt"]
-            return Answered(tuple(said[:1]) if said and said[0] else ())
+            replies = [turn["value"].strip() for turn in _cell(spec, row, "question") if turn["from"] == "gpt"]
+            return GoldAnswers(tuple(replies[:1]) if replies and replies[0] else ())
         case "yes_no":
-            return Answered(() if missing(gold) else ({0: "no", 1: "yes"}.get(gold, str(gold).strip()),))
+            return GoldAnswers(() if missing(gold) else ({0: "no", 1: "yes"}.get(gold, str(gold).strip()),))
         case "shown_letter":
             letter = "" if missing(gold) else str(gold).strip()[:1]
-            return Answered((letter,), None, _LETTERS.index(letter)) if letter in set(_LETTERS) else Answered()
+            return GoldAnswers((letter,), None, _LETTERS.index(letter)) if letter in set(_LETTERS) else GoldAnswers()
         case "letter":
             options = _options(spec, row)
             if missing(gold):
-                return Answered()
-            return _right(options, _LETTERS.find(str(gold).strip()[:1])) if options else Answered(as_texts(gold))
+                return GoldAnswers()
+            return _choice(options, _LETTERS.find(str(gold).strip()[:1])) if options else GoldAnswers(as_texts(gold))
         case "index":
-            return Answered() if missing(gold) else _right(_options(spec, row), int(gold))
+            return GoldAnswers() if missing(gold) else _choice(_options(spec, row), int(gold))
         case "class":
-            return Answered() if missing(gold) else _right(tuple(names or ()), int(gold))
+            return GoldAnswers() if missing(gold) else _choice(tuple(names or ()), int(gold))
 
 
-def _right(choices: tuple[str, ...], gold: int) -> Answered:
-    return Answered((choices[gold],), choices, gold) if 0 <= gold < len(choices) else Answered()
+def _choice(choices: tuple[str, ...], gold: int) -> GoldAnswers:
+    return GoldAnswers((choices[gold],), choices, gold) if 0 <= gold < len(choices) else GoldAnswers()
 
 
 def _question(spec: DatasetSpec, row: dict) -> str:
@@ -109,7 +116,7 @@ def _question(spec: DatasetSpec, row: dict) -> str:
 
 
 def group_of(spec: DatasetSpec, row: dict) -> str | None:
-    """Which rows are scored together with this one."""
+    """The name of the group of rows that are scored together with this one; None if it is scored alone."""
     group = _cell(spec, row, "group")
     if group is None:
         return None
@@ -117,24 +124,24 @@ def group_of(spec: DatasetSpec, row: dict) -> str | None:
 
 
 def label_of(spec: DatasetSpec, row: dict, split: str, number: int) -> str:
-    """An example's id: its dataset, the hub's split, and its own id or the row's number."""
-    own = _cell(spec, row, "id")
-    return f"{spec.name}/{split}/{number if own is None else own}"
+    """An example's id: the dataset's name, the hub's split, and the row's id or, without one, its number."""
+    row_id = _cell(spec, row, "id")
+    return f"{spec.name}/{split}/{number if row_id is None else row_id}"
 
 
 def image_of(spec: DatasetSpec, row: dict, images: LazyImages, label: str) -> str:
-    """Which image a row is about: what the dataset says, or else a digest of the files."""
+    """The name of a row's image: from the dataset's columns, or a digest of the files, or the row's own ``label``."""
     columns = spec.used("image_id")
     if columns and not any(missing(row[column]) for column in columns):
         return f"{spec.name}/" + "/".join(str(row[column]) for column in columns)
     return f"{spec.name}/{images.digest()}" if len(images) else label
 
 
-def make_example(
+def example_of_row(
     spec: DatasetSpec,
     row: dict,
     images: LazyImages,
-    found: Answered,
+    gold: GoldAnswers,
     *,
     label: str,
     image: str,
@@ -143,24 +150,30 @@ def make_example(
 ) -> Example:
     """The example of a row that has an answer.
 
-    The hint, the question and the choices are each on lines of their own. Listed, the choices are "- text"; lettered,
-    they are "A. text", followed by P1's request for a letter, and the answer is a letter.
+    The hint, the question and each choice are on separate lines. With ``choices="listed"`` a choice is "- text". With
+    "lettered" it is "A. text", P1's request for a letter follows, and the gold answer is a letter. With "hidden" no
+    choice is shown.
+
+    Args:
+        label: the example's id.
+        image: the name of its image.
+        task: the name that the user asked for.
     """
     lines = [_question(spec, row)]
-    hint, metric, answers = _cell(spec, row, "hint"), spec.metric, found.answers
+    hint, metric, answers = _cell(spec, row, "hint"), spec.metric, gold.answers
     if not missing(hint):
         lines.insert(0, str(hint).strip())
     if spec.answers in ("index", "letter", "class"):
-        if found.choices is None or choices == "hidden":
+        if gold.choices is None or choices == "hidden":
             metric = "exact_match"
-        if found.choices is not None and choices == "listed":
-            lines += ["Choices:", *(f"- {choice}" for choice in found.choices)]
-        if found.choices is not None and choices == "lettered":
-            if len(found.choices) > len(_LETTERS):
-                raise UserError(f"{spec.name} has {len(found.choices)} choices, too many for letters: use listed")
-            lines += [f"{letter}. {choice}" for letter, choice in zip(_LETTERS, found.choices, strict=False)]
+        if gold.choices is not None and choices == "listed":
+            lines += ["Choices:", *(f"- {choice}" for choice in gold.choices)]
+        if gold.choices is not None and choices == "lettered":
+            if len(gold.choices) > len(_LETTERS):
+                raise UserError(f"{spec.name} has {len(gold.choices)} choices, too many for letters: use listed")
+            lines += [f"{letter}. {choice}" for letter, choice in zip(_LETTERS, gold.choices, strict=False)]
             lines.append("Answer with the option's letter from the given choices directly.")
-            answers = (_LETTERS[found.gold],)
+            answers = (_LETTERS[gold.gold],)
         direct = commonest_first(as_texts(_cell(spec, row, "answers")))
         if choices == "hidden" and direct and direct[0].strip():
             answers, metric = direct, "vqa_accuracy"
@@ -172,10 +185,10 @@ def make_example(
         images=images,
         question="\n".join(lines),
         answers=answers,
-        choices=found.choices,
+        choices=gold.choices,
         family=spec.family,
         task=task,
-        gold=found.gold,
+        gold=gold.gold,
         metric=metric,
         subtask=None if missing(subtask) else str(subtask),
         image_id=image,

@@ -1,11 +1,11 @@
-"""What a picture shows, before it is drawn: the ground truth that a question is asked about."""
+"""Scenes: the contents of a picture before it is drawn, and so the ground truth for questions about it."""
 
 import dataclasses
 import string
 
 import numpy as np
 
-from vlm_jax.data.world import COLOURS, ENTITIES, Entity
+from vlm_jax.data.world import COLOUR_RGB, ENTITIES, Entity
 
 LABELS = ("AGE", "FEE", "QTY", "TAX", "DAY", "ROW", "BOX", "LOT")
 TALLEST = 8
@@ -50,7 +50,7 @@ Scene = Emblem | Form | Chart | Signs | Glyphs
 
 
 def transcript(scene: Scene) -> str:
-    """All that a picture of ``scene`` says, in reading order."""
+    """All text and values of a scene, in reading order."""
     match scene:
         case Emblem(entity):
             return entity.look
@@ -74,17 +74,17 @@ def random_form(rng: np.random.Generator, count: int = 3) -> Form:
 def random_chart(rng: np.random.Generator, count: int = 4) -> Chart:
     """A chart with ``count`` of its four bars drawn."""
     heights = rng.integers(1, TALLEST + 1, count).tolist()
-    return Chart(tuple(zip(_slots(rng, 4, count), _some(rng, COLOURS, count), heights, strict=True)))
+    return Chart(tuple(zip(_slots(rng, 4, count), _some(rng, COLOUR_RGB, count), heights, strict=True)))
 
 
 def random_signs(rng: np.random.Generator, count: int = 3) -> Signs:
-    """``count`` of three signs, each with another colour and a consonant-vowel-consonant word."""
+    """``count`` of three signs. Each has its own colour and its own consonant-vowel-consonant word."""
     words: list[str] = []
     while len(words) < count:
         first, middle, last = (rng.choice(list(s)) for s in ("BDFKLMNPRSTZ", "AEIOU", "BDFLMNPRSTZ"))
         if first != last and (word := first + middle + last) not in words:
             words.append(str(word))
-    return Signs(tuple(zip(_slots(rng, 3, count), _some(rng, COLOURS, count), words, strict=True)))
+    return Signs(tuple(zip(_slots(rng, 3, count), _some(rng, COLOUR_RGB, count), words, strict=True)))
 
 
 def random_glyphs(rng: np.random.Generator, count: int = 1) -> Glyphs:
@@ -93,8 +93,8 @@ def random_glyphs(rng: np.random.Generator, count: int = 1) -> Glyphs:
     return Glyphs("".join(rng.choice(list(alphabet), count)))
 
 
-def _slots(rng: np.random.Generator, places: int, count: int) -> list[int]:
-    return sorted(rng.choice(places, count, replace=False).tolist())
+def _slots(rng: np.random.Generator, slots: int, count: int) -> list[int]:
+    return sorted(rng.choice(slots, count, replace=False).tolist())
 
 
 def _some(rng: np.random.Generator, options, count: int) -> list[str]:

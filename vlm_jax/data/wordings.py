@@ -1,8 +1,8 @@
-"""How the miniworld's questions are put.
+"""The wordings of the miniworld's questions.
 
-Every kind of question has *familiar* wordings, which pre-training teaches, and *held-out* ones, which
-only the benchmark tasks use: they stand for the conventions of a real benchmark, which a pre-trained
-model gets wrong until it is fine-tuned on them.
+Every kind of question has *familiar* wordings, which pre-training teaches, and *held-out* ones, which only the
+benchmark tasks use. The held-out ones play the part of a real benchmark's conventions: a pre-trained model gets them
+wrong until it is fine-tuned on them.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """``familiar`` and ``held_out`` templates of one kind of question.
+    """The ``familiar`` and ``held_out`` templates of one kind of question.
 
-    A familiar one names its target in ``{who}`` or ``{key}``; a held-out one of a perception task
-    points at it by its place instead, as ``{a|b|c}``, one word for each slot.
+    A familiar template names its target in ``{who}`` or ``{key}``. A held-out template of a perception task names the
+    target's place, as ``{a|b|c}`` with one word for each slot.
     """
 
     familiar: tuple[str, ...]
@@ -96,13 +96,13 @@ SIGN = Wording(
 )
 
 
-def place(template: str, slot: int) -> str:
-    """Fills a held-out template's ``{a|b|c}`` with the word for ``slot``."""
+def fill_slot(template: str, slot: int) -> str:
+    """The held-out template with its ``{a|b|c}`` replaced by the word for ``slot``."""
     return re.sub(r"\{(\w+(?:\|\w+)+)\}", lambda match: match[1].split("|")[slot], template)
 
 
 def words(text: str) -> set[str]:
-    """The words of a template as they are spelt, without its slots' names."""
+    """The words of a template in their spelling, without the names in braces."""
     return set(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", text)))
 
 

@@ -1,4 +1,4 @@
-"""The miniworld's inhabitants: 48 entities, each known by an emblem and by a name, and their facts."""
+"""The miniworld's inhabitants: 48 entities, each with an emblem, a name and facts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import numpy as np
 
 WORLD_SEED = 20260
-"""Everything in the miniworld, facts and pixels alike, follows from this number."""
+"""The seed of the whole miniworld, facts and pixels."""
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "crescent")
-COLOURS = {
+COLOUR_RGB = {
     "red": (214, 34, 38),
     "green": (36, 150, 56),
     "blue": (38, 84, 222),
@@ -32,7 +32,7 @@ RELATIONS: Mapping[str, tuple[str, ...]] = {
                 "wind", "frost", "drizzle", "mist", "dust", "heat"),
 }
 # fmt: on
-"""The values of every relation; no value belongs to two relations."""
+"""Relation -> its values. No value belongs to two relations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Entity:
 
 
 def _names(count: int, rng: np.random.Generator) -> list[str]:
-    """Different invented names of four to six letters, no two with the same first three."""
+    """Different invented names of four to six letters. The first three letters of each are unique."""
     consonants, vowels = "bdfgklmnprstvz", "aeiou"
     names: dict[str, str] = {}
     while len(names) < count:
@@ -61,9 +61,9 @@ def _names(count: int, rng: np.random.Generator) -> list[str]:
 
 
 def _populate() -> tuple[Entity, ...]:
-    """The entities; every value of a relation is given to equally many of them, at random."""
+    """The entities. Values are assigned at random, each value of a relation to the same number of entities."""
     rng = np.random.default_rng(WORLD_SEED)
-    emblems = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    emblems = [(shape, colour) for shape in SHAPES for colour in COLOUR_RGB]
     names = _names(len(emblems), rng)
     facts = {
         relation: rng.permutation(np.resize(values, len(emblems))).tolist() for relation, values in RELATIONS.items()

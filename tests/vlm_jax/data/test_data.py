@@ -59,8 +59,8 @@ def test_jsonl_ignores_split_and_keeps_to_limit(write):
         (GOOD | {"id": "z", "choices": []}, "'choices' must be"),
         (GOOD | {"id": "z", "family": "perceptoin"}, "unknown family 'perceptoin'; did you mean 'perception'?"),
         (GOOD | {"id": "z", "image": "none.png"}, "does not exist"),
-        (GOOD | {"id": "z", "image": "cut.png"}, "is broken or no image"),
-        (GOOD | {"id": "z", "image": "words.png"}, "is broken or no image"),
+        (GOOD | {"id": "z", "image": "cut.png"}, "is broken or not an image"),
+        (GOOD | {"id": "z", "image": "words.png"}, "is broken or not an image"),
         (GOOD, "id 'a' was used on line 1"),
     ],
 )

@@ -13,12 +13,12 @@ import pytest
 from datasets import Features, Image, Value
 from PIL import Image as Pictures
 
-from vlm_jax.data import load_task, loading, source, specs, task_names
+from vlm_jax.data import catalogue, load_task, loading, source, specs, task_names
 from vlm_jax.data.images import LazyImages
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.data.records import as_texts, commonest_first, missing
-from vlm_jax.data.splits import Row, deal
+from vlm_jax.data.splits import SplitRow, deal
 from vlm_jax.errors import UserError
 
 
@@ -129,7 +129,7 @@ EXPECTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", specs.DATASETS)
+@pytest.mark.parametrize("name", catalogue.DATASETS)
 def test_every_dataset_is_read(root, name):
     row, seeds, expected = EXPECTED[name]
     options = DataOptions(data_root=root)
@@ -143,8 +143,8 @@ def test_every_dataset_is_read(root, name):
         np.testing.assert_array_equal(np.asarray(image), drawn(seed, kind=kind))
     # Our splits are made of the same examples, share no image, and are the same when the dataset is streamed.
     found = {}
-    for split, (_, size) in specs.DATASETS[name].splits.items():
-        count = len(loading._index(specs.DATASETS[name], root, False).numbers[split])
+    for split, (_, size) in catalogue.DATASETS[name].splits.items():
+        count = len(loading._index(catalogue.DATASETS[name], root, False).numbers[split])
         found[split] = load_task(name, split=split, limit=min(count, size), options=options)
         streamed = load_task(name, split=split, limit=min(count, 4), options=dataclasses.replace(options, stream=True))
         for one, other in zip(found[split], streamed, strict=False):
@@ -163,15 +163,15 @@ def test_every_dataset_is_read(root, name):
 
 
 def test_the_table_covers_every_dataset():
-    assert EXPECTED.keys() == hub_folders.WRITERS.keys() == specs.DATASETS.keys()
-    for spec in specs.DATASETS.values():
+    assert EXPECTED.keys() == hub_folders.WRITERS.keys() == catalogue.DATASETS.keys()
+    for spec in catalogue.DATASETS.values():
         assert sum(size for _, size in spec.splits.values()) <= (sum(spec.rows.values()) or 10**6)
         assert set(spec.splits) <= set(specs.P0_SIZES) and spec.splits["test"]
-    six = [spec for spec in specs.DATASETS.values() if spec.family]
+    six = [spec for spec in catalogue.DATASETS.values() if spec.family]
     assert len(six) == 6
     p0 = {"trace": 1000, "train": 3000, "test": 1000}
     assert all({k: spec.splits[k].size for k in p0} == p0 for spec in six if spec.name != "infographicvqa")
-    assert specs.DATASETS["infographicvqa"].splits["train"].size == 1500
+    assert catalogue.DATASETS["infographicvqa"].splits["train"].size == 1500
 
 
 # How choices are shown.
@@ -224,7 +224,7 @@ def test_rotations_are_one_group(tmp_path, index):
         assert len({e.choices[e.gold] for e in rotations}) == 1
         assert {e.answers[0] for e in rotations} == set("ABCD"[: len(rotations)])
     # No split has a part of a group.
-    parts = loading._index(specs.DATASETS["mmbench"], tmp_path, False).numbers
+    parts = loading._index(catalogue.DATASETS["mmbench"], tmp_path, False).numbers
     for numbers in parts.values():
         rows = [found[number].group for number in numbers]
         assert all(rows.count(group) == (4 if int(group) % 2 else 2) for group in rows)
@@ -287,7 +287,7 @@ def test_texts_of_every_form():
 
 
 def rows_of(images, first=0):
-    return [Row(first + n, f"id{first + n}", image, f"id{first + n}") for n, image in enumerate(images)]
+    return [SplitRow(first + n, f"id{first + n}", image, f"id{first + n}") for n, image in enumerate(images)]
 
 
 def test_splits_fill_and_share_no_image():
@@ -335,7 +335,7 @@ def test_pictures_shared_by_the_hubs_splits(root):
         if e.image_id == first.image_id
     }
     assert owners <= {"test"}
-    index = loading._index(specs.DATASETS["scienceqa"], root, False)
+    index = loading._index(catalogue.DATASETS["scienceqa"], root, False)
     assert sum(len(part) for part in index.numbers.values()) == 10 + 9 + 29
 
 
@@ -375,10 +375,10 @@ def test_families_are_cut_to_the_smallest(monkeypatch):
         return [spec.name] * limit
 
     monkeypatch.setattr(loading, "_read_split", read)
-    assert len(loading.load("p0-perception", "train", None, DataOptions())) == 4500
+    assert len(loading.load_named("p0-perception", "train", None, DataOptions())) == 4500
     assert asked == [("docvqa", 1500), ("infographicvqa", 1500), ("textvqa", 1500)]
-    assert len(loading.load("p0-perception", "train", 9999, DataOptions())) == 4500
-    assert len(loading.load("p0-perception", "train", 100, DataOptions())) == 100
+    assert len(loading.load_named("p0-perception", "train", 9999, DataOptions())) == 4500
+    assert len(loading.load_named("p0-perception", "train", 100, DataOptions())) == 100
 
 
 def test_what_resolved_is_told(root, tmp_path):
@@ -441,7 +441,7 @@ def test_a_local_copy_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"docvqa is not under --data-root: put a copy .*lmms-lab-encoder/DocVQA or "):
         load_task("docvqa", split="test", options=DataOptions(tmp_path))
     (tmp_path / "DocVQA").mkdir()
-    with pytest.raises(UserError, match=r"docvqa could not be read from .*DocVQA \(.*\): mend the copy"):
+    with pytest.raises(UserError, match=r"docvqa could not be read from .*DocVQA \(.*\): repair the copy"):
         load_task("docvqa", split="test", options=DataOptions(tmp_path))
 
 
@@ -505,7 +505,7 @@ def test_withheld_answers(root):
     # One row of the validation split has ten empty answers, and is left out.
     assert len(load_task("textvqa_val", options=options)) == 11
     # The test split of A-OKVQA, as anybody who edits its spec would read it.
-    spec = dataclasses.replace(specs.DATASETS["a-okvqa"], splits={"test": specs.Split("test", 4)})
+    spec = dataclasses.replace(catalogue.DATASETS["a-okvqa"], splits={"test": specs.Split("test", 4)})
     with pytest.raises(UserError, match=r"row 0 of .*A-OKVQA, split 'test', has no answer"):
         loading._read_split(spec, "test", 1, options)
 
@@ -575,7 +575,7 @@ def test_a_folder_with_a_task(tmp_path):
         ("task: a\n", "lacks dataset_path"),
         ("include: _default\ndataset_path: x\n", "lacks test_split"),
         ("- a\n", "is not a task"),
-        ("a: [\n", "is no YAML file"),
+        ("a: [\n", "is not a YAML file"),
         ("dataset_path: nowhere\ntest_split: test\n", "is no folder"),
         ("dataset_path: lmms-lab/POPE\ntest_split: test\n", "use the task name pope"),
     ],
@@ -604,8 +604,8 @@ def test_bad_folders(tmp_path):
 
 def test_the_docs_have_the_table():
     page = (Path(__file__).parents[3] / "docs/data.md").read_text()
-    assert page.split("a test compares -->\n")[1].split("\n<!-- end -->")[0] == specs.dataset_table()
-    for task, (spec, _) in specs.LMMS_TASKS.items():
+    assert page.split("a test compares -->\n")[1].split("\n<!-- end -->")[0] == catalogue.dataset_table()
+    for task, (spec, _) in catalogue.LMMS_TASKS.items():
         assert f"`{task}`" in page and f"`{spec.name}`" in page
 
 

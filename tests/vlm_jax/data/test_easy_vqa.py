@@ -46,7 +46,9 @@ def test_examples():
     kinds = Counter(e.subtask for e in load_task("easy-vqa", split="test"))
     assert kinds == {"yes/no": 3611 + 3525, "shape": kinds["shape"], "colour": 2537 - kinds["shape"]}
     assert (
-        easy_vqa.kind("triangle") == "shape" and easy_vqa.kind("teal") == "colour" and easy_vqa.kind("no") == "yes/no"
+        easy_vqa.question_type("triangle") == "shape"
+        and easy_vqa.question_type("teal") == "colour"
+        and easy_vqa.question_type("no") == "yes/no"
     )
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import pretraining, wordings
-from vlm_jax.data.draw import FONTS, SIZE, draw
+from vlm_jax.data.draw import FONTS, SIZE, draw_scene
 from vlm_jax.data.miniworld import HELD_OUT_SHARE, SPLIT_SIZES, TASKS, make_example, make_scene
 from vlm_jax.data.scenes import Chart, Emblem, Form, Glyphs, Signs, transcript
-from vlm_jax.data.world import COLOURS, ENTITIES, RELATIONS, SHAPES
+from vlm_jax.data.world import COLOUR_RGB, ENTITIES, RELATIONS, SHAPES
 
 KNOWLEDGE = [name for name, task in TASKS.items() if task.family == "knowledge"]
 PERCEPTION = [name for name, task in TASKS.items() if task.family == "perception"]
@@ -35,12 +35,12 @@ def pattern(template):
 
 
 def test_world_has_every_emblem_once_and_no_ambiguous_value():
-    assert {(e.shape, e.colour) for e in ENTITIES} == {(s, c) for s in SHAPES for c in COLOURS}
+    assert {(e.shape, e.colour) for e in ENTITIES} == {(s, c) for s in SHAPES for c in COLOUR_RGB}
     assert len({e.name for e in ENTITIES}) == len(ENTITIES) == 48
     assert all(re.fullmatch("[a-z]{4,6}", e.name) for e in ENTITIES)
     values = [value for column in RELATIONS.values() for value in column]
     assert len(values) == len(set(values)) and all(re.fullmatch("[a-z]+", v) for v in values)
-    assert not {e.name for e in ENTITIES} & {*values, *COLOURS, *SHAPES}
+    assert not {e.name for e in ENTITIES} & {*values, *COLOUR_RGB, *SHAPES}
     for relation, column in RELATIONS.items():
         counts = collections.Counter(e.facts[relation] for e in ENTITIES)
         assert counts.keys() == set(column) and set(counts.values()) == {4}
@@ -111,7 +111,12 @@ def test_perception_answers_are_what_the_scene_shows(task):
             case Form(parts) | Chart(parts) | Signs(parts):
                 pass
         by_key = {str(value) for _, key, value in parts if key in wordings.words(example.question)}
-        by_place = {str(v) for s, _, v in parts for t in wording.held_out if wordings.place(t, s) == example.question}
+        by_place = {
+            str(value)
+            for slot, _, value in parts
+            for template in wording.held_out
+            if wordings.fill_slot(template, slot) == example.question
+        }
         assert by_key | by_place == set(example.answers)
         asked_by.update(key=bool(by_key), place=bool(by_place))
         assert re.fullmatch("[A-Z0-9]+", example.answers[0])
@@ -122,7 +127,7 @@ def test_held_out_wordings_point_at_every_slot_differently():
     for wording, slots in ((wordings.FIELD, 3), (wordings.BAR, 4), (wordings.SIGN, 3)):
         assert len(wording.familiar) >= 3 and len(wording.held_out) >= 3
         for template in wording.held_out:
-            assert len({wordings.place(template, slot) for slot in range(slots)}) == slots
+            assert len({wordings.fill_slot(template, slot) for slot in range(slots)}) == slots
     for relation, wording in wordings.FACTS.items():
         assert len(wording.familiar) >= 3 and len(wording.held_out) >= 3
         function_words = {"What", "Which", "the", "is", "it", "of", "does"}
@@ -199,6 +204,6 @@ def test_nothing_is_clipped(scene, font, monkeypatch):
     """The widest texts in every font: the picture's edge shows paper only."""
     monkeypatch.setattr("vlm_jax.data.draw.FONTS", (font,))
     for seed in range(8):
-        pixels = np.asarray(draw(scene, np.random.default_rng(seed)), np.int32)
+        pixels = np.asarray(draw_scene(scene, np.random.default_rng(seed)), np.int32)
         edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         assert edge.min() > 130

@@ -1,0 +1,38 @@
+"""Statistics of causal traces (P0) and of paired evaluations: estimates, intervals and tests.
+
+All functions are plain NumPy, take a seed, and use bounded memory.
+"""
+
+from interventions.statistics.bootstrap import Interval, bootstrap_rows, mean_interval, percentiles
+from interventions.statistics.comparison import holm, mcnemar, paired
+from interventions.statistics.intervals import Over, rr_interval, rr_resamples, rr_summary
+from interventions.statistics.permutation import Difference, permutation_test
+from interventions.statistics.ranking import correlations, rank_stability
+from interventions.statistics.restoration import EPS, STATISTICS, Statistic, normalised, rr
+from interventions.statistics.tables import Traced, tidy, tidy_summary
+
+__all__ = [
+    "EPS",
+    "STATISTICS",
+    "Difference",
+    "Interval",
+    "Over",
+    "Statistic",
+    "Traced",
+    "bootstrap_rows",
+    "correlations",
+    "holm",
+    "mcnemar",
+    "mean_interval",
+    "normalised",
+    "paired",
+    "percentiles",
+    "permutation_test",
+    "rank_stability",
+    "rr",
+    "rr_interval",
+    "rr_resamples",
+    "rr_summary",
+    "tidy",
+    "tidy_summary",
+]

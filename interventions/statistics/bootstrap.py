@@ -1,0 +1,79 @@
+"""The bootstrap: rows drawn with replacement, percentile intervals, and the interval of a mean."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+#: How many numbers one chunk of draws may hold; it bounds the memory.
+CHUNK_NUMBERS = 1_000_000
+
+
+class Interval(NamedTuple):
+    """An estimate and the bounds of its interval: three arrays of the same shape."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def bootstrap_rows(count: int, draws: int, seed, width: int = 1) -> Iterator[np.ndarray]:
+    """Row numbers drawn with replacement, ``(draws, count)`` in total, in chunks of draws.
+
+    The random stream is that of ``scipy.stats.bootstrap`` with ``rng=seed``. It does not depend on the chunks.
+
+    Args:
+        count: number of rows to draw from, and to draw.
+        width: how many numbers the caller holds for each drawn row. It decides the size of the chunks.
+    """
+    rng = np.random.default_rng(seed)
+    for size in chunk_sizes(draws, count * width):
+        yield rng.integers(0, count, (size, count))
+
+
+def chunk_sizes(draws: int, width: int) -> Iterator[int]:
+    """Divides ``draws`` into chunks that hold at most :data:`CHUNK_NUMBERS` numbers, ``width`` for each draw."""
+    size = max(1, CHUNK_NUMBERS // width)
+    yield from (min(size, draws - done) for done in range(0, draws, size))
+
+
+def sum_by_place(places: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
+    """Sums ``(b, size)`` of the weights ``(b, n)`` at the places ``(b, n, R)``. Each of a weight's R places gets an
+    equal share of it."""
+    draws, _, share = places.shape
+    rows = np.arange(draws)[:, None, None] * size
+    shared = np.broadcast_to(weights[..., None] / share, places.shape)
+    return np.bincount((rows + places).ravel(), shared.ravel(), draws * size).reshape(draws, size)
+
+
+def percentile_bounds(draws: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """The percentiles over axis 0 between which ``level`` of the draws lie. NaN draws are left out."""
+    percentile = np.nanpercentile if np.isnan(draws).any() else np.percentile
+    low, high = percentile(draws, [50 * (1 - level), 50 * (1 + level)], axis=0)
+    return low, high
+
+
+def percentiles(draws: np.ndarray) -> dict:
+    """The mean of bootstrap draws over axis 0 and their 95 % percentile interval, as ``mean``, ``low`` and ``high`` for
+    JSON."""
+    return _as_json(Interval(draws.mean(0), *percentile_bounds(draws)))
+
+
+def mean_interval(values, seed: int = 0) -> dict:
+    """The mean of ``values (N, ...)`` over samples and its 95 % percentile bootstrap interval, as ``mean``, ``low`` and
+    ``high`` for JSON. NaN values are left out."""
+    values = np.asarray(values, float)
+    flat = values.reshape(len(values), -1)
+    known = ~np.isnan(flat)
+    filled, chunks = np.where(known, flat, 0), []
+    with np.errstate(invalid="ignore"):
+        for rows in bootstrap_rows(len(flat), 2000, seed):
+            times_drawn = sum_by_place(rows[..., None], np.ones(rows.shape), len(flat))
+            chunks.append(times_drawn @ filled / (times_drawn @ known))
+        mean = filled.sum(0) / known.sum(0)
+    interval = Interval(mean, *percentile_bounds(np.concatenate(chunks)))
+    return _as_json(Interval(*(part.reshape(values.shape[1:]) for part in interval)))
+
+
+def _as_json(interval: Interval) -> dict:
+    return {"mean": interval.value.tolist(), "low": interval.low.tolist(), "high": interval.high.tolist()}

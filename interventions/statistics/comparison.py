@@ -1,0 +1,125 @@
+"""Compares two placements on the same held-out samples, and adjusts the p-values of several comparisons."""
+
+import numpy as np
+from scipy.stats import binomtest, norm
+from scipy.stats import t as student
+
+from interventions.statistics.bootstrap import bootstrap_rows, percentile_bounds
+from vlm_jax.errors import UserError
+
+
+def paired(first, second, *, clusters=None, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> dict:
+    """Two placements' scores on the same held-out samples: is there a difference, and how large can it still be?
+
+    Args:
+        first, second: scores ``(N,)``, or ``(S, N)`` of S training seeds; S may differ between the two.
+        clusters: labels ``(N,)`` of samples that are not independent, such as those of one image
+            (:func:`eval.judging.clusters_of`). Clusters are then resampled in place of samples.
+
+    Returns:
+        ``difference``: the first mean minus the second. ``low``, ``high``: its percentile bootstrap interval.
+        ``excluded``: the larger absolute value of the two bounds; the interval excludes any larger difference.
+        ``p``: two-sided p-value (see below).
+        ``mcnemar_p``, ``gained``, ``lost``: the results of :func:`mcnemar`, None with several seeds. McNemar's test
+        ignores clusters and treats every sample as independent.
+
+    With several seeds, three things are resampled: the samples, which are the same for all and scored by the mean over
+    seeds, and the seeds of each placement. The resulting changes are added. S - 1 of S seeds are drawn at a time,
+    because the mean of S resampled seeds would vary too little (Rao and Wu 1988). The interval is then widened from
+    the normal quantile to Student's t, with the few degrees of freedom that the seeds leave (Satterthwaite). With one
+    seed the interval does not cover the chance of training.
+
+    p comes from the share of draws on the other side of 0, before the interval is widened. The share is converted to a
+    normal quantile, and that is looked up in Student's t. For normal draws p agrees with the interval. But the share is
+    never below 1 / (resamples + 1), so p has a lower limit: by default .0002 with one seed each and .065 at 2 degrees
+    of freedom. There the interval can exclude 0 although p is above .05.
+
+    Raises:
+        UserError: if the two do not have the same samples.
+    """
+    first, second = _as_seeds_by_samples(first, second)
+    difference = first.mean(0) - second.mean(0)  # (N,)
+    mean = difference.mean()
+    draws = _resampled_means(difference, clusters, resamples, seed) - mean
+    variances, freedom, rng = [draws.var()], [np.inf], np.random.default_rng([seed, 1])
+    for scores, sign in ((first, 1), (second, -1)):
+        if (seeds := len(scores)) > 1:
+            moves = scores.mean(1) - scores.mean()  # (S,)
+            draws += sign * (rng.multinomial(seeds - 1, np.full(seeds, 1 / seeds), resamples) @ moves) / (seeds - 1)
+            variances.append(moves.var(ddof=1) / seeds)
+            freedom.append(seeds - 1)
+    freedom_lost = (np.square(variances) / freedom).sum()
+    freedom_left = sum(variances) ** 2 / freedom_lost if freedom_lost else np.inf
+    tail = (1 + level) / 2
+    spread = draws * (student.ppf(tail, freedom_left) / norm.ppf(tail))
+    low, high = map(float, percentile_bounds(mean + spread, level))
+    beyond = min((mean + draws <= 0).sum(), (mean + draws >= 0).sum())
+    share = (1 + beyond) / (1 + resamples)
+    result = {
+        "samples": first.shape[1],
+        "seeds": [len(first), len(second)],
+        "first": float(first.mean()),
+        "second": float(second.mean()),
+        "difference": float(mean),
+        "low": low,
+        "high": high,
+        "excluded": max(abs(low), abs(high)),
+        "p": min(1.0, 2 * float(student.sf(norm.isf(share), freedom_left))),
+    }
+    one_seed_each = len(first) == len(second) == 1
+    return result | (mcnemar(first[0], second[0]) if one_seed_each else dict.fromkeys(_MCNEMAR))
+
+
+def _resampled_means(values: np.ndarray, clusters, resamples: int, seed: int) -> np.ndarray:
+    """Means ``(resamples,)`` of bootstrap resamples of the samples ``(N,)``, or of their clusters."""
+    count = len(values)
+    sums, sizes = values, np.ones(count)
+    if clusters is not None:
+        if np.shape(clusters) != (count,):
+            raise ValueError(f"clusters are {np.shape(clusters)}: they must be ({count},), a label for every sample")
+        labels = np.unique(clusters, return_inverse=True)[1]
+        sums, sizes = np.bincount(labels, values), np.bincount(labels)
+    chunks = [sums[rows].sum(1) / sizes[rows].sum(1) for rows in bootstrap_rows(len(sums), resamples, seed)]
+    return np.concatenate(chunks)
+
+
+_MCNEMAR = ("gained", "lost", "mcnemar_p")
+
+
+def mcnemar(first, second) -> dict:
+    """McNemar's exact test of two placements' scores ``(N,)`` on the same samples.
+
+    Returns:
+        ``gained``, ``lost``: how many samples only the first, or only the second, gets right. ``mcnemar_p``: two-sided
+        p-value. All are None if a score is neither 0 nor 1.
+
+    Raises:
+        UserError: if the two do not have the same samples.
+    """
+    first, second = _as_seeds_by_samples(first, second)
+    if len(first) > 1 or len(second) > 1:
+        raise ValueError(f"scores of {len(first)} and {len(second)} seeds: McNemar's test is of one each")
+    if not np.isin([first, second], (0, 1)).all():
+        return dict.fromkeys(_MCNEMAR)
+    gained, lost = int((first > second).sum()), int((first < second).sum())
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return {"gained": gained, "lost": lost, "mcnemar_p": p}
+
+
+def _as_seeds_by_samples(first, second) -> tuple[np.ndarray, np.ndarray]:
+    """Both as ``(S, N)``."""
+    first, second = (np.atleast_2d(np.asarray(scores, float)) for scores in (first, second))
+    if first.shape[1] != second.shape[1] or not first.size:
+        raise UserError(f"the two have {first.shape[1]} and {second.shape[1]} samples: compare them on the same ones")
+    return first, second
+
+
+def holm(p) -> np.ndarray:
+    """p-values ``(K,)`` adjusted by Holm (1979): the chance of any false finding among K tests stays below the level.
+
+    To bound the share of false findings instead, use ``scipy.stats.false_discovery_control``.
+    """
+    p = np.asarray(p, float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1)[np.argsort(order, kind="stable")]

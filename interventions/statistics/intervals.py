@@ -1,0 +1,89 @@
+"""Bootstrap intervals of restoration rates, over samples, replicates or both."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from interventions.statistics.bootstrap import Interval, bootstrap_rows, percentile_bounds
+from interventions.statistics.restoration import EPS, STATISTICS, check_effects, estimate_draws, rr
+from vlm_jax.errors import UserError
+
+Over = Literal["samples", "replicates", "both"]
+
+
+def rr_interval(
+    te, ie, over: Over = "samples", *, resamples: int = 2000, seed: int = 0, level: float = 0.95, **options
+) -> Interval:
+    """RR ``(C,)`` of ``te (N, R)`` and ``ie (N, R, C)``, and its percentile bootstrap interval.
+
+    Args:
+        over: "samples": would other samples, with other corruptions, give the same? Samples are resampled together with
+            their replicates. Each sample has its own corruptions, so the interval covers both kinds of chance.
+            "replicates": would other corruptions of the same samples give the same? Replicates are resampled within
+            each sample. R replicates vary too little around their own mean, so the draws are spread by
+            sqrt(R / (R - 1)).
+            "both": samples are resampled, and then replicates within each (hierarchical). This counts the corruption
+            twice, so the interval is usually wider. If a few samples with a small TE dominate the mean, the mean moves
+            too.
+        options: min_te, eps and statistic, as for :func:`rr`.
+
+    Raises:
+        UserError: as :func:`rr`; also for "replicates" where there is only one.
+    """
+    te, ie = check_effects(te, ie)
+    value = rr(te, ie, **options)
+    draws = rr_resamples(te, ie, over, resamples=resamples, seed=seed, **options)
+    if over == "replicates":
+        draws = value + (draws - value) * np.sqrt(te.shape[1] / (te.shape[1] - 1))
+    return Interval(value, *percentile_bounds(draws, level))
+
+
+def rr_resamples(te, ie, over: Over = "samples", *, resamples: int = 2000, seed=0, **options) -> np.ndarray:
+    """RR of bootstrap resamples ``(resamples, C)``; arguments as for :func:`rr_interval`. NaN where a resample has no
+    sample with TE >= ``min_te``."""
+    te, ie = check_effects(te, ie)
+    count, replicates = te.shape
+    if over == "replicates" and replicates == 1:
+        raise UserError("one replicate says nothing about the chance of the corruption: trace with --replicates 2")
+    options = {"min_te": 0.01, "eps": EPS, "statistic": "mean_of_ratios"} | options
+    # A second stream, so that the drawn samples do not depend on R.
+    replicate_rng = np.random.default_rng([seed, 1])
+    chunks = []
+    for rows in bootstrap_rows(count, resamples, seed, replicates):
+        if over == "replicates":
+            rows = np.broadcast_to(np.arange(count), rows.shape)
+        drawn = None if over == "samples" else replicate_rng.integers(0, replicates, (*rows.shape, replicates))
+        chunks.append(estimate_draws(te, ie, rows, drawn, **options))
+    return np.concatenate(chunks)
+
+
+def rr_summary(te, ie, cells: Sequence[str], *, resamples: int = 2000, seed: int = 0, **options) -> list[dict]:
+    """A row for each cell and statistic: RR, its rank (1 is the highest) and its intervals.
+
+    ``low`` and ``high`` are the interval over samples. With several replicates there are also ``replicates_low``,
+    ``replicates_high``, ``both_low`` and ``both_high``. The ratio of means is left out if the mean TE is not positive.
+
+    Args:
+        options: min_te and eps, as for :func:`rr`.
+    """
+    te, ie = check_effects(te, ie)
+    columns = {"samples": ("low", "high")}
+    if te.shape[1] > 1:
+        columns |= {over: (f"{over}_low", f"{over}_high") for over in ("replicates", "both")}
+    rows = []
+    for statistic in STATISTICS:
+        if statistic == "ratio_of_means" and te.mean() <= 0:
+            continue
+        intervals = {
+            over: rr_interval(te, ie, over, resamples=resamples, seed=seed, statistic=statistic, **options)
+            for over in columns
+        }
+        value = intervals["samples"].value
+        rank = 1 + np.argsort(np.argsort(-value, kind="stable"), kind="stable")
+        for cell, name in enumerate(cells):
+            row = {"cell": name, "statistic": statistic, "rr": float(value[cell]), "rank": int(rank[cell])}
+            for over, (low, high) in columns.items():
+                row |= {low: float(intervals[over].low[cell]), high: float(intervals[over].high[cell])}
+            rows.append(row)
+    return rows
