@@ -10,9 +10,9 @@ class DataOptions:
     """How the examples of a real dataset are made."""
 
     data_root: Path | None = None
-    """Folder with local copies of hub datasets, ROOT/OWNER/NAME or ROOT/NAME; by default the hub is asked."""
+    """Folder with local copies of hub datasets, as ROOT/OWNER/NAME or ROOT/NAME. By default they come from the hub."""
     choices: Literal["listed", "lettered", "hidden"] = "listed"
-    """How a multiple-choice question shows its choices: as a list of texts (the answer is a text), as lettered lines
-    (the answer is a letter), or not at all. P0 does not say."""
+    """How a multiple-choice question shows its choices. listed: a list of texts, and the answer is a text; lettered:
+    lines with letters, and the answer is a letter; hidden: not at all. P0 does not specify this."""
     stream: bool = False
-    """Read a dataset over the network instead of storing it: for a few samples of a large one."""
+    """Read a dataset over the network instead of storing it first. Useful for a few samples of a large dataset."""
