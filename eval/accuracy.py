@@ -4,24 +4,23 @@ python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
 """
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from eval.evaluation import AnswerOptions, Scored, answer, scored
+from eval.evaluation import AnswerOptions, Scored, answer_and_score
 from eval.judging import METRICS, MetricOptions, check
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
 from interventions.placement.adapters import load_peft, merge
 from interventions.store import describe, digest, load_interventions
-from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import easy_vqa, load_task, source
 from vlm_jax.data.options import DataOptions
-from vlm_jax.prompts import P0_PROMPT, check_fit
+from vlm_jax.prompts import P0_PROMPT
 from vlm_jax.runs.command import command
-from vlm_jax.runs.folder import Run, digests
+from vlm_jax.runs.folder import digests
 from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.startup import start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +28,18 @@ class Args(AnswerOptions, MetricOptions, DataOptions, ModelOptions):
     """Score a model's greedy answers to P0's prompt, by exact match or as the task's own benchmark does."""
 
     task: str = "mini-okvqa"
-    """Task name, family (knowledge, perception, p0-knowledge ...), JSONL file or folder."""
+    """The task to score: a name, a family (knowledge, perception, p0-knowledge ...), a JSONL file or a folder."""
     adapter: Path | None = None
-    """PEFT folder of a LoRA adapter to evaluate with."""
+    """PEFT folder of a LoRA adapter, which is merged into the model."""
     intervention: Path | None = None
-    """File of saved interventions (interventions.store) to evaluate under, such as a cut that TaLo selected."""
+    """File of saved interventions to evaluate under, such as a layer cut that interventions.talo selected."""
     steps: Literal["all", "prefill"] = "all"
-    """Whether interventions also act on generated tokens, or on the prompt only."""
+    """Whether interventions also act on generated tokens (all), or on the prompt only (prefill)."""
     split: str = "test"
-    """Split of a named task: trace, train, eval, test, or of a public dataset all that its benchmark scores."""
+    """Which split of a named task to use: trace, train, eval or test; or all, which is every row that a public
+    dataset's benchmark scores."""
     limit: int | None = 300
-    """Samples to evaluate."""
+    """How many samples to evaluate."""
     out: Path = Path("runs/accuracy")
     """Run folder: results.json, samples.jsonl, and samples_TASK.jsonl in lmms-eval's shape."""
 
@@ -59,17 +59,17 @@ def show(task: str, scores: Scored) -> None:
 
 
 def metric_options(args: Args) -> dict:
-    """What P0 leaves open, as it was decided here."""
+    """The choices that P0 does not specify."""
     return {"normalisation": args.normalisation, "multi_gold": args.multi_gold, "choices": args.choices}
 
 
-def in_lmms_eval_shape(args: Args, found: Scored, samples: dict[str, list[dict]]) -> dict:
+def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]]) -> dict:
     """The keys of lmms-eval's results, for :func:`main`."""
     whole = args.limit is None or sum(map(len, samples.values())) < args.limit
     names = ("dtype", "min_pixels", "max_pixels", "adapter", "intervention", "steps")
     model_args = {"pretrained": args.model} | {name: getattr(args, name) for name in names}
     return lmms_eval_results(
-        found.summaries,
+        scores.summaries,
         samples,
         config={
             "model": "vlm_jax",
@@ -90,50 +90,32 @@ def in_lmms_eval_shape(args: Args, found: Scored, samples: dict[str, list[dict]]
 @command
 def main(args: Args) -> None:
     examples = load_task(args.task, split=args.split, limit=args.limit, options=args)
-    args.check()
     check(examples, args)
-    model, processor = args.load()
-    pinned = {"model": fingerprint(model)}
-    if args.adapter is not None:  # part of the model: it acts on every token whatever --steps says
+    data = source(args.task, split=args.split, options=args)
+    run, model, processor = start(args, examples, data, with_answer=False)
+    if args.adapter is not None:  # merged into the model, so it acts on every token, whatever --steps says
         model = merge(model, load_peft(model, args.adapter))
-        pinned["adapter"] = digests(args.adapter)
+        run.pin("adapter", digests(args.adapter))
     interventions = () if args.intervention is None else load_interventions(args.intervention)
     for intervention in interventions:
         print(describe(intervention))
-    check_fit(examples, processor, model.config, with_answer=False)
-    run = Run.open(args.out, args, model.config, processor)
-    run.pin("data", source(args.task, split=args.split, options=args))
-    for name, value in pinned.items():
-        run.pin(name, value)
-    begun = time.perf_counter()
-    answers = answer(
-        model,
-        processor,
-        examples,
-        interventions,
-        batch=args.batch,
-        max_new_tokens=args.max_new_tokens,
-        steps=args.steps,
-        label=args.task,
-        log=run.log("predictions.jsonl"),
+    answers, scores = answer_and_score(
+        run, "", model, processor, examples, args, args, interventions=interventions, steps=args.steps, label=args.task
     )
-    run.timed("answer", begun)
-    found = scored(examples, answers.texts, args)
     results = {
         "task": args.task,
         "metric": args.metric,
         "metric_options": metric_options(args),
         "compiled_shapes": answers.compiled_shapes,
         "interventions": digest(interventions),
-        **found.results,
+        **scores.results,
     }
-    run.save_lines("samples.jsonl", found.records)
     prompts = [P0_PROMPT.replace("{QUESTION}", example.question) for example in examples]
-    samples = lmms_eval_samples(examples, prompts, answers.texts, found.judged, args)
+    samples = lmms_eval_samples(examples, prompts, answers.texts, scores.judged, args)
     for task, lines in samples.items():
         run.save_lines(f"samples_{file_name(task)}.jsonl", lines)
-    run.save_json("results.json", {**results, **in_lmms_eval_shape(args, found, samples)})
-    show(args.task, found)
+    run.save_json("results.json", {**results, **in_lmms_eval_shape(args, scores, samples)})
+    show(args.task, scores)
     easy_vqa.show_baseline(examples)
     print(f"written to {args.out}")
 

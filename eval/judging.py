@@ -34,13 +34,14 @@ class MetricOptions:
     """How answers are scored."""
 
     metric: str = "exact_match"
-    """Measure (exact_match, vqa_accuracy, anls, multiple_choice, circular, yes_no, mme, pope, relaxed_accuracy), or
-    "task" for the one of each task's own benchmark. P0 says "exact match"."""
+    """How an answer is scored: exact_match (P0), vqa_accuracy, anls, multiple_choice, circular, yes_no, mme, pope or
+    relaxed_accuracy; or task, for the metric of each task's own benchmark."""
     normalisation: Literal["strip", "lower", "evalai"] = "lower"
-    """What exact_match compares: texts without outer white space; in lower case without outer punctuation; or as VQA
-    accuracy does. P0 does not say."""
+    """What exact_match ignores. strip: white space around the texts; lower: also upper case and punctuation around
+    them; evalai: what VQA accuracy ignores. P0 does not specify this."""
     multi_gold: Literal["any", "first"] = "any"
-    """Whether exact_match takes any gold answer, or only the one that most annotators gave. P0 does not say."""
+    """Whether exact_match accepts any of several gold answers, or only the first, which most annotators gave. P0 does
+    not specify this."""
 
 
 class Judged(NamedTuple):

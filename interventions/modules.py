@@ -1,6 +1,9 @@
-"""The modules of a decoder, "L3-attn" and "L7-mlp": how they are named, and which linears they are."""
+"""The modules of a decoder, "L3-attn" and "L7-mlp": their names and their linears. Such names are written and parsed in
+this file alone."""
 
-from collections.abc import Iterable
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
 
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.sites import TEXT_LINEARS
@@ -12,7 +15,33 @@ MODULE_SITES = ("text.attn_out", "text.mlp_out")
 
 def module_names(depth: int) -> list[str]:
     """``L0-attn, L0-mlp, L1-attn, ...``: the modules in the order of ``rr[...].ravel()``."""
-    return [f"L{layer}-{module}" for layer in range(depth) for module in MODULES]
+    return cell_names(depth)
+
+
+def cell_names(depth: int, *, heads: int | None = None, groups: Sequence[str] = ()) -> list[str]:
+    """The cells of a trace, layer by layer: the modules, or ``L0-H0, L0-H1, ...`` for so many attention ``heads``. Of
+    several token groups each has a cell of its own: ``L0-attn@question, L0-attn@last, ...``."""
+    kinds = MODULES if heads is None else [f"H{head}" for head in range(heads)]
+    endings = [f"@{group}" for group in groups] if len(groups) > 1 else [""]
+    return [f"L{layer}-{kind}{ending}" for layer in range(depth) for kind in kinds for ending in endings]
+
+
+def split_cell(cell: str) -> tuple[int, str]:
+    """The layer and the kind of a cell: ``(3, "attn@question")`` of "L3-attn@question"."""
+    layer, kind = re.fullmatch(r"L(\d+)-(.+)", cell).groups()
+    return int(layer), kind
+
+
+def folder_name(names: Sequence[str], depth: int) -> str:
+    """A folder's name for a set of modules. It does not depend on their order, so that placements which choose the same
+    modules share a folder."""
+    modules = module_names(depth)
+    if set(names) == set(modules):
+        return "all"
+    joined = "+".join(sorted(names, key=modules.index))
+    if len(joined) <= 64:
+        return joined
+    return f"{len(names)}-{hashlib.sha256(joined.encode()).hexdigest()[:12]}"
 
 
 #: P0 places k = 10 of the 72 modules of Qwen3-VL-4B.
@@ -25,13 +54,22 @@ def default_k(depth: int) -> int:
 
 
 def check_k(k: int, depth: int) -> int:
+    """``k``, if a model with ``depth`` layers has so many modules.
+
+    Raises:
+        UserError: otherwise.
+    """
     if not 1 <= k <= 2 * depth:
         raise UserError(f"k is {k}, but the model has {2 * depth} modules: choose 1 to {2 * depth}")
     return k
 
 
 def check_names(names: Iterable[str], depth: int) -> list[str]:
-    """The names, once each is known to be a module of a model with ``depth`` layers and is named once."""
+    """The names as a list.
+
+    Raises:
+        UserError: for a name that is no module of a model with ``depth`` layers, or that comes twice.
+    """
     names, known = list(names), module_names(depth)
     for name in names:
         if name not in known:
@@ -45,7 +83,6 @@ def linears(names: Iterable[str]) -> list[tuple[int, str]]:
     """The ``(layer, linear)`` pairs behind module names: attn = q, k, v, o; mlp = gate, up, down."""
     pairs = []
     for name in names:
-        layer, module = name.removeprefix("L").split("-")
-        assert module in MODULES, name
-        pairs += [(int(layer), linear) for linear in TEXT_LINEARS[module]]
+        layer, module = split_cell(name)
+        pairs += [(layer, linear) for linear in TEXT_LINEARS[module]]
     return pairs

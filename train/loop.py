@@ -23,13 +23,14 @@ from train.meter import About, Meter, Tracker, check_trackers, unsound
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import placed, placed_rows
 from vlm_jax.runs.processes import first, is_first, progress
+from vlm_jax.runs.ranges import Range, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
     """How a training is kept and watched: what comes out of it does not depend on these."""
 
-    save_every: int = 100
+    save_every: Annotated[int, Range(least=1)] = 100
     """Steps between checkpoints of a training; a stopped one goes on from the last."""
     checkpoints: str | None = None
     """Where checkpoints go, such as gs://BUCKET/FOLDER; into the run folder by default."""
@@ -37,14 +38,12 @@ class LoopOptions:
     """Where the last checkpoint is damaged, go on from the one before it."""
     track: Annotated[tuple[Tracker, ...], tyro.conf.arg(metavar="TRACKER [TRACKER ...]")] = ()
     """Also report to tensorboard (package tensorboardX) or wandb; metrics.jsonl is always written."""
-    profile_steps: int = 0
+    profile_steps: Annotated[int, Range(least=0)] = 0
     """Profile so many steps, from the third on, into profile/ beside the metrics (xprof or TensorBoard shows them)."""
 
     def check_loop(self) -> None:
         """Refuses options that cannot be."""
-        for name, least in (("save_every", 1), ("profile_steps", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least {least}")
+        check_ranges(self)
         check_trackers(self.track)
 
 

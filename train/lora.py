@@ -4,10 +4,11 @@ python -m train.lora --placement task_diff --out runs/demo
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
@@ -32,8 +33,9 @@ from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.runs.command import command
-from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.startup import start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,45 +43,89 @@ class Args(LoRAOptions, DataOptions, ModelOptions):
     """Trace knowledge and perception tasks, place LoRA where they differ, train, evaluate, print P0's Table 1."""
 
     placement: str = "task_diff"
-    """Where LoRA goes: all, random, shared, task_diff, gradient_norm ... (docs/placement.md lists them), or a JSON file
-    with module names such as ["L2-attn"]."""
+    """Which modules get LoRA: the name of a placement, such as all, random, shared, task_diff or fisher
+    (docs/placement.md lists them), or a JSON file with module names such as ["L2-attn"]."""
     baselines: bool = True
     """Also train LoRA on all modules and on k random ones, to compare with."""
     k: int | None = None
-    """Modules to place LoRA in; by default P0's share of them (10 of 72), which is 2 of the mini model's 16."""
+    """How many modules get LoRA. By default P0's share (10 of 72), which is 2 of the mini model's 16."""
     train: str = "450"
-    """Training examples per task family, or a task, dataset or JSONL file to train on."""
+    """What to train on: a number of examples per task family, or a task, a dataset or a JSONL file."""
     eval: str = "300"
-    """Evaluation examples per task family, or a task, dataset or JSONL file to evaluate on."""
+    """What to evaluate on: a number of examples per task family, or a task, a dataset or a JSONL file."""
     trace: str = "96"
-    """Examples to trace per task family, or a task, dataset or JSONL file to trace."""
+    """What to trace: a number of examples per task family, or a task, a dataset or a JSONL file."""
     traces: dict[str, Path] = dataclasses.field(default_factory=dict)
-    """Run folders of finished traces to place LoRA by, instead of tracing: FAMILY FOLDER [FAMILY FOLDER]."""
+    """Use finished traces instead of tracing: FAMILY FOLDER [FAMILY FOLDER], each a run folder of
+    interventions.trace."""
     limit: int | None = None
-    """At most so many examples of a named task, dataset or file."""
-    random_seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = (42, 43, 44)
+    """Largest number of examples to read from a named task, dataset or file."""
+    random_seeds: Annotated[tuple[int, ...], Range(least=0), tyro.conf.arg(metavar="SEED [SEED ...]")] = (42, 43, 44)
     """Seeds of the random placements, whose scores are averaged."""
-    tracing: TraceOptions = dataclasses.field(default_factory=TraceOptions)
-    metric: MetricOptions = dataclasses.field(default_factory=MetricOptions)
-    answering: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
+    tracing: tyro.conf.OmitArgPrefixes[TraceOptions] = dataclasses.field(default_factory=TraceOptions)
+    metric: tyro.conf.OmitArgPrefixes[MetricOptions] = dataclasses.field(default_factory=MetricOptions)
+    answering: tyro.conf.OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
     out: Path = Path("runs/lora")
-    """Run folder; a stopped run goes on from the stages it has finished."""
+    """Run folder. A stopped run goes on from the stages that it has finished."""
+
+
+class Examples(NamedTuple):
+    """What a run works on, each by task family: what is traced (nothing where no score is needed or traces are given),
+    trained on and tested on. families: those that are trained and tested. to_score: those whose modules get a score."""
+
+    traced: dict[str, list[Example]]
+    trained: dict[str, list[Example]]
+    tested: dict[str, list[Example]]
+    families: list[str]
+    to_score: list[str]
+
+    def all(self) -> list[Example]:
+        """The examples of all splits and families."""
+        return [example for split in self[:3] for examples in split.values() for example in examples]
 
 
 def examples_of(source: str, split: str, args: Args) -> dict[str, list[Example]]:
-    """Examples by family, from a number per family, a task or dataset name or a JSONL file. Those of no family go by
-    their task's name."""
+    """Examples by family, from a number per family, a task or dataset name or a JSONL file. Examples without a family
+    go by their task's name."""
     if source.lstrip("-").isdigit():
         return {family: load_task(family, split=split, limit=int(source), options=args) for family in TASK_FAMILIES}
-    found: dict[str, list[Example]] = {}
+    by_family: dict[str, list[Example]] = {}
     for example in load_task(source, split=split, limit=args.limit, options=args):
-        found.setdefault(example.family or example.task, []).append(example)
-    return found
+        by_family.setdefault(example.family or example.task, []).append(example)
+    return by_family
 
 
-def source_of(name: str, split: str, args: Args) -> dict:
-    """For the manifest: see :func:`vlm_jax.data.source`."""
-    return {} if name.isdigit() else source(name, split=split, options=args)
+def read_examples(args: Args) -> Examples:
+    """The examples of all splits.
+
+    Raises:
+        UserError: where splits overlap, lack a family that another one has, or do not suit the metric.
+    """
+    trained, tested = examples_of(args.train, "train", args), examples_of(args.eval, "test", args)
+    held_out = list(itertools.chain(*tested.values()))
+    check_disjoint(itertools.chain(*trained.values()), held_out)
+    families = [family for family in trained if family in tested]
+    if not families:
+        raise UserError(f"--train has {' and '.join(trained)}, --eval has {' and '.join(tested)}: they share no family")
+    needed = find_placement(args.placement).needs
+    to_score = list(TASK_FAMILIES) if args.placement == "task_diff" else families
+    must_trace = needed is not None and not set(to_score) <= set(args.traces)
+    traced = examples_of(args.trace, "trace", args) if must_trace else {}
+    check_disjoint(itertools.chain(*traced.values()), held_out)
+    missing = [family for family in to_score if needed and family not in {*traced, *args.traces}]
+    if missing:
+        raise UserError(
+            f"placement {args.placement!r} needs traced examples of {' and '.join(missing)}: --trace has none"
+        )
+    for family in families:
+        metrics.check(tested[family], args.metric)
+    return Examples(traced, trained, tested, families, to_score)
+
+
+def sources(args: Args, examples: Examples) -> dict[str, dict]:
+    """Where the examples of each split come from, for the manifest; ``{}`` for a number of the embedded tasks'."""
+    names = {"train": args.train, "test": args.eval, **({"trace": args.trace} if examples.traced else {})}
+    return {split: {} if name.isdigit() else source(name, split=split, options=args) for split, name in names.items()}
 
 
 def conditions(args: Args, scoring: Scoring, families: list[str]) -> dict[str, list[dict[str, list[str]]]]:
@@ -105,71 +151,59 @@ def modules_to_place(args: Args, depth: int) -> int:
 
 
 def check_options(args: Args, depth: int) -> None:
-    """Refuses options that cannot be, before anything is computed or written."""
-    find_placement(args.placement)
+    """Checks the options for a model with ``depth`` layers, before anything is computed or written.
+
+    Raises:
+        UserError: for an option that such a model rules out, or options that exclude each other.
+    """
     modules_to_place(args, depth)
     if args.placement.endswith(".json"):
         read_names(Path(args.placement), depth)
-    for name in ("r", "epochs", "batch", "accumulation"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}: give at least 1")
-    if not args.random_seeds or min(args.seed, *args.random_seeds) < 0:
-        raise UserError("--seed and --random-seeds must be 0 or more: give at least one random seed")
-    if not 0 <= args.dropout < 1:
-        raise UserError(f"--dropout is {args.dropout}: give a number from 0 to below 1")
+    if not args.random_seeds:
+        raise UserError("--random-seeds is empty: give at least one seed")
+    args.check_loop()
     args.tracing.check(depth)
     args.tracing.check_modules()
 
 
-@command
-def main(args: Args) -> None:
-    started = time.perf_counter()
-    train, test = examples_of(args.train, "train", args), examples_of(args.eval, "test", args)
-    held_out = list(itertools.chain(*test.values()))
-    check_disjoint(itertools.chain(*train.values()), held_out)
-    families = [family for family in train if family in test]
-    if not families:
-        raise UserError(f"--train has {' and '.join(train)}, --eval has {' and '.join(test)}: they share no family")
+def module_scores(args: Args, experiment: Experiment, examples: Examples) -> dict[str, dict[str, np.ndarray]]:
+    """The score that the placement needs, of every family, from given traces or computed now; nothing where it needs
+    none. Two families' restoration rates are also drawn side by side and as a difference."""
     needed = find_placement(args.placement).needs
-    to_score = list(TASK_FAMILIES) if args.placement == "task_diff" else families
-    own = needed is not None and not set(to_score) <= set(args.traces)
-    traced = examples_of(args.trace, "trace", args) if own else {}
-    check_disjoint(itertools.chain(*traced.values()), held_out)
-    missing = [family for family in to_score if needed and family not in {*traced, *args.traces}]
-    if missing:
-        raise UserError(
-            f"placement {args.placement!r} needs traced examples of {' and '.join(missing)}: --trace has none"
-        )
-    for family in families:
-        metrics.check(test[family], args.metric)
-    model, processor = args.load()
-    depth = model.config.text.num_hidden_layers
-    check_options(args, depth)
-    given = {family: read_trace(folder, fingerprint(model)) for family, folder in args.traces.items()}
-    run = Run.open(args.out, args, model.config, processor, ignored=WATCHING)
-    sources = {"train": args.train, "test": args.eval, **({"trace": args.trace} if own else {})}
-    run.pin("data", {split: source_of(name, split, args) for split, name in sources.items()})
-    run.pin("model", fingerprint(model))
-    training = LoRAOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoRAOptions)})
-    options = (args.tracing, training, args.metric, args.answering)
-    experiment = Experiment(run, "", model, processor, traced, train, test, *options)
-    experiment.check()
-    scores = {}
-    if needed:
-        scores[needed] = {f: given[f] if f in given else experiment.scores(needed, f) for f in to_score}
-    scoring = Scoring(depth, module_sizes(model), scores)
-    for family in (f for f in to_score if needed == "rr" and f not in given):
+    if needed is None:
+        return {}
+    known = fingerprint(experiment.model)
+    scores = {
+        family: read_trace(args.traces[family], known) if family in args.traces else experiment.scores(needed, family)
+        for family in examples.to_score
+    }
+    if needed != "rr":
+        return {needed: scores}
+    for family in (family for family in scores if family not in args.traces):
         summary = experiment.trace(family)
         print(
             f"{family}: traced {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "
             f"most restored by {', '.join(summary['ranking'][:4])}"
         )
-    if len(rr := scores.get("rr", {})) == 2:
-        run.write("trace/heatmap.png", lambda path: heatmap(path, rr))
-        (one, a), (other, b) = ((family, normalised(values)) for family, values in rr.items())
+    if len(scores) == 2:
+        experiment.run.write("trace/heatmap.png", lambda path: heatmap(path, scores))
+        (one, a), (other, b) = ((family, normalised(rates)) for family, rates in scores.items())
         difference = {f"{one} - {other}": a - b}
-        run.write("trace/difference.png", lambda path: heatmap(path, difference, label="difference of normalised RR"))
+        label = "difference of normalised RR"
+        experiment.run.write("trace/difference.png", lambda path: heatmap(path, difference, label=label))
+    return {needed: scores}
 
+
+@command
+def main(args: Args) -> None:
+    began = time.perf_counter()
+    examples = read_examples(args)
+    check, data = functools.partial(check_options, args), sources(args, examples)
+    run, model, processor = start(args, examples.all(), data, check=check, ignored=WATCHING)
+    options = (args.tracing, args, args.metric, args.answering)
+    experiment = Experiment(run, "", model, processor, *examples[:3], *options)
+    scoring = Scoring(experiment.depth, module_sizes(model), module_scores(args, experiment, examples))
+    families = examples.families
     rows = [{"condition": "Baseline", "parameters": None, "placement": None}]
     rows[0] |= {family: [_brief(experiment.baseline(family))] for family in families}
     for condition, placements in conditions(args, scoring, families).items():
@@ -184,12 +218,13 @@ def main(args: Args) -> None:
     print(f"\nAccuracy ({args.metric.metric}) on held-out examples after LoRA training; ± is the standard error.")
     print(f"\n{table}")
     for family in families:
-        easy_vqa.show_baseline(test[family])
-    print(f"{time.perf_counter() - started:.0f} s; adapters, samples and figures are in {args.out}")
+        easy_vqa.show_baseline(examples.tested[family])
+    print(f"{time.perf_counter() - began:.0f} s; adapters, samples and figures are in {args.out}")
 
 
-def _brief(found: dict) -> dict:
-    return {name: value for name, value in found.items() if name not in ("scores", "clusters")}
+def _brief(result: dict) -> dict:
+    """A result without what it has for each sample."""
+    return {name: value for name, value in result.items() if name not in ("scores", "clusters")}
 
 
 def table1(rows: list[dict], families: list[str]) -> str:

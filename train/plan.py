@@ -403,7 +403,7 @@ def _unread(args: tuple, jaxpr) -> int:
     return total
 
 
-@command
+@command(configured=False)
 def main(args: Args) -> None:
     plan = compiled(args)
     print(plan)

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.struct
 import jax
@@ -32,6 +32,7 @@ from vlm_jax.mesh.sharding import even, own_rows, placed_rows
 from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
 from vlm_jax.runs.processes import fetch, first
 from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
+from vlm_jax.runs.ranges import Range
 
 #: P0 trains with 2e-4 at width 2560. Adam's best rate falls with the width (muP), so narrower models get more.
 _LR, _LR_WIDTH = 2e-4, 2560
@@ -51,27 +52,28 @@ _KEPT = {
 class LoRAOptions(LoopOptions):
     """How LoRA is trained: P0's appendix D."""
 
-    r: int = 64
+    r: Annotated[int, Range(least=1)] = 64
     """Rank of LoRA."""
     alpha: float = 16.0
     """LoRA is scaled by alpha / r."""
-    dropout: float = 0.05
-    """Dropout of LoRA's inputs."""
-    epochs: int = 3
-    batch: int = 4
-    """Examples per micro-batch."""
-    accumulation: int = 2
-    """Micro-batches per step."""
+    dropout: Annotated[float, Range(least=0, below=1)] = 0.05
+    """Share of LoRA's inputs that are dropped in training."""
+    epochs: Annotated[int, Range(least=1)] = 3
+    """How often all training examples are seen."""
+    batch: Annotated[int, Range(least=1)] = 4
+    """Training examples of a micro-batch."""
+    accumulation: Annotated[int, Range(least=1)] = 2
+    """Micro-batches whose gradients are averaged in a step."""
     lr: float | None = None
-    """Peak learning rate, falling linearly to 0; by default P0's 2e-4 at width 2560, times 2560 / width."""
-    seed: int = 0
-    """Seed of adapters, data order and dropout."""
+    """Peak learning rate, which falls linearly to 0. By default P0's 2e-4 at width 2560, times 2560 / width."""
+    seed: Annotated[int, Range(least=0)] = 0
+    """Seed of the initial adapter, the order of the data and dropout."""
     remat: Literal["full", "some", "none"] = "some"
-    """How much of a layer is computed again in the backward pass: all of it (least memory); all but what the MLP's gate
-    and up give; nothing but what is cheap."""
+    """How much of a layer is computed again in the backward pass. full: all of it, which needs least memory; some: all
+    except the outputs of the MLP's gate and up; none: only what is cheap."""
     trunk_gib: float = 4.0
-    """Memory for the activations that enter the lowest adapted layer, of all examples; what is more lies in a temporary
-    file."""
+    """Memory in GiB for the activations that enter the lowest adapted layer, of all examples. The rest goes to a
+    temporary file."""
 
 
 @flax.struct.dataclass

@@ -17,23 +17,23 @@ import optax
 import tyro
 
 from eval import judging as metrics
-from eval.evaluation import AnswerOptions, answer, score
+from eval.evaluation import AnswerOptions, evaluate
 from train.loop import WATCHING, LoopOptions, fit, forget
 from train.meter import About
 from train.trunk import answer_loss
 from vlm_jax import Model, save
-from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.checkpoints.leaves import named_leaves
 from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import own_rows
-from vlm_jax.prompts import Fitted, check_fit, fitted, room_of
+from vlm_jax.prompts import Fitted, fitted, room_of
 from vlm_jax.runs.command import command
-from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.processes import fetch, is_first
+from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.startup import start
 
 #: Of a model's pytree: the vision tower holds the projector too.
 PARTS = ("text", "visual")
@@ -48,23 +48,25 @@ class Args(LoopOptions, metrics.MetricOptions, DataOptions, ModelOptions):
     train: str = "mini-docvqa"
     """Task, family, dataset or JSONL file to train on."""
     eval: str | None = None
-    """Task, family, dataset or JSONL file to score on; by default the one that is trained on (its test split)."""
+    """Task, family, dataset or JSONL file to score on. By default that of --train, whose test split is used."""
     limit: int | None = 3000
-    """At most so many training examples."""
+    """Largest number of training examples."""
     eval_limit: int | None = 300
-    """At most so many held-out examples."""
+    """Largest number of held-out examples."""
     parts: Annotated[tuple[Literal["text", "visual"], ...], tyro.conf.arg(metavar="PART [PART ...]")] = ("text",)
-    """What is trained: the text decoder with its embeddings; the vision tower with its projector."""
-    epochs: int = 3
-    batch: int = 16
-    """Examples per step."""
+    """What is trained. text: the decoder with its embeddings; visual: the vision tower with its projector."""
+    epochs: Annotated[int, Range(least=1)] = 3
+    """How often all training examples are seen."""
+    batch: Annotated[int, Range(least=1)] = 16
+    """Training examples of a step."""
     lr: float | None = None
-    """Peak learning rate (AdamW; warm-up, then a cosine to 0); by default 2e-5 at width 2560, times 2560 / width."""
-    seed: int = 0
+    """Peak learning rate of AdamW, after a warm-up; it falls to 0 along a cosine. By default 2e-5 at width 2560, times
+    2560 / width."""
+    seed: Annotated[int, Range(least=0)] = 0
     """Seed of the order of the data."""
-    answering: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
-    save_every: int = 200
-    """Steps between checkpoints; a stopped run goes on from the last."""
+    answering: tyro.conf.OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
+    save_every: Annotated[int, Range(least=1)] = 200
+    """Steps between checkpoints. A stopped run goes on from the last one."""
     out: Path = Path("runs/tune")
     """Run folder: model/ (a Hugging Face folder), scores before and after, samples."""
 
@@ -165,31 +167,17 @@ def main(args: Args) -> None:
     check_disjoint(train, test)
     metrics.check(test, args)
     args.check_loop()
-    for name in ("epochs", "batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
-    args.answering.check()
     if not args.parts:
         raise UserError(f"--parts names none: choose from {', '.join(PARTS)}")
-    model, processor = args.load()
+    sources = {"train": args.train, "test": task}
+    data = {split: source(name, split=split, options=args) for split, name in sources.items()}
+    run, model, processor = start(args, [*train, *test], data, ignored=WATCHING)
     split(model, args.parts)
-    check_fit([*train, *test], processor, model.config)
-    run = Run.open(args.out, args, model.config, processor, ignored=WATCHING)
-    splits = {"train": args.train, "test": task}
-    run.pin("data", {split: source(name, split=split, options=args) for split, name in splits.items()})
-    run.pin("model", fingerprint(model))
 
-    def evaluate(name: str, model: Model) -> dict:
-        def make() -> dict:
-            log = run.log(f"{name}/predictions.jsonl")
-            texts = answer(model, processor, test, label=name, log=log, **dataclasses.asdict(args.answering)).texts
-            results, records = score(test, texts, args)
-            run.save_lines(f"{name}/samples.jsonl", records)
-            return results
+    def score(name: str, model: Model) -> dict:
+        return evaluate(run, f"{name}/", model, processor, test, args, args.answering, label=name)
 
-        return run.once(f"{name}/score.json", make)
-
-    before = evaluate("before", model)
+    before = score("before", model)
     folder = run.folder / "model"
     if not run.has("model"):
         begun = time.perf_counter()
@@ -198,9 +186,9 @@ def main(args: Args) -> None:
         run.write("model", lambda path: (save(tuned, path), processor.save_pretrained(path)))
         run.timed("train", begun)
     forget(run.folder / "training", args)
-    after = evaluate("after", dataclasses.replace(args, model=str(folder)).load()[0])
-    for name, found in (("before", before), ("after", after)):
-        print(f"{task} {name}: {found['accuracy']:.3f} ± {found['stderr']:.3f}  ({found['samples']} samples)")
+    after = score("after", args.load_model(str(folder))[0])
+    for name, result in (("before", before), ("after", after)):
+        print(f"{task} {name}: {result['accuracy']:.3f} ± {result['stderr']:.3f}  ({result['samples']} samples)")
     easy_vqa.show_baseline(test)
     print(f"{time.perf_counter() - started:.0f} s; the tuned model is {folder}")
 

@@ -4,6 +4,7 @@ from vlm_jax.checkpoints.load import load
 from vlm_jax.checkpoints.save import save
 from vlm_jax.checkpoints.sources import embedded_models
 from vlm_jax.config import Config
+from vlm_jax.configure import configure
 from vlm_jax.errors import UserError
 from vlm_jax.generate import generate
 from vlm_jax.inputs import Inputs
@@ -20,6 +21,7 @@ __all__ = [
     "Output",
     "Tap",
     "UserError",
+    "configure",
     "embedded_models",
     "generate",
     "load",

@@ -1,6 +1,5 @@
 """Figures of causal traces: heat maps, intervals, stability and agreement of rankings (P0)."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from interventions.figures.base import COLOURS, save_figure, subplots
+from interventions.modules import split_cell
 from interventions.statistics import Interval
 
 
@@ -45,7 +45,7 @@ def interval_plot(
     """
     kinds: dict[str, list[tuple[int, int]]] = {}  # kind -> (layer, number of the cell)
     for number, cell in enumerate(cells):
-        layer, kind = _parts(cell)
+        layer, kind = split_cell(cell)
         kinds.setdefault(kind, []).append((layer, number))
     depth = 1 + max(layer for places in kinds.values() for layer, _ in places)
     columns = 2 if depth <= 12 and len(kinds) > 1 else 1
@@ -90,12 +90,6 @@ def interval_plot(
         names.append("significant difference (*)")
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=len(names))
     save_figure(figure, path)
-
-
-def _parts(cell: str) -> tuple[int, str]:
-    """Layer and kind of a cell: "L3-attn@question" is ``(3, "attn@question")``."""
-    layer, kind = re.fullmatch(r"L(\d+)-(.+)", cell).groups()
-    return int(layer), kind
 
 
 def stability(path: Path, groups: Mapping[str, Sequence[Mapping]]) -> None:

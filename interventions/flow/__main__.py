@@ -1,65 +1,82 @@
 """P1: what text reads of the image, and what becomes of answers when it cannot (section 3, equations 1-4).
 
-python -m interventions.flow --tasks mini-okvqa mini-docvqa --limit 48 --out runs/flow
+python -m interventions.flow --task mini-okvqa mini-docvqa --limit 48 --out runs/flow
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from interventions.flow.knockout import EDGES, Effect, edge, knocked_out_answers, window_effects, window_layers
 from interventions.flow.shares import Reading, read_examples
 from interventions.flow.summary import summarise_answers, summarise_effect, summarise_reading
-from vlm_jax.checkpoints.fingerprint import fingerprint
-from vlm_jax.data import load_task, source, task_label
+from vlm_jax.data import Example, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
-from vlm_jax.prompts import check_fit
 from vlm_jax.runs.command import command
-from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.startup import load_tasks, start
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(DataOptions, ModelOptions):
     """Measure how visual information flows to text: attention, knock-outs of it, and in which layers they hurt (P1)."""
 
-    tasks: tuple[str, ...] = ("mini-okvqa", "mini-docvqa")
-    """Task names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
+    task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ("mini-okvqa", "mini-docvqa")
+    """Tasks: names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
     limit: int = 48
-    """Samples of each task."""
+    """How many samples of each task to use."""
     edges: tuple[str, ...] | None = None
-    """What answers are generated without, as queries:keys in token groups joined by +; by default text:image,
-    text:image_end and text:image+image_end, the last two where the model has an end-of-image token."""
+    """Which attention is cut while answers are generated, as QUERIES:KEYS. Both are token groups, several joined by +.
+    By default text:image, and where the model has an end-of-image token text:image_end and text:image+image_end."""
     modes: tuple[Literal["post_softmax", "pre_softmax", "random_mass", "value_norm"], ...] = (
         "post_softmax",
         "pre_softmax",
         "random_mass",
         "value_norm",
     )
-    """How: P1's equations 3 and 4, masked scores (Geva et al. 2023), and two controls; the first also in windows."""
+    """How attention is cut. post_softmax: set to 0 and the rest renormalised (P1's equations 3 and 4); pre_softmax:
+    scores masked (Geva et al. 2023); random_mass and value_norm: controls. Windows use the first mode."""
     answers: Literal["all", "windows"] = "all"
-    """Generate with edges cut in all layers, or also in every window of layers."""
+    """Generate answers with edges cut in all layers at once, or also in every window of layers."""
     window: int = 3
-    """Layers of a window."""
+    """How many neighbouring layers a window has."""
     window_edges: tuple[str, ...] = ("text:image", "question:image", "writers:image", "text:question")
-    """What is cut in windows to see the gold answer's probability; "writers" are the tokens that write the answer."""
-    batch: int = 16
-    """Samples per compiled call."""
-    max_new_tokens: int = 12
+    """Which attention is cut in windows, to measure the probability of the gold answer. "writers" are the tokens whose
+    outputs are the answer."""
+    batch: Annotated[int, Range(least=1)] = 16
+    """Samples that are run at once. Larger batches are faster and need more memory."""
+    max_new_tokens: Annotated[int, Range(least=1)] = 12
     """Longest answer, in tokens."""
     seed: int = 0
-    """Seed of the bootstrap and of random_mass."""
+    """Seed of the bootstrap intervals and of random_mass."""
     out: Path = Path("runs/flow")
     """Run folder: results.json, four figures, and per task attention.npz, samples.jsonl and windows.npz."""
 
 
+def check_images(examples: Iterable[Example]) -> None:
+    """Refuses an example that has no image, since there is no attention to one."""
+    for example in examples:
+        if not example.images:
+            raise UserError(f"example {example.id!r} has no image for its text to read: leave it out")
+
+
 def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
-    """The edges to generate without and those to cut in windows, checked; and without those that need an end-of-image
-    token where the model has none and nobody asked for them."""
+    """The edges that answers are generated without, and those that are cut in windows. The defaults that need an
+    end-of-image token are left out for a model that has none.
+
+    Args:
+        image_end: whether the model has an end-of-image token.
+
+    Raises:
+        UserError: for an edge that is unknown, named twice or not possible in this model.
+    """
     lacks = "this model has no end-of-image token (text follows its image tokens directly)"
     chosen = (EDGES if args.edges is None else args.edges), args.window_edges
     for name in (*chosen[0], *chosen[1]):
@@ -92,25 +109,13 @@ def _report(task: str, found: dict) -> None:
 def main(args: Args) -> None:
     from interventions.figures import flow as figures
 
-    tasks = {task_label(t): load_task(t, split="trace", limit=args.limit, options=args) for t in args.tasks}
-    if not tasks or len(tasks) < len(args.tasks):
-        raise UserError(
-            f"--tasks is {' '.join(args.tasks) or 'empty'}: name at least one, and none (nor a file's stem) twice"
-        )
-    for name in ("batch", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
-    for example in (example for examples in tasks.values() for example in examples):
-        if not example.images:
-            raise UserError(f"example {example.id!r} has no image for its text to read: leave it out")
-    model, processor = args.load()
+    tasks = load_tasks(args.task, split="trace", limit=args.limit, options=args)
+    examples = list(itertools.chain(*tasks.values()))
+    check_images(examples)
+    data = {name: source(name, split="trace", options=args) for name in args.task}
+    run, model, processor = start(args, examples, data)
     edges, window_edges = edges_of(args, FAMILIES[model.config.family].chat.image_end is not None)
     in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
-    for examples in tasks.values():
-        check_fit(examples, processor, model.config)
-    run = Run.open(args.out, args, model.config, processor)
-    run.pin("model", fingerprint(model))
-    run.pin("data", {name: source(name, split="trace", options=args) for name in args.tasks})
     how = {"size": args.batch, "seed": args.seed}
     to_generate = how | {
         "modes": args.modes,

@@ -1,4 +1,5 @@
-"""Where LoRA goes. A placement is a function from a scoring run to module names; all of them are in one registry.
+"""Where LoRA goes. A placement is a function from scores of modules to module names. It registers itself by
+:func:`placement`, which is also how a placement of one's own is added.
 
 A module is named by layer and kind, "L3-attn" or "L7-mlp": attn = q, k, v, o; mlp = gate, up, down. Scores that need
 gradients or activations come from :mod:`interventions.placement.scores`, restoration rates from
@@ -56,19 +57,41 @@ class Scoring:
         return sum(sizes[name] for name in names)
 
 
+#: ``(scoring, family, k, seed) -> names``
+Choose = Callable[["Scoring", str, int, int], list[str]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """One way to choose modules.
 
-    choose: ``(scoring, family, k, seed) -> names``. needs: the score that it reads. seeded: whether the seed matters,
-    so that it should be drawn several times. description, reference: for people.
+    choose: the function that chooses. description, reference: for readers. needs: the score that it reads. seeded:
+    whether the choice depends on the seed, so that several should be drawn.
     """
 
-    choose: Callable[..., list[str]]
+    choose: Choose
     description: str
     reference: str = ""
     needs: str | None = None
     seeded: bool = False
+
+
+#: All placements by name.
+PLACEMENTS: dict[str, Placement] = {}
+
+
+def placement(
+    name: str, description: str, reference: str = "", *, needs: str | None = None, seeded: bool = False
+) -> Callable[[Choose], Choose]:
+    """Registers a function as the placement ``name``; the other arguments are those of :class:`Placement`. Studies name
+    the placements that they compare, so a new one changes none of them."""
+
+    def register(choose: Choose) -> Choose:
+        assert name not in PLACEMENTS, f"there is a placement {name!r} already"
+        PLACEMENTS[name] = Placement(choose, description, reference, needs, seeded)
+        return choose
+
+    return register
 
 
 def top(score: np.ndarray, k: int) -> list[str]:
@@ -94,14 +117,28 @@ def _drawn(rng: np.random.Generator, names: list[str], k: int) -> list[str]:
     return [names[i] for i in sorted(rng.choice(len(names), k, replace=False))]
 
 
+@placement("all", "every module (LLM-all)", "P0")
 def _all(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     return module_names(scoring.depth)
 
 
+@placement("random", "k modules at random", "P0", seeded=True)
 def _random(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     return random_k(scoring.depth, k, seed)
 
 
+@placement(
+    "random_matched", "random modules with as many parameters as task_diff's", "control", needs="rr", seeded=True
+)
+def _random_matched(scoring: Scoring, family: str, k: int, seed: int, target: str = "task_diff") -> list[str]:
+    wanted = scoring.size(choose_modules(target, scoring, family, k, seed))
+    chosen = closest_subset(scoring.parameters.ravel(), wanted, np.random.default_rng(seed))
+    return [name for name, taken in zip(module_names(scoring.depth), chosen, strict=True) if taken]
+
+
+@placement(
+    "random_stratified", "as many random attentions and MLPs as task_diff has", "control", needs="rr", seeded=True
+)
 def _random_stratified(scoring: Scoring, family: str, k: int, seed: int, target: str = "task_diff") -> list[str]:
     chosen, names = choose_modules(target, scoring, family, k, seed), module_names(scoring.depth)
     rng, drawn = np.random.default_rng(seed), set()
@@ -109,12 +146,6 @@ def _random_stratified(scoring: Scoring, family: str, k: int, seed: int, target:
         kind = [name for name in names if name.endswith(module)]
         drawn.update(_drawn(rng, kind, sum(name in kind for name in chosen)))
     return [name for name in names if name in drawn]
-
-
-def _random_matched(scoring: Scoring, family: str, k: int, seed: int, target: str = "task_diff") -> list[str]:
-    wanted = scoring.size(choose_modules(target, scoring, family, k, seed))
-    chosen = closest_subset(scoring.parameters.ravel(), wanted, np.random.default_rng(seed))
-    return [name for name, taken in zip(module_names(scoring.depth), chosen, strict=True) if taken]
 
 
 def closest_subset(sizes: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
@@ -140,6 +171,19 @@ def closest_subset(sizes: np.ndarray, wanted: int, rng: np.random.Generator) -> 
     return taken
 
 
+def _by_score(score: str) -> Choose:
+    """Chooses the k modules with the highest ``score``."""
+
+    def choose(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
+        return top(scoring.of(score, family), k)
+
+    return choose
+
+
+placement("shared", "the highest mean restoration rate", "P0, section 2.4", needs="rr")(_by_score("rr"))
+
+
+@placement("task_diff", "the highest normalised RR, less the other family's", "P0, equations 7 and 8", needs="rr")
 def _task_diff(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     known = sorted(scoring.scores.get("rr", {}))
     if len(known) != 2 or family not in known:
@@ -149,67 +193,31 @@ def _task_diff(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     return task_diff(scoring.of("rr", family), scoring.of("rr", other), k)
 
 
-def _scored(score: str) -> Callable[..., list[str]]:
-    def choose(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
-        return top(scoring.of(score, family), k)
+for _name, _description, _reference in (
+    ("gradient_norm", "the largest squared gradient of the training loss", "common; form unverified"),
+    ("fisher", "the largest trace of the empirical Fisher information", "common; form unverified"),
+    ("attribution", "the highest first-order estimate of the RR's numerator", "Nanda 2023"),
+    ("page", "the largest gradient of a fresh adapter", "after PAGE, 2605.06183; form derived"),
+    ("lora_drop", "the largest output of a trained LoRA", "after LoRA-drop, 2402.07721; form unverified"),
+    ("talo", "the modules whose cut costs most accuracy", "P3's vector, and MLPs (ours)"),
+):
+    placement(_name, _description, _reference, needs=_name)(_by_score(_name))
 
-    return choose
 
-
+@placement("first", "the k lowest modules", "control")
 def _first(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     return module_names(scoring.depth)[:k]
 
 
+@placement("middle", "the k modules in the middle", "control")
 def _middle(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     begin = (2 * scoring.depth - k) // 2
     return module_names(scoring.depth)[begin : begin + k]
 
 
+@placement("last", "the k highest modules", "control")
 def _last(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     return module_names(scoring.depth)[-k:]
-
-
-PLACEMENTS: dict[str, Placement] = {
-    "all": Placement(_all, "every module (LLM-all)", "P0"),
-    "random": Placement(_random, "k modules at random", "P0", seeded=True),
-    "random_matched": Placement(
-        _random_matched, "random modules with as many parameters as task_diff's", "control", "rr", True
-    ),
-    "random_stratified": Placement(
-        _random_stratified, "as many random attentions and MLPs as task_diff has", "control", "rr", True
-    ),
-    "shared": Placement(_scored("rr"), "the highest mean restoration rate", "P0, section 2.4", "rr"),
-    "task_diff": Placement(
-        _task_diff, "the highest normalised RR, less the other family's", "P0, equations 7 and 8", "rr"
-    ),
-    "gradient_norm": Placement(
-        _scored("gradient_norm"),
-        "the largest squared gradient of the training loss",
-        "common; form unverified",
-        "gradient_norm",
-    ),
-    "fisher": Placement(
-        _scored("fisher"), "the largest trace of the empirical Fisher information", "common; form unverified", "fisher"
-    ),
-    "attribution": Placement(
-        _scored("attribution"), "the highest first-order estimate of the RR's numerator", "Nanda 2023", "attribution"
-    ),
-    "page": Placement(
-        _scored("page"), "the largest gradient of a fresh adapter", "after PAGE, 2605.06183; form derived", "page"
-    ),
-    "lora_drop": Placement(
-        _scored("lora_drop"),
-        "the largest output of a trained LoRA",
-        "after LoRA-drop, 2402.07721; form unverified",
-        "lora_drop",
-    ),
-    "talo": Placement(
-        _scored("talo"), "the modules whose cut costs most accuracy", "P3's vector, and MLPs (ours)", "talo"
-    ),
-    "first": Placement(_first, "the k lowest modules", "control"),
-    "middle": Placement(_middle, "the k modules in the middle", "control"),
-    "last": Placement(_last, "the k highest modules", "control"),
-}
 
 
 #: Controls that imitate another placement: "random_matched:fisher" imitates fisher.

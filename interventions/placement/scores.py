@@ -1,6 +1,7 @@
 """Scores of modules that need gradients or activations: what placements other than P0's are chosen from.
 
 Every score is ``(L, 2)`` float64, last axis attention (q, k, v, o) and MLP (gate, up, down), higher is more important.
+A score registers itself by :func:`score`, and says there what it needs besides the model and the samples.
 ``groups`` are what ``list(vlm_jax.prompts.batches(...))`` gives: the samples' rows and their encoded batch, whose last
 row is repeated where samples are few; repeats do not count. The answers are the gold ones, teacher-forced.
 
@@ -10,7 +11,7 @@ backward pass is in its layer (:class:`Gauge`), or is kept for some layers at a 
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
@@ -38,6 +39,35 @@ Groups = Sequence[tuple[Sequence[int], Batch]]
 #: ``(rows, batch) -> interventions`` that corrupt the batch.
 Corrupt = Callable[[Sequence[int], Batch], tuple]
 
+Need = Literal["corruption", "fresh adapter", "trained adapter"]
+
+
+class ModuleScore(NamedTuple):
+    """A score of modules: ``compute(model, groups, *needed) -> (L, 2)``.
+
+    needs: what comes behind the model and the samples. "corruption": a function that corrupts a batch as the trace does
+    (:func:`corrupter`). "fresh adapter", "trained adapter": a LoRA on all modules, untrained or trained.
+    """
+
+    compute: Callable[..., np.ndarray]
+    needs: tuple[Need, ...] = ()
+
+
+#: All scores that placements can read, by name; restoration rates ("rr") come from a trace instead.
+SCORES: dict[str, ModuleScore] = {}
+
+
+def score(name: str, *needs: Need) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
+    """Registers a function as the score ``name``, with what it needs (:class:`ModuleScore`)."""
+
+    def register(compute: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        assert name not in SCORES, f"there is a score {name!r} already"
+        SCORES[name] = ModuleScore(compute, needs)
+        return compute
+
+    return register
+
+
 _OUTPUTS = {module: f"text.{module}_out" for module in MODULES}
 _LINEARS = {module: [f"text.{name}" for name in TEXT_LINEARS[module]] for module in MODULES}
 
@@ -55,6 +85,7 @@ def weights(model: Model) -> np.ndarray:
     return np.tile(row, (model.config.text.num_hidden_layers, 1))
 
 
+@score("gradient_norm")
 def gradient_norm(model: Model, groups: Groups, *, layers: int | None = None) -> np.ndarray:
     """``sum ||dL/dW||_F^2`` over a module's linears W; L is the training loss, the mean cross-entropy of all gold
     tokens and ends of turns.
@@ -79,6 +110,7 @@ def gradient_norm(model: Model, groups: Groups, *, layers: int | None = None) ->
     return np.concatenate(rows) / _tokens(groups) ** 2
 
 
+@score("fisher")
 def fisher(model: Model, groups: Groups) -> np.ndarray:
     """``E_samples ||d log p(gold) / dW||_F^2``, summed over a module's linears: the trace of the empirical Fisher
     information. ``log p(gold)`` is the sum over the gold answer's tokens (P0's T; without the end of the turn)."""
@@ -103,6 +135,7 @@ class Attribution(NamedTuple):
     ie: Any
 
 
+@score("attribution", "corruption")
 def attribution(model: Model, groups: Groups, corrupt: Corrupt) -> np.ndarray:
     """Attribution patching (Nanda 2023): the mean over samples of the first-order estimate of P0's indirect effect,
     the numerator of RR, for all modules in two forward passes and one backward pass.
@@ -123,6 +156,7 @@ def attribute(model: Model, inputs: Inputs, answer_mask, corrupt: tuple) -> Attr
     return _attribute(model, inputs, Gold.of(inputs, answer_mask), corrupt)
 
 
+@score("page", "fresh adapter")
 def page(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
     """PAGE-style energy of a fresh adapter's gradient, ``||dL/dB||_F^2`` summed over a module's linears.
 
@@ -143,6 +177,7 @@ def page(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
     return _by_module({site: _square(gradient) for site, gradient in total.items()}) / _tokens(groups) ** 2
 
 
+@score("lora_drop", "trained adapter")
 def lora_drop(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
     """The mean over real tokens of ``||scale * B A x||^2``, summed over a module's linears: how much a trained adapter
     says (after LoRA-drop, arXiv 2402.07721; the square and the mean over tokens are our reading).
@@ -160,6 +195,7 @@ def lora_drop(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
     return total / count
 
 
+@score("talo")
 def talo(model: Model, groups: Groups) -> np.ndarray:
     """What cutting a module costs in accuracy: minus P3's Delta of a task, for attentions and (ours) for MLPs.
 

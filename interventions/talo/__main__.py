@@ -1,10 +1,12 @@
 """P3: TaLo. Which layers hurt a task, and what does cutting one at test time change? (methods: arXiv 2602.01167)
 
-python -m interventions.talo --tasks mini-okvqa mini-docvqa --out runs/talo
+python -m interventions.talo --task mini-okvqa mini-docvqa --out runs/talo
 
 The model is asked once, by :func:`tabulate`, which samples are right under every cut; the rest is
 :mod:`interventions.talo.selection` on that table.
 """
+
+import itertools
 
 import numpy as np
 import tyro
@@ -14,26 +16,19 @@ from interventions.talo.options import Args
 from interventions.talo.report import compare, records, task_report
 from interventions.talo.selection import BASE, layer_name
 from interventions.talo.tables import TaskTable, layer_cut, subtask, tabulate
-from vlm_jax.checkpoints.fingerprint import fingerprint
-from vlm_jax.data import Example, load_task, source, task_label
+from vlm_jax.data import Example, source
 from vlm_jax.errors import UserError
-from vlm_jax.prompts import check_fit
 from vlm_jax.runs.command import command
-from vlm_jax.runs.folder import Run
+from vlm_jax.runs.startup import load_tasks, start
 
 
-def load_tasks(args: Args) -> dict[str, list[Example]]:
-    """The examples of every task, by its label."""
-    named = {task_label(name): name for name in args.tasks}
-    if len(named) != len(args.tasks) or not named:
-        raise UserError(f"--tasks is {' '.join(args.tasks) or 'empty'}: give at least one task, each once")
-    loaded = {label: load_task(name, split=args.split, limit=args.limit, options=args) for label, name in named.items()}
-    for label, examples in loaded.items():
+def check_sizes(tasks: dict[str, list[Example]], args: Args) -> None:
+    """Refuses a task that has too few samples to choose a layer on some and to evaluate it on others."""
+    for label, examples in tasks.items():
         try:
             args.check(len(examples))
         except UserError as error:
             raise UserError(f"{label}: {error}") from None
-    return loaded
 
 
 def show(results: dict, args: Args) -> None:
@@ -60,17 +55,10 @@ def show(results: dict, args: Args) -> None:
 
 @command
 def main(args: Args) -> None:
-    for name in ("batch", "draws"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}: give at least 1")
-    loaded = load_tasks(args)
-    model, processor = args.load()
-    args.layers(model.config.text.num_hidden_layers)
-    for examples in loaded.values():
-        check_fit(examples, processor, model.config)
-    run = Run.open(args.out, args, model.config, processor)
-    run.pin("model", fingerprint(model))
-    run.pin("data", {name: source(name, split=args.split, options=args) for name in args.tasks})
+    loaded = load_tasks(args.task, split=args.split, limit=args.limit, options=args)
+    check_sizes(loaded, args)
+    data = {name: source(name, split=args.split, options=args) for name in args.task}
+    run, model, processor = start(args, itertools.chain(*loaded.values()), data, check=args.layers)
     tasks, results, lines = {}, {}, []
     for label, examples in loaded.items():
 

@@ -2,39 +2,42 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from interventions.talo.selection import SelectOptions, Similarity
 from interventions.talo.tables import Cut
 from vlm_jax.data.miniworld import TASKS
 from vlm_jax.data.options import DataOptions
 from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.ranges import Range
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(SelectOptions, DataOptions, ModelOptions):
-    """Find, for every task, which layers hurt it, choose one to cut on a few samples, and measure that on others (P3).
+    """Find the layers that hurt each task, choose one to cut on a few samples, and measure the choice on others (P3).
 
-    Accuracy is forced-greedy: greedy decoding would write the first gold answer to the letter and stop.
+    A sample counts as right if greedy decoding would write exactly the first gold answer and then stop.
     """
 
-    tasks: tuple[str, ...] = tuple(TASKS)
-    """Task names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
+    task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = tuple(TASKS)
+    """Tasks: names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
     cut: Cut = "attn"
-    """What is taken out of a layer: its attention's output (attn, the paper's), the even attention of zeroed queries
-    (uniform), its MLP's output (mlp), or attention and MLP (block)."""
+    """What a cut removes from a layer. attn: the attention's output (the paper's choice); uniform: queries are zeroed,
+    so that all tokens get equal attention; mlp: the MLP's output; block: attention and MLP."""
     split: str = "eval"
-    """Split of named tasks: trace, train, eval or test."""
+    """Which split of a named task to use: trace, train, eval or test."""
     limit: int | None = 240
-    """Samples of every task: the pool takes up to a third of them, the others evaluate the choice."""
+    """How many samples of each task to use. Up to a third serve to choose a layer, the others to evaluate it."""
     by: Literal["task", "subtask"] = "task"
-    """Whose interaction vectors are compared. Sub-tasks are a dataset's categories."""
+    """Compare the interaction vectors of tasks, or of their subtasks (the categories of a dataset)."""
     similarity: Similarity = "pearson"
-    """What is compared of two interaction vectors."""
-    batch: int = 32
-    """Samples per compiled call."""
-    draws: int = 1000
-    """Probe sets, bootstrap resamples and permutations."""
+    """How two interaction vectors are compared: Pearson's correlation or the cosine of their angle."""
+    batch: Annotated[int, Range(least=1)] = 32
+    """Samples that are run at once. Larger batches are faster and need more memory."""
+    draws: Annotated[int, Range(least=1)] = 1000
+    """How many probe sets, bootstrap resamples and permutations are drawn."""
     seed: int = 0
     """Seed of the choice and of all draws."""
     out: Path = Path("runs/talo")

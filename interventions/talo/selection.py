@@ -6,7 +6,7 @@ L layers cut, bool. No model is run, so a thousand probe sets or null draws cost
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -14,6 +14,7 @@ from scipy.spatial.distance import squareform
 
 from interventions.statistics import percentiles
 from vlm_jax.errors import UserError
+from vlm_jax.runs.ranges import Range, check_ranges
 
 Ties = Literal["first", "last", "more_samples", "median"]
 Similarity = Literal["pearson", "cosine"]
@@ -25,20 +26,24 @@ BASE = -1
 class SelectOptions:
     """How a layer is chosen; the defaults are those of the paper's released code."""
 
-    shot: int = 10
-    """Samples of the probe set that a layer is chosen on; the pool that it is drawn from is up to 4 times as large."""
+    shot: Annotated[int, Range(least=1)] = 10
+    """How many samples a layer is chosen on (the probe set). They come from a pool of up to 4 times as many."""
     ties: Ties = "first"
-    """Of layers that gain equally, take the first, the last or the middle one (median), or score them on more samples
-    of the pool, half and then a quarter as many as --shot, and then take the last (the older released script)."""
+    """Which of several layers to take that gain equally: the first, the last or the middle one (median).
+    more_samples: score them on more samples of the pool, half and then a quarter as many as --shot, then take the last
+    (the older released script)."""
     layer_0: bool = False
-    """Whether layer 0 may be cut too; the released code never tries it."""
-    rounds: int = 5
-    """How often a new, larger probe set is drawn when no layer gains; after that the model is left as it is."""
+    """Whether layer 0 may be cut too. The released code never tries it."""
+    rounds: Annotated[int, Range(least=0)] = 5
+    """How often a new, larger probe set is drawn where no layer gains. After that the model is left as it is."""
 
     def check(self, count: int) -> None:
-        """Refuses options that ``count`` samples cannot serve."""
-        if self.shot < 1 or self.rounds < 0:
-            raise UserError(f"shot is {self.shot} and rounds is {self.rounds}: give at least 1 and at least 0")
+        """Checks the options for a task of ``count`` samples.
+
+        Raises:
+            UserError: for a number outside its range, or too few samples.
+        """
+        check_ranges(self)
         if count < 3 * self.shot:
             raise UserError(
                 f"{count} samples are too few for probe sets of {self.shot}, drawn from a third of them: "

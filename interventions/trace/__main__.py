@@ -1,4 +1,4 @@
-"""P0: causal tracing of a task's examples, with everything that the paper leaves open as an option.
+"""P0: causal tracing of a task's examples. Every choice that the paper leaves open is an option.
 
 python -m interventions.trace --task mini-okvqa --limit 64 --out runs/trace
 """
@@ -10,13 +10,11 @@ import tyro
 
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import forced, trace_task
-from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import load_task, source, task_label
 from vlm_jax.data.options import DataOptions
-from vlm_jax.prompts import check_fit
 from vlm_jax.runs.command import command
-from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.startup import start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +22,19 @@ class Args(TraceOptions, DataOptions, ModelOptions):
     """Trace which layers' attention and MLP outputs restore the answer when the prompt is corrupted (P0)."""
 
     task: str = "mini-okvqa"
-    """Task name, family (knowledge, perception), dataset or JSONL file."""
+    """The task to trace: a name, a family (knowledge, perception), a dataset, a JSONL file or a folder."""
     limit: int = 96
-    """Samples to trace."""
+    """How many samples to trace."""
     out: Path = Path("runs/trace")
     """Run folder: samples.jsonl, trace.parquet, summary.json, summary.parquet, heatmap.png, intervals.png."""
 
 
 @command
 def main(args: Args) -> None:
-    examples = load_task(args.task, split="trace", limit=args.limit, options=args)
-    model, processor = args.load()
-    args.check(model.config.text.num_hidden_layers)
-    check_fit([forced(example, args.gold) for example in examples], processor, model.config)
-    run = Run.open(args.out, args, model.config, processor)
-    run.pin("data", source(args.task, split="trace", options=args))
-    run.pin("model", fingerprint(model))
+    loaded = load_task(args.task, split="trace", limit=args.limit, options=args)
+    examples = [forced(example, args.gold) for example in loaded]
+    data = source(args.task, split="trace", options=args)
+    run, model, processor = start(args, examples, data, check=args.check)
     summary = trace_task(run, "", model, processor, task_label(args.task), examples, args)
     print(
         f"{args.task}: {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "

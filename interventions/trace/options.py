@@ -1,7 +1,7 @@
-"""How a task is traced: everything that the paper leaves open is an option."""
+"""How a task is traced: every choice that the paper leaves open is an option."""
 
 import dataclasses
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
@@ -9,58 +9,62 @@ from interventions.engine.grids import layer_windows
 from interventions.kinds.groups import members
 from interventions.trace.corruption import CORRUPTIONS
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.runs.ranges import Range, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceOptions:
-    """How a task is traced. Every default is P0's choice, or ours where P0 is silent."""
+    """How a task is traced. The defaults are P0's; where P0 does not say, they are ours."""
 
     corruption: Literal[tuple(CORRUPTIONS)] = "question_noise"
-    """How the prompt is corrupted: noise on the question's embeddings (P0) or on the image's, DeepStack included;
-    another sample's question or image; the mean image embedding; blurred pixels."""
-    noise_scale: float = 2.0
-    """s of equation 5: noise has standard deviation s * sigma_E."""
+    """How the prompt is corrupted. Noise on the embeddings of the question (P0) or of the image, DeepStack included;
+    the question or the image of another sample; the mean image embedding; blurred pixels."""
+    noise_scale: Annotated[float, Range(above=0)] = 2.0
+    """How strong the noise is: its standard deviation is noise_scale * sigma_E (s in P0's equation 5)."""
     sigma: Literal["sequence", "question", "vocabulary"] = "sequence"
-    """What sigma_E is measured on: all real tokens of the task's prompts (P0), their question tokens, or the embedding
-    table. DeepStack's noise has sigmas of its own."""
-    replicates: int = 1
-    """Independent corruptions of every sample; all cells of a replicate meet the same one."""
+    """What sigma_E is the standard deviation of: the embeddings of all tokens of the task's prompts (P0), of their
+    question tokens, or the whole embedding table. DeepStack's noise has sigmas of its own."""
+    replicates: Annotated[int, Range(least=1)] = 1
+    """How often every sample is corrupted, each time with other noise. All cells see the same noise."""
     positions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP [GROUP ...]")] = ("all",)
-    """Tokens that a patch restores: all (P0), or groups such as question, last, image, answer; several are patched
-    apart."""
+    """The tokens that a patch restores: all (P0), or token groups such as question, last, image, answer. Each group is
+    patched on its own."""
     window: int = 1
-    """Layers that a patch restores at once, around each layer (P0: 1; ROME: 10)."""
+    """How many neighbouring layers a patch restores at once (P0: 1; ROME: 10)."""
     heads: bool = False
-    """Patch every attention head apart instead of attention and MLP outputs."""
-    metric: Literal["probability", "log_probability", "logit_difference"] = "probability"
-    """What TE and IE are differences of: the geometric mean probability of the gold tokens (P0), their mean
-    log-probability, or the logit of the gold answer minus that of a foil where the two first differ."""
+    """Patch every attention head on its own, instead of the outputs of attention and MLP."""
+    metric: Annotated[
+        Literal["probability", "log_probability", "logit_difference"], tyro.conf.arg(name="trace-metric")
+    ] = "probability"
+    """What TE and IE are differences of. The geometric mean probability of the gold tokens (P0); their mean
+    log-probability; or the logit of the gold answer minus the logit of a wrong one, where the two first differ."""
     gold: Literal["commonest", "shortest", "longest"] = "commonest"
-    """Which of several gold answers is forced; the first where none is commonest."""
+    """Which answer is scored where a sample has several. commonest: the one that most annotators gave, or else the
+    first."""
     correct_only: bool = False
-    """Trace only samples whose gold tokens greedy decoding would write, whatever it writes behind them."""
+    """Trace only samples whose gold tokens greedy decoding would write, whatever it would write after them."""
     min_te: float = 0.01
-    """Samples whose TE, in the metric's units, is below this do not enter RR: the ratio would be noise over noise."""
-    eps: float = 1e-8
-    """eps of equation 4."""
+    """Leave samples out of RR whose TE is below this, in the metric's units: dividing by a tiny TE only adds noise."""
+    eps: Annotated[float, Range(least=0)] = 1e-8
+    """Added to TE before IE is divided by it (epsilon in P0's equation 4)."""
     statistic: Literal["mean_of_ratios", "ratio_of_means", "median"] = "mean_of_ratios"
-    """How samples are summed up in the ranking: mean of IE / TE (P0), mean IE / mean TE, or median of IE / TE."""
-    batch: int = 16
-    """Samples per compiled call."""
-    seed: int = 0
-    """Seed of the noise and the swaps; a sample's do not depend on the batch that it is in."""
+    """How RR sums up the samples in the ranking: mean of IE / TE (P0), mean IE / mean TE, or median of IE / TE."""
+    batch: Annotated[int, Range(least=1), tyro.conf.arg(name="trace-batch")] = 16
+    """Samples that are traced at once. Larger batches are faster and need more memory; results do not change."""
+    seed: Annotated[int, Range(least=0), tyro.conf.arg(name="trace-seed")] = 0
+    """Seed of the noise and of the swaps. What a sample gets does not depend on its batch."""
 
     def check(self, depth: int) -> None:
-        """Refuses options that cannot be."""
+        """Checks the options for a model with ``depth`` layers.
+
+        Raises:
+            UserError: for an unknown name, a number outside its range, or options that exclude each other.
+        """
+        check_ranges(self)
         for field in dataclasses.fields(TraceOptions):
-            known, value = get_args(field.type), getattr(self, field.name)
-            if get_origin(field.type) is Literal and value not in known:
-                raise UserError(f"unknown {field.name} {value!r}{nearest(str(value), known)}")
-        for name, least in (("batch", 1), ("replicates", 1), ("seed", 0), ("eps", 0)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"--{name} is {getattr(self, name)}: give at least {least}")
-        if not 0 < self.noise_scale < float("inf"):
-            raise UserError(f"--noise-scale is {self.noise_scale}: give a number above 0")
+            choices, value = _choices(field.type), getattr(self, field.name)
+            if choices and value not in choices:
+                raise UserError(f"unknown {field.name} {value!r}{nearest(str(value), choices)}")
         if not self.positions or len(set(self.positions)) < len(self.positions):
             named = " ".join(self.positions) or "empty"
             raise UserError(f"--positions is {named}: give at least one token group, such as all, each once")
@@ -71,6 +75,17 @@ class TraceOptions:
             raise UserError(f"--corruption {self.corruption} leaves nothing to chance: drop --replicates")
 
     def check_modules(self) -> None:
-        """Refuses options whose cells are not modules, for what places LoRA by them."""
+        """Checks that the cells are modules, which placing LoRA by them needs.
+
+        Raises:
+            UserError: otherwise.
+        """
         if self.heads or len(self.positions) > 1:
-            raise UserError("placing LoRA needs one RR a module: drop --tracing.heads, give one of --tracing.positions")
+            raise UserError("placing LoRA needs one RR for each module: drop --heads, give one group of --positions")
+
+
+def _choices(annotation: Any) -> tuple:
+    """The values of a ``Literal``, annotated or not; none of another type."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_args(annotation) if get_origin(annotation) is Literal else ()

@@ -13,7 +13,7 @@ from interventions.engine.read import Gold, LogitDifference
 from interventions.engine.sweep import PREFIX_BUCKET, Variants, sweep_runs
 from interventions.figures.tracing import heatmap, interval_plot
 from interventions.kinds.groups import label, members
-from interventions.modules import MODULE_SITES, module_names
+from interventions.modules import MODULE_SITES, cell_names, module_names
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, bounds, by_module, summarise
@@ -69,7 +69,7 @@ def trace_examples(
     return TaskTrace(
         [example.id for example in examples],
         [example.task for example in examples],
-        cell_names(model.config, options),
+        cells_of(model.config, options),
         sigma=found.sigma[options.sigma],
         **columns,
     )
@@ -190,14 +190,10 @@ def grid(config: Config, options: TraceOptions, batch: Batch) -> tuple[Variants,
     return patch_grid(MODULE_SITES, depth, window=window, tokens=tokens)
 
 
-def cell_names(config: Config, options: TraceOptions) -> list[str]:
-    """``L0-attn, L0-mlp, L1-attn, ...``; heads are ``L0-H0, L0-H1, ...``; of several token groups each is named:
-    ``L0-attn@question, L0-attn@last, ...``."""
-    depth = config.text.num_hidden_layers
-    heads = range(config.text.num_attention_heads)
-    names = [f"L{layer}-H{head}" for layer in range(depth) for head in heads] if options.heads else module_names(depth)
-    groups = [f"@{group}" for group in options.positions] if len(options.positions) > 1 else [""]
-    return [name + group for name in names for group in groups]
+def cells_of(config: Config, options: TraceOptions) -> list[str]:
+    """The names of the cells that a trace with these options has, in the order of ``ie``'s last axis."""
+    heads = config.text.num_attention_heads if options.heads else None
+    return cell_names(config.text.num_hidden_layers, heads=heads, groups=options.positions)
 
 
 def trace_task(

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import eval.accuracy
-from eval.evaluation import score, scored
+from eval.evaluation import scored
 from eval.judging import METRICS, MetricOptions
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
 from vlm_jax.data import Example
@@ -79,7 +79,7 @@ def test_values_of_a_task_with_two_metrics():
 
 def test_score_is_exact_match_by_default():
     examples = [Example(str(i), (), "?", ("cat",), task=task) for i, task in enumerate("aab")]
-    results, records = score(examples, ["Cat.", "dog", "cat"])
+    results, records, *_ = scored(examples, ["Cat.", "dog", "cat"])
     assert (results["accuracy"], results["samples"]) == (2 / 3, 3)
     assert results["stderr"] == pytest.approx((2 / 3 * 1 / 3 / 3) ** 0.5)
     assert {task: part["accuracy"] for task, part in results["tasks"].items()} == {"a": 0.5, "b": 1}

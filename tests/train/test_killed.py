@@ -14,14 +14,14 @@ import pytest
 
 COMMANDS = {
     "trace": [
-        *("interventions.trace", "--task", "mini-okvqa", "--limit", "24", "--batch", "4"),
+        *("interventions.trace", "--task", "mini-okvqa", "--limit", "24", "--trace-batch", "4"),
         *("--replicates", "2"),
     ],
     "study": [
         *("train.study", "--models", "mini-qwen3-vl", "--trace", "16", "--train", "24", "--eval", "32", "--k", "2"),
         *("--placements", "random", "task_diff", "--seeds", "0", "--random-seeds", "42", "--no-alone"),
-        *("--corruptions", "swapped_image", "--training.epochs", "2", "--training.r", "4", "--tracing.batch", "4"),
-        *("--training.save-every", "2"),
+        *("--corruptions", "swapped_image", "--epochs", "2", "--r", "4", "--trace-batch", "4"),
+        *("--save-every", "2"),
     ],
 }
 KILLS = {"trace": 2, "study": 1}
@@ -110,9 +110,9 @@ def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, environment, tmp
 def test_other_configurations_differ_and_are_refused(undisturbed, environment, tmp_path):
     """The control: the comparison above sees one changed seed, and no run goes on with another's files."""
     one = contents(undisturbed("trace"))
-    finish(start("trace", tmp_path, environment, "--seed", "1"))
+    finish(start("trace", tmp_path, environment, "--trace-seed", "1"))
     assert contents(tmp_path)["samples.jsonl"] != one["samples.jsonl"]
-    refused = start("trace", undisturbed("trace"), environment, "--seed", "1")
+    refused = start("trace", undisturbed("trace"), environment, "--trace-seed", "1")
     output, _ = refused.communicate(timeout=300)
     assert refused.returncode == 2 and "seed 0 there, 1 here" in output
     assert contents(undisturbed("trace")) == one

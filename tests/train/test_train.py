@@ -12,10 +12,10 @@ import PIL
 import pytest
 
 import train.lora as lora_command
+from interventions.modules import folder_name
 from interventions.placement.adapters import init_lora, lowest_layer
 from train import trunk
 from train.loop import LoopOptions, fit
-from train.study.experiment import cell_name
 from vlm_jax import UserError, load
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode
@@ -155,7 +155,7 @@ def test_the_command_resumes_and_keeps_its_scores(tmp_path, capsys):
     folders = {}
     for row in results["rows"][1:]:
         for family in ("knowledge", "perception"):
-            folder = out / f"cells/{family}/{cell_name(row['placement'][0][family], 8)}/seed-0"
+            folder = out / f"cells/{family}/{folder_name(row['placement'][0][family], 8)}/seed-0"
             folders[row["condition"], family] = folder
             targets = json.loads((folder / "adapter/adapter_config.json").read_text())
             layers = {f"L{t.split('.')[3]}-{'attn' if 'self_attn' in t else 'mlp'}" for t in targets["target_modules"]}

@@ -1,25 +1,25 @@
-"""P0's experiment on one model: traces, scores of modules, adapters and their accuracy, each done once and kept.
+"""P0's experiment on one model: traces, scores of modules, adapters and their accuracy, each computed once and kept.
 
-Everything that is computed is a file of a run folder before the next thing begins, and is read from there by a session
-that goes on. :mod:`train.lora` asks it for one placement, :mod:`train.study` for all of them.
+Each result is written to the run folder before the next one is begun, and a later session reads it from there.
+:mod:`train.lora` runs the experiment for one placement, :mod:`train.study` for all of them.
 """
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from eval.evaluation import AnswerOptions, answer, score
-from eval.judging import MetricOptions, clusters_of
+from eval.evaluation import AnswerOptions, evaluate
+from eval.judging import MetricOptions
 from interventions.engine.sweep import PREFIX_BUCKET
-from interventions.modules import module_names
-from interventions.placement import scores as scoring
+from interventions.kinds.lora import LoRA
+from interventions.modules import folder_name, module_names
 from interventions.placement.adapters import adapter_parameters, init_lora, load_peft, merge, save_peft
 from interventions.placement.rules import Scoring
+from interventions.placement.scores import SCORES, corrupter, module_sizes
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import by_module
 from interventions.trace.tracing import trace_task
@@ -50,8 +50,7 @@ class Experiment:
     answering: AnswerOptions
 
     def check(self) -> None:
-        """Refuses options that cannot be and examples that do not fit the model, before any work is spent."""
-        self.answering.check()
+        """Refuses wrong options and examples that do not fit the model, before any work is spent."""
         self.training.check_loop()
         for examples in (*self.traced.values(), *self.trained.values(), *self.tested.values()):
             check_fit(examples, self.processor, self.model.config)
@@ -67,22 +66,22 @@ class Experiment:
         return trace_task(self.run, folder, self.model, self.processor, family, self._traced(family), options)
 
     def scores(self, name: str, family: str) -> np.ndarray:
-        """One score of every module ``(L, 2)``: "rr" or a function of :mod:`interventions.placement.scores`."""
+        """One score of every module ``(L, 2)``: "rr" or one of :data:`interventions.placement.scores.SCORES`."""
         if name == "rr":
             return by_module(self.trace(family))
 
         def make() -> list:
             begun = time.perf_counter()
-            found = self._score(name, family)
+            score = self._score(name, family)
             self.run.timed(f"{self.folder}score {name} {family}", begun)
-            return found.tolist()
+            return score.tolist()
 
         return np.array(self.run.once(f"{self.folder}scores/{name}/{family}.json", make))
 
     def scoring(self, names: Sequence[str], families: Sequence[str]) -> Scoring:
         """What placements are chosen from, with these scores of these families."""
         known = {name: {family: self.scores(name, family) for family in families} for name in names}
-        return Scoring(self.depth, scoring.module_sizes(self.model), known)
+        return Scoring(self.depth, module_sizes(self.model), known)
 
     def adapter_parameters(self, names: Sequence[str]) -> int:
         """Trainable parameters of LoRA on these modules."""
@@ -90,7 +89,7 @@ class Experiment:
 
     def baseline(self, family: str) -> dict:
         """The model's own result: see :meth:`cell`."""
-        return self._evaluate(self.model, f"{self.folder}cells/{family}/baseline", family)
+        return self._evaluate(self.model, f"{self.folder}cells/{family}/baseline/", family)
 
     def cell(self, family: str, names: Sequence[str], seed: int) -> dict:
         """The held-out result of LoRA on these modules, trained with this seed: ``accuracy``, ``stderr``, ``samples``
@@ -101,31 +100,20 @@ class Experiment:
             begun = time.perf_counter()
             self.run.save_json(f"{folder}/placement.json", sorted(names, key=module_names(self.depth).index))
             options, checkpoints = dataclasses.replace(self.training, seed=seed), self.run.path(f"{folder}/training")
-            label = f"{family} {cell_name(names, self.depth)}"
+            label = f"{family} {folder_name(names, self.depth)}"
             ids = [example.id for example in self.trained[family]]
             lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints, ids)
             self.run.write(f"{folder}/adapter", lambda path: save_peft(lora, self.model, path))
             self.run.timed(f"train {folder}", begun)
         forget(self.run.folder / folder / "training", self.training)
-        return self._evaluate(merge(self.model, load_peft(self.model, adapter)), folder, family)
+        return self._evaluate(merge(self.model, load_peft(self.model, adapter)), f"{folder}/", family)
 
     def _cell_folder(self, family: str, names: Sequence[str], seed: int) -> str:
-        return f"{self.folder}cells/{family}/{cell_name(names, self.depth)}/seed-{seed}"
+        return f"{self.folder}cells/{family}/{folder_name(names, self.depth)}/seed-{seed}"
 
     def _evaluate(self, model: Model, folder: str, family: str) -> dict:
-        def make() -> dict:
-            begun = time.perf_counter()
-            examples = self.tested[family]
-            log = self.run.log(f"{folder}/predictions.jsonl")
-            how = dataclasses.asdict(self.answering)
-            found = answer(model, self.processor, examples, label=family, log=log, **how)
-            results, records = score(examples, found.texts, self.metric)
-            self.run.save_lines(f"{folder}/samples.jsonl", records)
-            self.run.timed(f"evaluate {folder}", begun)
-            clusters = clusters_of(examples).tolist()
-            return {**results, "scores": [record["score"] for record in records], "clusters": clusters}
-
-        return self.run.once(f"{folder}/score.json", make)
+        tested = self.tested[family]
+        return evaluate(self.run, folder, model, self.processor, tested, self.metric, self.answering, label=family)
 
     def _traced(self, family: str) -> list[Example]:
         if family not in self.traced:
@@ -133,27 +121,27 @@ class Experiment:
         return self.traced[family]
 
     def _score(self, name: str, family: str) -> np.ndarray:
-        groups = list(
-            batches(self._traced(family), self.processor, self.model.config, self.tracing.batch, align=PREFIX_BUCKET)
-        )
-        match name:
-            case "attribution":
-                corrupt = scoring.corrupter(self.model, self.processor, self._traced(family), groups, self.tracing)
-                return scoring.attribution(self.model, groups, corrupt)
-            case "page":
-                return scoring.page(self.model, groups, self._lora())
-            case "lora_drop":
-                every = module_names(self.depth)
-                self.cell(family, every, self.training.seed)
-                folder = self.run.folder / self._cell_folder(family, every, self.training.seed)
-                return scoring.lora_drop(self.model, groups, load_peft(self.model, folder / "adapter"))
-            case _:
-                return getattr(scoring, name)(self.model, groups)
+        examples, options = self._traced(family), self.tracing
+        groups = list(batches(examples, self.processor, self.model.config, options.batch, align=PREFIX_BUCKET))
+        providers = {
+            "corruption": lambda: corrupter(self.model, self.processor, examples, groups, options),
+            "fresh adapter": self._fresh_adapter,
+            "trained adapter": lambda: self._trained_adapter(family),
+        }
+        score = SCORES[name]
+        return score.compute(self.model, groups, *(providers[need]() for need in score.needs))
 
-    def _lora(self):
-        options = self.training
-        key = jax.random.key(options.seed)
-        return init_lora(self.model, module_names(self.depth), r=options.r, alpha=options.alpha, dropout=0.0, key=key)
+    def _fresh_adapter(self) -> LoRA:
+        """An untrained LoRA on all modules."""
+        options, key = self.training, jax.random.key(self.training.seed)
+        names = module_names(self.depth)
+        return init_lora(self.model, names, r=options.r, alpha=options.alpha, dropout=0.0, key=key)
+
+    def _trained_adapter(self, family: str) -> LoRA:
+        """The LoRA on all modules that was trained on a family, which is one of the cells."""
+        names, seed = module_names(self.depth), self.training.seed
+        self.cell(family, names, seed)
+        return load_peft(self.model, self.run.folder / self._cell_folder(family, names, seed) / "adapter")
 
     @functools.cached_property
     def _trunks(self) -> dict[str, Trunk]:
@@ -165,15 +153,3 @@ class Experiment:
             examples, gib = self.trained[family], self.training.trunk_gib
             self._trunks[family] = embedded_examples(self.model, self.processor, examples, gib=gib)
         return self._trunks[family]
-
-
-def cell_name(names: Sequence[str], depth: int) -> str:
-    """A folder's name for a set of modules, whatever their order: those of every placement that chose them."""
-    every = module_names(depth)
-    if set(names) == set(every):
-        return "all"
-    ordered = sorted(names, key=every.index)
-    joined = "+".join(ordered)
-    if len(joined) <= 64:
-        return joined
-    return f"{len(names)}-{hashlib.sha256(joined.encode()).hexdigest()[:12]}"

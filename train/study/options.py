@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import OmitArgPrefixes
 
 from eval.evaluation import AnswerOptions
 from eval.judging import MetricOptions
@@ -16,7 +17,8 @@ from train.study.recipes import RECIPES
 from train.trunk import LoRAOptions
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
-from vlm_jax.runs.options import DeviceOptions
+from vlm_jax.runs.options import LoadOptions
+from vlm_jax.runs.ranges import Range
 
 
 def _list(what: str):
@@ -24,54 +26,53 @@ def _list(what: str):
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(DataOptions, DeviceOptions):
+class Args(DataOptions, LoadOptions):
     """Trace, score, place, train and evaluate LoRA on every model under every placement, and compare the placements.
 
-    Cells (model x family x placement x seed) are independent: a stopped study goes on where it was, and the same
-    modules chosen twice are trained once. --plan says what it will cost.
+    Cells (model x family x placement x seed) are independent of each other. A stopped study goes on where it was, and
+    modules that several placements choose are trained once. --plan prints what a study will cost.
     """
 
     recipe: Literal[tuple(RECIPES)] = "p0"
-    """Which paper's study."""
+    """Which paper's study to run."""
     models: Annotated[tuple[str, ...], _list("MODEL")] = ("mini-qwen3-vl", "mini-gemma3")
-    """Embedded models, Hugging Face folders or hub ids."""
+    """The models to study: embedded models, Hugging Face folders or hub ids."""
     families: Annotated[tuple[str, ...], _list("TASK")] = ("knowledge", "perception")
-    """Two task families to tell apart: the miniworld's, or p0-knowledge and p0-perception for the paper's datasets."""
+    """The two task families to compare: those of the embedded tasks, or p0-knowledge and p0-perception for the paper's
+    datasets."""
     trace: int = 192
-    """Examples to trace, per family."""
+    """How many examples of each family to trace."""
     train: int = 300
-    """Examples to train on, per family."""
+    """How many examples of each family to train on."""
     eval: int = 600
-    """Held-out examples, per family."""
+    """How many held-out examples of each family to evaluate on."""
     placements: Annotated[tuple[str, ...], _list("NAME")] = ()
-    """Placements to compare; the recipe's by default (docs/placement.md lists them)."""
+    """The placements to compare (docs/placement.md lists them). By default those of the recipe."""
     k: Annotated[tuple[int, ...], _list("K")] = ()
-    """Modules to place LoRA in. The first is the one that all placements are compared at, by default P0's share of
-    them (10 of 72); the others are for the recipe's sweep, by default twice as many."""
-    seeds: Annotated[tuple[int, ...], _list("SEED")] = (0, 1)
-    """Seeds of training (adapters, order of the data, dropout): every placement is trained with each."""
-    random_seeds: Annotated[tuple[int, ...], _list("SEED")] = (42, 43, 44, 45, 46)
-    """Seeds of random placements, each trained with the next of --seeds in turn. P0 has the first three."""
+    """How many modules get LoRA. All placements are compared at the first number, by default P0's share (10 of 72). The
+    placements that the recipe sweeps are also run at the other numbers, by default twice the first."""
+    seeds: Annotated[tuple[int, ...], Range(least=0), _list("SEED")] = (0, 1)
+    """Seeds of training (initial adapters, order of the data, dropout). Every placement is trained with each."""
+    random_seeds: Annotated[tuple[int, ...], Range(least=0), _list("SEED")] = (42, 43, 44, 45, 46)
+    """Seeds of random placements. Each is trained with one of --seeds, in turn. P0 has the first three."""
     corruptions: Annotated[tuple[Literal[tuple(CORRUPTIONS)], ...], _list("KIND")] = (
         "swapped_question",
         "image_noise",
         "swapped_image",
     )
-    """Other corruptions to trace with, whose RR are compared with the first's."""
+    """Further corruptions to trace with. Their RR are compared with those of --corruption."""
     alone: bool = True
-    """Also train every module alone, to see whether a score tells where LoRA helps."""
-    tracing: TraceOptions = dataclasses.field(default_factory=TraceOptions)
-    training: LoRAOptions = dataclasses.field(default_factory=lambda: LoRAOptions(batch=8, accumulation=1))
-    metric: MetricOptions = dataclasses.field(default_factory=MetricOptions)
-    answering: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the parameters; the checkpoint's own by default."""
-    max_pixels: int | None = None
-    """Larger images are shrunk to this many pixels (models that take any size)."""
+    """Also train each module alone, to see whether a score predicts where LoRA helps."""
+    tracing: OmitArgPrefixes[TraceOptions] = dataclasses.field(default_factory=TraceOptions)
+    training: OmitArgPrefixes[LoRAOptions] = dataclasses.field(
+        default_factory=lambda: LoRAOptions(batch=8, accumulation=1)
+    )
+    metric: OmitArgPrefixes[MetricOptions] = dataclasses.field(default_factory=MetricOptions)
+    answering: OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
     plan: bool = False
-    """Print what the study consists of and costs, and stop."""
+    """Print what the study consists of and what it costs, then stop."""
     out: Path = Path("runs/study")
-    """Run folder; a stopped study goes on from there."""
+    """Run folder. A stopped study goes on from there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def conditions(args: Args, depth: int) -> list[Condition]:
     recipe = RECIPES[args.recipe]
     share = default_k(depth)
     ks = args.k or tuple(dict.fromkeys(min(share * times, 2 * depth) for times in (1, 2)))
-    found = []
+    compared = []
     for number, k in enumerate(ks):
         check_k(k, depth)
         for name in (args.placements or recipe.placements) if number == 0 else recipe.swept:
@@ -96,12 +97,17 @@ def conditions(args: Args, depth: int) -> list[Condition]:
                 runs = [(seed, args.seeds[i % len(args.seeds)]) for i, seed in enumerate(args.random_seeds)]
             else:
                 runs = [(0, seed) for seed in args.seeds]
-            found.append(Condition(name, k, tuple(runs)))
-    return found
+            compared.append(Condition(name, k, tuple(runs)))
+    return compared
 
 
 def check(args: Args) -> None:
-    """Refuses options that cannot be."""
+    """Checks the options that no model is needed for.
+
+    Raises:
+        UserError: for names or seeds that are missing or come twice, unknown placements, or options that exclude each
+            other.
+    """
     if len(args.families) != 2 or len(set(args.families)) != 2:
         raise UserError(f"--families names {len(set(args.families))} families: task_diff tells two apart, name two")
     names = [Path(name).name for name in args.models]
@@ -109,8 +115,8 @@ def check(args: Args) -> None:
         raise UserError("--models names two models alike: give folders of different names")
     for name in ("seeds", "random_seeds"):
         seeds = getattr(args, name)
-        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise UserError(f"--{name.replace('_', '-')} must be different numbers of 0 or more, at least one")
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise UserError(f"--{name.replace('_', '-')} must be different numbers, at least one")
     for name in ("models", "placements", "k", "corruptions"):
         values = getattr(args, name)
         if len(set(values)) < len(values):
@@ -120,4 +126,4 @@ def check(args: Args) -> None:
     args.tracing.check_modules()
     for kind in args.corruptions:
         if kind == args.tracing.corruption:
-            raise UserError(f"--corruptions names {kind}, which --tracing.corruption has already: leave it out")
+            raise UserError(f"--corruptions names {kind}, which --corruption names already: leave it out")

@@ -1,8 +1,6 @@
-"""Studies as data: what a paper compared, and what it reported."""
+"""Studies as data: what is compared, and what the paper reported."""
 
 import dataclasses
-
-from interventions.placement.rules import PLACEMENTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +26,11 @@ def _both(knowledge: float, perception: float) -> dict[str, float]:
 RECIPES = {
     "p0": Recipe(
         source="P0, tables 1 to 3 (k = 10; one run for each of the top-k placements, three for random-k)",
-        placements=tuple(PLACEMENTS),
+        placements=(
+            *("all", "random", "random_matched", "random_stratified", "shared", "task_diff"),
+            *("gradient_norm", "fisher", "attribution", "page", "lora_drop", "talo"),
+            *("first", "middle", "last"),
+        ),
         swept=("random", "task_diff"),
         reported={
             "Qwen3-VL-4B": {

@@ -1,6 +1,5 @@
 """P0's whole study on each model: traces, scores, placements, trainings, held-out results."""
 
-import dataclasses
 from pathlib import Path
 
 from eval import judging as metrics
@@ -12,7 +11,6 @@ from vlm_jax.data import Example, load_task
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.runs.folder import Run
-from vlm_jax.runs.options import DeviceOptions, ModelOptions
 from vlm_jax.runs.processes import progress
 
 
@@ -38,8 +36,7 @@ def examples_of(args: Args) -> list[dict[str, list[Example]]]:
 def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict):
     """One :class:`Experiment` a model, loaded when it is reached."""
     for name in args.models:
-        devices = {field.name: getattr(args, field.name) for field in dataclasses.fields(DeviceOptions)}
-        model, processor = ModelOptions(model=name, dtype=args.dtype, max_pixels=args.max_pixels, **devices).load()
+        model, processor = args.load_model(name)
         folder = f"{Path(name).name}/"
         yield Experiment(
             run,

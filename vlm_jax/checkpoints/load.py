@@ -15,6 +15,7 @@ from vlm_jax.checkpoints.leaves import abstract, leaf_name, rows_of, tensor_coun
 from vlm_jax.checkpoints.orbax import load_orbax
 from vlm_jax.checkpoints.sources import INDEX, ORBAX, SINGLE, read_config, resolve
 from vlm_jax.config import Config, with_attention
+from vlm_jax.configure import check_precision
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 from vlm_jax.families.key_table import Row
@@ -45,6 +46,9 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
     Returns:
         ``(model, processor)``; the processor is None where the folder has no tokeniser.
 
+    Warns:
+        UserWarning: once, if the parameters are float32 on an accelerator and :func:`vlm_jax.configure` was not called.
+
     Raises:
         UserError: unknown source or architecture; missing, extra, misshapen or NaN-filled tensors (all that are
             missing, extra or misshapen are listed); an unreadable file; a pickle checkpoint.
@@ -60,6 +64,7 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
             tensors = _open(folder, config, stack)
             rows = _coverage(config, tensors, folder)
             leaves = {row.path: _read(row, leaf, tensors, config, dtype, mesh) for row, leaf in rows}
+    check_precision({leaf.dtype for leaf in leaves.values()})
     model = abstract(config)
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
     model = treedef.unflatten([leaves[leaf_name(path)] for path, _ in paths])

@@ -58,11 +58,6 @@ class Run:
             UserError: if the folder holds another run (the differences are named) or anything else, if another process
                 is at work in it, or if it cannot be written to.
         """
-        # Float32 means float32, on accelerators too.
-        jax.config.update("jax_default_matmul_precision", "highest")
-        if jax.config.jax_compilation_cache_dir is None:
-            # What one run compiled, the next one loads.
-            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vlm-jax"))
         opened = []
 
         def open_here() -> tuple:

@@ -194,7 +194,7 @@ def test_what_is_no_answer(mini):
 
 
 def args(out, **options):
-    small = {"tasks": ("mini-docvqa",), "limit": 2, "batch": 2, "max_new_tokens": 2, "modes": ("post_softmax",)}
+    small = {"task": ("mini-docvqa",), "limit": 2, "batch": 2, "max_new_tokens": 2, "modes": ("post_softmax",)}
     return command.Args(**small | {"edges": ("text:image",), "window_edges": ("text:image",), "out": out} | options)
 
 
@@ -219,11 +219,11 @@ def refused(capsys, tmp_path):
         ({"window_edges": ("quest:image",)}, "did you mean 'question'"),
         ({"window_edges": ()}, "--window-edges is empty"),
         ({"modes": ("post_softmax", "post_softmax")}, "none twice"),
-        ({"tasks": ("mini-docvqa", "mini-docvqa")}, "--tasks is mini-docvqa mini-docvqa"),
-        ({"tasks": ()}, "--tasks is empty"),
+        ({"task": ("mini-docvqa", "mini-docvqa")}, "--task is mini-docvqa mini-docvqa"),
+        ({"task": ()}, "--task is empty"),
         ({"window": 9}, "choose 1 to 8"),
         ({"window": 0}, "choose 1 to 8"),
-        ({"tasks": ("mini-docvq",)}, "did you mean 'mini-docvqa'"),
+        ({"task": ("mini-docvq",)}, "did you mean 'mini-docvqa'"),
         ({"model": "mini-qwen3"}, "did you mean 'mini-qwen3-vl'"),
         ({"limit": 0}, "at least one"),
         ({"batch": 0}, "--batch is 0"),
@@ -237,7 +237,7 @@ def test_wrong_input(refused, options, says):
 def test_text_alone_is_refused(refused, tmp_path):
     line = {"id": "7", "image": [], "question": "Who?", "answers": ["x"]}
     (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
-    assert "'7' has no image" in refused(tasks=(str(tmp_path / "a.jsonl"),))
+    assert "'7' has no image" in refused(task=(str(tmp_path / "a.jsonl"),))
 
 
 def test_llava_has_no_end_of_image(tmp_path, capsys):

@@ -234,7 +234,7 @@ def test_strata_keep_their_shares():
     assert sorted(stratified(np.random.default_rng(0), np.arange(7), strata, 10)) == list(range(7))
 
 
-@pytest.mark.parametrize("options, says", [({"shot": 0}, "shot is 0"), ({"shot": 21}, "at least 63")])
+@pytest.mark.parametrize("options, says", [({"shot": 0}, "--shot is 0"), ({"shot": 21}, "at least 63")])
 def test_impossible_choices(options, says):
     with pytest.raises(UserError, match=says):
         choose(*nothing(), **options)
@@ -324,7 +324,7 @@ def test_figure(tmp_path, count, depth):
 
 
 def args(out, **options):
-    settings = {"tasks": ("mini-docvqa", "mini-infovqa"), "limit": 15, "shot": 3, "batch": 12, "draws": 20}
+    settings = {"task": ("mini-docvqa", "mini-infovqa"), "limit": 15, "shot": 3, "batch": 12, "draws": 20}
     return Args(**{**settings, **options}, out=out)
 
 
@@ -332,12 +332,12 @@ def args(out, **options):
     "options, says",
     [
         ({"model": "mini-qwen3"}, "did you mean 'mini-qwen3-vl'"),
-        ({"tasks": ("mini-okvq",)}, "did you mean 'mini-okvqa'"),
-        ({"tasks": ()}, "at least one task"),
-        ({"tasks": ("mini-okvqa", "mini-okvqa")}, "each once"),
+        ({"task": ("mini-okvq",)}, "did you mean 'mini-okvqa'"),
+        ({"task": ()}, "at least one task"),
+        ({"task": ("mini-okvqa", "mini-okvqa")}, "each (and each file name) once"),
         ({"limit": 8}, "mini-docvqa: 8 samples are too few"),
         ({"limit": 0}, "at least one"),
-        ({"shot": 0}, "shot is 0"),
+        ({"shot": 0}, "--shot is 0"),
         ({"draws": 0}, "--draws is 0"),
         ({"batch": 0}, "--batch is 0"),
         ({"split": "tests"}, "did you mean 'test'"),

@@ -21,7 +21,7 @@ from interventions.kinds.groups import label, members
 from interventions.trace.corruption import Corrupter, Survey, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, summarise
-from interventions.trace.tracing import cell_names, foil, forced, trace_batch, trace_examples
+from interventions.trace.tracing import cells_of, foil, forced, trace_batch, trace_examples
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import Batch, batches, encode
@@ -113,7 +113,7 @@ GRIDS = [
 def test_cells_are_what_their_names_say(task, by_hand, options, cells):
     """Each equals the patch made by hand, and is the only cell of the whole grid that does."""
     ie = task.trace(**options)[2][:, 0]
-    names = cell_names(task.model.config, TraceOptions(**options))
+    names = cells_of(task.model.config, TraceOptions(**options))
     assert ie.shape == (4, len(names)) and len(set(names)) == len(names)
     labels = label(task.batch)
     for name, (module, layers, *rest) in cells.items():
@@ -127,7 +127,7 @@ def test_cells_are_what_their_names_say(task, by_hand, options, cells):
 
 def test_number_of_cells(task):
     def count(**options):
-        return len(cell_names(task.model.config, TraceOptions(**options)))
+        return len(cells_of(task.model.config, TraceOptions(**options)))
 
     groups = ("question", "last", "answer")
     assert (count(), count(positions=groups), count(heads=True), count(heads=True, positions=groups)) == (
@@ -217,7 +217,7 @@ def test_logit_difference(task, by_hand):
     p_clean, _, ie, correct = with_choices.trace(metric="logit_difference")
     near(p_clean, read(forward(task.model, task.batch.inputs)), 1e-4)
     for name, cell in (("L0-mlp", ("text.mlp_out", [0])), ("L7-attn", ("text.attn_out", [7]))):
-        here = cell_names(task.model.config, TraceOptions()).index(name)
+        here = cells_of(task.model.config, TraceOptions()).index(name)
         near(ie[:, 0, here], by_hand(*cell, read=read), 1e-4)
     np.testing.assert_array_equal(correct, task.trace()[3])
 
@@ -292,11 +292,11 @@ def test_the_gold_answer_is_what_is_forced(task):
         ({"metric": "logit_diff"}, "unknown metric.*'logit_difference'"),
         ({"gold": "first"}, "unknown gold.*shortest"),
         ({"statistic": "mean_ratios"}, "unknown statistic.*'mean_of_ratios'"),
-        ({"batch": 0}, "--batch is 0: give at least 1"),
+        ({"batch": 0}, "--trace-batch is 0: give at least 1"),
         ({"replicates": 0}, "--replicates is 0"),
         ({"replicates": 2, "corruption": "mean_image"}, "mean_image leaves nothing to chance"),
         ({"replicates": 2, "corruption": "blurred_image"}, "drop --replicates"),
-        ({"seed": -1}, "--seed is -1"),
+        ({"seed": -1}, "--trace-seed is -1"),
         ({"eps": -1e-8}, "--eps is -1e-08"),
         ({"noise_scale": 0.0}, "--noise-scale is 0.0: give a number above 0"),
         ({"noise_scale": float("nan")}, "--noise-scale is nan"),
