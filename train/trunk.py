@@ -31,8 +31,8 @@ from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import even, own_rows, placed_rows
 from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
 from vlm_jax.runs.processes import fetch, first
-from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
 from vlm_jax.runs.ranges import Range
+from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
 
 #: P0 trains with 2e-4 at width 2560. Adam's best rate falls with the width (muP), so narrower models get more.
 _LR, _LR_WIDTH = 2e-4, 2560
