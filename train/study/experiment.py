@@ -15,7 +15,7 @@ import numpy as np
 
 from eval.evaluation import AnswerOptions, answer, score
 from eval.judging import MetricOptions, clusters_of
-from interventions.engine.sweep import PREFIX_BUCKET
+from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.modules import module_names
 from interventions.placement import scores as scoring
 from interventions.placement.adapters import adapter_parameters, init_lora, load_peft, merge, save_peft
