@@ -1,7 +1,9 @@
-"""Interventions on a forward pass, the sweep engine, and one file per analysis."""
+"""Interventions on a forward pass, the sweep engine, and one room per analysis."""
 
+from interventions.engine.generation import generate_variants
 from interventions.engine.read import Gold, Logits, Scores
-from interventions.engine.sweep import Variants, generate_variants, stack, sweep, sweep_runs
+from interventions.engine.sweep import sweep, sweep_runs
+from interventions.engine.variants import Variants, stack
 from interventions.kinds.add import Add, Noise
 from interventions.kinds.attention import AttentionKnockout, UniformAttention
 from interventions.kinds.gates import Gate, HeadGate

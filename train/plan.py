@@ -22,10 +22,13 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from interventions.editing.editors import init_editors
+from interventions.engine.chunks import block_of, chunk_of
 from interventions.engine.cost import estimate, head_flops, layers_flops
 from interventions.engine.grids import patch_grid
+from interventions.engine.prefix import shared_prefix
+from interventions.engine.program import sweep_program
 from interventions.engine.read import Gold
-from interventions.engine.sweep import block_of, chunk_of, first_layers, shared_prefix, sweep_program
+from interventions.engine.variants import first_layers
 from interventions.kinds.add import Add
 from interventions.modules import MODULE_SITES, module_names
 from interventions.placement.adapters import adapter_parameters, init_lora

@@ -6,7 +6,8 @@ import time
 import jax
 import numpy as np
 
-from interventions.engine.sweep import Variants, first_layers, shared_prefix
+from interventions.engine.prefix import shared_prefix
+from interventions.engine.variants import Variants, first_layers
 from vlm_jax import Inputs, Model
 from vlm_jax.runs.processes import fetch
 

@@ -1,4 +1,4 @@
-"""Grids of variants: every layer, head, window of layers or token group of a patch or a cut, as one batch."""
+"""Grids of variants: a patch or a cut in every layer, head, window of layers or token group, as one batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interventions.engine.sweep import Variants
+from interventions.engine.variants import Variants
 from interventions.kinds.gates import Gate, HeadGate
 from interventions.kinds.patch import Patch
 from vlm_jax import UserError
 
 
 def layer_windows(depth: int, width: int = 1) -> np.ndarray:
-    """``(L, L)`` bool: row l holds the ``width`` layers around l, cut off at the ends; of an even width one more lies
-    before l than behind it (ROME's windows of 10: [l - 5, l + 5))."""
+    """``(L, L)`` bool: row l marks the ``width`` layers around l, cut off at the ends. With an even width, the window
+    has one more layer before l than behind it (ROME's windows of 10: [l - 5, l + 5))."""
     if not 1 <= width <= depth:
         raise UserError(f"a window of {width} layers is not possible: choose 1 to {depth}")
     low = np.arange(depth)[:, None] - width // 2
@@ -34,27 +34,32 @@ def patch_grid(
 
     Args:
         window: how many layers around each layer a variant patches.
-        heads: patch each of this many heads apart (sites that have heads); None: all at once.
-        tokens: masks ``(B, T)``, each patched apart; None: all tokens at once.
+        heads: patch each of this many heads by itself (sites that have heads); None: all at once.
+        tokens: masks ``(B, T)``, each patched by itself; None: all tokens at once.
 
     Returns:
         The variants, and the shape of their grid: ``(sites, L)``, then heads, then token groups where given.
     """
     shape = (len(sites), depth, *(() if heads is None else (heads,)), *(() if tokens is None else (len(tokens),)))
-    which = np.indices(shape).reshape(len(shape), -1)
-    here = layer_windows(depth, window)[which[1]]
-    slot = {site: jnp.asarray(~(here & (which[0] == number)[:, None]), jnp.int32) for number, site in enumerate(sites)}
-    one_hot = None if heads is None else jnp.arange(heads) == which[2][:, None]
-    where = None if tokens is None else jnp.stack([jnp.asarray(mask) for mask in tokens])[which[-1]]
+    cells = np.indices(shape).reshape(len(shape), -1)  # (axes of the grid, N)
+    in_window = layer_windows(depth, window)[cells[1]]  # (N, L)
+    # Slot 0 is the clean run's value; 1, the number of slots, is none.
+    slot = {
+        site: jnp.asarray(~(in_window & (cells[0] == number)[:, None]), jnp.int32) for number, site in enumerate(sites)
+    }
+    one_hot = None if heads is None else jnp.arange(heads) == cells[2][:, None]
+    where = None if tokens is None else jnp.stack([jnp.asarray(mask) for mask in tokens])[cells[-1]]
     patch = Patch(dict.fromkeys(sites), slot, where, one_hot)
     return Variants((patch,), (True,) * len(jax.tree.leaves(patch))), shape
 
 
 def cut_grid(depth: int, modules: Sequence[str] = ("attn", "mlp"), window: int = 1, scale: float = 0.0) -> Variants:
     """A :class:`Gate` for every module and window of layers, ``len(modules) * depth`` of them, module by module."""
-    here = layer_windows(depth, window)
+    in_window = layer_windows(depth, window)
     scales = {
-        f"text.{module}_out": np.concatenate([np.where(here & (m == number), scale, 1) for m in range(len(modules))])
+        f"text.{module}_out": np.concatenate(
+            [np.where(in_window & (m == number), scale, 1) for m in range(len(modules))]
+        )
         for number, module in enumerate(modules)
     }
     gate = Gate({site: jnp.asarray(value, jnp.float32) for site, value in scales.items()})

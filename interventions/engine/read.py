@@ -1,6 +1,6 @@
 """Read-outs: what is kept of a run's last hidden state, so that only the scored positions are unembedded."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -12,9 +12,33 @@ from vlm_jax.inputs import bucket
 from vlm_jax.prompts import positions
 
 
+class ReadOut(Protocol):
+    """What a sweep keeps of a run. A read-out is a flax dataclass, so that its arrays are arguments of the program.
+
+    ``first``, a static field, is the first token that it looks at: a sweep shares no token behind it.
+    """
+
+    first: int
+
+    def __call__(self, model: Model, x: jax.Array, start: int) -> Any:
+        """Any pytree of arrays, from ``x (B, S, D)`` after the final norm; ``start``: the index of its first token in
+        the sequence."""
+
+    def replace(self, **changes: Any) -> "ReadOut": ...
+
+
+class Runs(NamedTuple):
+    """The read-outs of a sweep: of the variants, with a leading axis of N; of the base run; and of the clean run (None
+    if there is none)."""
+
+    variants: Any
+    base: Any
+    clean: Any
+
+
 class Scores(NamedTuple):
-    """Of gold tokens: log-probabilities ``logp (..., B, A)``, and ``hit``: which are the likeliest token; ``valid``:
-    which entries are tokens at all, the others being 0."""
+    """The scores of gold tokens, ``(..., B, A)`` each: log-probabilities ``logp``; ``hit``, whether a token is the
+    likeliest one; ``valid``, which entries are tokens at all. The other entries are 0."""
 
     logp: jax.Array
     hit: jax.Array
@@ -38,8 +62,7 @@ class Scores(NamedTuple):
 
 @flax.struct.dataclass
 class Gold:
-    """Reads the gold tokens ``target (B, A)`` at ``index (B, A)``, where ``valid (B, A)``; ``first`` is the first token
-    that is looked at."""
+    """Scores the gold tokens ``target (B, A)`` at ``index (B, A)``, where ``valid (B, A)``."""
 
     target: jax.Array
     index: jax.Array
@@ -51,7 +74,7 @@ class Gold:
         """The tokens that ``answer_mask (B, T)`` marks in ``inputs``.
 
         Raises:
-            UserError: if a row has none, or one that nothing precedes.
+            UserError: if a row has no such token, or one that is the first of its row.
         """
         answer = np.asarray(answer_mask, bool)
         if not answer.any(1).all():
@@ -65,8 +88,7 @@ class Gold:
         return cls(target, index, valid, int(index[valid].min() - 1) // 8 * 8)
 
     def __call__(self, model: Model, x: jax.Array, start: int) -> Scores:
-        """``x (B, S, D)`` after the final norm, whose first token is token ``start`` of the sequence."""
-        # Unused entries of ``index`` would lie outside of ``x``.
+        # Without the maximum, unused entries of ``index`` would lie outside of ``x``.
         before = jnp.maximum(jnp.asarray(self.index) - 1 - start, 0)
         logits = model.text.logits(jnp.take_along_axis(x, before[..., None], 1)).astype(jnp.float32)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), jnp.asarray(self.target)[..., None], -1)[..., 0]
@@ -93,8 +115,8 @@ class Logits:
 
 @flax.struct.dataclass
 class LogitDifference:
-    """Reads how much likelier the gold answer is than a foil where the two first differ: the difference of the two
-    tokens' logits ``(B,)``, after what they share (Zhang and Nanda 2024)."""
+    """How much likelier the gold answer is than a foil: the difference of their tokens' logits ``(B,)`` at the first
+    token in which the two answers differ (Zhang and Nanda 2024)."""
 
     gold: jax.Array
     foil: jax.Array
@@ -103,10 +125,11 @@ class LogitDifference:
 
     @classmethod
     def of(cls, inputs: Inputs, answer_mask, foils: Inputs) -> "LogitDifference":
-        """Of prompts that are equal but for their answers, of which ``answer_mask (B, T)`` marks those of ``inputs``.
+        """For prompts ``inputs`` and ``foils`` that differ in their answers alone; ``answer_mask (B, T)`` marks those
+        of ``inputs``.
 
         Raises:
-            UserError: if a foil is no other answer.
+            UserError: if a foil equals the gold answer.
         """
         begins = np.asarray(answer_mask).argmax(1)
         width = min(inputs.input_ids.shape[1], foils.input_ids.shape[1])

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from interventions.engine.cost import Announced, estimate
+from interventions.engine.generation import generate_variants
 from interventions.engine.grids import layer_windows
 from interventions.engine.read import Gold
-from interventions.engine.sweep import generate_variants, stack, sweep_runs
+from interventions.engine.sweep import sweep_runs
+from interventions.engine.variants import stack
 from interventions.flow.shares import encoded
 from interventions.kinds.attention import MODES, AttentionKnockout
 from interventions.kinds.groups import label, members

@@ -7,7 +7,8 @@ import numpy as np
 
 from interventions.engine.cost import Announced, estimate
 from interventions.engine.read import Gold
-from interventions.engine.sweep import stack, sweep_runs
+from interventions.engine.sweep import sweep_runs
+from interventions.engine.variants import stack
 from interventions.kinds.attention import UniformAttention
 from interventions.kinds.base import layer_table
 from interventions.kinds.gates import Gate

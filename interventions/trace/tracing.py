@@ -9,8 +9,10 @@ import numpy as np
 
 from interventions import statistics
 from interventions.engine.grids import patch_grid
+from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import Gold, LogitDifference
-from interventions.engine.sweep import PREFIX_BUCKET, Variants, sweep_runs
+from interventions.engine.sweep import sweep_runs
+from interventions.engine.variants import Variants
 from interventions.figures.tracing import heatmap, interval_plot
 from interventions.kinds.groups import label, members
 from interventions.modules import MODULE_SITES, cell_names, module_names

@@ -1,7 +1,6 @@
 """Every family through the whole pipeline: prompts as its own processor makes them, tracing, LoRA and PEFT."""
 
 import dataclasses
-import importlib
 import json
 
 import jax
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import vlm_jax
 from interventions import causal_trace
+from interventions.engine import prefix
 from interventions.placement.adapters import init_lora, lowest_layer, save_peft
 from train import mini
 from train.trunk import Frozen, loss, trunk
@@ -28,9 +28,6 @@ from vlm_jax.families import FAMILIES
 from vlm_jax.families.base import TextProcessor
 from vlm_jax.prompts import encode
 from vlm_jax.runs.options import ModelOptions
-
-sweep_module = importlib.import_module("interventions.engine.sweep")
-
 
 #: Tests that are about images, or as long with a text-only backbone as with the model around it.
 of_vision_models = pytest.mark.parametrize("folder", VISION, indirect=True, scope="module")
@@ -170,7 +167,7 @@ def test_shared_prefix_does_not_end_inside_an_image(loaded, examples, monkeypatc
     error, effect = errors()
     assert error < 1e-5 and effect > 1e-3
     # The control: without the rule, the families that need it are wrong, and the others are not.
-    monkeypatch.setattr(sweep_module, "outside_images", lambda is_image, start: start)
+    monkeypatch.setattr(prefix, "outside_images", lambda is_image, start: start)
     error, _ = errors()
     assert (error > 1e-4) == model.config.text.bidirectional_images, (error, effect)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from eval.evaluation import AnswerOptions, evaluate
 from eval.judging import MetricOptions
-from interventions.engine.sweep import PREFIX_BUCKET
+from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.kinds.lora import LoRA
 from interventions.modules import folder_name, module_names
 from interventions.placement.adapters import adapter_parameters, init_lora, load_peft, merge, save_peft

@@ -39,7 +39,7 @@ from interventions import (
     sweep,
 )
 from interventions.engine.grids import cut_grid, head_grid, layer_windows, patch_grid
-from interventions.engine.sweep import shared_prefix
+from interventions.engine.prefix import shared_prefix
 from interventions.kinds.groups import GROUPS
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import Batch

@@ -13,7 +13,7 @@ from PIL import ImageFilter
 from tracing_oracle import changed, forward, probability
 
 import vlm_jax
-from interventions.engine.sweep import PREFIX_BUCKET
+from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, Survey, counterpart, normal, sample_key, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_batch

@@ -4,7 +4,6 @@
 must then object. The identities need no oracle.
 """
 
-import importlib
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -18,12 +17,9 @@ from hf_oracle import TEXT_TOKENS, Recorder, make_batch, oracle_sites, tensors, 
 
 import vlm_jax
 from interventions import Add, Patch, causal_trace, sweep
+from interventions.engine import chunks
+from interventions.trace import causal
 from vlm_jax.errors import UserError
-
-# ``interventions.engine.sweep`` is the function, which hides the module of that name from a plain import.
-sweep_module, causal_module = (
-    importlib.import_module(f"interventions.{name}") for name in ("engine.sweep", "trace.causal")
-)
 
 TOLERANCE, CAUGHT = 1e-5, 1e-4
 LAYERS = 4  # one more than DeepStack reaches
@@ -352,7 +348,7 @@ def test_noise_outside_the_question_is_ignored(model, cases, traces):
 def test_chunk_size_does_not_matter(model, cases, traces, monkeypatch, variants):
     """Chunks of one variant (too little room for even that), and chunks that do not divide the 8 variants."""
     case = cases["text"]
-    monkeypatch.setattr(sweep_module, "CHUNK_TOKENS", {"cpu": 1 + variants * case.question.size})
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", {"cpu": 1 + variants * case.question.size})
     traced = causal_trace(model, inputs_of(model, case), case.question, case.answer, noise=case.noise)
     whole = traces("text", "naive")
     assert max(errors(traced, (whole.p_clean, whole.p_corrupt, whole.ie))) < TOLERANCE
@@ -403,7 +399,7 @@ def drawn_noise(model, case, monkeypatch, **how):
         seen.append(np.asarray(base[0].value))
         raise Stopped
 
-    monkeypatch.setattr(causal_module, "sweep_runs", engine)
+    monkeypatch.setattr(causal, "sweep_runs", engine)
     with pytest.raises(Stopped):
         causal_trace(model, inputs_of(model, case), case.question, case.answer, **how)
     return seen[0]
@@ -413,7 +409,7 @@ def test_sigma_is_the_std_of_all_elements_of_real_tokens(oracle, model, cases):
     case = cases["both"]
     embeddings = oracle_sites(oracle, case.batch)["text.embeddings"]  # visual tokens included, NaN at padding
     padded = np.nan_to_num(embeddings, nan=50)
-    sigma = float(causal_module.embedding_std(padded, case.batch["attention_mask"] == 1))
+    sigma = float(causal.embedding_std(padded, case.batch["attention_mask"] == 1))
     assert sigma == pytest.approx(np.nanstd(embeddings.astype(np.float64)), rel=1e-5)
 
 

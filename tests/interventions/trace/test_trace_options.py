@@ -14,8 +14,8 @@ import interventions.trace.__main__
 import interventions.trace.tracing
 import vlm_jax
 from interventions import Patch
+from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import LogitDifference
-from interventions.engine.sweep import PREFIX_BUCKET
 from interventions.kinds.base import slots
 from interventions.kinds.groups import label, members
 from interventions.trace.corruption import Corrupter, Survey, survey
