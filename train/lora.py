@@ -117,6 +117,7 @@ def check_options(args: Args, depth: int) -> None:
         raise UserError("--seed and --random-seeds must be 0 or more: give at least one random seed")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout is {args.dropout}: give a number from 0 to below 1")
+    args.check_loop()
     args.tracing.check(depth)
     args.tracing.check_modules()
 
