@@ -111,7 +111,9 @@ class Ours:
         import vlm_jax
         from interventions.placement.adapters import load_peft
         from train import trunk
-        from train.loop import State, update
+        from train.objective import adamw, linear
+        from train.step import Step, update
+        from train.subsets import partitioned, split
         from vlm_jax.prompts import Batch
 
         self.jax, self.update, self.trunk = jax, update, trunk
@@ -122,19 +124,22 @@ class Ours:
         answer[:, -args.answer :] = True
         self.batch = Batch(vlm_jax.Inputs.from_hf(model.config, input_ids=ids), {"answer": answer, "end": answer}, 0)
         self.model, self.size = model, args.batch
-        padded, self.frozen = trunk.prepared(model, lora, len(modules(args, placement)), args.remat)
-        self.tx = trunk.optimiser(2e-4, 1000)
-        self.state = State(padded.weights, self.tx.init(padded.weights))
+        params = trunk.prepared(model, lora, len(modules(args, placement)), args.remat)
+        transforms = dict.fromkeys(trunk.LABELS, adamw(linear(2e-4, 1000)))
+        self.program = Step(trunk.loss, partitioned(transforms, trunk.label))
+        self.lowest = params.lowest
+        trained, self.rest = split(params, trunk.label)
+        self.state = self.program.begin(trained)
         self.read()
 
     def read(self) -> None:
         """The frozen trunk: needed once per example, or once per step where it is not reused."""
-        data = self.trunk.trunk(self.model, self.batch, self.frozen.lowest, size=self.size)
+        data = self.trunk.trunk(self.model, self.batch, self.lowest, size=self.size)
         self.data = self.jax.tree.map(lambda a: a[None], data)
 
     def step(self) -> float:
         key = self.jax.random.key(0)
-        self.state, metrics = self.update(self.state, self.frozen, self.data, key, loss=self.trunk.loss, tx=self.tx)
+        self.state, metrics = self.update(self.state, self.rest, self.data, key, step=self.program)
         return float(metrics["loss"])
 
 

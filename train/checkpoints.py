@@ -30,16 +30,16 @@ def checkpoint_folder(folder: Path, base: str | None) -> epath.Path:
 class Checkpoints:
     """Checkpoints of a pytree of arrays, in a folder or a bucket (``gs://``), a subfolder a step.
 
-    A checkpoint appears under its name once it is whole, so that what a killed process was writing is never read. Each
-    has a checksum of every array. Arrays that are split over a mesh are written by the processes that hold them, and
-    may be read on another mesh or on one device.
+    A checkpoint gets its name once it is complete, so a half-written one of a killed process is never read. Each has a
+    checksum of every array. Arrays that are split over a mesh are written by the processes that hold them, and may be
+    read on another mesh or on one device.
 
-    Used as ``with Checkpoints(...) as checkpoints``: the end waits for what is being written.
+    Used as ``with Checkpoints(...) as checkpoints``: leaving the block waits for checkpoints that are being written.
     """
 
     def __init__(self, folder: epath.Path, fall_back: bool = False):
         self.folder, self.fall_back = folder, fall_back
-        with self._said("cannot write checkpoints to"):
+        with self._user_errors("cannot write checkpoints to"):
             self.manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     def __enter__(self) -> "Checkpoints":
@@ -48,29 +48,30 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *_: Any) -> None:
         if kind is None:
             self._close()
-        elif jax.process_count() == 1 or issubclass(kind, UserError | SystemExit):  # others may be gone: ask no one
-            with contextlib.suppress(UserError):  # there is something worse to say
+        elif jax.process_count() == 1 or issubclass(kind, UserError | SystemExit):
+            # After other errors some processes may be gone, and closing would wait for them.
+            with contextlib.suppress(UserError):  # the error that ended the block is the one to report
                 self._close()
 
     def _close(self) -> None:
-        with self._said("cannot write a checkpoint to"):
+        with self._user_errors("cannot write a checkpoint to"):
             self.manager.wait_until_finished()
             self.manager.close()
 
     def restore(self, state: Any) -> tuple[Any, int]:
-        """The last state, lying where ``state`` lies, and the number of steps behind it; ``state`` itself, and 0, where
-        there is none.
+        """The last state, on the devices where ``state`` lies, and the number of steps behind it. If there is none,
+        ``state`` itself and 0.
 
         Raises:
-            UserError: if it is damaged and there is no telling to fall back, or nothing to fall back to.
+            UserError: if it is damaged, and falling back is not allowed or there is no earlier one.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for number, step in enumerate(steps):
-            found, damage = self._read(step, state)
+            restored, damage = self._read(step, state)
             if damage is None:
                 for damaged in steps[:number]:
                     self.manager.delete(damaged)
-                return found, step
+                return restored, step
             earlier = steps[number + 1 :]
             if not earlier:
                 raise UserError(f"{self.folder / str(step)} cannot be read ({damage}): delete it to begin again")
@@ -82,20 +83,20 @@ class Checkpoints:
         return state, 0
 
     def _read(self, step: int, state: Any) -> tuple[Any, str | None]:
-        """The state of a step; or what is wrong with it, on which all processes agree."""
-        leaves, treedef = jax.tree.flatten(state)
-        found, sums, damage = [], None, None
+        """The state of a step, or what is wrong with its files. All processes come to the same answer."""
+        leaves, structure = jax.tree.flatten(state)
+        arrays, sums, damage = [], None, None
         try:
             wanted = [*map(_target, leaves), np.zeros((len(leaves), 2), np.uint32)]
-            *found, sums = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
+            *arrays, sums = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except jax.errors.JaxRuntimeError:  # memory, or another process: the files may be whole
             raise
         except Exception as error:  # TensorStore reports damage with errors of many kinds
             damage = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         damage = next(filter(None, gathered(damage)), None)
-        if damage is None and not np.array_equal(_sums(found), sums):
+        if damage is None and not np.array_equal(_sums(arrays), sums):
             damage = "an array is not what was saved"
-        return (None, damage) if damage else (placed(treedef.unflatten(found)), None)
+        return (None, damage) if damage else (placed(structure.unflatten(arrays)), None)
 
     @property
     def latest(self) -> int | None:
@@ -105,12 +106,12 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         leaves = jax.tree.leaves(state)
         sums = _sums(leaves)
-        with self._said("cannot write a checkpoint to"):
-            # Copies: the next step writes over these arrays while they are being saved.
+        with self._user_errors("cannot write a checkpoint to"):
+            # Copies, because the next step writes over these arrays while they are being saved.
             self.manager.save(step, args=ocp.args.StandardSave([*map(_copy, leaves), sums]))
 
     @contextlib.contextmanager
-    def _said(self, what: str) -> Iterator[None]:
+    def _user_errors(self, what: str) -> Iterator[None]:
         try:
             yield
         except jax.errors.JaxRuntimeError:  # of the devices or another process
@@ -120,8 +121,44 @@ class Checkpoints:
             raise UserError(f"{what} {self.folder} ({reason}): free the disk or choose another folder") from None
 
 
+class Saving:
+    """Which steps of a training are saved: every so many, and the last one. Without checkpoints, none."""
+
+    def __init__(self, checkpoints: Checkpoints | None, every: int):
+        self.checkpoints, self.every = checkpoints, every
+
+    @property
+    def folder(self) -> epath.Path | None:
+        return None if self.checkpoints is None else self.checkpoints.folder
+
+    def latest(self) -> int | None:
+        """The step of the last checkpoint."""
+        return None if self.checkpoints is None else self.checkpoints.latest
+
+    def restore(self, state: Any) -> tuple[Any, int]:
+        """See :meth:`Checkpoints.restore`."""
+        return (state, 0) if self.checkpoints is None else self.checkpoints.restore(state)
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether the state after the ``step``-th step is to be saved; ``last``: no step follows it."""
+        return self.checkpoints is not None and (last or step % self.every == 0)
+
+    def save(self, step: int, state: Any) -> None:
+        self.checkpoints.save(step, state)
+
+
+@contextlib.contextmanager
+def saving(folder: epath.Path | None, every: int = 1, fall_back: bool = False) -> Iterator[Saving]:
+    """Saves every ``every``-th step to a folder; nothing if the folder is None."""
+    if folder is None:
+        yield Saving(None, every)
+        return
+    with Checkpoints(folder, fall_back) as checkpoints:
+        yield Saving(checkpoints, every)
+
+
 def _split(leaf: Any) -> bool:
-    """Whether an array lies in parts."""
+    """Whether an array is split over devices."""
     return isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
 
 

@@ -1,4 +1,4 @@
-"""What a training says of itself: a line a few steps in ``metrics.jsonl``, and the same to TensorBoard or W&B."""
+"""The log of a training: a line every few steps in ``metrics.jsonl``, and the same to TensorBoard or W&B."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,10 +29,13 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class About(NamedTuple):
-    """What a loop cannot know of its steps: the learning rate of a step and the ids of its examples; tokens of a step,
-    padding included, and FLOPs of its matmuls. What is None is not in the log."""
+    """What a loop cannot know of its steps, for the log; what is None is left out.
 
-    rate: Callable[[int], Any] | None = None
+    rate: step -> learning rate, or label -> such a function. ids: step -> its examples' ids. tokens: of a step, padding
+    included. flops: of a step's matmuls.
+    """
+
+    rate: Callable[[int], Any] | Mapping[str, Callable[[int], Any]] | None = None
     ids: Callable[[int], Sequence[str]] | None = None
     tokens: int | None = None
     flops: float | None = None
@@ -54,14 +57,21 @@ _compiling = _Compiling()
 
 
 class Meter:
-    """Writes a record per call of :meth:`log`: ``step, loss, grad_norm, lr, tokens_per_second, step_seconds`` (the mean
-    since the last record, compiling left out), ``compile_seconds`` since then, ``mfu`` (FLOPs of the steps over what
-    the devices could do in bfloat16; frozen kernels count 4 a parameter and token, as they get no gradient; None on a
-    CPU), ``peak_memory_gib`` (of the first device, or on a CPU of the process) and ``seconds`` since the session began.
+    """Writes a record for each call of :meth:`log`.
+
+    A record has ``step``, ``loss``, ``grad_norm``, further metrics of the loss, ``lr`` (``lr_LABEL`` for each label if
+    their rates differ), ``tokens_per_second``, ``step_seconds`` (the mean since the last record, compilation left out),
+    ``compile_seconds`` since then, ``mfu`` (the steps' FLOPs as a share of the devices' bfloat16 peak; frozen kernels
+    count 4 FLOPs for each parameter and token, as they get no gradient; None on a CPU), ``peak_memory_gib`` (of the
+    first device, or on a CPU of the process) and ``seconds`` since the session began. With members, ``loss`` and
+    ``grad_norm`` are means over the ``alive`` ones, and ``losses`` has one loss for each. Numbers that are not finite
+    are written as null.
+
+    Used as ``with Meter(...) as meter``.
     """
 
     def __init__(self, folder: Path, about: About, after: int, trackers: Sequence[Tracker] = (), label: str = ""):
-        """After so many steps: what a stopped session wrote of later ones is taken out."""
+        """``after``: the steps that are done. Records of later steps, which a stopped session wrote, are removed."""
         self.file, self.about, self.last = folder / "metrics.jsonl", about, after
         self.begun = self.then = time.perf_counter()
         self.compiled = _compiling.seconds
@@ -71,28 +81,30 @@ class Meter:
             _forget_after(self.file, after)
             self.sinks = [self._append, *(_SINKS[name](folder, label, self.stack) for name in trackers)]
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Of the step that was the ``step``-th: its ``loss`` and ``grad_norm``."""
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.close()
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Writes the record of the ``step``-th step with these metrics: numbers, or lists of one for each member."""
         now, compiled = time.perf_counter(), _compiling.seconds
         compiling, steps = compiled - self.compiled, max(1, step - self.last)
         each = max((now - self.then - compiling) / steps, 1e-9)
         about, kind = self.about, chip(jax.devices()[0].device_kind)
-        record = {"step": step, **metrics}
-        if about.rate is not None:
-            record["lr"] = float(about.rate(step - 1))
+        record = {"step": step, **{name: _finite(value) for name, value in metrics.items()}}
+        record |= {name: float(rate(step - 1)) for name, rate in _rates(about.rate).items()}
         if about.tokens is not None:
             record["tokens_per_second"] = round(about.tokens / each, 1)
         record |= {"step_seconds": round(each, 4), "compile_seconds": round(compiling, 2)}
         if about.flops is not None:
-            full = None if kind is None else kind.flops * jax.device_count()
+            full = None if kind is None else kind.flops_per_second * jax.device_count()
             record["mfu"] = None if full is None else round(about.flops / each / full, 4)
         record |= {"peak_memory_gib": round(_peak() / 2**30, 3), "seconds": round(now - self.begun, 2)}
         self.last, self.then, self.compiled = step, now, compiled
         for sink in self.sinks:
             sink(record)
-
-    def close(self) -> None:
-        self.stack.close()
 
     def _append(self, record: dict) -> None:
         try:
@@ -100,6 +112,32 @@ class Meter:
                 log.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.file} ({error.strerror}): free the disk") from None
+
+
+def _rates(rate: Callable | Mapping[str, Callable] | None) -> dict[str, Callable]:
+    """Name in the log -> learning rate of a step."""
+    if rate is None:
+        return {}
+    if not isinstance(rate, Mapping):
+        return {"lr": rate}
+    if len(set(rate.values())) == 1:
+        return {"lr": next(iter(rate.values()))}
+    return {f"lr_{label}": one for label, one in rate.items()}
+
+
+def _finite(value: Any) -> Any:
+    """A number, or None in place of one that JSON cannot hold; or a list of such."""
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return value if np.isfinite(value) else None
+
+
+def _scalars(record: dict) -> dict:
+    """A record with one number for each name, as trackers want it: ``losses/3`` is the fourth of a list."""
+    flat = {}
+    for name, value in record.items():
+        flat |= {f"{name}/{i}": one for i, one in enumerate(value)} if isinstance(value, list) else {name: value}
+    return flat
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:
@@ -115,7 +153,7 @@ def _tensorboard(folder: Path, label: str, stack: contextlib.ExitStack) -> Calla
     writer = stack.enter_context(SummaryWriter(str(folder / "tensorboard")))
 
     def sink(record: dict) -> None:
-        for name, value in record.items():
+        for name, value in _scalars(record).items():
             if name != "step" and value is not None:
                 writer.add_scalar(name, value, record["step"])
 
@@ -128,14 +166,14 @@ def _wandb(folder: Path, label: str, stack: contextlib.ExitStack) -> Callable[[d
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]  # the same run in every session
     run = wandb.init(project="vlm-jax", name=label, id=name, dir=str(folder), resume="allow")
     stack.callback(run.finish)
-    return lambda record: run.log(record, step=record["step"])
+    return lambda record: run.log(_scalars(record), step=record["step"])
 
 
 _SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 def _peak() -> int:
-    """Bytes."""
+    """The most memory that was in use so far, in bytes."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -144,14 +182,8 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def unsound(metrics: dict[str, np.ndarray]) -> str | None:
-    """The name and value of the first number that is none, in words."""
-    bad = ((name.replace("_", " "), value) for name, value in metrics.items() if not np.isfinite(value))
-    return next((f"the {name} is {value}" for name, value in bad), None)
-
-
 def _forget_after(file: Path, step: int) -> None:
-    """Takes out of a log what a stopped session wrote after its last checkpoint, or broke off while writing."""
+    """Removes from a log what a stopped session wrote after its last checkpoint, and a last line that is incomplete."""
     if not file.is_file():
         return
     kept = []

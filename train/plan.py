@@ -1,4 +1,4 @@
-"""Does a job fit a TPU slice? Its real program, compiled for the slice here, without weights and without a TPU.
+"""Does a job fit a TPU slice? Compiles its real program for the slice, without weights and without a TPU.
 
 python -m train.plan --model Qwen3-VL-4B --job trace --topology v5e:2x4 --mesh data=4,tensor=2
 """
@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from interventions.editing.editors import init_editors
 from interventions.engine.chunks import block_of, chunk_of
-from interventions.engine.cost import estimate, head_flops, layers_flops
+from interventions.engine.cost import estimate
 from interventions.engine.grids import patch_grid
 from interventions.engine.prefix import shared_prefix
 from interventions.engine.program import sweep_program
@@ -34,7 +35,9 @@ from interventions.modules import MODULE_SITES, module_names
 from interventions.placement.adapters import adapter_parameters, init_lora
 from train import edit as train_editors
 from train import trunk
-from train.loop import State, update
+from train.objective import adamw, linear
+from train.step import Loss, State, Step, update
+from train.subsets import Label, partitioned, split
 from vlm_jax.checkpoints.leaves import abstract, leaf_name
 from vlm_jax.config import Config, with_attention
 from vlm_jax.errors import UserError
@@ -46,6 +49,7 @@ from vlm_jax.mesh.chips import TPUS, Chip
 from vlm_jax.mesh.hlo import collectives
 from vlm_jax.mesh.sharding import check_mesh, make_mesh, sharding, spec_of
 from vlm_jax.model import Model
+from vlm_jax.nn.flops import head_flops, layers_flops, lora_step_flops, vision_flops
 from vlm_jax.prompts import positions
 from vlm_jax.runs.command import command
 
@@ -57,7 +61,7 @@ _ADVICE = (
 _QUESTION, _ANSWER = 48, 4
 #: Tokens that P4's prefix and suffix editors act on, each.
 _EDITED = 4
-#: For the TPU's library: this is no TPU machine, so there is no metadata server to ask and no chip to keep for oneself.
+#: Tells the TPU's library that this is no TPU machine: there is no metadata server to ask and no chip to lock.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -68,10 +72,10 @@ _NO_TPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Compile a job for a TPU slice that is not here, and say whether it fits: memory per chip, FLOPs, collectives."""
+    """Compile a job for a TPU slice, without a TPU, and say whether it fits: memory per chip, FLOPs, collectives."""
 
     model: str = "Qwen3-VL-4B"
-    """Published name, embedded model, Hugging Face folder or hub id, of which only the config is read."""
+    """Published name, embedded model, Hugging Face folder or hub id. Only its config is read."""
     job: Literal["trace", "lora", "editors", "generate"] = "trace"
     """P0's trace of a batch (72 cells on 36 layers); a training step of LoRA; one of P4's editors in every vision block
     and layer; answers to a batch."""
@@ -80,7 +84,7 @@ class Args:
     mesh: str = "data=8"
     """The slice as axes: data x fsdp x tensor."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the parameters."""
+    """Precision of the parameters."""
     batch: int = 8
     """Samples of a batch, over all chips."""
     length: int = 1024
@@ -88,21 +92,23 @@ class Args:
     r: int = 64
     """Rank of LoRA."""
     k: int | None = None
-    """Modules that LoRA is placed in, spread over all layers; all of them by default."""
+    """How many modules get LoRA, spread over all layers; all of them by default."""
     remat: Literal["full", "some", "none"] = "some"
-    """What LoRA's backward pass computes again (train.lora --help)."""
+    """What LoRA's backward pass computes again: see train.lora --help."""
     max_new_tokens: int = 32
     """Longest answer."""
     attention: Literal["xla", "splash"] = "xla"
-    """XLA's attention or the splash kernel (train.lora --help)."""
+    """XLA's attention or the splash kernel: see train.lora --help."""
     json: Path | None = None
     """Also write the findings to this file."""
 
 
 class Job(NamedTuple):
-    """A jitted function and its arguments, the model among them; FLOPs of its matmuls, over all chips; how often it
-    reads the parameters; and how often a loop in it runs whose count only the running program knows (None: it has
-    none)."""
+    """A jitted function with its arguments, one of which is the model.
+
+    flops: of its matmuls, over all chips. reads: how often it reads the parameters. unknown: how often a loop runs
+    whose number of turns is only known when the program runs; None if there is no such loop.
+    """
 
     function: Any
     args: tuple
@@ -137,13 +143,6 @@ def prompts(config: Config, batch: int, length: int) -> tuple[Inputs, np.ndarray
     return Inputs.from_hf(config, input_ids=ids, mm_token_type_ids=visual, **pixels), question, answer
 
 
-def tower_flops(model: Model, inputs: Inputs) -> float:
-    """Of the vision tower, forward: two a parameter and patch, attention left out."""
-    if inputs.images is None:
-        return 0.0
-    return 2.0 * sum(leaf.size for leaf in jax.tree.leaves(model.visual)) * float(np.sum(inputs.images.patch_mask))
-
-
 def trace(model: Model, args: Args) -> Job:
     config = model.config.text
     depth = config.num_hidden_layers
@@ -151,8 +150,8 @@ def trace(model: Model, args: Args) -> Job:
     variants, _ = patch_grid(MODULE_SITES, depth)
     read = Gold.of(inputs, answer)
     noise = Add(jnp.asarray(question, jnp.float32)[..., None])
-    how = {"base": (noise,), "clean": ()}
-    start = shared_prefix(model, inputs, variants, read, **how)
+    prompt_runs = {"base": (noise,), "clean": ()}
+    start = shared_prefix(model, inputs, variants, read, **prompt_runs)
     chunk = chunk_of(inputs, start, "tpu")
     if block_of(model, inputs, start, len(variants), chunk) < len(variants):
         raise UserError(f"--batch {args.batch} is more than one sweep holds on this mesh: give a smaller one")
@@ -160,23 +159,30 @@ def trace(model: Model, args: Args) -> Job:
     # A chunk is run from the first layer in which one of its variants is alive.
     starts = np.sort(np.asarray(first_layers(variants, depth)))
     unknown = np.mean([-(-int((starts <= layer).sum()) // chunk) for layer in range(depth)])
-    flops = estimate(model, inputs, variants, read, **how, gold=_ANSWER).flops
+    flops = estimate(model, inputs, variants, read, **prompt_runs, gold=_ANSWER).flops
     wide = jax.ShapeDtypeStruct((args.batch, args.length, config.hidden_size), jnp.float32)
     features = jax.eval_shape(lambda m: m.features(inputs)[0], model)
     arguments = (model, inputs, (), (noise.replace(value=wide),), variants, read.replace(first=0), features)
     return Job(sweep_program, arguments, {"start": start, "chunk": chunk, "mesh": None}, flops, unknown=float(unknown))
 
 
+def training_step(loss: Loss, params: Any, label: Label, labels: Iterable[str], data: Any, flops: float) -> Job:
+    """A step of AdamW on the leaves of ``params`` with these labels. The learning rate does not matter here."""
+    tx = partitioned(dict.fromkeys(labels, adamw(linear(1e-4, 1000))), label)
+    trained, rest = split(params, label)
+    state = State(trained, jax.eval_shape(tx.init, trained))
+    # Parameters are read twice: forward and backward.
+    return Job(update, (state, rest, data, jax.random.key(0)), {"step": Step(loss, tx)}, flops, reads=2)
+
+
 def lora(model: Model, args: Args) -> Job:
-    """With modules spread over all layers, the lowest among them: no layer is left out as frozen."""
+    """LoRA on modules that are spread over all layers. The lowest layer has one, so that no layer is skipped."""
     every = module_names(model.config.text.num_hidden_layers)
     k = len(every) if args.k is None else args.k
     if not 0 < k <= len(every):
         raise UserError(f"--k is {k}: the model has {len(every)} modules")
     names = [every[i] for i in np.linspace(0, len(every) - 1, k).round().astype(int)]
     adapter = init_lora(model, names, r=args.r, alpha=16.0, dropout=0.05, key=jax.random.key(0))
-    padded, frozen = trunk.prepared(model, adapter, k, args.remat)
-    tx = trunk.optimiser(2e-4, 1000)
     inputs, _, answer = prompts(model.config, args.batch, args.length)
     index, valid = positions(answer)
     x = jax.ShapeDtypeStruct((args.batch, args.length, model.config.text.hidden_size), args.dtype)
@@ -192,39 +198,34 @@ def lora(model: Model, args: Args) -> Job:
         target=index,
     )
     data = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), data)
-    state = State(padded.weights, jax.eval_shape(tx.init, padded.weights))
-    adapters = adapter_parameters(model, names, args.r) * args.batch * args.length
-    flops = trunk.step_flops(model, 0, args.batch, args.length, _ANSWER) + 6.0 * adapters
-    return Job(update, (state, frozen, data, jax.random.key(0)), {"loss": trunk.loss, "tx": tx}, flops, reads=2)
+    flops = lora_step_flops(model, 0, args.batch, args.length, _ANSWER, adapter_parameters(model, names, args.r))
+    params = trunk.prepared(model, adapter, k, args.remat)
+    return training_step(trunk.loss, params, trunk.label, trunk.LABELS, data, flops)
 
 
 def editors(model: Model, args: Args) -> Job:
-    """Of P4's ranks and lengths: 6 in the vision tower and behind the projector, 4 on four tokens at both ends of the
-    text."""
-    made = jax.eval_shape(lambda: init_editors(model, key=jax.random.key(0)))
-    weights = {name: editor.weights for name, editor in made.items()}
+    """Editors with P4's ranks and lengths: rank 6 in the vision tower and behind the projector, rank 4 on four tokens
+    at both ends of the text."""
+    params = train_editors.Edited(model, jax.eval_shape(lambda: init_editors(model, key=jax.random.key(0))))
     inputs, question, answer = prompts(model.config, args.batch, args.length)
     index, valid = positions(answer)
     ends = {"prefix": question.argmax(1), "suffix": answer.argmax(1) - _EDITED}
     place = np.arange(args.length)
     where = {name: (at[:, None] <= place) & (place < at[:, None] + _EDITED) for name, at in ends.items()}
     data = train_editors.Batch(inputs.turned(), where, index, valid)
-    slot = {name: editor.slot for name, editor in made.items()}
-    tx = trunk.optimiser(6e-4, 1000)
-    state = State(weights, jax.eval_shape(tx.init, weights))
     flops = 2 * (layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * _ANSWER))
-    flops += 2 * tower_flops(model, inputs)
-    arguments = (state, train_editors.Frozen(model, slot), by_row(data, model), jax.random.key(0))
-    return Job(update, arguments, {"loss": train_editors.loss, "tx": tx}, flops, reads=2)
+    flops += 2 * vision_flops(model, inputs)
+    labels = train_editors.LABELS.values()
+    return training_step(train_editors.loss, params, train_editors.label, labels, by_row(data, model), flops)
 
 
 def generate(model: Model, args: Args) -> Job:
     inputs, _, _ = prompts(model.config, args.batch, args.length)
-    how, count = decoding(model, args.max_new_tokens), args.max_new_tokens
+    options, count = decoding(model, args.max_new_tokens), args.max_new_tokens
     flops = layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * count)
     flops += layers_flops(model, args.batch, count - 1, args.length)
-    flops += tower_flops(model, inputs)
-    kwargs = {"how": how, "sampling": None}
+    flops += vision_flops(model, inputs)
+    kwargs = {"how": options, "sampling": None}
     return Job(generation, (model, inputs, ()), kwargs, flops, reads=count, unknown=count - 1)
 
 
@@ -232,7 +233,7 @@ JOBS = {"trace": trace, "lora": lora, "editors": editors, "generate": generate}
 
 
 def abstract_on(config: Config, mesh: jax.sharding.Mesh, dtype: str) -> Model:
-    """The model's shapes, and where each parameter lies on the mesh."""
+    """The model's shapes, and the sharding of each parameter on the mesh."""
 
     def placed(path, leaf):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(leaf_name(path), leaf.shape, mesh))
@@ -253,7 +254,7 @@ def by_row(batch, model: Model):
 
 
 def everywhere(tree, mesh: jax.sharding.Mesh):
-    """The shapes of all arrays, of which those that have no place yet lie whole on every chip."""
+    """The shapes of all arrays. Those without a sharding are replicated: every chip holds them whole."""
     whole = NamedSharding(mesh, PartitionSpec())
 
     def place(a):
@@ -266,9 +267,11 @@ def everywhere(tree, mesh: jax.sharding.Mesh):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What was compiled: bytes are of one chip, FLOPs of all of them. idle: bytes of parameters that the program does
-    not read, but a run has beside it (such as the vision tower, once its features are known); reads: how often it reads
-    its arguments; collectives: kind -> (how often, bytes received in all)."""
+    """What a compiled program needs: bytes of one chip, FLOPs of all chips.
+
+    idle: bytes of parameters that a run holds and the program does not read, such as the vision tower once its features
+    are known. reads: how often the program reads its arguments. collectives: kind -> (how often, bytes received).
+    """
 
     args: Args
     chips: int
@@ -291,16 +294,16 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.total < self.chip.hbm
+        return self.total < self.chip.memory_bytes
 
     def bounds(self) -> dict[str, float]:
-        """Seconds that one batch takes at the least, by what bounds it (roofline): matmuls at the chip's peak, reading
-        the arguments, the links."""
+        """Lower bounds of the seconds for one batch (roofline): by the matmuls at the chip's peak, by reading the
+        arguments from memory, and by the links between chips."""
         moved = sum(size for _, size in self.collectives.values())
         return {
-            "matmuls": self.flops / self.chips / self.chip.flops,
-            "memory": self.arguments * self.reads / self.chip.memory,
-            "links": moved / self.chip.links,
+            "matmuls": self.flops / self.chips / self.chip.flops_per_second,
+            "memory": self.arguments * self.reads / self.chip.memory_bandwidth,
+            "links": moved / self.chip.link_bandwidth,
         }
 
     def __str__(self) -> str:
@@ -310,7 +313,7 @@ class Plan:
         lines = [
             f"{args.model}, {args.job} on {args.topology} ({self.chips} chips), mesh {args.mesh}: batch {args.batch}, "
             f"{args.length} tokens, {args.dtype}",
-            f"  memory per chip  {self.total / gib:.2f} of {self.chip.hbm / gib:.2f} GiB: arguments "
+            f"  memory per chip  {self.total / gib:.2f} of {self.chip.memory_bytes / gib:.2f} GiB: arguments "
             f"{self.arguments / gib:.2f}, parameters not read {self.idle / gib:.2f}, temporaries "
             f"{self.temporaries / gib:.2f}, results {self.outputs / gib:.2f}",
             f"  matmuls          {self.flops / 1e12:,.1f} TFLOP a batch",
@@ -324,9 +327,9 @@ class Plan:
         return "\n".join(lines)
 
     def asdict(self) -> dict:
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        found["args"] = {name: value for name, value in dataclasses.asdict(self.args).items() if name != "json"}
-        return {**found, "total": self.total, "fits": self.fits, "bounds": self.bounds()}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["args"] = {name: value for name, value in dataclasses.asdict(self.args).items() if name != "json"}
+        return {**fields, "total": self.total, "fits": self.fits, "bounds": self.bounds()}
 
 
 def topology(name: str):
@@ -397,7 +400,7 @@ def compiled(args: Args) -> Plan:
 
 
 def _unread(args: tuple, jaxpr) -> int:
-    """Bytes on one chip of the parameters that a program has as arguments and does not read, which jit leaves out."""
+    """Bytes on one chip of the parameters that a program gets and does not read. jit drops them from its arguments."""
     read = {var for equation in jaxpr.eqns for var in equation.invars if not isinstance(var, jax.extend.core.Literal)}
     total = 0
     for leaf, var in zip(jax.tree.leaves(args), jaxpr.invars, strict=True):

@@ -9,30 +9,31 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from optax.contrib import MuonDimensionNumbers, muon
 
 from train import mini
 from train.loop import LoopOptions, fit
-from train.trunk import answer_loss
+from train.meter import About
+from train.objective import LabelOptions, model_loss, muon_adamw, warmup_cosine
+from train.subsets import ByPart
 from vlm_jax import Model, load, save
-from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.checkpoints.sources import read_config
 from vlm_jax.data import Example, pretraining
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
-from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, encode, positions
+from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, Fitted, encode, positions
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
 
 STAGES = ("text", "align", "instruct")
+#: The parts of a model, which are the labels of its parameters. The vision tower includes the projector.
+PARTS = ("text", "visual")
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(LabelOptions):
     """Pre-train an embedded model on the miniworld, stage after stage, each a checkpoint folder of its own."""
 
     out: Path
@@ -93,34 +94,11 @@ class Pool:
         rows = low + np.flatnonzero(buckets == rng.choice(buckets))
         return rng.choice(rows, count)
 
-    def take(self, rows: np.ndarray):
-        """One micro-batch with a leading axis of 1; short batches are cut to the length that they need."""
+    def take(self, rows: np.ndarray) -> Fitted:
+        """One micro-batch with a leading axis of 1, cut to the length that its longest turn needs."""
         longest = bucket(int(self.lengths[rows].max()))
         inputs = self.inputs.take(rows, images=None if self.inputs.images is None else len(rows)).cut(longest)
-        return jax.tree.map(lambda a: a[None], (inputs, self.index[rows], self.valid[rows]))
-
-
-def loss(model: Model, frozen, batch, key) -> jax.Array:
-    """Mean cross-entropy of the answer tokens and of the token that ends them."""
-    inputs, index, valid = batch
-    x, _ = model.hidden(inputs, remat=True)
-    return answer_loss(model, x, index, valid, jnp.take_along_axis(inputs.input_ids, index, 1))
-
-
-def optimiser(model: Model, peak: float, steps: int) -> optax.GradientTransformation:
-    """Muon for the matrices (each layer's its own), AdamW for the rest; both with updates of AdamW's size."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps, peak / 20)
-
-    def matrices(tree):
-        def dims(path, leaf):
-            return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if leaf_name(path).endswith("kernel") else None
-
-        return jax.tree_util.tree_map_with_path(dims, tree)
-
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        muon(schedule, weight_decay=0.02, consistent_rms=0.2, adam_b2=0.98, muon_weight_dimension_numbers=matrices),
-    )
+        return jax.tree.map(lambda a: a[None], Fitted(inputs.turned(), self.index[rows], self.valid[rows]))
 
 
 def turn_range(stage: str, step: int, steps: int, count: int) -> tuple[int, int]:
@@ -132,27 +110,35 @@ def turn_range(stage: str, step: int, steps: int, count: int) -> tuple[int, int]
 
 
 def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> Model:
+    """The model after a stage."""
     i = STAGES.index(stage)
-    pool = Pool.encode(turns_of(stage, args.turns[i]), processor, model.config)
+    steps, turns = args.steps[i], args.turns[i]
+    pool = Pool.encode(turns_of(stage, turns), processor, model.config)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def batches(step: int):
+    def batches(step: int) -> Fitted:
         rng = np.random.default_rng([args.seed, i, step])
-        return pool.take(pool.draw(rng, *turn_range(stage, step, args.steps[i], args.turns[i]), args.batch))
+        return pool.take(pool.draw(rng, *turn_range(stage, step, steps, turns), args.batch))
 
-    tx = optimiser(model, args.lr[i], args.steps[i])
-    return fit(
-        loss,
+    def schedule(peak: float) -> optax.Schedule:
+        return warmup_cosine(peak, steps, min(200, steps // 10), peak / 20)
+
+    transforms, rates = args.optimisers(PARTS, args.lr[i], schedule, muon_adamw, decay=0.02)
+    trained = fit(
+        model_loss,
         model,
-        None,
         batches,
-        tx,
-        steps=args.steps[i],
+        transforms,
+        ByPart(PARTS),
+        steps=steps,
         seed=args.seed,
-        label=stage,
+        clip=1.0,
+        name=stage,
         folder=folder,
         options=LoopOptions(save_every=args.save_every),
+        about=About(rate=rates),
     )
+    return trained.params
 
 
 def copy_files(source: Path, folder: Path, *leave_out: str) -> None:
@@ -165,6 +151,7 @@ def copy_files(source: Path, folder: Path, *leave_out: str) -> None:
 
 @command
 def main(args: Args) -> None:
+    args.check_labels(PARTS)
     run = Run.open(args.out, args, ignored=("stages", "save_every"))
     run.save_json("manifest.json", run.manifest)  # before the stages, which write into the folder themselves
     base = untrained = args.out / "untrained"

@@ -1,7 +1,7 @@
-"""LoRA above a frozen trunk: what lies below the lowest adapted layer is run once per example and never again.
+"""LoRA above a frozen trunk: the layers below the lowest adapted one are run once for each example, not at every step.
 
-Where adapters sit is data, not shape (:func:`interventions.placement.adapters.pad`), so that placements of one size
-share a few compiled steps: one for each of the layers at which the trunk may end (:func:`first_layer`).
+Adapters are padded (:func:`interventions.placement.adapters.pad`), so that placements of one size have arrays of the
+same shapes. They share a few compiled steps: one for each layer at which the trunk may end (:func:`first_layer`).
 """
 
 import dataclasses
@@ -17,30 +17,33 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from interventions.engine.cost import head_flops, layers_flops
 from interventions.kinds.lora import LoRA, low_rank
 from interventions.placement.adapters import adapter_parameters, compact, init_lora, lowest_layer, pad
 from train.loop import WATCHING, LoopOptions, fit
 from train.meter import About
+from train.objective import Epochs, LabelOptions, answer_loss, linear, scaled_rate
+from train.subsets import FREEZE
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import even, own_rows, placed_rows
+from vlm_jax.nn.flops import lora_step_flops
 from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
 from vlm_jax.runs.processes import fetch, first
 from vlm_jax.runs.ranges import Range
 from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
 
-#: P0 trains with 2e-4 at width 2560. Adam's best rate falls with the width (muP), so narrower models get more.
-_LR, _LR_WIDTH = 2e-4, 2560
+#: P0's peak learning rate, at width 2560.
+_LR = 2e-4
+#: Labels of the trained arrays: A and B of every adapter. LoRA+ (Hayou et al. 2024) gives B the larger rate.
+LABELS = ("lora_a", "lora_b")
 #: Examples whose trunk is computed together.
 _CHUNK = 32
 #: The linears whose outputs the backward pass reads.
 _WIDE = [name for names in TEXT_LINEARS.values() for name in names if name not in ("self_attn.o_proj", "mlp.down_proj")]
-#: What ``remat`` keeps for the backward pass: the values at these sites; the rest of a layer is computed again there.
+#: remat -> the sites whose values are kept for the backward pass, which computes the rest of a layer again.
 _KEPT = {
     "full": (),
     "some": ("text.mlp.gate_proj", "text.mlp.up_proj"),
@@ -49,8 +52,8 @@ _KEPT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAOptions(LoopOptions):
-    """How LoRA is trained: P0's appendix D."""
+class LoRAOptions(LabelOptions, LoopOptions):
+    """How LoRA is trained: P0's appendix D. The labels for --label-lr and --label-decay are lora_a and lora_b."""
 
     r: Annotated[int, Range(least=1)] = 64
     """Rank of LoRA."""
@@ -75,18 +78,30 @@ class LoRAOptions(LoopOptions):
     """Memory in GiB for the activations that enter the lowest adapted layer, of all examples. The rest goes to a
     temporary file."""
 
+    def check_loop(self) -> None:
+        super().check_loop()
+        self.check_labels(LABELS)
+
 
 @flax.struct.dataclass
-class Frozen:
-    """What training reads and never changes: the model, where the adapter sits, how it is scaled, and the first layer
-    that is run: at or below the lowest one that the adapter touches."""
+class Adapted:
+    """A model with the adapter that is trained.
+
+    lowest: the first layer that is run, at or below the lowest one that the adapter touches. remat: see
+    :class:`LoRAOptions`.
+    """
 
     model: Model
-    slot: dict[str, jax.Array]
-    scale: jax.Array
-    dropout: float = flax.struct.field(pytree_node=False)
+    lora: LoRA
     lowest: int = flax.struct.field(pytree_node=False)
     remat: str = flax.struct.field(pytree_node=False, default="some")
+
+
+def label(path: str) -> str:
+    """The rule of :class:`Adapted`: A and B of the adapter are trained, the model and the slots are not."""
+    if path.startswith("lora.weights."):
+        return LABELS[int(path.rpartition(".")[2])]
+    return FREEZE
 
 
 #: The trunk ends at a multiple of this many layers.
@@ -94,15 +109,15 @@ _STRIDE = 2
 
 
 def first_layer(lowest: int) -> int:
-    """Where the trunk ends: at the lowest adapted layer or the one below it. Placements of a size that agree in this
-    share a compiled step, for the price of half a layer that is run in vain on average (docs/lora.md)."""
+    """Where the trunk ends: at the lowest adapted layer or the one below it. So fewer steps have to be compiled, and on
+    average half a layer is run without need (docs/lora.md)."""
     return lowest // _STRIDE * _STRIDE
 
 
 @flax.struct.dataclass
 class Trunk:
-    """Examples as training reads them: the residual stream ``x (N, T, D)`` that enters a layer, which no adapter
-    changes and which is therefore computed once; DeepStack ``(N, K, T, D)``; gold tokens."""
+    """Examples as training reads them: the residual stream ``x (N, T, D)`` that enters a layer, which is computed once
+    because no adapter changes it; DeepStack's features ``(N, K, T, D)``; the gold tokens."""
 
     x: jax.Array
     deepstack: jax.Array | None
@@ -120,19 +135,19 @@ class Trunk:
     def window(self, model: Model):
         return model.text.window(self.attention_mask, self.position_ids.swapaxes(0, 1), is_image=self.is_image)
 
-    def run(self, model: Model, low: int, high: int, **how) -> jax.Array:
+    def run(self, model: Model, low: int, high: int, **options) -> jax.Array:
         """``x`` after layers ``low`` to ``high - 1``."""
         deepstack = None if self.deepstack is None else self.deepstack.swapaxes(0, 1)
-        return model.text.scan(self.x, self.window(model), layers=(low, high), deepstack=deepstack, **how)[0]
+        return model.text.scan(self.x, self.window(model), layers=(low, high), deepstack=deepstack, **options)[0]
 
 
 @flax.struct.dataclass
 class LayeredLoRA(Intervention):
-    """LoRA as training runs it: with an array slice for every layer instead of slots, so that the backward pass writes
-    each layer's gradient once.
+    """LoRA as training runs it: with one slice of an array for each layer instead of slots, so that the backward pass
+    writes each layer's gradient once.
 
-    ``weights[site] = (A^T (L, r, in), B (L, r, out))``: with A the other way round its gradient is a matmul that does
-    not turn the layer's input over, which takes several times as long on CPU.
+    ``weights[site] = (A^T (L, r, in), B (L, r, out))``. A is transposed, because its gradient is then a matmul without
+    a transposed copy of the layer's input, which would take several times as long on a CPU.
     """
 
     weights: dict[str, tuple[jax.Array, jax.Array]]
@@ -149,7 +164,7 @@ class LayeredLoRA(Intervention):
             slot = jnp.minimum(lora.slot[site], len(a) - 1)
             weights[site] = a.swapaxes(1, 2)[slot], b[slot]
             used[site] = lora.slot[site] < len(a)
-        # Where there are as many slots as layers, hardly a layer is without: skipping it costs more than it saves.
+        # With as many slots as layers, almost every layer has an adapter: skipping the others costs more than it saves.
         everywhere = frozenset(site for site, (a, _) in lora.weights.items() if len(a) >= depth - lowest)
         key = jax.vmap(functools.partial(jax.random.fold_in, lora.key))(jnp.arange(depth))
         return cls(weights, used, jnp.full(depth, lora.scale), key, lora.dropout, everywhere)
@@ -169,27 +184,18 @@ class LayeredLoRA(Intervention):
         return value + jax.lax.cond(self.used[site], delta, lambda x: jnp.zeros_like(value), ctx.input)
 
 
-def loss(weights, frozen: Frozen, batch: Trunk, key: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the gold tokens and the end of their turn. Layers below ``frozen.lowest`` are not run."""
-    model = frozen.model
-    depth = model.config.text.num_hidden_layers
-    lora = LayeredLoRA.of(LoRA(weights, frozen.slot, frozen.scale, key, frozen.dropout), depth, frozen.lowest)
-    x = batch.run(model, frozen.lowest, depth, layered=(lora,), remat=_KEPT[frozen.remat] or True)
+def loss(params: Adapted, batch: Trunk, key: jax.Array) -> jax.Array:
+    """:func:`train.objective.answer_loss` of the gold tokens and the end of their turn. Layers below ``params.lowest``
+    are not run; ``key`` is for dropout."""
+    model, depth = params.model, params.model.config.text.num_hidden_layers
+    lora = LayeredLoRA.of(params.lora.replace(key=key), depth, params.lowest)
+    x = batch.run(model, params.lowest, depth, layered=(lora,), remat=_KEPT[params.remat] or True)
     return answer_loss(model, x, batch.index, batch.valid, batch.target)
-
-
-def answer_loss(model: Model, x: jax.Array, index: jax.Array, valid: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the tokens ``target (B, A)`` at positions ``index``, of which ``valid`` count, given the
-    last layer's output ``x (B, T, D)``. Only the positions before them are unembedded."""
-    at = jnp.maximum(index - 1, 0)[..., None]
-    logits = model.text.logits(model.text.norm(jnp.take_along_axis(x, at, 1)))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
-    return jnp.sum(losses * valid) / jnp.sum(valid)
 
 
 @jax.jit
 def _embed(model: Model, inputs: Inputs, index, valid) -> Trunk:
-    """Of :meth:`Inputs.turned` inputs."""
+    """The examples as they enter layer 0, from :meth:`Inputs.turned` inputs."""
     (x, deepstack), _ = model.embed(inputs.turned())
     deepstack = None if deepstack is None else deepstack.swapaxes(0, 1)
     target = jnp.take_along_axis(inputs.input_ids, index, 1)
@@ -198,11 +204,11 @@ def _embed(model: Model, inputs: Inputs, index, valid) -> Trunk:
 
 @functools.partial(jax.jit, static_argnames="lowest")
 def _raise(model: Model, data: Trunk, lowest: int) -> jax.Array:
-    return data.run(model, 0, lowest, remat=True)  # looks layers up, where a part of the stack would be a copy
+    return data.run(model, 0, lowest, remat=True)  # with remat, layers are looked up and no part of the stack is copied
 
 
 def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
-    """The examples as they enter layer 0: the same for every placement, so computed once for all of them.
+    """The examples as they enter layer 0. That is the same for every placement, so it is computed once for all.
 
     Args:
         size: examples that are run together.
@@ -212,33 +218,35 @@ def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
     patches = 0 if images is None else images.patch_mask.shape[1]
     inputs, answers = batch.inputs, positions(batch.spans["answer"] | batch.spans["end"])
 
-    def fit(rows: np.ndarray, at: np.ndarray) -> Fitted:
-        own = inputs.take(rows, min(1, batch.images)).aligned(batch.images, patches, at)
-        return Fitted(own, *(part[rows] for part in answers))
+    def encode(rows: np.ndarray, at: np.ndarray) -> Fitted:
+        aligned = inputs.take(rows, min(1, batch.images)).aligned(batch.images, patches, at)
+        return Fitted(aligned, *(part[rows] for part in answers))
 
-    return _embedded(model, fit, len(inputs.input_ids), size, **where)
+    return _embedded(model, encode, len(inputs.input_ids), size, **where)
 
 
 def embedded_examples(model: Model, processor, examples: Sequence[Example], size: int = _CHUNK, **where) -> Trunk:
-    """:func:`embedded` of examples whose images would not all fit in memory: as many are encoded at a time as are run
-    together, and of several processes each encodes those that its devices run."""
+    """:func:`embedded` of examples whose images would not all fit in memory: only those that are run together are
+    encoded at a time. With several processes, each encodes the examples that its devices run."""
     room = room_of(examples, processor, model.config)
 
-    def fit(rows: np.ndarray, at: np.ndarray) -> Fitted:
+    def encode(rows: np.ndarray, at: np.ndarray) -> Fitted:
         return fitted([examples[row] for row in rows], room, processor, model.config, at)
 
-    return _embedded(model, fit, len(examples), size, **where)
+    return _embedded(model, encode, len(examples), size, **where)
 
 
-def _embedded(model: Model, fit: Callable[[np.ndarray, np.ndarray], Fitted], count: int, size: int, **where) -> Trunk:
-    """The examples ``0`` to ``count - 1`` as ``fit`` encodes them: given the numbers of some, and which rows of a batch
-    they are to be."""
+def _embedded(
+    model: Model, encode: Callable[[np.ndarray, np.ndarray], Fitted], count: int, size: int, **where
+) -> Trunk:
+    """The examples ``0`` to ``count - 1``. ``encode`` gets the numbers of some examples and the rows of a batch that
+    they fill."""
     size = even(min(size, count))
 
     def parts() -> Iterator[Trunk]:
-        own = own_rows(size)
+        process_rows = own_rows(size)
         for rows in _chunks(count, size):
-            inputs, *answers = fit(rows[own], own)
+            inputs, *answers = encode(rows[process_rows], process_rows)
             yield _embed(model, *placed_rows((inputs.turned(), *answers), size))
 
     return stored(parts(), count, **where)
@@ -249,13 +257,13 @@ def raised(model: Model, data: Trunk, lowest: int, size: int = _CHUNK, **where) 
     count = len(data.x)
     size = even(min(size, count))
     if lowest:
-        own = own_rows(size)
+        process_rows = own_rows(size)
         chunks = _chunks(count, size)
-        parts = (_raise(model, placed_rows(data.take(rows[own]), size), lowest) for rows in chunks)
+        parts = (_raise(model, placed_rows(data.take(rows[process_rows]), size), lowest) for rows in chunks)
         data = data.replace(x=stored(parts, count, **where))
-    # DeepStack ends below the adapters as a rule; then there is nothing of it to keep.
-    over = data.deepstack is not None and lowest >= data.deepstack.shape[1]
-    return data.replace(deepstack=None) if over else data
+    # Above the layers that DeepStack adds features to, they are not needed any more.
+    unused = data.deepstack is not None and lowest >= data.deepstack.shape[1]
+    return data.replace(deepstack=None) if unused else data
 
 
 def trunk(model: Model, batch: Batch, lowest: int, size: int = _CHUNK) -> Trunk:
@@ -269,23 +277,23 @@ def _chunks(count: int, size: int) -> np.ndarray:
 
 
 def stored(parts: Iterable, count: int, gib: float = np.inf, folder: Path | None = None):
-    """The first ``count`` rows of a chunked pytree, as NumPy arrays: in memory while all of them together take no more
-    than ``gib``, else in temporary files in ``folder`` (the system's where None), which vanish with the process.
+    """The first ``count`` rows of a chunked pytree, as NumPy arrays: in memory if they take at most ``gib`` together,
+    else in temporary files in ``folder`` (None: the system's folder), which vanish with the process.
 
     Raises:
         UserError: if the files do not fit on the disk.
     """
-    made, treedef, at = [], None, 0
+    arrays, structure, filled = [], None, 0
     for part in parts:
-        leaves, treedef = jax.tree.flatten(fetch(part))
-        if not made:
-            row = sum(a.nbytes // len(a) for a in leaves)
-            new = np.empty if row * count <= gib * 2**30 else functools.partial(_on_disk, folder)
-            made = [new((count, *a.shape[1:]), a.dtype) for a in leaves]
-        for whole, a in zip(made, leaves, strict=True):
-            whole[at : at + len(a)] = a[: count - at]
-        at += len(leaves[0])
-    return treedef.unflatten(made)
+        leaves, structure = jax.tree.flatten(fetch(part))
+        if not arrays:
+            row_bytes = sum(a.nbytes // len(a) for a in leaves)
+            new = np.empty if row_bytes * count <= gib * 2**30 else functools.partial(_on_disk, folder)
+            arrays = [new((count, *a.shape[1:]), a.dtype) for a in leaves]
+        for whole, a in zip(arrays, leaves, strict=True):
+            whole[filled : filled + len(a)] = a[: count - filled]
+        filled += len(leaves[0])
+    return structure.unflatten(arrays)
 
 
 def _on_disk(folder: Path | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -301,31 +309,11 @@ def _on_disk(folder: Path | None, shape: tuple[int, ...], dtype: np.dtype) -> np
         return np.memmap(file, dtype, "r+", shape=shape)
 
 
-@functools.cache
-def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with a linear schedule (P0, appendix D). Cached, so that equal trainings share one compiled step."""
-    return optax.adamw(schedule(lr, steps), weight_decay=0.0)
-
-
-def schedule(lr: float, steps: int) -> optax.Schedule:
-    """Linearly from ``lr`` to 0."""
-    return optax.linear_schedule(lr, 0.0, steps)
-
-
-def step_flops(model: Model, lowest: int, batch: int, length: int, answer: int) -> float:
-    """Of the matmuls of a step that trains something above a frozen model, from layer ``lowest`` on: forward, and the
-    gradients of the layers' inputs; frozen kernels have none (4 a parameter and token)."""
-    depth = model.config.text.num_hidden_layers
-    layers = (depth - lowest) / depth * layers_flops(model, batch, length)
-    return 2 * (layers + head_flops(model, batch * answer))
-
-
-def prepared(model: Model, lora: LoRA, k: int, remat: str) -> tuple[LoRA, Frozen]:
-    """An adapter on ``k`` modules as it is trained, in arrays as all placements of ``k`` modules have them whose trunks
-    end at the same layer; and what its training reads."""
+def prepared(model: Model, lora: LoRA, k: int, remat: str) -> Adapted:
+    """The model with an adapter on ``k`` modules, padded for training: all placements of ``k`` modules whose trunks end
+    at the same layer have arrays of the same shapes."""
     lowest = first_layer(lowest_layer(lora))
-    padded = pad(lora, model, min(k, model.config.text.num_hidden_layers - lowest))
-    return padded, Frozen(model, padded.slot, padded.scale, padded.dropout, lowest, remat)
+    return Adapted(model, pad(lora, model, min(k, model.config.text.num_hidden_layers - lowest)), lowest, remat)
 
 
 def train_lora(
@@ -333,90 +321,86 @@ def train_lora(
     names: Sequence[str],
     batch: Batch | Trunk,
     options: LoRAOptions,
-    label: str,
+    name: str,
     folder: Path | None = None,
     ids: Sequence[str] = (),
 ) -> LoRA:
     """LoRA on the named modules, trained on encoded examples.
 
     Args:
-        batch: the examples, or what :func:`embedded` made of them, which spares many placements the same work.
-        folder: for checkpoints and ``metrics.jsonl``: a training that was killed goes on from the last checkpoint
+        batch: the examples, or their trunk from :func:`embedded`, which many placements can share.
+        name: of the training, for the progress bar and messages.
+        folder: for checkpoints and ``metrics.jsonl``. A training that was killed goes on from its last checkpoint
             there, to the same adapter bit for bit (on CPU).
-        ids: of the examples, to name them where the loss stops being a number; their rows are named where there are
-            none.
+        ids: of the examples, for the error message if the loss stops being a number; their rows by default.
 
     Raises:
         UserError: if the folder holds another training's checkpoints; if the loss stops being a number.
     """
     key = jax.random.key(options.seed)
     lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=key)
-    padded, frozen = prepared(model, lora, len(names), options.remat)
+    params = prepared(model, lora, len(names), options.remat)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    # Several processes share their folder, and the disk under it may be a bucket.
+    # With several processes the folder is shared and may be a bucket, so temporary files go elsewhere.
     where = {"gib": options.trunk_gib, "folder": folder if jax.process_count() == 1 else None}
     data = batch if isinstance(batch, Trunk) else embedded(model, batch, **where)
-    data = raised(model, data, frozen.lowest, **where)
-    count = len(data.x)
-    step_size = options.batch * options.accumulation
-    per_epoch = max(1, count // step_size)
-    steps = per_epoch * options.epochs
+    data = raised(model, data, params.lowest, **where)
+    count, length = data.x.shape[:2]
+    epochs = Epochs(count, options.epochs, options.batch, options.accumulation, options.seed)
     if folder is not None:
-        named = [field.name for field in dataclasses.fields(LoRAOptions) if field.name not in _NO_MATTER]
-        plan = {name: getattr(options, name) for name in named}
-        check_same(folder / "training.json", {**plan, "modules": sorted(names), "examples": count})
+        compared = [field.name for field in dataclasses.fields(LoRAOptions) if field.name not in _NO_MATTER]
+        settings = {option: getattr(options, option) for option in compared}
+        check_same(folder / "training.json", {**settings, "modules": sorted(names), "examples": count})
 
-    def rows_of(step: int) -> np.ndarray:
-        rng = np.random.default_rng([options.seed, step // per_epoch])
-        order = np.resize(rng.permutation(count), per_epoch * step_size)
-        return order.reshape(per_epoch, options.accumulation, options.batch)[step % per_epoch]
+    def ids_of(step: int) -> Sequence:
+        rows = epochs.rows(step).ravel()
+        return [ids[row] for row in rows] if ids else rows
 
-    own = own_rows(options.batch)
-    lr = options.lr if options.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
-    tx, tokens = optimiser(lr, steps), step_size * data.x.shape[1]
-    flops = step_flops(model, frozen.lowest, step_size, data.x.shape[1], data.index.shape[1])
-    about = About(
-        rate=schedule(lr, steps),
-        ids=lambda step: [ids[row] for row in rows_of(step).ravel()] if ids else rows_of(step).ravel(),
-        tokens=tokens,
-        flops=flops + 6.0 * adapter_parameters(model, names, options.r) * tokens,
-    )
-    weights = fit(
+    lr = options.lr if options.lr is not None else scaled_rate(_LR, model.config.text.hidden_size)
+    transforms, rates = options.optimisers(LABELS, lr, functools.partial(linear, steps=epochs.steps))
+    adapters = adapter_parameters(model, names, options.r)
+    flops = lora_step_flops(model, params.lowest, epochs.step_size, length, data.index.shape[1], adapters)
+    process_rows = own_rows(options.batch)
+    trained = fit(
         loss,
-        padded.weights,
-        frozen,
-        lambda step: data.take(rows_of(step)[:, own]),
-        tx,
-        steps=steps,
+        params,
+        lambda step: data.take(epochs.rows(step)[:, process_rows]),
+        transforms,
+        label,
+        steps=epochs.steps,
         rows=options.batch,
         seed=options.seed,
-        label=label,
+        name=name,
         folder=folder,
         options=options,
-        about=about,
+        about=About(rate=rates, ids=ids_of, tokens=epochs.step_size * length, flops=flops),
     )
-    return compact(padded.replace(weights=fetch(weights)))
+    return compact(params.lora.replace(weights=fetch(trained.params.lora.weights)))
 
 
-#: Options that change how a training runs and not what comes out.
+#: Options that change how a training runs, but not its result.
 _NO_MATTER = ("remat", "trunk_gib", *WATCHING)
 
 
-def check_same(file: Path, plan: dict) -> None:
-    """Writes what a training is, or refuses to go on with another one."""
-    first(lambda: _check_same(file, plan))
+def check_same(file: Path, settings: dict) -> None:
+    """Writes the settings of a training to a file; refuses to go on with another training's.
+
+    Raises:
+        UserError: if the file holds other settings.
+    """
+    first(lambda: _check_same(file, settings))
 
 
-def _check_same(file: Path, plan: dict) -> None:
-    plan = json.loads(json.dumps(plan))
+def _check_same(file: Path, settings: dict) -> None:
+    settings = json.loads(json.dumps(settings))
     if file.is_file():
-        found = json.loads(file.read_text())
-        differ = sorted(k for k in plan.keys() | found.keys() if plan.get(k) != found.get(k))
+        kept = json.loads(file.read_text())
+        differ = sorted(k for k in settings.keys() | kept.keys() if settings.get(k) != kept.get(k))
         if differ:
-            shown = ", ".join(f"{k} {found.get(k)!r} there, {plan.get(k)!r} here" for k in differ)
+            shown = ", ".join(f"{k} {kept.get(k)!r} there, {settings.get(k)!r} here" for k in differ)
             raise UserError(f"{file.parent} holds another training ({shown}): choose another folder or delete it")
     else:
         scratch = file.with_suffix(".partial")
-        scratch.write_text(json.dumps(plan, indent=2) + "\n")
+        scratch.write_text(json.dumps(settings, indent=2) + "\n")
         scratch.replace(file)

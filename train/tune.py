@@ -9,18 +9,15 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import flax.struct
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import tyro
 
 from eval import judging as metrics
 from eval.evaluation import AnswerOptions, evaluate
 from train.loop import WATCHING, LoopOptions, fit, forget
 from train.meter import About
-from train.trunk import answer_loss
+from train.objective import Epochs, LabelOptions, model_loss, scaled_rate, warmup_cosine
+from train.subsets import ByPart
 from vlm_jax import Model, save
 from vlm_jax.checkpoints.leaves import named_leaves
 from vlm_jax.data import Example, easy_vqa, load_task, source
@@ -37,12 +34,12 @@ from vlm_jax.runs.startup import start
 
 #: Of a model's pytree: the vision tower holds the projector too.
 PARTS = ("text", "visual")
-#: A common rate of full fine-tuning at P0's width; narrower models get more, as for LoRA.
-_LR, _LR_WIDTH = 2e-5, 2560
+#: A common peak learning rate of full fine-tuning, at width 2560.
+_LR = 2e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(LoopOptions, metrics.MetricOptions, DataOptions, ModelOptions):
+class Args(LabelOptions, LoopOptions, metrics.MetricOptions, DataOptions, ModelOptions):
     """Fine-tune parts of a model on a task, and score it on held-out examples before and after."""
 
     train: str = "mini-docvqa"
@@ -71,91 +68,48 @@ class Args(LoopOptions, metrics.MetricOptions, DataOptions, ModelOptions):
     """Run folder: model/ (a Hugging Face folder), scores before and after, samples."""
 
 
-@flax.struct.dataclass
-class Rest:
-    """A model without its trained parts: the arrays by name, and how the whole is put together."""
-
-    leaves: dict[str, jax.Array]
-    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
-    structure: jax.tree_util.PyTreeDef = flax.struct.field(pytree_node=False)
-
-    def joined(self, trained: dict[str, jax.Array]) -> Model:
-        return self.structure.unflatten([{**self.leaves, **trained}[name] for name in self.names])
-
-
-def split(model: Model, parts: tuple[str, ...]) -> tuple[dict[str, jax.Array], Rest]:
-    """The arrays of these parts by name, and the rest.
-
-    Raises:
-        UserError: for a part that the model lacks.
-    """
-    leaves = named_leaves(model)
-    label = {name: name.partition(".")[0] for name in leaves}
-    if missing := set(parts) - set(label.values()):
-        raise UserError(
-            f"the model has no part {sorted(missing)[0]!r}: it has {', '.join(sorted(set(label.values())))}"
-        )
-    trained = {name: leaf for name, leaf in leaves.items() if label[name] in parts}
-    rest = {name: leaf for name, leaf in leaves.items() if name not in trained}
-    return trained, Rest(rest, tuple(leaves), jax.tree.structure(model))
-
-
-def loss(trained: dict[str, jax.Array], rest: Rest, batch: Fitted, key: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the gold tokens and the end of their turn. The batch's inputs are
-    :meth:`Inputs.turned`."""
-    model, inputs = rest.joined(trained), batch.inputs.turned()
-    x, _ = model.hidden(inputs, remat=True)
-    target = jnp.take_along_axis(inputs.input_ids, batch.index, 1)
-    return answer_loss(model, x, batch.index, batch.valid, target)
-
-
-@functools.cache
-def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule(lr, steps), weight_decay=0.0))
-
-
-def schedule(lr: float, steps: int) -> optax.Schedule:
-    """A short warm-up to ``lr``, then a cosine to 0."""
-    return optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 30), steps)
+def check_parts(model: Model, args: Args) -> None:
+    """Refuses parts that the model lacks, and labels that are not among the parts."""
+    parts = sorted({name.partition(".")[0] for name in named_leaves(model)})
+    if missing := set(args.parts) - set(parts):
+        raise UserError(f"the model has no part {sorted(missing)[0]!r}: it has {', '.join(parts)}")
+    args.check_labels(args.parts)
 
 
 def tune(model: Model, processor, examples: list[Example], args: Args, folder: Path | None = None) -> Model:
     """The model with ``args.parts`` trained on the examples; checkpoints go to ``folder``."""
-    per_epoch = max(1, len(examples) // args.batch)
-    steps = per_epoch * args.epochs
-    room, own = room_of(examples, processor, model.config), own_rows(args.batch)
-
-    def rows_of(step: int) -> np.ndarray:
-        rng = np.random.default_rng([args.seed, step // per_epoch])
-        order = np.resize(rng.permutation(len(examples)), per_epoch * args.batch).reshape(per_epoch, -1)
-        return order[step % per_epoch]
+    epochs = Epochs(len(examples), args.epochs, args.batch, seed=args.seed)
+    room, process_rows = room_of(examples, processor, model.config), own_rows(args.batch)
 
     def step_batch(step: int) -> Fitted:
-        batch = fitted([examples[row] for row in rows_of(step)[own]], room, processor, model.config, own)
+        rows = epochs.rows(step)[0, process_rows]
+        batch = fitted([examples[row] for row in rows], room, processor, model.config, process_rows)
         return jax.tree.map(lambda a: a[None], batch._replace(inputs=batch.inputs.turned()))
 
-    trained, rest = split(model, args.parts)
-    lr = args.lr if args.lr is not None else _LR * _LR_WIDTH / model.config.text.hidden_size
+    lr = args.lr if args.lr is not None else scaled_rate(_LR, model.config.text.hidden_size)
+    schedule = functools.partial(warmup_cosine, steps=epochs.steps, warmup=max(1, epochs.steps // 30))
+    transforms, rates = args.optimisers(args.parts, lr, schedule)
     about = About(
-        rate=schedule(lr, steps),
-        ids=lambda step: [examples[row].id for row in rows_of(step)],
+        rate=rates,
+        ids=lambda step: [examples[row].id for row in epochs.rows(step)[0]],
         tokens=args.batch * room.length,
     )
-    tuned = fit(
-        loss,
-        trained,
-        rest,
+    trained = fit(
+        model_loss,
+        model,
         step_batch,
-        optimiser(lr, steps),
-        steps=steps,
+        transforms,
+        ByPart(args.parts),
+        steps=epochs.steps,
         rows=args.batch,
         seed=args.seed,
-        label="tune",
+        clip=1.0,
+        name="tune",
         folder=folder,
         options=args,
         about=about,
     )
-    return rest.joined(tuned)
+    return trained.params
 
 
 @command
@@ -172,7 +126,7 @@ def main(args: Args) -> None:
     sources = {"train": args.train, "test": task}
     data = {split: source(name, split=split, options=args) for split, name in sources.items()}
     run, model, processor = start(args, [*train, *test], data, ignored=WATCHING)
-    split(model, args.parts)
+    check_parts(model, args)
 
     def score(name: str, model: Model) -> dict:
         return evaluate(run, f"{name}/", model, processor, test, args, args.answering, label=name)

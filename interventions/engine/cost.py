@@ -1,4 +1,4 @@
-"""What a sweep costs: said before a long one, and measured against after it."""
+"""What a sweep costs: printed before a long one, and compared with the time that it took."""
 
 import dataclasses
 import time
@@ -9,17 +9,20 @@ import numpy as np
 from interventions.engine.prefix import shared_prefix
 from interventions.engine.variants import Variants, first_layers
 from vlm_jax import Inputs, Model
+from vlm_jax.nn.flops import head_flops, layers_flops
 from vlm_jax.runs.processes import fetch
 
-#: A job of fewer FLOPs is over before it is worth a line.
+#: A job of fewer FLOPs is so short that nothing is printed.
 _LONG = 1e11
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """token_layers: tokens x layers that are run; flops: of the matmuls that are necessary (multiply and add are two),
-    prompt runs and unembedding included; bytes: of the variants' states that are held at once; naive_flops: of a whole
-    forward pass per variant. The vision tower is in none of them."""
+    """The cost of a sweep, without the vision tower.
+
+    token_layers: tokens x layers that are run. flops: of the necessary matmuls, prompt runs and unembedding included.
+    bytes: of the variants' states that are held at once. naive_flops: of one whole forward pass for each variant.
+    """
 
     token_layers: int
     flops: float
@@ -42,14 +45,14 @@ class Cost:
         )
 
     def measured(self, seconds: float) -> str:
-        """The same, after the fact."""
+        """What the sweep reached, given the time that it took."""
         return f"{seconds:.1f} s, {self.flops / seconds / 1e9:,.1f} GFLOP/s of necessary work"
 
 
 class Announced:
-    """Says what a long job's sweeps will cost, and what they did cost.
+    """Prints what a long job's sweeps will cost, and afterwards how long they took. Short jobs print nothing.
 
-    Used as ``with Announced(cost)``; short jobs say nothing.
+    Used as ``with Announced(cost)``.
     """
 
     def __init__(self, cost: Cost):
@@ -64,21 +67,6 @@ class Announced:
     def __exit__(self, kind, *_) -> None:
         if self.long and kind is None:
             print(f"done: {self.cost.measured(time.perf_counter() - self.begun)}")
-
-
-def layers_flops(model: Model, batch: int, tokens: int, before: int = 0) -> float:
-    """Of all layers' matmuls on ``tokens`` causal tokens of each sample, behind ``before`` others."""
-    config = model.config.text
-    kernels = sum(leaf.size for leaf in jax.tree.leaves(model.text.layers) if leaf.ndim == 3)
-    keys = tokens * (before + (tokens + 1) / 2)
-    return batch * (
-        2 * kernels * tokens + 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
-    )
-
-
-def head_flops(model: Model, tokens: int) -> float:
-    """Of the logits of so many tokens."""
-    return 2 * tokens * model.config.text.hidden_size * model.config.text.vocab_size
 
 
 def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(), clean=None, gold: int = 4) -> Cost:

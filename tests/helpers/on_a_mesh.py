@@ -8,11 +8,13 @@ import json
 
 import jax
 import numpy as np
+from gradients import value_and_grad
 
 import vlm_jax
 from interventions.placement.adapters import init_lora, lowest_layer, pad
 from interventions.trace.causal import causal_trace
 from train import trunk
+from train.subsets import split
 from vlm_jax.data import load_task
 from vlm_jax.mesh.sharding import constrain, make_mesh, placed
 from vlm_jax.prompts import encode
@@ -34,9 +36,9 @@ def lora(model, batch, seed=0):
     adapter = init_lora(model, ["L1-attn", "L3-mlp"], r=4, alpha=16.0, dropout=0.0, key=jax.random.key(seed))
     adapter = adapter.replace(weights={site: (a, 0.1 + b) for site, (a, b) in adapter.weights.items()})
     adapter = pad(adapter, model, 2)
-    frozen = trunk.Frozen(model, adapter.slot, adapter.scale, 0.0, lowest_layer(adapter))
-    data = trunk.trunk(model, batch, frozen.lowest)
-    value, grads = jax.jit(jax.value_and_grad(trunk.loss))(adapter.weights, frozen, data, jax.random.key(0))
+    trained, rest = split(trunk.Adapted(model, adapter, lowest_layer(adapter)), trunk.label)
+    data = trunk.trunk(model, batch, lowest_layer(adapter))
+    value, grads = jax.jit(value_and_grad(trunk.loss))(trained, rest, data, jax.random.key(0))
     return [value, *jax.tree.leaves(grads)]
 
 

@@ -45,8 +45,12 @@ class Args(ModelOptions):
     out: Path = Path("runs/processes")
 
 
-def squares(trainable, frozen, batch, key):
-    return jnp.mean((batch @ trainable["w"] - frozen) ** 2) + 0 * jax.random.uniform(key)
+def squares(params, batch, key):
+    return jnp.mean((batch @ params["w"] - params["target"]) ** 2) + 0 * jax.random.uniform(key)
+
+
+def label(path: str) -> str:
+    return "freeze" if path == "target" else "train"
 
 
 def numbers(step: int) -> np.ndarray:
@@ -56,9 +60,10 @@ def numbers(step: int) -> np.ndarray:
 def halved(folder: Path, steps: int) -> dict:
     """A training of ``w``, split over fsdp where there is a mesh."""
     folder.mkdir(parents=True, exist_ok=True)
-    start = placed({"w": np.ones((8, 4), np.float32)}, "embed")
+    start = {**placed({"w": np.ones((8, 4), np.float32)}, "embed"), "target": np.float32(2)}
     options = LoopOptions(save_every=HALF)
-    return fit(squares, start, np.float32(2), numbers, ADAM, steps=steps, folder=folder, options=options)
+    transforms = {"train": ADAM}
+    return fit(squares, start, numbers, transforms, label, steps=steps, folder=folder, options=options).params
 
 
 def encoded() -> set[str]:

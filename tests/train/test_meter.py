@@ -22,8 +22,8 @@ KEYS = {
 RATE = optax.linear_schedule(0.1, 0.0, 6)
 
 
-def loss(w, target, batch, key):
-    return jnp.mean((batch @ w - target) ** 2)
+def loss(w, batch, key):
+    return jnp.mean((batch @ w - 2) ** 2)
 
 
 def train(folder, steps=6, **changed):
@@ -33,7 +33,7 @@ def train(folder, steps=6, **changed):
     about = About(rate=RATE, tokens=100, flops=1e9)
     options = LoopOptions(**changed)
     how = {"folder": folder, "options": options, "about": about, "log_every": 2}
-    return fit(loss, jnp.ones(3), jnp.float32(2), batches, optax.sgd(RATE), steps=steps, **how)
+    return fit(loss, jnp.ones(3), batches, {"train": optax.sgd(RATE)}, steps=steps, **how)
 
 
 def records(folder) -> list[dict]:
@@ -71,6 +71,28 @@ def test_mfu_is_flops_over_what_the_chip_could_do(tmp_path, monkeypatch):
 def test_chips_by_their_device_kind(kind, name):
     assert chip(kind) is TPUS[name]
     assert chip("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_"), [("NVIDIA H100 80GB HBM3", 80e9), ("NVIDIA H200", 141e9), ("NVIDIA A100-SXM4-80GB", 80e9)]
+)
+def test_gpus_by_their_device_kind(kind, bytes_):
+    assert chip(kind).memory_bytes == bytes_
+
+
+def test_rates_that_differ_are_logged_by_label(tmp_path):
+    about = About(rate={"a": RATE, "b": optax.constant_schedule(0.5)})
+    with meter.Meter(tmp_path, about, 0) as log:
+        log.log(1, {"loss": 1.0})
+    with meter.Meter(tmp_path, About(rate={"a": RATE, "b": RATE}), 1) as log:
+        log.log(2, {"loss": 1.0})
+    first, second = records(tmp_path)
+    assert first["lr_b"] == 0.5 and first["lr_a"] == pytest.approx(0.1) and "lr" not in first
+    assert second["lr"] == pytest.approx(float(RATE(1))) and "lr_a" not in second
+
+
+def test_a_list_of_numbers_goes_to_trackers_one_by_one():
+    assert meter._scalars({"step": 3, "losses": [0.5, None]}) == {"step": 3, "losses/0": 0.5, "losses/1": None}
 
 
 def test_tensorboard(tmp_path):

@@ -10,12 +10,14 @@ import numpy as np
 import optax
 import PIL
 import pytest
+from gradients import value_and_grad
 
 import train.lora as lora_command
 from interventions.modules import folder_name
 from interventions.placement.adapters import init_lora, lowest_layer
 from train import trunk
 from train.loop import LoopOptions, fit
+from train.subsets import split
 from vlm_jax import UserError, load
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode
@@ -31,7 +33,7 @@ def args(**changed) -> lora_command.Args:
 
 
 def problem(mini, names, **changed):
-    """The frozen part, one batch and the adapter of a small LoRA training."""
+    """What the loss of a small LoRA training takes: the model with its adapter, and one batch."""
     model, processor = mini
     options = args(**changed)
     lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=jax.random.key(1))
@@ -39,7 +41,13 @@ def problem(mini, names, **changed):
     data = trunk.trunk(
         model, encode(load_task("perception", split="train", limit=8), processor, model.config), lowest, size=8
     )
-    return lora, trunk.Frozen(model, lora.slot, lora.scale, options.dropout, lowest), data
+    return trunk.Adapted(model, lora, lowest), data
+
+
+def louder(params: trunk.Adapted, by: float) -> trunk.Adapted:
+    """With larger adapter weights: B is not zero any more."""
+    weights = jax.tree.map(lambda w: w + by, params.lora.weights)
+    return params.replace(lora=params.lora.replace(weights=weights))
 
 
 def test_only_the_adapter_moves(mini):
@@ -71,36 +79,37 @@ def poisoned(model, below: int):
 
 def test_gradients_reach_no_lower_than_the_lowest_adapter(mini):
     """What lies lower is not even read, forwards or backwards: no number in it changes nothing."""
-    lora, frozen, data = problem(mini, ["L5-mlp"])
-    lora = lora.replace(weights=jax.tree.map(lambda w: w + 0.01, lora.weights))
-    run = jax.jit(jax.value_and_grad(trunk.loss))
-    key = jax.random.key(0)
-    expected = run(lora.weights, frozen, data, key)
-    chex.assert_trees_all_equal(run(lora.weights, frozen.replace(model=poisoned(frozen.model, 5)), data, key), expected)
-    assert np.isnan(run(lora.weights, frozen.replace(model=poisoned(frozen.model, 6)), data, key)[0])
+    params, data = problem(mini, ["L5-mlp"])
+    params = louder(params, 0.01)
+
+    program = jax.jit(value_and_grad(trunk.loss))
+
+    def run(model):
+        return program(*split(params.replace(model=model), trunk.label), data, jax.random.key(0))
+
+    expected = run(params.model)
+    chex.assert_trees_all_equal(run(poisoned(params.model, 5)), expected)
+    assert np.isnan(run(poisoned(params.model, 6))[0])
 
 
 def test_trunk_gives_the_same_loss_from_any_layer(mini):
     """The residual that was computed once is the one that the whole model computes."""
-    lora, frozen, data = problem(mini, ["L6-attn"])
-    _, _, whole = problem(mini, ["L0-attn"])
+    params, data = problem(mini, ["L6-attn"])
+    _, whole = problem(mini, ["L0-attn"])
     key = jax.random.key(0)
     np.testing.assert_allclose(
-        trunk.loss(lora.weights, frozen, data, key),
-        trunk.loss(lora.weights, frozen.replace(lowest=0), whole, key),
-        rtol=1e-6,
+        trunk.loss(params, data, key), trunk.loss(params.replace(lowest=0), whole, key), rtol=1e-6
     )
 
 
 def test_dropout_needs_its_key_and_changes_the_loss(mini):
-    lora, frozen, data = problem(mini, ["L6-mlp"], dropout=0.5)
-    lora = lora.replace(weights=jax.tree.map(lambda w: w + 0.1, lora.weights))
-    losses = [float(trunk.loss(lora.weights, frozen, data, jax.random.key(i))) for i in (0, 0, 1)]
+    params, data = problem(mini, ["L6-mlp"], dropout=0.5)
+    losses = [float(trunk.loss(louder(params, 0.1), data, jax.random.key(i))) for i in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
-def quadratic(trainable, frozen, batch, key):
-    return jnp.mean((batch @ trainable["w"] - frozen) ** 2) + 0 * jax.random.uniform(key)
+def quadratic(w, batch, key):
+    return jnp.mean((batch @ w - 2) ** 2) + 0 * jax.random.uniform(key)
 
 
 def batches(step):
@@ -109,9 +118,9 @@ def batches(step):
 
 def run(folder=None, steps=6, save_every=0, tx=None):
     return fit(
-        quadratic, {"w": jnp.ones(3)}, jnp.float32(2.0), batches, tx or ADAM, steps=steps, folder=folder,
+        quadratic, jnp.ones(3), batches, {"train": tx or ADAM}, steps=steps, folder=folder,
         options=LoopOptions(save_every=save_every) if save_every else None, log_every=1,
-    )  # fmt: skip
+    ).params  # fmt: skip
 
 
 ADAM = optax.adam(0.1)
@@ -121,24 +130,22 @@ def test_accumulation_averages_the_micro_batches():
     def whole(step):
         return batches(step).reshape(1, 8, 3)
 
-    np.testing.assert_allclose(
-        run(tx=optax.sgd(0.1))["w"],
-        fit(quadratic, {"w": jnp.ones(3)}, jnp.float32(2.0), whole, optax.sgd(0.1), steps=6)["w"],
-        rtol=1e-6,
-    )
+    sgd = optax.sgd(0.1)
+    expected = fit(quadratic, jnp.ones(3), whole, {"train": sgd}, steps=6).params
+    np.testing.assert_allclose(run(tx=sgd), expected, rtol=1e-6)
 
 
 def test_resumed_training_is_bit_equal(tmp_path):
     run(tmp_path, steps=3, save_every=3)
     resumed = run(tmp_path, steps=6, save_every=3)
-    np.testing.assert_array_equal(resumed["w"], run()["w"])
+    np.testing.assert_array_equal(resumed, run())
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
     with pytest.raises(UserError, match="is nan at step"):
-        fit(lambda w, *_: jnp.sum(w) * jnp.nan, jnp.ones(2), None, batches, ADAM, steps=2, log_every=1)
+        fit(lambda w, *_: jnp.sum(w) * jnp.nan, jnp.ones(2), batches, {"train": ADAM}, steps=2, log_every=1)
 
 
 def test_the_command_resumes_and_keeps_its_scores(tmp_path, capsys):

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gradients import value_and_grad
+from matmuls import matmul_flops
 
 from interventions.kinds.lora import LoRA
 from interventions.placement.adapters import compact, init_lora, lowest_layer, pad
 from interventions.placement.rules import random_k
 from train import loop, meter, trunk
+from train.subsets import split
 from train.trunk import LoRAOptions, train_lora
 from vlm_jax import UserError, load
 from vlm_jax.data import load_task
@@ -39,25 +42,6 @@ def fresh(model, names, r=4) -> LoRA:
     return lora.replace(weights={site: (a, noise(b)) for site, (a, b) in lora.weights.items()})
 
 
-def matmul_flops(jaxpr, times: int = 1) -> int:
-    """Floating-point operations of the matmuls in a jaxpr; a scan counts as often as it runs, of a choice the longer
-    way."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            contracted = [equation.invars[0].aval.shape[i] for i in equation.params["dimension_numbers"][0][0]]
-            total += times * 2 * int(np.prod(contracted)) * int(np.prod(equation.outvars[0].aval.shape))
-        inner = [
-            (name, getattr(part, "jaxpr", part))
-            for name, value in equation.params.items()
-            for part in (value if isinstance(value, tuple | list) else [value])
-            if hasattr(getattr(part, "jaxpr", part), "eqns")
-        ]
-        counts = [matmul_flops(part, times * equation.params.get("length", 1)) for _, part in inner]
-        total += max(counts, default=0) if equation.primitive.name == "cond" else sum(counts)
-    return total
-
-
 def kernel_flops(model, tokens: int) -> int:
     """Of one pass through the linears of all layers."""
     leaves = jax.tree_util.tree_leaves_with_path(model.text.layers)
@@ -69,10 +53,10 @@ def test_frozen_kernels_get_no_gradient(mini, remat, passes):
     """Forward, what is computed again, and the gradient of the layers' inputs: no fourth pass for the kernels'."""
     model, batch = mini
     lora = fresh(model, ["L0-attn", "L0-mlp"])
-    frozen = trunk.Frozen(model, lora.slot, lora.scale, 0.0, 0, remat=remat)
-    data = trunk.trunk(model, batch, 0)
-    jaxpr = jax.make_jaxpr(jax.grad(trunk.loss))(lora.weights, frozen, data, jax.random.key(0)).jaxpr
-    adapters = jax.make_jaxpr(trunk.loss)(lora.weights, frozen, data, jax.random.key(0)).jaxpr
+    params = trunk.Adapted(model, lora, 0, remat)
+    data, key = trunk.trunk(model, batch, 0), jax.random.key(0)
+    jaxpr = jax.make_jaxpr(value_and_grad(trunk.loss))(*split(params, trunk.label), data, key).jaxpr
+    adapters = jax.make_jaxpr(trunk.loss)(params, data, key).jaxpr
     one, whole = kernel_flops(model, data.x[..., 0].size), matmul_flops(jaxpr)
     rest = matmul_flops(adapters) - one  # attention, head and adapters, at most four times in a gradient
     assert passes * one - 0.5 * one < whole < passes * one + 4 * rest
@@ -85,8 +69,8 @@ def test_what_is_kept_changes_no_number(mini):
     data = trunk.trunk(model, batch, 1)
 
     def run(remat):
-        frozen = trunk.Frozen(model, lora.slot, lora.scale, 0.25, 1, remat=remat)
-        return jax.jit(jax.value_and_grad(trunk.loss))(lora.weights, frozen, data, jax.random.key(3))
+        params = trunk.Adapted(model, lora.replace(dropout=0.25), 1, remat)
+        return jax.jit(value_and_grad(trunk.loss))(*split(params, trunk.label), data, jax.random.key(3))
 
     full = run("full")
     for remat in ("some", "none"):
@@ -99,14 +83,14 @@ def test_training_form_is_the_intervention(mini):
     lora = fresh(model, ["L2-attn", "L5-mlp"])
     key = jax.random.key(5)
     data = trunk.trunk(model, batch, 2)
-    frozen = trunk.Frozen(model, lora.slot, lora.scale, 0.0, 2)
+    params = trunk.Adapted(model, lora, 2)
     logits = model(batch.inputs, (lora,)).logits
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], batch.inputs.input_ids[:, 1:, None], 2)[..., 0]
     counts = (batch.spans["answer"] | batch.spans["end"])[:, 1:]
     expected = -(logp * counts).sum() / counts.sum()
-    np.testing.assert_allclose(trunk.loss(lora.weights, frozen, data, key), expected, rtol=1e-5)
-    scaled = frozen.replace(scale=2 * lora.scale)
-    assert abs(trunk.loss(lora.weights, scaled, data, key) - expected) > 1e-4
+    np.testing.assert_allclose(trunk.loss(params, data, key), expected, rtol=1e-5)
+    scaled = params.replace(lora=lora.replace(scale=2 * lora.scale))
+    assert abs(trunk.loss(scaled, data, key) - expected) > 1e-4
 
 
 def test_padding_and_its_inverse(mini):
@@ -138,11 +122,11 @@ def programs(monkeypatch, most: int):
     """Puts in the place of ``update`` one that is traced at most ``most`` times, and never compiled or run."""
     chex.clear_trace_counter()
     bare = chex.assert_max_traces(loop.update.__wrapped__, n=most)
-    jitted = jax.jit(bare, static_argnames=("loss", "tx"), donate_argnames="state")
+    jitted = jax.jit(bare, static_argnames="step", donate_argnames="state")
 
     def update(state, *args, **kwargs):
         jitted.trace(state, *args, **kwargs)
-        return state, {"loss": 0.0}
+        return state, {"loss": 0.0, "grad_norm": 0.0}
 
     update.__wrapped__ = loop.update.__wrapped__
     monkeypatch.setattr(loop, "update", update)
@@ -160,6 +144,24 @@ def test_placements_of_one_size_share_their_programs(mini, monkeypatch):
     with pytest.raises(AssertionError):
         for names in placements:
             train_lora(model, names, data, options(epochs=1), "apart")
+
+
+def test_each_half_of_the_adapters_has_its_own_rate(mini):
+    model, _ = mini
+    names, data = ["L6-mlp"], trunk.embedded(*mini)
+    default = train_lora(model, names, data, options(epochs=1), "default")
+    lr = 2e-4 * 2560 / model.config.text.hidden_size
+    same = train_lora(
+        model, names, data, options(epochs=1, label_lr={"lora_b": lr}, label_decay={"lora_a": 0.0}), "same"
+    )
+    chex.assert_trees_all_equal(same.weights, default.weights)
+    begun = init_lora(model, names, r=4, alpha=16.0, dropout=0.0, key=jax.random.key(0))
+    still = train_lora(model, names, data, options(epochs=1, label_lr={"lora_a": 0.0}), "still")
+    for site, (a, b) in still.weights.items():
+        np.testing.assert_array_equal(a, begun.weights[site][0])
+        assert np.abs(b).max() > 0 and np.abs(default.weights[site][0] - a).max() > 0
+    with pytest.raises(UserError, match=r"--label-lr names 'psi_V': use a label of this training \(lora_a, lora_b\)"):
+        options(label_lr={"psi_V": 1e-3}).check_loop()
 
 
 def test_a_trunk_that_exceeds_memory_lies_in_a_file(mini, tmp_path):

@@ -7,10 +7,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from gradients import value_and_grad
 
 import vlm_jax
 from train import tune
-from train.tune import Args, loss, split
+from train.objective import model_loss
+from train.subsets import ByPart, split
+from train.tune import Args, check_parts
 from vlm_jax import UserError
 from vlm_jax.checkpoints.leaves import named_leaves
 from vlm_jax.data import load_task
@@ -31,14 +34,6 @@ def run(tmp_path_factory):
     return args
 
 
-def test_split_and_joined_are_inverse(mini):
-    trained, rest = split(mini[0], ("text",))
-    assert {name.partition(".")[0] for name in trained} == {"text"}
-    assert {name.partition(".")[0] for name in rest.leaves} == {"visual"}
-    for name, leaf in named_leaves(rest.joined(trained)).items():
-        assert leaf is named_leaves(mini[0])[name]
-
-
 def test_gradients_are_those_of_the_whole_model(mini):
     model, processor = mini
     batch = encode(load_task("mini-docvqa", split="train", limit=2), processor, model.config)
@@ -51,8 +46,9 @@ def test_gradients_are_those_of_the_whole_model(mini):
         return -(logp[rows, index - 1, target] * valid).sum() / valid.sum()
 
     wanted = named_leaves(jax.jit(jax.grad(plain))(model))
-    trained, rest = split(model, ("text",))
-    found = jax.jit(jax.grad(loss))(trained, rest, Fitted(batch.inputs.turned(), index, valid), jax.random.key(0))
+    trained, rest = split(model, ByPart(("text",)))
+    batch = Fitted(batch.inputs.turned(), index, valid)
+    _, found = jax.jit(value_and_grad(model_loss))(trained, rest, batch, jax.random.key(0))
     scale = float(optax.tree.norm(found))
     assert found.keys() == trained.keys() and scale > 1e-3
     for name, gradient in found.items():
@@ -106,6 +102,8 @@ def test_a_stopped_training_goes_on_to_the_same_model(mini, run, tmp_path):
     [
         ({"train": "mini-okvq"}, "mini-okvqa"),
         ({"parts": ()}, "--parts"),
+        ({"label_lr": {"visual": 1e-4}}, "--label-lr names 'visual': use a label of this training (text)"),
+        ({"label_decay": {"text": -1.0}}, "--label-decay text is -1.0"),
         ({"epochs": 0}, "--epochs"),
         ({"batch": 0}, "--batch"),
         ({"metric": "exact"}, "exact_match"),
@@ -122,4 +120,4 @@ def test_refusals_are_one_sentence_and_leave_nothing(changed, message, tmp_path,
 
 def test_a_part_that_is_none():
     with pytest.raises(UserError, match="no part 'audio'"):
-        split(vlm_jax.load("mini-qwen3-vl")[0], ("audio",))
+        check_parts(vlm_jax.load("mini-qwen3-vl")[0], Args(parts=("audio",)))

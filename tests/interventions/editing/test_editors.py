@@ -1,15 +1,18 @@
 """P4's editors: as many parameters as the paper's, the loss by another way, gradients in each and nowhere else."""
 
 import functools
+import operator
 
 import jax
 import numpy as np
 import optax
 import pytest
+from gradients import value_and_grad
 
 from interventions.editing.editors import EDITOR_SITES, editor_parameters, init_editors
-from train.edit import Batch, Frozen, loss
+from train.edit import LABELS, Batch, Edited, label, loss
 from train.loop import fit
+from train.subsets import split
 from vlm_jax import UserError, load
 from vlm_jax.checkpoints.leaves import abstract
 from vlm_jax.data import load_task
@@ -68,9 +71,8 @@ def case(request):
     # Larger than they begin, so that each is felt.
     weights = {n: {site: (r, w, b + 2) for site, (r, w, b) in editor.weights.items()} for n, editor in editors.items()}
     editors = {name: editor.replace(weights=weights[name]) for name, editor in editors.items()}
-    slot = {name: editor.slot for name, editor in editors.items()}
     index, valid = positions(batch.spans["answer"] | batch.spans["end"])
-    return model, batch.inputs, editors, weights, Frozen(model, slot), Batch(batch.inputs.turned(), where, index, valid)
+    return model, batch.inputs, editors, Batch(batch.inputs.turned(), where, index, valid)
 
 
 def plain(model, inputs: Inputs, editors, batch: Batch):
@@ -84,8 +86,8 @@ def plain(model, inputs: Inputs, editors, batch: Batch):
 
 
 def test_the_loss_is_that_of_the_edited_model(case):
-    model, inputs, editors, weights, frozen, batch = case
-    found = jax.jit(loss)(weights, frozen, batch, jax.random.key(0))
+    model, inputs, editors, batch = case
+    found = jax.jit(loss)(Edited(model, editors), batch, jax.random.key(0))
     wanted = plain(model, inputs, editors, batch)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     for left_out in editors:  # the control: each of them matters
@@ -94,34 +96,50 @@ def test_the_loss_is_that_of_the_edited_model(case):
 
 
 def test_gradients_reach_every_editor(case):
-    model, inputs, editors, weights, frozen, batch = case
-    found = jax.jit(jax.grad(loss))(weights, frozen, batch, jax.random.key(0))
+    model, inputs, editors, batch = case
+    trained, rest = split(Edited(model, editors), label)
+    _, found = jax.jit(value_and_grad(loss))(trained, rest, batch, jax.random.key(0))
 
     def by_hand(weights):
         acting = {name: editor.replace(weights=weights[name]) for name, editor in editors.items()}
         return plain(model, inputs, acting, batch)
 
-    wanted = jax.jit(jax.grad(by_hand))(weights)
+    wanted = jax.jit(jax.grad(by_hand))({name: editor.weights for name, editor in editors.items()})
     scale = float(optax.tree.norm(wanted))
     for name, site in EDITOR_SITES.items():
-        for got, want in zip(found[name][site], wanted[name][site], strict=True):
+        for i, want in enumerate(wanted[name][site]):
+            got = found[f"editors.{name}.weights.{site}.{i}"]
             assert all(np.abs(slot).max() > 0 for slot in np.asarray(got)), name
             np.testing.assert_allclose(got, want, atol=1e-5 * scale, err_msg=name)
 
 
 def test_without_images_the_cross_editor_does_nothing(case):
-    _, _, _, weights, frozen, batch = case
+    model, _, editors, batch = case
     texts = batch.replace(inputs=batch.inputs.replace(images=None, image_index=None))
-    r, w, b = weights["cross"][EDITOR_SITES["cross"]]
-    other = {**weights, "cross": {EDITOR_SITES["cross"]: (r, w, b + 1)}}
+    site = EDITOR_SITES["cross"]
+    r, w, b = editors["cross"].weights[site]
+    changed = {**editors, "cross": editors["cross"].replace(weights={site: (r, w, b + 1)})}
+    some, others = (Edited(model, those) for those in (editors, changed))
     key = jax.random.key(0)
-    assert loss(weights, frozen, texts, key) == loss(other, frozen, texts, key)
-    assert loss(weights, frozen, batch, key) != loss(other, frozen, batch, key)
+    assert loss(some, texts, key) == loss(others, texts, key)
+    assert loss(some, batch, key) != loss(others, batch, key)
 
 
 def test_training_lowers_the_loss(case):
-    _, _, _, weights, frozen, batch = case
-    before = loss(weights, frozen, batch, jax.random.key(0))
+    model, _, editors, batch = case
+    before = loss(Edited(model, editors), batch, jax.random.key(0))
     micro = jax.tree.map(lambda a: np.asarray(a)[None], batch)
-    trained = fit(loss, weights, frozen, lambda step: micro, optax.adam(3e-3), steps=20)
-    assert loss(trained, frozen, batch, jax.random.key(0)) < 0.5 * before
+    transforms = dict.fromkeys(LABELS.values(), optax.adam(3e-3))
+    trained = fit(loss, Edited(model, editors), lambda step: micro, transforms, label, steps=20).params
+    assert loss(trained, batch, jax.random.key(0)) < 0.5 * before
+    assert all(map(operator.is_, jax.tree.leaves(trained.model), jax.tree.leaves(model)))
+    assert all(
+        map(operator.is_, *(jax.tree.leaves([e.slot for e in made.values()]) for made in (trained.editors, editors)))
+    )
+
+
+def test_labels_are_those_of_the_paper(case):
+    model, _, editors, _ = case
+    trained, _ = split(Edited(model, editors), label)
+    assert len(trained) == 12 and {label(path) for path in trained} == {"psi_V", "psi_c", "psi_P", "psi_S"}
+    assert label("editors.prefix.weights.text.resid_post.2") == "psi_P"

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gradients import value_and_grad
 from jax.sharding import NamedSharding, PartitionSpec
 
 import vlm_jax
 from interventions.placement.adapters import init_lora, lowest_layer
 from train import trunk
 from train.plan import topology
+from train.subsets import split
 from vlm_jax import UserError
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.config import with_attention
@@ -79,11 +81,11 @@ def test_lora_has_the_same_loss_and_gradients(models):
     adapter = adapter.replace(weights={site: (a, 0.1 + b) for site, (a, b) in adapter.weights.items()})
     found = []
     for model in (plain, kernel):
-        frozen = trunk.Frozen(model, adapter.slot, adapter.scale, 0.0, lowest_layer(adapter))
-        data = trunk.trunk(plain, batch, frozen.lowest)
-        run = jax.value_and_grad(trunk.loss)
-        found.append(jax.jit(run)(adapter.weights, frozen, data, jax.random.key(0)))
-        assert uses(run, adapter.weights, frozen, data, jax.random.key(0)) == (model is kernel)
+        trained, rest = split(trunk.Adapted(model, adapter, lowest_layer(adapter)), trunk.label)
+        data = trunk.trunk(plain, batch, lowest_layer(adapter))
+        run = value_and_grad(trunk.loss)
+        found.append(jax.jit(run)(trained, rest, data, jax.random.key(0)))
+        assert uses(run, trained, rest, data, jax.random.key(0)) == (model is kernel)
     (loss, grads), (ours, our_grads) = found
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(our_grads), jax.tree.leaves(grads), strict=True):

@@ -1,0 +1,81 @@
+"""The metrics of the last steps: read together, so that the device is not waited for at every step, and checked."""
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+from train.meter import About
+from vlm_jax.errors import UserError
+from vlm_jax.runs.processes import is_first
+
+_ADVICE = "lower the learning rate or look at the examples"
+
+
+class Readings:
+    """Metrics of steps that have not been read yet.
+
+    Args:
+        name: of the training, for messages.
+        about: whose ``ids`` name a step's examples.
+        latest: gives the step of the last checkpoint, or None.
+        alive: which members are trained, or None where there are no members.
+    """
+
+    def __init__(self, name: str, about: About, latest: Callable[[], int | None], alive: np.ndarray | None = None):
+        self.name, self.about, self.latest = name, about, latest
+        self.alive = None if alive is None else np.asarray(alive)
+        self.unread: list[tuple[int, dict]] = []
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Keeps the metrics of the ``step``-th step."""
+        self.unread.append((step, metrics))
+
+    def read(self) -> dict:
+        """The last step's metrics: numbers, and lists where a metric has a value for each member.
+
+        Raises:
+            UserError: if the loss or the gradients of a step are not numbers. With members: if that is so of all of
+                them. The loss of a single member is only reported.
+        """
+        values: dict = {}
+        for step, metrics in self.unread:
+            values = {name: np.asarray(value) for name, value in metrics.items()}
+            self._check(step, values)
+        self.unread.clear()
+        if "alive" in values:
+            values["alive"] = values["alive"].sum()
+        return {name: value.tolist() for name, value in values.items()}
+
+    def _check(self, step: int, values: dict[str, np.ndarray]) -> None:
+        if self.alive is not None:
+            self._check_members(step, values["alive"])
+            return
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(value := values[name]):
+                raise UserError(
+                    f"{self.name}: the {name.replace('_', ' ')} is {value} at step {step}{self._examples(step)}: "
+                    f"{_ADVICE}{self._kept()}"
+                )
+
+    def _check_members(self, step: int, alive: np.ndarray) -> None:
+        for member in np.flatnonzero(self.alive & ~alive):
+            if is_first():
+                print(
+                    f"{self.name}: the loss or gradient of member {member} is not a number at step {step}"
+                    f"{self._examples(step)}: it keeps the parameters from before, {alive.sum()} others go on",
+                    file=sys.stderr,
+                )
+        if not alive.any():
+            raise UserError(
+                f"{self.name}: no member has a finite loss and gradient any more at step {step}{self._examples(step)}: "
+                f"{_ADVICE}{self._kept()}"
+            )
+        self.alive = alive
+
+    def _examples(self, step: int) -> str:
+        return "" if self.about.ids is None else f" (examples {', '.join(map(str, self.about.ids(step - 1)))})"
+
+    def _kept(self) -> str:
+        latest = self.latest()
+        return f"; the checkpoint of step {latest} is kept" if latest else ""

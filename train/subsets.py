@@ -1,0 +1,112 @@
+"""A pytree of parameters as two parts: the leaves that a training changes, and the rest, which no gradient sees.
+
+A rule gives every leaf a label by its path, such as "lora_a", "text" or "freeze". optax.partition then gives each label
+its own optimiser.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import optax
+
+from vlm_jax.checkpoints.leaves import leaf_name
+from vlm_jax.errors import UserError
+
+#: ``label(path)``: the label of the leaf at a path as :func:`vlm_jax.checkpoints.leaves.leaf_name` spells it. Rules are
+#: arguments of cached functions: functions of a module, or frozen dataclasses that are equal when they label alike.
+Label = Callable[[str], str]
+#: The label of leaves that stay as they are, bit for bit.
+FREEZE = "freeze"
+
+
+def all_trained(path: str) -> str:
+    """The rule under which every leaf is trained, as "train"."""
+    return "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPart:
+    """The rule that labels a model's leaf with its part ("text", "visual") if that part is trained, else "freeze"."""
+
+    trained: tuple[str, ...]
+
+    def __call__(self, path: str) -> str:
+        part = path.partition(".")[0]
+        return part if part in self.trained else FREEZE
+
+
+@flax.struct.dataclass
+class Rest:
+    """A pytree without its trained leaves: the frozen leaves by path, and what is needed to put the tree together."""
+
+    leaves: dict[str, jax.Array]
+    paths: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    structure: jax.tree_util.PyTreeDef = flax.struct.field(pytree_node=False)
+
+    def joined(self, trained: Mapping[str, jax.Array]) -> Any:
+        """The whole pytree, with these trained leaves."""
+        leaves = {**self.leaves, **trained}
+        return self.structure.unflatten([leaves[path] for path in self.paths])
+
+    def trained_of(self, params: Any) -> dict[str, jax.Array]:
+        """The trained leaves of a pytree of the same structure."""
+        leaves = zip(self.paths, jax.tree.leaves(params), strict=True)
+        return {path: leaf for path, leaf in leaves if path not in self.leaves}
+
+
+def split(params: Any, label: Label) -> tuple[dict[str, jax.Array], Rest]:
+    """The leaves of ``params`` that the rule does not freeze, by path, and the rest.
+
+    Raises:
+        UserError: if two leaves have the same path, or nothing is left to train.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    leaves = {leaf_name(path): leaf for path, leaf in flat}
+    if len(leaves) < len(flat):
+        raise UserError("two parameters have the same path: rename the keys that contain a dot")
+    trained = {path: leaf for path, leaf in leaves.items() if label(path) != FREEZE}
+    if not trained:
+        raise UserError("every parameter is labelled freeze, so there is nothing to train: label some otherwise")
+    frozen = {path: leaf for path, leaf in leaves.items() if path not in trained}
+    return trained, Rest(frozen, tuple(leaves), structure)
+
+
+def partitioned(
+    transforms: Mapping[str, optax.GradientTransformation], label: Label, clip: float | None = None
+) -> optax.GradientTransformation:
+    """Each label's leaves under that label's transformation; frozen leaves get updates of zero.
+
+    Equal arguments give the same object, so that equal trainings share one compiled step. That takes transformations
+    that are cached themselves (:func:`train.objective.adamw`).
+
+    Args:
+        clip: the gradients of all labels together are first scaled down to this global norm.
+
+    Raises:
+        UserError: for a transformation of the label "freeze".
+    """
+    if FREEZE in transforms:
+        raise UserError(f"the label {FREEZE!r} has a transformation: give it to a label of another name")
+    return _partitioned(tuple(sorted(transforms.items())), label, clip)
+
+
+@functools.cache
+def _partitioned(transforms: tuple, label: Label, clip: float | None) -> optax.GradientTransformation:
+    known = {**dict(transforms), FREEZE: optax.set_to_zero()}
+
+    def labels(params):
+        def of(path, _) -> str:
+            if (name := label(leaf_name(path))) not in known:
+                raise UserError(
+                    f"{leaf_name(path)} has the label {name!r}, which has no optimiser: use one of {', '.join(known)}"
+                )
+            return name
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    partition = optax.partition(known, labels)
+    return partition if clip is None else optax.chain(optax.clip_by_global_norm(clip), partition)
