@@ -221,7 +221,7 @@ def generate(model: Model, args: Args) -> Job:
     flops = layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * count)
     flops += layers_flops(model, args.batch, count - 1, args.length)
     flops += tower_flops(model, inputs)
-    kwargs = {"how": how, "sampling": None}
+    kwargs = {"options": how, "sampling": None}
     return Job(generation, (model, inputs, ()), kwargs, flops, reads=count, unknown=count - 1)
 
 
