@@ -8,6 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is here to compile, not to look for a TPU
 
+from jaxtyping import install_import_hook
+
+# Checks the shapes and types in signatures: while programs are traced, so it costs little. Before any import of them.
+install_import_hook(["vlm_jax", "interventions"], "typecheck.checked")
+
 import jax
 import pytest
 import torch

@@ -225,7 +225,7 @@ def generate(model: Model, args: Args) -> Job:
     flops = layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * count)
     flops += layers_flops(model, args.batch, count - 1, args.length)
     flops += vision_flops(model, inputs)
-    kwargs = {"how": options, "sampling": None}
+    kwargs = {"options": options, "sampling": None}
     return Job(generation, (model, inputs, ()), kwargs, flops, reads=count, unknown=count - 1)
 
 

@@ -1,10 +1,12 @@
-"""What a model looks like: frozen, hashable dataclasses whose fields carry the Hugging Face names.
+"""The shape of a model: frozen, hashable dataclasses whose fields have the Hugging Face names.
 
-A family file (``vlm_jax/families``) fills them from a ``config.json``. A vision tower's file adds its own fields.
+A family's file (``vlm_jax/families``) fills them from a ``config.json``. A vision tower's file adds the tower's fields.
 """
 
 import dataclasses
 from typing import Any
+
+from jaxtyping import PRNGKeyArray
 
 from vlm_jax.errors import UserError
 
@@ -13,9 +15,10 @@ from vlm_jax.errors import UserError
 class Rope:
     """One entry of ``rope_parameters``.
 
-    ``rope_type``: "default"; "linear" (positions shrunk by ``factor``); "llama3" (long wavelengths shrunk).
-    ``mrope_section``: frequencies that turn by the temporal, height and width position, in turn where
-    ``mrope_interleaved`` (Qwen3-VL), else in three blocks (Qwen2.5-VL); None turns all by the one position.
+    rope_type: "default"; "linear", which divides all frequencies by ``factor``; "llama3", which divides only low ones.
+    mrope_section: how many frequencies the temporal, the height and the width position turn. None: there is one
+    position, which turns all of them.
+    mrope_interleaved: the three take turns (Qwen3-VL); otherwise they are three blocks (Qwen2.5-VL).
     """
 
     rope_theta: float
@@ -32,15 +35,17 @@ class Rope:
 class TextConfig:
     """The decoder. Every option is off unless a family sets it.
 
-    rope: the :class:`Rope` of each kind of layer; layer_types: the kind of every layer.
-    attention_bias: the attention linears that have a bias.
-    qk_norm: RMS norms on each head's queries and keys. sandwich_norm: norms after attention and MLP too.
-    unit_offset_norm: norms scale by ``1 + weight``. embed_scale: token embeddings are multiplied by it.
-    query_pre_attn_scalar: scores are divided by its root; head_dim where None.
-    attn_logit_softcapping: for families that apply it, of which none is here yet.
-    bidirectional_images: tokens of one image see each other in both directions.
-    max_position_embeddings: most tokens of a prompt; the tokeniser may set a lower bound.
-    attention: what computes it, "xla" or a kernel (:mod:`vlm_jax.nn.kernels`) for windows whose scores nobody sees.
+    rope: the :class:`Rope` of each kind of layer. layer_types: the kind of every layer.
+    sliding_window: how many tokens a token of a sliding layer sees, itself included.
+    attention_bias: names of the attention linears that have a bias. mlp_bias: whether the MLP's linears have one.
+    qk_norm: RMS norms on each head's queries and keys. sandwich_norm: norms also after attention and after the MLP.
+    unit_offset_norm: norms scale by ``1 + weight``. embed_scale: factor of the token embeddings.
+    query_pre_attn_scalar: attention scores are divided by its square root; None stands for head_dim.
+    attn_logit_softcapping, final_logit_softcapping: squash the attention scores and the logits into (-cap, cap). No
+    supported family uses the first.
+    bidirectional_images: the tokens of an image see each other in both directions.
+    max_position_embeddings: the most tokens that a prompt may have; the tokenizer may set a lower limit.
+    attention: "xla" or "splash", a kernel for passes that do not look at the scores (:mod:`vlm_jax.nn.kernels`).
     """
 
     vocab_size: int
@@ -71,25 +76,18 @@ class TextConfig:
 
     @property
     def only_causal(self) -> bool:
-        """Whether every token sees all real tokens before it and no other, in every layer."""
+        """Whether in every layer each token sees itself, all real tokens before it, and nothing else."""
         return {kind for kind, _ in self.rope} == {"full_attention"} and not self.bidirectional_images
 
     @property
     def mrope(self) -> bool:
-        """Whether positions have three axes that differ."""
+        """Whether tokens have different temporal, height and width positions."""
         return any(rope.mrope_section is not None for _, rope in self.rope)
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """What all vision towers have. A tower's own config also says how to build it and how to feed it:
-
-    ``tower(key)``: the module; ``size_of(image_processor, image)``: the patches that an image takes, padding included,
-    and its visual tokens, known without processing it;
-    ``images(pixel_values, image_grid_thw)``: :class:`vlm_jax.inputs.Images` and the visual tokens of each, in order;
-    ``blank(count, tokens)``: what its image processor would return for so many blank square images of at most so many
-    visual tokens each, or of the only size there is.
-    """
+    """The fields that all vision towers have. The subclass of a tower says how to build it and how to feed it."""
 
     depth: int
     hidden_size: int
@@ -102,7 +100,7 @@ class VisionConfig:
 
     @property
     def conv_shape(self) -> tuple[int, ...]:
-        """Shape of one patch: what the patch embedding's convolution spans."""
+        """Shape of one patch, which is that of the patch embedding's convolution kernel."""
         return self.in_channels, self.patch_size, self.patch_size
 
     @property
@@ -113,28 +111,43 @@ class VisionConfig:
             size *= side
         return size
 
-    def limit_pixels(self, image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
-        """Sets the image processor's pixel budget, where the tower takes images of any size."""
+    def limit_pixels(self, image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+        """Sets the image processor's pixel budget, for towers that take images of any size.
+
+        Raises:
+            UserError: for other towers, or an impossible budget.
+        """
         raise UserError("this model's vision tower takes images of one size: drop --min-pixels and --max-pixels")
 
-    def tower(self, key) -> Any:
+    def tower(self, key: PRNGKeyArray) -> Any:
+        """The tower's module, with random parameters."""
         raise NotImplementedError
 
-    def size_of(self, image_processor, image) -> tuple[int, int]:
+    def size_of(self, image_processor: Any, image: Any) -> tuple[int, int]:
+        """How many patches (padding included) and visual tokens a PIL image becomes, without processing it."""
         raise NotImplementedError
 
-    def images(self, pixel_values, image_grid_thw) -> Any:
+    def images(self, pixel_values: Any, image_grid_thw: Any) -> tuple[Any, list[int]]:
+        """:class:`vlm_jax.inputs.Images` from the image processor's arrays, and each image's visual tokens."""
         raise NotImplementedError
 
     def blank(self, count: int, tokens: int) -> dict[str, Any]:
+        """The image processor's arrays for ``count`` blank images of at most ``tokens`` visual tokens each.
+
+        Towers that take images of one size ignore ``tokens``.
+        """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole model. ``vision`` and ``image_token_id`` are None for a text-only backbone. ``hf`` is the
-    ``config.json`` it came from, with the end and padding tokens of ``generation_config.json``, so that saving loses
-    nothing."""
+    """A whole model.
+
+    vision, image_token_id: None for a text-only model.
+    eos_token_ids: the tokens that end an answer.
+    hf: text of the ``config.json`` that it came from, with the end and padding tokens of ``generation_config.json``. It
+    is written back when the model is saved, so that no field is lost.
+    """
 
     family: str
     text: TextConfig
@@ -149,7 +162,7 @@ def with_attention(config: Config, attention: str) -> Config:
     """The config of the same model with another implementation of its attention.
 
     Raises:
-        UserError: if that cannot do what the model asks for.
+        UserError: if the implementation is unknown or cannot compute this model's attention.
     """
     if attention not in ("xla", "splash"):
         raise UserError(f"unknown attention {attention!r}: use 'xla' or 'splash'")

@@ -1,85 +1,103 @@
-"""What a model reads: token ids, positions and patches as fixed-shape arrays.
+"""What a model reads: token ids, positions and patches as arrays of fixed shapes.
 
-Everything that depends on a *value* (image grids, where images sit, padding) is resolved here, in NumPy, so
-that the model itself is shape-static and compiles once per bucket.
+Everything that depends on a *value* (image grids, where images are, padding) is computed here, in NumPy. So the model
+itself depends on shapes only, and compiles once per bucket.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import chex
 import flax.struct
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int32
 
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError
+from vlm_jax.typing import ArrayLike
 
-#: Sequence lengths and patch counts are rounded up to multiples of these, so that many samples meet few shapes.
+#: Sequence lengths and patch counts are rounded up to multiples of these, so that many samples have few shapes.
 LENGTH_BUCKET, PATCH_BUCKET = 16, 64
 
 
 @flax.struct.dataclass
 class Images:
-    """Patches of ``I`` images, padded to one patch count ``P``.
+    """The patches of a batch of images, padded to the same number of patches.
 
-    pixel_values ``(I, P, patch_dim)``; patch_mask ``(I, P)`` bool; stride: visual tokens per image, padding included.
-    Towers that take any size also need: grid_positions ``(I, P, 2)`` row and column; and, where position embeddings
-    are interpolated, position_index, position_weight ``(I, P, 4)``: the four that a patch mixes.
+    patch_mask: False for padding.
+    grid_positions: row and column of each patch, for towers that take images of any size.
+    position_index, position_weight: the four position embeddings that a patch mixes, for towers that interpolate them.
+    stride: visual tokens per image, padding included.
     """
 
-    pixel_values: jax.Array
-    patch_mask: jax.Array
-    grid_positions: jax.Array | None = None
-    position_index: jax.Array | None = None
-    position_weight: jax.Array | None = None
+    pixel_values: Float[ArrayLike, "images patches patch_dim"]
+    patch_mask: Bool[ArrayLike, "images patches"]
+    grid_positions: Int[ArrayLike, "images patches 2"] | None = None
+    position_index: Int[ArrayLike, "images patches 4"] | None = None
+    position_weight: Float[ArrayLike, "images patches 4"] | None = None
     stride: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass
 class Inputs:
-    """A batch of ``B`` prompts of ``T`` tokens.
+    """A batch of prompts, padded to the same number of tokens.
 
-    input_ids ``(B, T)`` int32; attention_mask ``(B, T)`` bool; position_ids ``(3, B, T)`` int32 (temporal, height,
-    width); images, or None for text; image_index ``(B, T)`` int32: which visual token (counted through all images,
-    padding included) replaces the embedding, -1 where none does.
+    attention_mask: False for padding.
+    position_ids: temporal, height and width position of each token.
+    images: None for text.
+    image_index: which visual token replaces the token's embedding, -1 for none. Visual tokens are numbered through all
+        images of the batch, padding included. None for text.
     """
 
-    input_ids: jax.Array
-    attention_mask: jax.Array
-    position_ids: jax.Array
+    input_ids: Int[ArrayLike, "batch tokens"]
+    attention_mask: Bool[ArrayLike, "batch tokens"]
+    position_ids: Int[ArrayLike, "3 batch tokens"]
     images: Images | None = None
-    image_index: jax.Array | None = None
+    image_index: Int[ArrayLike, "batch tokens"] | None = None
 
     @classmethod
     def from_hf(
         cls,
         config: Config,
         *,
-        input_ids,
-        attention_mask=None,
-        pixel_values=None,
-        image_grid_thw=None,
-        mm_token_type_ids=None,
-        token_type_ids=None,
+        input_ids: Any,
+        attention_mask: Any = None,
+        pixel_values: Any = None,
+        image_grid_thw: Any = None,
+        mm_token_type_ids: Any = None,
+        token_type_ids: Any = None,
     ) -> "Inputs":
-        """Inputs from what a transformers processor returns, as NumPy arrays.
+        """Inputs, as NumPy arrays, from what a transformers processor returns.
 
         Args:
-            input_ids, attention_mask: ``(B, T)``, padded on either side.
-            pixel_values: ``(patches of all images, patch_dim)`` with image_grid_thw ``(I, 3)``, in patches (Qwen),
-                or ``(I, C, H, W)`` (towers of one size).
-            mm_token_type_ids, token_type_ids: ``(B, T)``; taken from the image token where absent.
+            input_ids, attention_mask: ``(batch, tokens)``, padded on either side.
+            pixel_values: for Qwen ``(patches of all images, patch_dim)``, with image_grid_thw ``(images, 3)``: the
+                frames, rows and columns of patches of each image. For towers of one size ``(images, channels, height,
+                width)``.
+            mm_token_type_ids, token_type_ids: ``(batch, tokens)``, 1 for image tokens. Without them a token is an image
+                token if its id is ``config.image_token_id``.
 
         Raises:
-            UserError: if the image tokens in the prompt and the images do not match.
+            UserError: if the image tokens in the prompts do not match the images.
+            AssertionError: for an array of another rank, shape or dtype.
         """
-        ids = np.asarray(input_ids, np.int32)
+        ids = np.asarray(input_ids)
+        chex.assert_type(ids, int)
+        ids = ids.astype(np.int32)
         mask = np.ones_like(ids, bool) if attention_mask is None else np.asarray(attention_mask, bool)
-        kinds = mm_token_type_ids if mm_token_type_ids is not None else token_type_ids
-        visual = (ids == config.image_token_id) if kinds is None else (np.asarray(kinds) == 1)
+        token_types = mm_token_type_ids if mm_token_type_ids is not None else token_type_ids
+        visual = (ids == config.image_token_id) if token_types is None else (np.asarray(token_types) == 1)
+        chex.assert_rank([ids, mask, visual], 2)
+        chex.assert_equal_shape([ids, mask, visual])
         visual &= mask
         images, counts = None, []
         if pixel_values is not None and len(pixel_values):
             if config.vision is None:
                 raise UserError(f"{config.family} is a text-only model: leave the images out")
-            images, counts = config.vision.images(np.asarray(pixel_values, np.float32), image_grid_thw)
+            pixels = np.asarray(pixel_values)
+            chex.assert_type(pixels, float)
+            images, counts = config.vision.images(pixels.astype(np.float32), image_grid_thw)
         if visual.sum() != sum(counts):
             raise UserError(
                 f"the prompts hold {visual.sum()} image tokens but the {len(counts)} images make {sum(counts)}: "
@@ -97,36 +115,43 @@ class Inputs:
         return cls(ids, mask, positions, images, index)
 
     @property
-    def is_image(self) -> jax.Array | None:
-        """Which tokens are visual ones ``(B, T)``; None without images."""
+    def is_image(self) -> Bool[ArrayLike, "batch tokens"] | None:
+        """Which tokens are visual ones; None without images."""
         return None if self.image_index is None else self.image_index >= 0
 
-    def take(self, rows, images: int | None = None) -> "Inputs":
-        """The batch of some ``rows`` (NumPy arrays only), with just their images, padded to ``images`` of them."""
+    def take(self, rows: Sequence[int] | Int[np.ndarray, " rows"], images: int | None = None) -> "Inputs":
+        """The batch of these ``rows``, with only their images (NumPy arrays only).
+
+        Args:
+            images: pads the images to at least this many.
+        """
         rows = np.asarray(rows)
         text = Inputs(self.input_ids[rows], self.attention_mask[rows], self.position_ids[:, rows])
         if self.images is None:
             return text
         index, stride = self.image_index[rows].copy(), self.images.stride
-        there = index >= 0
-        used, place = np.unique(index[there] // stride, return_inverse=True)
-        index[there] = place * stride + index[there] % stride
-        missing = max(0, (images or 0) - len(used))
-        if not len(used) + missing:
+        is_image = index >= 0
+        used_images, new_number = np.unique(index[is_image] // stride, return_inverse=True)
+        index[is_image] = new_number * stride + index[is_image] % stride
+        missing = max(0, (images or 0) - len(used_images))
+        if not len(used_images) + missing:
             return text
 
         def pick(array):
-            return np.pad(array[used], [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+            return np.pad(array[used_images], [(0, missing)] + [(0, 0)] * (array.ndim - 1))
 
         return text.replace(images=jax.tree.map(pick, self.images), image_index=index)
 
-    def aligned(self, images: int, patches: int, at: np.ndarray | None = None) -> "Inputs":
-        """The same rows (NumPy arrays only), each followed by its own ``images`` images of ``patches`` patches, padding
-        included: so that whoever gets some of the rows gets their images with them.
+    def aligned(self, images: int, patches: int, at: Int[np.ndarray, " batch"] | None = None) -> "Inputs":
+        """The same rows with the images laid out by row: ``images`` images for each row, padding included.
+
+        Every row then owns an equal, contiguous part of the images' arrays. So a process or a device that gets some of
+        the rows gets their images too. (NumPy arrays only.)
 
         Args:
-            images, patches: no fewer than a row, or an image, has.
-            at: which rows of a larger batch these are, whose visual tokens are counted through all of its images.
+            images: images per row, at least as many as any row has.
+            patches: patches per image, at least as many as there are now.
+            at: where these rows are in a larger batch, whose visual tokens are numbered through all of its images.
         """
         if self.images is None:
             return self
@@ -134,12 +159,12 @@ class Inputs:
         assert patches >= old.patch_mask.shape[1], (patches, old.patch_mask.shape)
         stride = old.stride * patches // old.patch_mask.shape[1]
         index, source = self.image_index.copy(), np.full(count * images, -1)
-        for row, place in enumerate(np.arange(count) if at is None else at):
-            there = index[row] >= 0
-            used, slot = np.unique(index[row, there] // old.stride, return_inverse=True)
-            assert len(used) <= images, (len(used), images)
-            source[row * images : row * images + len(used)] = used
-            index[row, there] = (place * images + slot) * stride + index[row, there] % old.stride
+        for row, batch_row in enumerate(np.arange(count) if at is None else at):
+            is_image = index[row] >= 0
+            used_images, slot = np.unique(index[row, is_image] // old.stride, return_inverse=True)
+            assert len(used_images) <= images, (len(used_images), images)
+            source[row * images : row * images + len(used_images)] = used_images
+            index[row, is_image] = (batch_row * images + slot) * stride + index[row, is_image] % old.stride
 
         def spread(array):
             new = np.zeros((len(source), patches, *array.shape[2:]), array.dtype)
@@ -149,7 +174,10 @@ class Inputs:
         return self.replace(images=jax.tree.map(spread, old).replace(stride=stride), image_index=index)
 
     def turned(self) -> "Inputs":
-        """With position_ids as ``(B, 3, T)``, so that rows lead in every array; and back."""
+        """Swaps the first two axes of position_ids: ``(3, batch, tokens)`` becomes ``(batch, 3, tokens)``.
+
+        Then the rows come first in every array, as splitting a batch needs. A second call swaps them back.
+        """
         return self.replace(position_ids=self.position_ids.swapaxes(0, 1))
 
     def cut(self, length: int) -> "Inputs":
@@ -162,30 +190,43 @@ class Inputs:
         )
 
 
-def rope_index(mask: np.ndarray, visual: np.ndarray, grids: np.ndarray, merge: int) -> np.ndarray:
-    """Multimodal rotary positions ``(3, B, T)`` (Qwen-VL): text counts on all three axes together; an image that
-    starts at ``p`` has temporal ``p``, height ``p + row``, width ``p + column``, and moves the count on by the
-    longer side of its merged grid. Padding has position 0."""
+def rope_index(
+    mask: Bool[np.ndarray, "batch tokens"],
+    visual: Bool[np.ndarray, "batch tokens"],
+    grids: Int[np.ndarray, "images 3"],
+    merge: int,
+) -> Int32[np.ndarray, "3 batch tokens"]:
+    """Temporal, height and width positions of Qwen-VL's multimodal rotary embedding.
+
+    A text token advances all three positions by one. An image that starts at position ``p`` has the temporal position
+    ``p``, height ``p + row`` and width ``p + column``; the text after it continues at ``p`` plus the longer side of the
+    image's merged grid. Padding has position 0.
+
+    Args:
+        mask: False for padding. visual: the image tokens.
+        grids: frames, rows and columns of patches of each image, in the order of the prompts.
+        merge: patches along the side of a visual token.
+    """
     positions = np.zeros((3, *mask.shape), np.int32)
-    pending = iter(grids)
+    pending_grids = iter(grids)
     for row in range(len(mask)):
-        where = np.flatnonzero(mask[row])
-        current, at = 0, 0
-        while at < len(where):
-            if not visual[row, where[at]]:
-                positions[:, row, where[at]] = current
-                current, at = current + 1, at + 1
+        columns = np.flatnonzero(mask[row])
+        position, done = 0, 0
+        while done < len(columns):
+            if not visual[row, columns[done]]:
+                positions[:, row, columns[done]] = position
+                position, done = position + 1, done + 1
                 continue
-            frames, height, width = next(pending) // np.array([1, merge, merge])
+            frames, height, width = next(pending_grids) // np.array([1, merge, merge])
             block = np.stack(np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij"))
-            block = block.reshape(3, -1) + current
-            run = visual[row, where[at : at + block.shape[1]]]
-            if len(run) < block.shape[1] or not run.all():
+            block = block.reshape(3, -1) + position
+            image_columns = columns[done : done + block.shape[1]]
+            if len(image_columns) < block.shape[1] or not visual[row, image_columns].all():
                 raise UserError(
                     f"row {row} breaks off an image of {block.shape[1]} tokens: keep each image's tokens together"
                 )
-            positions[:, row, where[at : at + block.shape[1]]] = block
-            current, at = current + max(height, width), at + block.shape[1]
+            positions[:, row, image_columns] = block
+            position, done = position + max(height, width), done + block.shape[1]
     return positions
 
 

@@ -1,11 +1,12 @@
 """The whole model: vision tower -> projector -> merge -> decoder -> logits, as one pure function."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, PRNGKeyArray
 
 from vlm_jax.config import Config
 from vlm_jax.families import backbone_config
@@ -13,63 +14,68 @@ from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import constrain
 from vlm_jax.nn.decoder import Decoder, Window
 from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check
+from vlm_jax.typing import Array
 from vlm_jax.vision.blocks import Features
 
 
 class Output(NamedTuple):
-    """``logits (B, T, V)``; ``taps``: site -> array, with a leading layer axis for the sites of layers."""
+    """The logits of every token, and the taps: site -> value, with a leading axis of layers for the sites of layers."""
 
-    logits: jax.Array
-    taps: dict[str, jax.Array]
+    logits: Float[Array, "batch tokens vocab"]
+    taps: dict[str, Any]
 
 
 class Embedded(NamedTuple):
-    """What enters layer 0: ``x (B, T, D)``, and ``deepstack (K, B, T, D)`` (None without images or DeepStack)."""
+    """What enters layer 0, and what DeepStack adds after the first ``levels`` layers.
 
-    x: jax.Array
-    deepstack: jax.Array | None
+    deepstack: None without images or without DeepStack.
+    """
+
+    x: Float[Array, "batch tokens width"]
+    deepstack: Float[Array, "levels batch tokens width"] | None
 
 
 class Model(nnx.Module):
     """A vision-language model, or its text-only backbone. A pytree: jit, vmap, scan and differentiate it with plain
     ``jax`` transforms."""
 
-    def __init__(self, config: Config, key: jax.Array):
+    def __init__(self, config: Config, key: PRNGKeyArray):
         text, visual = jax.random.split(key)
         self.config = config
         self.text = Decoder(text, config.text)
         self.visual = None if config.vision is None else config.vision.tower(visual)
 
-    def __call__(self, inputs: Inputs, interventions=(), taps: Taps = ()) -> Output:
+    def __call__(self, inputs: Inputs, interventions: Sequence[Any] = (), taps: Taps = ()) -> Output:
         """One forward pass.
 
         Args:
-            interventions: applied in order at each site (see :mod:`vlm_jax.sites`).
+            interventions: :class:`vlm_jax.Intervention`, applied in order at each site (see :mod:`vlm_jax.sites`).
             taps: names of the sites whose values to return; or a dict from names to the layers whose values to keep,
                 or to a :class:`vlm_jax.Tap`, which can also reduce each value.
 
         Raises:
             UserError: for an unknown tap or site, or an intervention that touches nothing.
         """
-        wanted = check(interventions, taps, self.sites(inputs), self.depths, inputs.input_ids.shape)
-        x, tapped = self.hidden(inputs, interventions, wanted)
-        probe = Probe(interventions, wanted, Context())
+        checked = check(interventions, taps, self.sites(inputs), self.depths, inputs.input_ids.shape)
+        x, tapped = self.hidden(inputs, interventions, checked)
+        probe = Probe(interventions, checked, Context())
         logits = self.text.head(x, probe)
         return Output(logits, {**tapped, **probe.taps})
 
     def hidden(
         self,
         inputs: Inputs,
-        interventions=(),
+        interventions: Sequence[Any] = (),
         taps: Mapping[str, Tap] = NO_TAPS,
         remat: bool | tuple[str, ...] = False,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The residual stream ``(B, T, D)`` after the last layer, before the final norm, and the taps up to there:
-        everything but the unembedding, for losses and read-outs that unembed a few tokens.
+    ) -> tuple[Float[Array, "batch tokens width"], dict[str, Any]]:
+        """The residual stream after the last layer, before the final norm, and the taps up to there.
+
+        This is the whole model without the unembedding, for losses and read-outs that unembed only a few tokens. Unlike
+        calling the model, it does not check the interventions and taps.
 
         Args:
-            taps: site -> :class:`vlm_jax.Tap`; neither they nor the interventions are checked, as calling the model
-                does.
+            taps: site -> :class:`vlm_jax.Tap`.
             remat: what a backward pass computes again (:meth:`vlm_jax.nn.decoder.Decoder.scan`).
         """
         interventions = jax.tree.map(jnp.asarray, tuple(interventions))  # layers index them while being traced
@@ -85,9 +91,10 @@ class Model(nnx.Module):
         return x, {**outer, **tapped}
 
     def backbone(self) -> "Model":
-        """The text-only model inside: the same arrays, not copies, under the backbone's own config.
+        """The text-only model inside: the same arrays, not copies, with the backbone's config.
 
-        Saved, it is a folder that transformers' ``AutoModelForCausalLM`` loads. A text-only model is its own backbone.
+        transformers' ``AutoModelForCausalLM`` loads the folder that saving it writes. A text-only model is its own
+        backbone.
         """
         if self.visual is None:
             return self
@@ -99,35 +106,43 @@ class Model(nnx.Module):
         """The sites that a pass over these inputs has."""
         if inputs.images is None:
             return TEXT_SITES - {"text.deepstack"}
+        assert self.visual is not None, "a text-only model got images"
         deepstack = self.visual.SITES & {"projector.deepstack_merger_list"}
         return (TEXT_SITES if deepstack else TEXT_SITES - {"text.deepstack"}) | self.visual.SITES
 
     @property
     def depths(self) -> dict[str, int]:
-        """Layers that each tower runs, and after how many of the decoder's DeepStack adds something."""
-        stacked = getattr(self.config.vision, "deepstack_visual_indexes", ())
+        """How many layers each tower runs, and after how many of the decoder's layers DeepStack adds something."""
+        levels = getattr(self.config.vision, "deepstack_visual_indexes", ())
         visual = 0 if self.visual is None else self.visual.depth
-        return {"text": self.config.text.num_hidden_layers, "visual": visual, "deepstack": len(stacked)}
+        return {"text": self.config.text.num_hidden_layers, "visual": visual, "deepstack": len(levels)}
 
     def window(self, inputs: Inputs, start: int = 0) -> Window:
-        """Who sees whom, and the rotary angles, for the tokens from ``start`` on."""
+        """The masks and rotary angles of the tokens from ``start`` on."""
         return self.text.window(inputs.attention_mask, inputs.position_ids, start, inputs.is_image)
 
-    def features(self, inputs: Inputs, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
+    def features(
+        self, inputs: Inputs, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS
+    ) -> tuple[Features | None, dict[str, Any]]:
         """Visual features of the images (None without images) and the taps of the vision tower."""
         if inputs.images is None:
             return None, {}
+        assert self.visual is not None, "a text-only model got images"
         return self.visual(inputs.images, interventions, taps)
 
     def embed(
-        self, inputs: Inputs, interventions=(), taps: Mapping[str, Tap] = NO_TAPS, features: Features | None = None
-    ) -> tuple[Embedded, dict]:
+        self,
+        inputs: Inputs,
+        interventions: Sequence[Any] = (),
+        taps: Mapping[str, Tap] = NO_TAPS,
+        features: Features | None = None,
+    ) -> tuple[Embedded, dict[str, Any]]:
         """Token embeddings with the visual tokens merged in, and the taps up to there.
 
         Args:
-            features: of the vision tower, where they are known already.
+            features: the vision tower's, where they are known already; None runs the tower.
         """
-        tapped: dict = {}
+        tapped: dict[str, Any] = {}
         if features is None:
             features, tapped = self.features(inputs, interventions, taps)
         probe = Probe(interventions, taps, Context())
@@ -135,14 +150,15 @@ class Model(nnx.Module):
         return Embedded(probe("text.embeddings", embedded.x), embedded.deepstack), {**tapped, **probe.taps}
 
     def merge(self, inputs: Inputs, features: Features | None) -> Embedded:
-        """Puts visual tokens in the places that ``inputs.image_index`` names."""
+        """Token embeddings, replaced by visual tokens where ``inputs.image_index`` names one."""
         x = constrain(self.text.embed(inputs.input_ids), "batch", None, None)
         if features is None:
             return Embedded(x, None)
+        assert inputs.image_index is not None, "inputs without images got visual features"
         index, is_image = jnp.maximum(inputs.image_index, 0), inputs.image_index[..., None] >= 0
         width = x.shape[-1]
         x = jnp.where(is_image, features.merged.reshape(-1, width)[index], x)
         if features.deepstack is None:
             return Embedded(x, None)
-        rows = features.deepstack.reshape(len(features.deepstack), -1, width)
-        return Embedded(x, jnp.where(is_image, rows[:, index], 0))
+        visual_tokens = features.deepstack.reshape(len(features.deepstack), -1, width)
+        return Embedded(x, jnp.where(is_image, visual_tokens[:, index], 0))

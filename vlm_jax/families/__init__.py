@@ -1,4 +1,9 @@
-"""Model families, one file each: config mapping, key table, prompt and span rules (:mod:`vlm_jax.families.base`)."""
+"""Model families, one file each: how to read a config, the key table and how prompts write images.
+
+To add a family, write such a file (``FAMILY`` and ``BACKBONE``, :class:`vlm_jax.families.base.Family`) and name it in
+``_MODULES`` below. A new vision tower is a file in ``vlm_jax/vision``; its sites are in ``vlm_jax/sites.py`` and its
+kernels in ``AXES`` or ``REPLICATED`` of ``vlm_jax/mesh/sharding.py``.
+"""
 
 import dataclasses
 import json
@@ -17,9 +22,15 @@ BACKBONES: dict[str, str] = {module.FAMILY.model_type: module.BACKBONE.model_typ
 
 
 def read_config(hf: dict, where: str) -> Config:
-    """Our config from a Hugging Face ``config.json``; ``where`` names the file in errors.
+    """Our config from a Hugging Face ``config.json``.
 
-    transformers' own config class reads it first: it knows every older spelling and fills in what is left out.
+    transformers' config class reads it first, because it knows all older spellings and the default values.
+
+    Args:
+        where: name of the file, for errors.
+
+    Raises:
+        UserError: for an unknown architecture, or values that are missing or not supported.
     """
     from transformers import CONFIG_MAPPING
 
@@ -42,7 +53,7 @@ def read_config(hf: dict, where: str) -> Config:
 
 
 def backbone_config(config: Config) -> Config:
-    """The config of the text-only model inside a vision-language model, as that model's own ``config.json`` has it."""
+    """The config of the text-only model inside a vision-language model, as read from a ``config.json`` of its own."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -50,7 +61,7 @@ def backbone_config(config: Config) -> Config:
     text = CONFIG_MAPPING[config.family].from_dict(json.loads(config.hf)).get_text_config().to_diff_dict()
     known = CONFIG_MAPPING[model_type]().to_dict()
     text = {k: v for k, v in text.items() if k in known}
-    # Three axes that agree, as they do on text, are one.
+    # On text the three positions of M-RoPE are equal, so the text-only model has plain rotary embeddings.
     text["rope_parameters"] = {
         k: v for k, v in text["rope_parameters"].items() if k != "type" and not k.startswith("mrope")
     }
@@ -58,7 +69,7 @@ def backbone_config(config: Config) -> Config:
     text |= {
         "model_type": model_type,
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
-        "dtype": hf.get("dtype", hf.get("torch_dtype")),  # saving writes the precision that the parameters have
+        "dtype": hf.get("dtype", hf.get("torch_dtype")),  # saving replaces it by the parameters' dtype
         "tie_word_embeddings": config.text.tie_word_embeddings,
     }
     return read_config(text, f"the text_config of a {config.family}")

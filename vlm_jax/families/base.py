@@ -1,7 +1,8 @@
-"""What a family is, and what the families share: the decoder's fields and keys, and processors without video."""
+"""What a family is, and what families share: the decoder's fields and tensor names, and processors without video."""
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ from vlm_jax.config import Config, Rope, TextConfig
 from vlm_jax.errors import UserError
 from vlm_jax.families.key_table import KEEP, TRANSPOSE, Row, linear
 from vlm_jax.nn.layers import ACTIVATIONS
+from vlm_jax.processor import Processor, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """How prompts spell images and turns.
+    """How prompts write images and turns.
 
-    placeholder: what the chat template writes for an image; before, image, after: what stands there in its place,
-    ``image`` once per visual token. image_end: the token that closes an image, None where the family has none.
-    turn_end: what ends the answer's turn in its chat template; the tokeniser's end token where None.
+    placeholder: what the chat template writes for an image. It is replaced by ``before``, ``image`` once per visual
+    token, and ``after``.
+    image_end: the token that closes an image; None if the family has none.
+    turn_end: what ends an answer in the chat template; None stands for the tokenizer's end token.
     """
 
     placeholder: str = ""
@@ -32,29 +35,32 @@ class Chat:
 class Family:
     """One ``model_type``.
 
-    read_config: ``(config.json, its transformers config, where) -> Config``. table: every tensor of a checkpoint.
-    layers: Hugging Face (and PEFT) module name of the stack of decoder layers. spellings: ``(on disk, in the table)``
-    prefixes of tensor names; the first whose table prefix fits is the one written. load_processor: of a folder.
-    flat_text: published configs hold the decoder's fields at the top, not in ``text_config``.
+    read_config: ``(config.json, its transformers config, file name for errors) -> Config``.
+    table: the key table, with every tensor that a checkpoint may have.
+    layers: Hugging Face (and PEFT) module name of the stack of decoder layers.
+    load_processor: reads the processor of a model folder.
+    spellings: ``(prefix in files, prefix in the table)`` for tensor names that files spell in other ways. When a
+    checkpoint is written, the first pair whose table prefix fits decides.
+    flat_text: published configs have the decoder's fields at the top level, not in ``text_config``.
     """
 
     model_type: str
     read_config: Callable[[dict, Any, str], Config]
     table: tuple[Row, ...]
     layers: str
-    load_processor: Callable[[Path], Any]
+    load_processor: Callable[[Path], Processor]
     spellings: tuple[tuple[str, str], ...] = ()
     flat_text: bool = False
     chat: Chat = Chat()
 
     def in_table(self, key: str) -> str:
-        """The table's name of a tensor that a file calls ``key``: the longest prefix that fits decides."""
+        """The table's name of the tensor ``key`` of a file. The longest prefix that fits decides."""
         fits = [(disk, table) for disk, table in self.spellings if key.startswith(disk)]
         disk, table = max(fits, key=lambda pair: len(pair[0]), default=("", ""))
         return table + key.removeprefix(disk)
 
     def on_disk(self, key: str) -> str:
-        """The name that transformers writes for a tensor that the table calls ``key``."""
+        """The name that transformers writes for the table's tensor ``key``."""
         for disk, table in self.spellings:
             if key.startswith(table):
                 return disk + key.removeprefix(table)
@@ -62,7 +68,7 @@ class Family:
 
 
 def decoder_rows(prefix: str, head: str = "lm_head") -> tuple[Row, ...]:
-    """The rows of a decoder whose Hugging Face module is ``prefix``, all its options included: a model lacks some."""
+    """The rows of a decoder whose Hugging Face module is ``prefix``, for all options; a model has only some of them."""
     layer = f"{prefix}.layers.{{}}"
     linears = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     norms = ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm")
@@ -76,26 +82,43 @@ def decoder_rows(prefix: str, head: str = "lm_head") -> tuple[Row, ...]:
     )
 
 
-def supported(where: str, field: str, value: Any, values) -> Any:
-    """``value`` if it is one of ``values``, else an error that names the field and the supported values."""
+def supported(where: str, field: str, value: Any, values: Sequence[Any]) -> Any:
+    """``value``, which must be one of ``values``.
+
+    Raises:
+        UserError: if it is not; the error names the field and the supported values.
+    """
     if value not in values:
         raise UserError(f"{where}: {field} = {value!r} is not supported, only {', '.join(map(repr, values))}")
     return value
 
 
 def positive(where: str, config: Any, *fields: str) -> dict[str, int]:
-    """Fields of a transformers config that must be whole numbers above 0."""
-    found = {}
+    """Fields of a transformers config that must be whole numbers above 0.
+
+    Raises:
+        UserError: if one is not.
+    """
+    numbers = {}
     for field in fields:
         value = getattr(config, field, None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{where}: {field} = {value!r} is not supported, only a whole number above 0")
-        found[field] = value
-    return found
+        numbers[field] = value
+    return numbers
 
 
-def read_text(text: Any, where: str, *, tied: bool, **own: Any) -> TextConfig:
-    """The decoder's config from a transformers text config, and from ``own`` what is particular to the family."""
+def read_text(text: Any, where: str, *, tied: bool, **options: Any) -> TextConfig:
+    """The decoder's config from a transformers text config.
+
+    Args:
+        where: name of the file, for errors.
+        tied: whether the unembedding is the token embedding.
+        options: fields of :class:`vlm_jax.config.TextConfig` that the family sets itself.
+
+    Raises:
+        UserError: for values that the decoder does not support.
+    """
     sizes = positive(
         where,
         text,
@@ -126,7 +149,8 @@ def read_text(text: Any, where: str, *, tied: bool, **own: Any) -> TextConfig:
             raise UserError(
                 f"{where}: mrope_section must be three numbers that add up to half of head_dim = {head_dim}"
             )
-        if section is not None and "sliding_attention" in rope:  # the window counts tokens, M-RoPE's positions do not
+        # A sliding window counts tokens, but M-RoPE's positions do not.
+        if section is not None and "sliding_attention" in rope:
             raise UserError(f"{where}: use_sliding_window = True is not supported with mrope_section, only False")
     if "sliding_attention" in rope:
         positive(where, text, "sliding_window")
@@ -140,12 +164,16 @@ def read_text(text: Any, where: str, *, tied: bool, **own: Any) -> TextConfig:
         sliding_window=text.sliding_window if "sliding_attention" in layer_types else None,
         hidden_act=supported(where, "hidden_act", act, tuple(ACTIVATIONS)),
         **positive(where, text, "max_position_embeddings"),
-        **own,
+        **options,
     )
 
 
 def ascending(where: str, field: str, indexes: Any, depth: int) -> tuple[int, ...]:
-    """Layer indexes that must be in order and below ``depth``."""
+    """Layer indexes that must be in ascending order and below ``depth``.
+
+    Raises:
+        UserError: if they are not.
+    """
     indexes = tuple(indexes)
     if list(indexes) != sorted(set(indexes)) or not set(indexes) <= set(range(depth)):
         raise UserError(f"{where}: {field} = {list(indexes)} is not supported, only ascending indexes below {depth}")
@@ -153,79 +181,89 @@ def ascending(where: str, field: str, indexes: Any, depth: int) -> tuple[int, ..
 
 
 def whole_heads(where: str, width: int, heads: int) -> None:
-    """A tower's heads must divide its width."""
+    """Refuses a tower whose heads do not divide its width."""
     if width % heads:
         raise UserError(f"{where}: hidden_size = {width} of the vision tower is no multiple of its {heads} heads")
 
 
 def attention_bias(text: Any) -> tuple[str, ...]:
-    """Which attention linears have a bias, where the config decides: all four, or none."""
+    """Which attention linears have a bias, for families whose config decides it: all four or none."""
     return ("q_proj", "k_proj", "v_proj", "o_proj") if text.attention_bias else ()
 
 
 def read_rope(parameters: dict, where: str) -> Rope:
     """A ``rope_parameters`` entry."""
     kind = parameters.get("rope_type", "default")
-    kind = "default" if kind == "mrope" else kind  # Qwen2.5-VL's older name of what its sections say
+    kind = "default" if kind == "mrope" else kind  # an older name in Qwen2.5-VL's configs; mrope_section says it too
     supported(where, "rope_type", kind, ("default", "linear", "llama3"))
     fields = {f.name for f in dataclasses.fields(Rope)}
-    found = {k: v for k, v in parameters.items() if k in fields and v is not None}
-    if found.get("mrope_section") is not None:
-        found["mrope_section"] = tuple(found["mrope_section"])
-    for field, value in found.items():
+    values = {k: v for k, v in parameters.items() if k in fields and v is not None}
+    if values.get("mrope_section") is not None:
+        values["mrope_section"] = tuple(values["mrope_section"])
+    for field, value in values.items():
         if field not in ("rope_type", "mrope_section") and not isinstance(value, int | float):
             raise UserError(f"{where}: {field} = {value!r} is not supported, only a number")
-    return Rope(**{**found, "rope_type": kind, "rope_theta": float(found["rope_theta"])})
+    return Rope(**{**values, "rope_type": kind, "rope_theta": float(values["rope_theta"])})
 
 
 def tied(hf: dict, default: bool = False) -> bool:
-    """``tie_word_embeddings``, which a config may hold at the top or in its text part."""
+    """``tie_word_embeddings``, which may be at the top of a config or in its text part."""
     return bool(hf.get("tie_word_embeddings", (hf.get("text_config") or {}).get("tie_word_embeddings", default)))
 
 
 def token_ids(hf: dict, config: Any) -> dict[str, Any]:
-    """Which tokens end a turn and which pads, as fields of :class:`Config`."""
+    """The tokens that end a turn and the token that pads, as fields of :class:`vlm_jax.config.Config`."""
     text = config.get_text_config()
     eos, pad = (hf.get(name, getattr(text, name, None)) for name in ("eos_token_id", "pad_token_id"))
     eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     return {"eos_token_ids": eos, "pad_token_id": next((p for p in (pad, *eos) if p is not None), 0)}
 
 
-def read_backbone(model_type: str, **own: Any) -> Callable[[dict, Any, str], Config]:
-    """``read_config`` of a text-only model; ``own(text)`` values that are callables are read from its config."""
+def read_backbone(model_type: str, **options: Any) -> Callable[[dict, Any, str], Config]:
+    """The ``read_config`` function of a text-only model.
+
+    Args:
+        options: fields of :class:`vlm_jax.config.TextConfig` that the family sets itself: values, or functions that get
+            a value from the transformers config.
+    """
 
     def read_config(hf: dict, config: Any, where: str) -> Config:
-        options = {k: v(config) if callable(v) else v for k, v in own.items()}
-        text = read_text(config, where, tied=bool(config.tie_word_embeddings), **options)
+        values = {k: v(config) if callable(v) else v for k, v in options.items()}
+        text = read_text(config, where, tied=bool(config.tie_word_embeddings), **values)
         return Config(model_type, text, None, None, **token_ids(hf, config))
 
     return read_config
 
 
 class TextProcessor:
-    """A tokeniser in the place of a processor, for text-only models."""
+    """The processor of a text-only model: a tokenizer alone."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.chat_template, self.image_processor = tokenizer, tokenizer.chat_template, None
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation; without a chat template, the messages' own."""
-        flat = [{"role": m["role"], "content": "".join(part["text"] for part in m["content"])} for m in messages]
+    def apply_chat_template(self, conversation: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; without a chat template, the texts of its messages one after another."""
+        flat = [{"role": m["role"], "content": "".join(part["text"] for part in m["content"])} for m in conversation]
         if self.tokenizer.chat_template is None:
             return "".join(message["content"] for message in flat)
-        # Qwen3's template would have it think aloud first; other templates ignore the word.
+        # Without enable_thinking=False, Qwen3's template makes the model think first. Other templates ignore it.
         options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": False}
         return self.tokenizer.apply_chat_template(flat, tokenize=False, **options)
 
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes the tokenizer's files to a folder."""
+        self.tokenizer.save_pretrained(save_directory)
+
 
 def load_tokenizer(folder: Path) -> TextProcessor:
+    """The processor of a folder with a text-only model."""
     from transformers import AutoTokenizer
 
     return TextProcessor(AutoTokenizer.from_pretrained(folder))
 
 
 def load_parts(folder: Path) -> dict[str, Any]:
-    """Image processor (PIL, torch-free), tokeniser and chat template of a folder."""
+    """Image processor (with the PIL backend, which needs no torch), tokenizer and chat template of a folder."""
     import json
 
     from transformers import AutoImageProcessor, AutoTokenizer
@@ -241,11 +279,11 @@ def load_parts(folder: Path) -> dict[str, Any]:
 
 
 def without_video(processor: type) -> type:
-    """A Qwen processor class without its video part, which alone would need torchvision."""
+    """A Qwen processor class without its video part, which is the only part that needs torchvision."""
     from transformers.processing_utils import ProcessorMixin
 
     class ImageOnlyProcessor(processor):
-        """``ProcessorMixin`` loads what ``__init__`` names, so naming no video processor leaves it out."""
+        """``ProcessorMixin`` loads the parts that ``__init__`` names, so this one has no video processor."""
 
         def __init__(self, image_processor, tokenizer, chat_template=None, **ignored):
             for name in ("image_pad", "video_pad", "vision_start", "vision_end"):

@@ -20,14 +20,15 @@ from vlm_jax.families.base import (
 )
 from vlm_jax.families.key_table import KEEP, Row
 from vlm_jax.families.vit import SPELLINGS, encoder_rows, read_tower
+from vlm_jax.processor import Processor
 from vlm_jax.vision.siglip import SiglipVision
 
 
-def _text(hf: dict, text: Any, where: str, **own: Any) -> TextConfig:
+def _text(hf: dict, text: Any, where: str, **options: Any) -> TextConfig:
     supported(where, "use_bidirectional_attention", bool(text.use_bidirectional_attention), (False,))
-    # transformers reads these two and applies neither: what the weights were trained with is not known.
+    # transformers reads these two fields but does not apply them, so it is unknown whether the weights expect them.
     supported(where, "attn_logit_softcapping", text.attn_logit_softcapping, (None,))
-    if "bidirectional_images" in own:
+    if "bidirectional_images" in options:
         supported(where, "final_logit_softcapping", text.final_logit_softcapping, (None,))
     return read_text(
         text,
@@ -40,7 +41,7 @@ def _text(hf: dict, text: Any, where: str, **own: Any) -> TextConfig:
         embed_scale=text.hidden_size**0.5,
         query_pre_attn_scalar=float(positive(where, text, "query_pre_attn_scalar")["query_pre_attn_scalar"]),
         final_logit_softcapping=text.final_logit_softcapping,
-        **own,
+        **options,
     )
 
 
@@ -65,7 +66,7 @@ def read_backbone(hf: dict, config: Any, where: str) -> Config:
     return Config("gemma3_text", text, None, None, **token_ids(hf, config))
 
 
-def load_processor(folder: Path):
+def load_processor(folder: Path) -> Processor:
     import json
 
     from transformers import Gemma3Processor

@@ -1,4 +1,4 @@
-"""The vocabulary of key tables: how a Hugging Face tensor and one of ours relate, in both directions."""
+"""The rows of key tables: which Hugging Face tensor is which of our arrays, and how their layouts differ."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,8 +9,11 @@ from vlm_jax.config import Config
 
 
 class Op(NamedTuple):
-    """An invertible change of layout. ``read`` gives a slice of ours, from a file's lazily read tensor; ``to_hf`` and
-    ``hf_shape`` also get the config."""
+    """An invertible change of layout.
+
+    read: ``(tensor, slices of our array) -> that part of our array``. The tensor is a lazily read safetensors slice.
+    to_hf: ``(our array, config) -> the tensor``. hf_shape: ``(shape of our array, config) -> shape of the tensor``.
+    """
 
     read: Callable[[Any, tuple[slice, ...]], np.ndarray]
     to_hf: Callable[[np.ndarray, Config], np.ndarray]
@@ -18,7 +21,11 @@ class Op(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a key table. ``{}`` in ``hf`` runs over the leading (stacked) axis of our array."""
+    """One row of a key table.
+
+    hf: name of the tensor. ``{}`` in it stands for the index along the leading axis of our array, that of the layers.
+    path: of our array. op: how the layouts differ.
+    """
 
     hf: str
     path: str
@@ -35,7 +42,7 @@ def _conv_shape(shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
 
 KEEP = Op(lambda tensor, where: tensor[where], lambda a, _: a, lambda shape, _: shape)
 TRANSPOSE = Op(lambda tensor, where: tensor[where[::-1]].T, lambda a, _: a.T, lambda shape, _: shape[::-1])
-#: A convolution whose stride is its kernel is a matmul on flattened patches.
+#: A convolution whose stride is the size of its kernel is a matmul of flattened patches.
 CONV = Op(
     lambda tensor, where: tensor[:].reshape(tensor.get_shape()[0], -1).T[where],
     lambda a, config: a.T.reshape(_conv_shape(a.shape, config)),
@@ -44,10 +51,10 @@ CONV = Op(
 
 
 def linear(hf: str, ours: str) -> tuple[Row, Row]:
-    """A linear map with a bias."""
+    """The two rows of a linear map with a bias."""
     return Row(f"{hf}.weight", f"{ours}.kernel", TRANSPOSE), Row(f"{hf}.bias", f"{ours}.bias", KEEP)
 
 
 def norm(hf: str, ours: str) -> tuple[Row, Row]:
-    """A layer norm."""
+    """The two rows of a layer norm."""
     return Row(f"{hf}.weight", f"{ours}.weight", KEEP), Row(f"{hf}.bias", f"{ours}.bias", KEEP)

@@ -21,6 +21,7 @@ from vlm_jax.families.base import (
 from vlm_jax.families.key_table import linear
 from vlm_jax.families.vit import SPELLINGS, encoder_rows, read_tower
 from vlm_jax.nn.layers import ACTIVATIONS
+from vlm_jax.processor import Processor
 from vlm_jax.vision.clip import ClipVision
 
 
@@ -50,7 +51,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
             out_hidden_size=text.hidden_size,
             vision_feature_layer=chosen,
             keep_cls=supported(where, "vision_feature_select_strategy", strategy, ("default", "full")) == "full",
-            # transformers knows the two-layer projector only; the field is the original LLaVA's.
+            # A field of the original LLaVA; transformers knows only the projector of two layers.
             mm_projector_type=supported(
                 where, "mm_projector_type", hf.get("mm_projector_type", "mlp2x_gelu"), ("mlp2x_gelu", "linear")
             ),
@@ -64,7 +65,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
     )
 
 
-def load_processor(folder: Path):
+def load_processor(folder: Path) -> Processor:
     import json
 
     from transformers import LlavaProcessor

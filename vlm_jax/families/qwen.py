@@ -6,8 +6,13 @@ from vlm_jax.families.base import positive, supported, whole_heads
 from vlm_jax.nn.layers import ACTIVATIONS
 
 
-def read_tower(vision: Any, where: str, *own: str) -> dict[str, Any]:
-    """The fields of :class:`vlm_jax.vision.qwen.QwenVision`, and the whole numbers ``own`` to one family."""
+def read_tower(vision: Any, where: str, *more: str) -> dict[str, Any]:
+    """The fields of :class:`vlm_jax.vision.qwen.QwenVision` from a transformers vision config.
+
+    Args:
+        where: name of the file, for errors.
+        more: further fields to read that are whole numbers above 0.
+    """
     sizes = positive(
         where,
         vision,
@@ -20,7 +25,7 @@ def read_tower(vision: Any, where: str, *own: str) -> dict[str, Any]:
         "temporal_patch_size",
         "spatial_merge_size",
         "out_hidden_size",
-        *own,
+        *more,
     )
     whole_heads(where, sizes["hidden_size"], sizes["num_heads"])
     return {

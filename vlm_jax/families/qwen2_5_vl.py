@@ -18,10 +18,11 @@ from vlm_jax.families.base import (
 )
 from vlm_jax.families.key_table import CONV, KEEP, Row, linear
 from vlm_jax.families.qwen import read_tower
+from vlm_jax.processor import Processor
 from vlm_jax.vision.qwen2_5 import Qwen25Vision
 
 _BLOCK, _OURS = "model.visual.blocks.{}", "visual.blocks"
-_BIAS = ("q_proj", "k_proj", "v_proj")  # the output has none, whatever the config says
+_BIAS = ("q_proj", "k_proj", "v_proj")  # never o_proj, whatever the config says
 
 
 def read_config(hf: dict, config: Any, where: str) -> Config:
@@ -39,7 +40,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
     )
 
 
-def load_processor(folder: Path):
+def load_processor(folder: Path) -> Processor:
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
     return without_video(Qwen2_5_VLProcessor)(**load_parts(folder))
@@ -65,7 +66,7 @@ FAMILY = Family(
     layers="model.language_model.layers",
     load_processor=load_processor,
     flat_text=True,
-    # "model.language_model." and "model.visual." are transformers' own; the hub has neither.
+    # Published files lack the prefixes "model.language_model." and "model.visual.", which transformers adds.
     spellings=(
         ("visual.", "model.visual."),
         ("model.embed_tokens.", "model.language_model.embed_tokens."),

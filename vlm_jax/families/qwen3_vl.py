@@ -20,6 +20,7 @@ from vlm_jax.families.base import (
 )
 from vlm_jax.families.key_table import CONV, KEEP, Row, linear, norm
 from vlm_jax.families.qwen import read_tower
+from vlm_jax.processor import Processor
 from vlm_jax.vision.qwen3 import Qwen3Vision
 
 _BLOCK, _OURS = "model.visual.blocks.{}", "visual.blocks"
@@ -42,7 +43,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
     )
 
 
-def load_processor(folder: Path):
+def load_processor(folder: Path) -> Processor:
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
     return without_video(Qwen3VLProcessor)(**load_parts(folder))

@@ -1,4 +1,4 @@
-"""What Gemma 3 and LLaVA share: the config and the keys of a SigLIP or CLIP tower."""
+"""What Gemma 3 and LLaVA share: the fields and the tensor names of a SigLIP or CLIP tower."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from vlm_jax.families.base import positive, supported, whole_heads
 from vlm_jax.families.key_table import CONV, KEEP, Row, linear, norm
 from vlm_jax.nn.layers import ACTIVATIONS
 
-#: Tensor names of a model with such a tower: as transformers 5 writes them, and as the hub has them.
+#: Prefixes of tensor names, in files that transformers 5 writes and in older ones on the hub (``Family.spellings``).
 SPELLINGS = (
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head.", "lm_head."),
@@ -18,7 +18,7 @@ SPELLINGS = (
 
 
 def read_tower(vision: Any, where: str) -> dict[str, Any]:
-    """The fields of :class:`vlm_jax.vision.vit.ViTVision` but the decoder's width."""
+    """The fields of :class:`vlm_jax.vision.vit.ViTVision` except ``out_hidden_size``."""
     sizes = positive(
         where,
         vision,
@@ -42,7 +42,7 @@ def read_tower(vision: Any, where: str) -> dict[str, Any]:
 
 
 def encoder_rows(tower: str) -> tuple[Row, ...]:
-    """Every tensor of the tower that transformers calls ``tower``; SigLIP and CLIP each lack some."""
+    """The rows of the tower that transformers calls ``tower``. SigLIP and CLIP each have only some of the tensors."""
     layer = f"{tower}.encoder.layers.{{}}"
     linears = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
     return (

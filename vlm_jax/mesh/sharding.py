@@ -1,22 +1,25 @@
-"""How a program lies on a mesh: logical axes of every parameter and of what flows between the layers, and one rules
-table from those to the mesh's axes.
+"""How parameters and activations are split over the devices of a mesh.
 
-A mesh is data x fsdp x tensor. ``data`` and ``fsdp`` split the rows of a batch, ``fsdp`` the parameters along the
-model's width too, ``tensor`` the heads, the MLP and the vocabulary. What a rule does not name, or what its axes do not
-divide, is replicated: adapters, editors, norms.
+Parameters and activations have logical axes, and one table maps logical axes to the axes of the mesh. A mesh is data x
+fsdp x tensor: ``data`` and ``fsdp`` split the rows of a batch, ``fsdp`` also splits the parameters along the model's
+width, ``tensor`` splits heads, MLP and vocabulary. A dimension that has no logical axis, or whose size the mesh's axes
+do not divide, is not split. Adapters, editors and norms are replicated.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.inputs import bucket
+from vlm_jax.typing import ArrayLike
 
 MESH_AXES = ("data", "fsdp", "tensor")
 #: Logical axis -> mesh axes.
@@ -30,25 +33,35 @@ RULES = {
 
 _INTO_HEADS, _FROM_HEADS = ("embed", "heads"), ("heads", "embed")
 _INTO_MLP, _FROM_MLP = ("embed", "mlp"), ("mlp", "embed")
-#: The last parts of a parameter's path -> the logical axes of its last dimensions. What is not here is replicated.
-AXES = {
-    # Looked up by rows that lie apart over fsdp too: with the width apart, every token's would have to be put together.
+#: The last parts of a parameter's path -> the logical axes of its last dimensions.
+AXES: dict[str, tuple[str | None, ...]] = {
+    # Split along the vocabulary only: if the width were split too, every token looked up would need communication.
     "embed_tokens.weight": ("vocab", None),
     "lm_head.kernel": (None, "vocab"),
     **{f"{name}.kernel": _INTO_HEADS for name in ("q_proj", "k_proj", "v_proj")},
     **{f"{name}.kernel": _FROM_HEADS for name in ("o_proj", "out_proj")},
-    # Queries, keys and values in one: split by heads, a device would have to fetch its heads' from others.
+    # One kernel computes queries, then keys, then values. Split along its outputs, it would give a device the queries
+    # of one head and the keys of another, so it is split along its inputs.
     **{"attn.qkv.kernel": ("embed", None), "attn.proj.kernel": (None, "embed")},
     **{f"{name}.kernel": _INTO_MLP for name in ("gate_proj", "up_proj", "fc1", "mlp.linear_fc1")},
     **{f"{name}.kernel": _FROM_MLP for name in ("down_proj", "fc2", "mlp.linear_fc2")},
 }
+#: The last parts of the paths of kernels that every device holds whole: those that run once per image. Biases, norms
+#: and position embeddings are replicated without being named. A kernel in neither table is an error.
+REPLICATED = (
+    "patch_embed.kernel",
+    "patch_embedding.kernel",
+    *(f"merger.{name}.kernel" for name in ("linear_1", "linear_2", "linear_fc1", "linear_fc2")),
+    *(f"deepstack_merger_list.{name}.kernel" for name in ("linear_fc1", "linear_fc2")),
+    *(f"multi_modal_projector.{name}.kernel" for name in ("linear_1", "linear_2", "mm_input_projection")),
+)
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
     """``"data=2,tensor=4"`` as ``{"data": 2, "fsdp": 1, "tensor": 4}``.
 
     Raises:
-        UserError: for anything else.
+        UserError: if the text has another form.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -63,11 +76,11 @@ def mesh_sizes(text: str) -> dict[str, int]:
     return {name: sizes.get(name, 1) for name in MESH_AXES}
 
 
-def make_mesh(text: str, devices=None) -> Mesh:
-    """The mesh that ``--mesh`` describes, over all devices (or those given).
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that ``--mesh`` describes, over all devices or those given.
 
     Raises:
-        UserError: if it is no mesh, or not of as many devices as there are.
+        UserError: if the text does not describe a mesh, or the mesh has another number of devices.
     """
     sizes = mesh_sizes(text)
     devices = jax.devices() if devices is None else devices
@@ -77,20 +90,20 @@ def make_mesh(text: str, devices=None) -> Mesh:
             f"--mesh {text!r} is of {shape} = {math.prod(sizes.values())} devices, but there are {len(devices)}: "
             "make the product of its sizes the number of devices"
         )
-    # Processes lie along data as far as it goes round, so that the mesh falls into teams (runs/processes.py).
+    # Each step along data is one group of processes, as far as the numbers divide: runs/processes.py makes them teams.
     processes = sorted({device.process_index for device in devices})
     teams = math.gcd(sizes["data"], len(processes))
     shape = (sizes["data"] // teams, sizes["fsdp"], sizes["tensor"])
     parts = []
     for members in np.split(np.array(processes), teams):
-        own = [device for device in devices if device.process_index in members]
-        parts.append(mesh_utils.create_device_mesh(shape, own, allow_split_physical_axes=True))
-    # Auto: interventions gather and write wherever they like inside the model, which explicit sharding would refuse.
+        team = [device for device in devices if device.process_index in members]
+        parts.append(mesh_utils.create_device_mesh(shape, team, allow_split_physical_axes=True))
+    # Auto, because interventions gather and scatter anywhere in the model, which explicit sharding refuses.
     return Mesh(np.concatenate(parts), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Refuses a mesh that would cut the text model's heads apart."""
+def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a mesh whose ``tensor`` axis does not divide the text model's heads."""
     tensor, text = mesh.shape.get("tensor", 1), config.text
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     most = math.gcd(heads, groups)
@@ -103,7 +116,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 
 def spec_of(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """Where an array lies whose dimensions have these logical axes, on a mesh of these sizes."""
+    """How to split an array whose dimensions have these logical axes, on a mesh with axes of these sizes."""
     spec, used = [], set()
     for size, axis in zip(shape, axes, strict=True):
         names: list[str] = []
@@ -115,14 +128,31 @@ def spec_of(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[st
     return PartitionSpec(*spec)
 
 
-def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where the parameter at ``path`` lies."""
-    axes = next((axes for suffix, axes in AXES.items() if path.endswith(f".{suffix}")), ())
+def axes_of(path: str) -> tuple[str | None, ...]:
+    """The logical axes of the last dimensions of the parameter at ``path``; empty if it is replicated.
+
+    Raises:
+        LookupError: for a kernel that neither ``AXES`` nor ``REPLICATED`` names.
+    """
+    for suffix, axes in AXES.items():
+        if path.endswith(f".{suffix}"):
+            return axes
+    if path.endswith(".kernel") and not any(path.endswith(f".{suffix}") for suffix in REPLICATED):
+        raise LookupError(f"nothing says how to split the kernel {path!r}: add it to AXES or REPLICATED in {__name__}")
+    return ()
+
+
+def sharding(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """How the parameter at ``path`` is split over the mesh."""
+    axes = axes_of(path)
     return NamedSharding(mesh, spec_of(shape, (None,) * (len(shape) - len(axes)) + axes, dict(mesh.shape)))
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Says where a value lies whose dimensions have these logical axes: nothing without a mesh (``jax.set_mesh``)."""
+def constrain(x: ArrayLike, *axes: str | None) -> Any:
+    """``x``, with the constraint that it is split by these logical axes, one for each of its dimensions.
+
+    Without a mesh (``jax.set_mesh``) it returns ``x`` unchanged.
+    """
     sizes = free_axes()
     if math.prod(sizes.values()) == 1:
         return x
@@ -130,8 +160,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def placed(tree: Any, *axes: str | None) -> Any:
-    """A pytree of host arrays on the mesh in use, their first dimensions having these logical axes, the others none:
-    every device gets its part and no more. What is on the mesh already stays there; without a mesh, all stays."""
+    """A pytree of host arrays on the mesh in use: each device gets only its part.
+
+    Arrays that are on the mesh already stay as they are. Without a mesh it returns the tree unchanged.
+
+    Args:
+        axes: logical axes of the first dimensions of each array; the other dimensions are not split.
+    """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return tree
@@ -147,58 +182,68 @@ def placed(tree: Any, *axes: str | None) -> Any:
 
 
 def even(count: int) -> int:
-    """The rows of a batch of at least ``count`` that the mesh in use splits evenly."""
+    """``count`` rows, rounded up so that the mesh in use splits them evenly."""
     sizes = free_axes()
     return bucket(count, math.prod(sizes.get(name, 1) for name in RULES["batch"]))
 
 
-def own_rows(count: int) -> np.ndarray:
-    """Which rows of a batch of ``count`` lie on this process's devices: all of them without a mesh."""
+def own_rows(count: int) -> Int[np.ndarray, " rows"]:
+    """Which rows of a batch of ``count`` are on this process's devices, in ascending order: all of them without a
+    mesh."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return np.arange(count)
-    place = NamedSharding(mesh, spec_of((count,), ("batch",), dict(mesh.shape)))
-    return np.unique([np.arange(count)[block] for block in place.addressable_devices_indices_map((count,)).values()])
+    layout = NamedSharding(mesh, spec_of((count,), ("batch",), dict(mesh.shape)))
+    return np.unique([np.arange(count)[block] for block in layout.addressable_devices_indices_map((count,)).values()])
 
 
 def placed_rows(tree: Any, count: int, axis: int = 0) -> Any:
-    """A batch of ``count`` rows on the mesh in use, of whose arrays every process has those of its :func:`own_rows`
-    along ``axis``: of each array as many entries for every row, one or more."""
-    mesh, own = jax.sharding.get_mesh(), own_rows(count)
+    """A batch of ``count`` rows on the mesh in use. Each process passes only its :func:`own_rows` of each array.
+
+    Without a mesh it returns the tree unchanged.
+
+    Args:
+        axis: the axis of the rows. Along it an array may have several entries for each row, the same number for all.
+    """
+    mesh, rows = jax.sharding.get_mesh(), own_rows(count)
     if mesh.empty:
         return tree
-    place = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *spec_of((count,), ("batch",), dict(mesh.shape))))
+    layout = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *spec_of((count,), ("batch",), dict(mesh.shape))))
 
     def put(leaf):
         leaf = np.asarray(leaf)
-        each, over = divmod(leaf.shape[axis], len(own))
-        assert each and not over, f"{leaf.shape[axis]} entries for {len(own)} rows"
-        shape = (*leaf.shape[:axis], count * each, *leaf.shape[axis + 1 :])
+        entries, rest = divmod(leaf.shape[axis], len(rows))
+        assert entries and not rest, f"{leaf.shape[axis]} entries for {len(rows)} rows"
+        shape = (*leaf.shape[:axis], count * entries, *leaf.shape[axis + 1 :])
 
         def part(index):
             start, stop, _ = index[axis].indices(shape[axis])
-            return leaf[(*index[:axis], _among(own, each, start, stop), *index[axis + 1 :])]
+            return leaf[(*index[:axis], _among(rows, entries, start, stop), *index[axis + 1 :])]
 
-        return jax.make_array_from_callback(shape, place, part)
+        return jax.make_array_from_callback(shape, layout, part)
 
     return jax.tree.map(put, tree)
 
 
-def _among(own: np.ndarray, each: int, start: int, stop: int) -> slice:
-    """Where entries ``start`` to ``stop``, of which every row has ``each``, are among those of one's own rows."""
-    first = int(np.searchsorted(own, start // each)) * each
+def _among(rows: Int[np.ndarray, " rows"], entries: int, start: int, stop: int) -> slice:
+    """Where a process holds the entries ``start`` to ``stop`` of a whole batch.
+
+    Args:
+        rows: the rows that the process holds. entries: how many entries each row has.
+    """
+    first = int(np.searchsorted(rows, start // entries)) * entries
     return slice(first, first + stop - start)
 
 
 def shards(axis: str, size: int) -> int:
-    """Into how many parts the mesh splits a dimension of this size with this logical axis."""
+    """Into how many parts the mesh in use splits a dimension of this size with this logical axis."""
     sizes = free_axes()
     (names,) = spec_of((size,), (axis,), sizes)
     return math.prod(sizes[name] for name in (names if isinstance(names, tuple) else (names,)) if name)
 
 
 def free_axes() -> dict[str, int]:
-    """The axes of the mesh in use that are not already split by hand (``shard_map``), and their sizes."""
+    """The axes of the mesh in use, and their sizes, except those that an enclosing ``shard_map`` already splits."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}

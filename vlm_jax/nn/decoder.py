@@ -1,41 +1,57 @@
 """The one decoder: a scan over stacked layers, with every intermediate a named site."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from vlm_jax.config import TextConfig
 from vlm_jax.mesh.sharding import constrain
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, attend, rotate
 from vlm_jax.nn.rope import rotary
-from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, scan_layers
+from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, Tap, scan_layers
+from vlm_jax.typing import Array, ArrayLike
 
-#: The logical axes of the residual stream ``(B, S, D)`` and of heads ``(B, S, H, head_dim)``.
+#: Logical axes of the residual stream ``(batch, tokens, width)`` and of heads ``(batch, tokens, heads, head_dim)``.
 _RESIDUAL, _HEADS = ("batch", None, None), ("batch", None, "heads", None)
+
+#: Keys and values of one layer, and of a stack of layers.
+KeyValues = tuple[
+    Float[ArrayLike, "_batch _tokens groups head_dim"], Float[ArrayLike, "_batch _tokens groups head_dim"]
+]
+StackedKeyValues = tuple[
+    Float[ArrayLike, "layers _batch _tokens groups head_dim"],
+    Float[ArrayLike, "layers _batch _tokens groups head_dim"],
+]
 
 
 class Window(NamedTuple):
-    """The tokens one pass works on: all of a sequence, or a part of it that follows ``past`` tokens.
+    """The tokens that one pass computes: a whole sequence, or the part of it that follows the tokens of the past.
 
-    rope: cos and sin ``(R, B, S, head_dim)``; mask ``(R, B, S, S)``, past_mask ``(R, B, S, P)`` of each segment of the
-    past: who sees whom; ``R`` kinds of layers (full, sliding). causal: no token sees a later one of the window.
+    rope: cosine and sine of the rotary angles.
+    mask: True where a token (axis "tokens") may see a token of the window (axis "keys").
+    past_mask: the same for the keys of each segment of the past.
+    causal: no token sees a later one of the window.
     start, decoding: as in :class:`vlm_jax.sites.Context`.
+
+    The leading axis ``kinds`` runs over the kinds of layers (full, sliding); :meth:`Decoder.at` picks one and drops it.
     """
 
-    rope: tuple[jax.Array, jax.Array]
-    mask: jax.Array
-    past_mask: tuple[jax.Array, ...] = ()
+    rope: tuple[Float[Array, "*kinds batch tokens head_dim"], Float[Array, "*kinds batch tokens head_dim"]]
+    mask: Bool[Array, "*kinds batch tokens keys"]
+    past_mask: tuple[Bool[Array, "*kinds batch tokens _past"], ...] = ()
     causal: bool = False
     start: Any = 0
     decoding: bool = False
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, key, config: TextConfig):
+    def __init__(self, key: PRNGKeyArray, config: TextConfig):
         q, k, v, o = jax.random.split(key, 4)
         self.config = config
         heads, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -47,7 +63,10 @@ class SelfAttention(nnx.Module):
         norm = functools.partial(RMSNorm, config.head_dim, config.rms_norm_eps, config.unit_offset_norm)
         self.q_norm, self.k_norm = (norm(), norm()) if config.qk_norm else (None, None)
 
-    def __call__(self, x, window: Window, past, probe: Probe):
+    def __call__(
+        self, x: Float[ArrayLike, "batch tokens width"], window: Window, past: Sequence[KeyValues], probe: Probe
+    ) -> tuple[Float[Array, "batch tokens width"], KeyValues]:
+        """The module's output and its keys and values; ``past`` holds those of earlier tokens, in segments."""
         config = self.config
         heads = (*x.shape[:2], -1, config.head_dim)
         q, k, v = (
@@ -57,23 +76,24 @@ class SelfAttention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *window.rope), rotate(k, *window.rope)
-        past = [(*kv, mask) for kv, mask in zip(past, window.past_mask, strict=True)]
+        segments = [(*key_values, mask) for key_values, mask in zip(past, window.past_mask, strict=True)]
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         softcap = config.attn_logit_softcapping
-        how = {"scale": scale, "softcap": softcap, "causal": window.causal, "kernel": config.attention == "splash"}
-        out = attend(q, k, v, window.mask, probe, "text", past, **how)
+        kernel = config.attention == "splash"
+        options = {"scale": scale, "softcap": softcap, "causal": window.causal, "kernel": kernel}
+        out = attend(q, k, v, window.mask, probe, "text", segments, **options)
         return probe.linear("text.self_attn.o_proj", self.o_proj, out), (k, v)
 
 
 class MLP(nnx.Module):
-    def __init__(self, key, config: TextConfig):
+    def __init__(self, key: PRNGKeyArray, config: TextConfig):
         gate, up, down = jax.random.split(key, 3)
         self.hidden_act = config.hidden_act
         self.gate_proj = Linear(gate, config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up_proj = Linear(up, config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = Linear(down, config.intermediate_size, config.hidden_size, config.mlp_bias)
 
-    def __call__(self, x, probe: Probe):
+    def __call__(self, x: Float[ArrayLike, "batch tokens width"], probe: Probe) -> Float[Array, "batch tokens width"]:
         gate = ACTIVATIONS[self.hidden_act](probe.linear("text.mlp.gate_proj", self.gate_proj, x))
         hidden = constrain(gate * probe.linear("text.mlp.up_proj", self.up_proj, x), "batch", None, "mlp")
         return probe.linear("text.mlp.down_proj", self.down_proj, hidden)
@@ -82,11 +102,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer.
 
-    The sites ``attn_out`` and ``mlp_out`` are what the modules add to the residual stream: after Gemma's sandwich
-    norms. DeepStack's addition belongs to the layer: it comes before ``resid_post``.
+    The sites ``attn_out`` and ``mlp_out`` are what the modules add to the residual stream, so in Gemma they come after
+    the sandwich norms. DeepStack's addition is part of the layer: it comes before ``resid_post``.
     """
 
-    def __init__(self, key, config: TextConfig):
+    def __init__(self, key: PRNGKeyArray, config: TextConfig):
         attn, mlp = jax.random.split(key)
         norm = functools.partial(RMSNorm, config.hidden_size, config.rms_norm_eps, config.unit_offset_norm)
         self.sandwich_norm = config.sandwich_norm
@@ -98,10 +118,23 @@ class Layer(nnx.Module):
         self.post_feedforward_layernorm = norm() if config.sandwich_norm else None
         self.mlp = MLP(mlp, config)
 
-    def __call__(self, x, window: Window, past, deepstack, probe: Probe):
-        """``x (B, S, D)`` -> the layer's output and its keys and values ``(B, S, G, head_dim)``."""
+    def __call__(
+        self,
+        x: Float[ArrayLike, "batch tokens width"],
+        window: Window,
+        past: Sequence[KeyValues],
+        deepstack: Float[ArrayLike, "batch tokens width"] | None,
+        probe: Probe,
+    ) -> tuple[Float[Array, "batch tokens width"], KeyValues]:
+        """The layer's output, and its keys and values.
+
+        Args:
+            window: at this layer (:meth:`Decoder.at`).
+            past: keys and values of earlier tokens, in segments.
+            deepstack: what DeepStack adds after the MLP.
+        """
         x = probe("text.resid_pre", constrain(x, *_RESIDUAL))
-        attn, kv = self.self_attn(self.input_layernorm(x), window, past, probe)
+        attn, key_values = self.self_attn(self.input_layernorm(x), window, past, probe)
         if self.sandwich_norm:
             attn = self.post_attention_layernorm(attn)
         x = probe("text.resid_mid", x + probe("text.attn_out", constrain(attn, *_RESIDUAL)))
@@ -112,50 +145,74 @@ class Layer(nnx.Module):
         x = x + probe("text.mlp_out", constrain(out, *_RESIDUAL))
         if deepstack is not None:
             x = x + probe("text.deepstack", deepstack)
-        return probe("text.resid_post", x), kv
+        return probe("text.resid_post", x), key_values
 
 
 class Decoder(nnx.Module):
-    def __init__(self, key, config: TextConfig):
+    """The language model: token embeddings, a stack of layers, a final norm and the unembedding.
+
+    ``layers`` is one :class:`Layer` whose arrays have a leading axis of layers.
+    """
+
+    def __init__(self, key: PRNGKeyArray, config: TextConfig):
         embed, layers, head = jax.random.split(key, 3)
         self.config = config
         self.embed_tokens = Embedding(embed, config.vocab_size, config.hidden_size)
         self.layers = jax.vmap(lambda k: Layer(k, config))(jax.random.split(layers, config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.unit_offset_norm)
-        # A tied head reads the embedding: a second reference would be a second, separately trained leaf.
+        # A tied head reads embed_tokens: a reference to it here would be a second leaf, which is trained separately.
         self.lm_head = None if config.tie_word_embeddings else Linear(head, config.hidden_size, config.vocab_size)
 
-    def embed(self, input_ids: jax.Array) -> jax.Array:
-        """Token embeddings ``(..., D)``."""
+    def embed(self, input_ids: Int[ArrayLike, "*batch"]) -> Float[Array, "*batch width"]:
+        """Token embeddings."""
         x = self.embed_tokens(input_ids)
         return x if self.config.embed_scale == 1 else x * jnp.asarray(self.config.embed_scale, x.dtype)
 
-    def rope(self, position_ids: jax.Array):
-        """cos, sin ``(R, B, S, head_dim)`` at ``position_ids (3, B, S)``, for each kind of layer."""
+    def rope(
+        self, position_ids: Int[ArrayLike, "3 batch tokens"]
+    ) -> tuple[Float[Array, "kinds batch tokens head_dim"], Float[Array, "kinds batch tokens head_dim"]]:
+        """Cosine and sine of the rotary angles, for each kind of layer."""
         cos, sin = zip(*(rotary(position_ids, rope, self.config.head_dim) for _, rope in self.config.rope), strict=True)
         return jnp.stack(cos), jnp.stack(sin)
 
-    def visible(self, visible: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """``visible (B, S, K)`` as each kind of layer has it, ``(R, B, S, K)``: sliding layers look no further back
-        than their window. ``queries (B, S)``, ``keys (B, K)``: positions in the text."""
+    def visible(
+        self,
+        visible: Bool[ArrayLike, "batch tokens keys"],
+        queries: Int[ArrayLike, "batch tokens"],
+        keys: Int[ArrayLike, "batch keys"],
+    ) -> Bool[Array, "kinds batch tokens keys"]:
+        """Which keys the queries see in each kind of layer, given which keys they see in full attention.
+
+        In a sliding layer a query sees only the last ``sliding_window`` tokens up to itself.
+
+        Args:
+            queries, keys: their positions in the text.
+        """
         masks = []
         for kind, _ in self.config.rope:
-            sliding = kind == "sliding_attention"
-            back = queries[:, :, None] - keys[:, None, :]
-            masks.append(visible & (back < self.config.sliding_window) if sliding else visible)
+            if kind == "sliding_attention":
+                distance = queries[:, :, None] - keys[:, None, :]
+                masks.append(visible & (distance < self.config.sliding_window))
+            else:
+                masks.append(visible)
         return jnp.stack(masks)
 
     def window(
-        self, attention_mask: jax.Array, position_ids: jax.Array, start: int = 0, is_image: jax.Array | None = None
+        self,
+        attention_mask: Bool[ArrayLike, "batch length"],
+        position_ids: Int[ArrayLike, "3 batch length"],
+        start: int = 0,
+        is_image: Bool[ArrayLike, "batch length"] | None = None,
     ) -> Window:
-        """The causal window of the tokens from ``start`` on; earlier tokens are its past, in one segment.
+        """The causal window of the tokens from ``start`` on; the earlier tokens are its past, in one segment.
 
-        Where ``config.bidirectional_images``, tokens of one run of ``is_image (B, T)`` see each other too.
+        Where ``config.bidirectional_images``, consecutive image tokens (``is_image``) also see each other.
         """
         length = attention_mask.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))[None]
-        bidirectional = self.config.bidirectional_images and is_image is not None
-        if bidirectional:
+        if not self.config.bidirectional_images:
+            is_image = None
+        if is_image is not None:
             first = is_image & ~jnp.pad(is_image, [(0, 0), (1, 0)])[:, :-1]
             block = jnp.where(is_image, jnp.cumsum(first, 1), 0)
             causal = causal | ((block[:, :, None] == block[:, None, :]) & is_image[:, :, None])
@@ -163,60 +220,64 @@ class Decoder(nnx.Module):
         mask = self.visible((causal & attention_mask[:, None, :])[:, start:], positions[:, start:], positions)
         rope = self.rope(position_ids[:, :, start:])
         past_mask = (mask[..., :start],) if start else ()
-        return Window(rope, mask[..., start:], past_mask, not bidirectional, start)
+        return Window(rope, mask[..., start:], past_mask, is_image is None, start)
 
-    def at(self, window: Window, index) -> Window:
-        """The window as layer ``index`` sees it: without the axis of kinds."""
+    def at(self, window: Window, index: Int[ArrayLike, ""] | int) -> Window:
+        """The window as layer ``index`` sees it, without the axis of kinds."""
         kinds = [kind for kind, _ in self.config.rope]
-        kind = np.array([kinds.index(kind) for kind in self.config.layer_types])
-        kind = 0 if len(kinds) == 1 else jnp.asarray(kind)[index]
+        kind_of_layer = np.array([kinds.index(kind) for kind in self.config.layer_types])
+        kind = 0 if len(kinds) == 1 else jnp.asarray(kind_of_layer)[index]
         cos, sin = window.rope
         past_mask = tuple(mask[kind] for mask in window.past_mask)
         return window._replace(rope=(cos[kind], sin[kind]), mask=window.mask[kind], past_mask=past_mask)
 
     def scan(
         self,
-        x,
+        x: Float[ArrayLike, "batch tokens width"],
         window: Window,
         *,
-        layers=(0, None),
-        past=(),
-        deepstack=None,
-        interventions=(),
-        layered=(),
-        taps=NO_TAPS,
+        layers: tuple[int, int | None] = (0, None),
+        past: Sequence[StackedKeyValues] = (),
+        deepstack: Float[ArrayLike, "levels batch tokens width"] | None = None,
+        interventions: Sequence[Any] = (),
+        layered: Sequence[Any] = (),
+        taps: Mapping[str, Tap] = NO_TAPS,
         remat: bool | tuple[str, ...] = False,
-    ):
-        """Runs layers ``layers[0]`` to ``layers[1]`` on ``x (B, S, D)``.
+    ) -> tuple[Float[Array, "batch tokens width"], StackedKeyValues, dict[str, Any]]:
+        """Runs the layers from ``layers[0]`` up to, but not including, ``layers[1]`` (None: to the last).
 
         Args:
-            past: segments of earlier tokens: their keys and values for the same layers, ``(layers, B, P, G,
-                head_dim)`` twice. Segments stay apart, so that many variants of the later tokens share one copy.
-            deepstack: visual features ``(K, B, S, D)`` to add after the first K layers of the model, or None.
-            layered: interventions whose arrays all have a leading axis of the model's layers; each layer gets its own
-                slice. So the gradient of such an array is written layer by layer, while that of an array which every
-                layer indexes is summed up in full size in each of them.
+            past: segments of earlier tokens: their keys and values in the layers that run. Segments are not joined, so
+                that many variants of the later tokens share one copy.
+            deepstack: visual features, one level for each of the model's first layers.
+            interventions: :class:`vlm_jax.sites.Intervention`, applied in order at each site.
+            layered: interventions whose arrays all have a leading axis of the model's layers. Each layer gets only its
+                slice, so the gradient of such an array is written layer by layer. An array in ``interventions`` is
+                indexed by every layer, so its gradient is summed in full size in each of them.
             taps: site -> :class:`vlm_jax.sites.Tap`.
-            remat: recompute each layer in the backward pass instead of keeping its activations; or all of it but the
-                values at these sites.
+            remat: True computes each layer again in the backward pass instead of keeping its activations. Names of
+                sites: the same, but the values at these sites are kept.
 
         Returns:
-            The output ``(B, S, D)``, keys and values ``(layers, B, S, G, head_dim)``, and taps ``(layers, B, S, ...)``.
+            The output, the keys and values of the layers that ran, and the taps, with a leading axis of the layers.
         """
         first, last, _ = slice(*layers).indices(self.config.num_hidden_layers)
-        whole = (first, last) == (0, self.config.num_hidden_layers)
-        # A part of the stack would be a copy of it; where layers are run again anyway, each can be looked up.
-        stack = self.layers if whole else None if remat else jax.tree.map(lambda a: a[first:last], self.layers)
+        if (first, last) == (0, self.config.num_hidden_layers):
+            stack = self.layers
+        elif remat:
+            stack = None  # a slice would be a copy of the weights, so the body looks up its layer, in both passes
+        else:
+            stack = jax.tree.map(lambda a: a[first:last], self.layers)
         layered = jax.tree.map(lambda a: a[first:last], tuple(layered))
-
         taps = {site: tap for site, tap in taps.items() if site in LAYER_SITES}
 
         def body(x, scanned, index):
-            layer, past, own = scanned
+            layer, past, layer_interventions = scanned
             layer = jax.tree.map(lambda a: a[index], self.layers) if layer is None else layer
-            probe = Probe((*interventions, *own), taps, Context(index, start=window.start, decoding=window.decoding))
-            x, kv = layer(x, self.at(window, index), past, self.deepstack_at(deepstack, index), probe)
-            return x, kv, probe.taps
+            context = Context(index, start=window.start, decoding=window.decoding)
+            probe = Probe((*interventions, *layer_interventions), taps, context)
+            x, key_values = layer(x, self.at(window, index), past, self.deepstack_at(deepstack, index), probe)
+            return x, key_values, probe.taps
 
         if remat:
             keep = () if remat is True else remat
@@ -224,19 +285,21 @@ class Decoder(nnx.Module):
         return scan_layers(body, x, (stack, tuple(past), layered), jnp.arange(first, last), taps)
 
     @staticmethod
-    def deepstack_at(deepstack, index):
-        """What DeepStack adds after layer ``index``: ``(B, S, D)``, zeros above its last layer."""
+    def deepstack_at(
+        deepstack: Float[ArrayLike, "levels batch tokens width"] | None, index: Int[ArrayLike, ""] | int
+    ) -> Float[Array, "batch tokens width"] | None:
+        """What DeepStack adds after layer ``index``: zeros after the layers that have no level."""
         if deepstack is None:
             return None
-        count = len(deepstack)
-        return jnp.where(index < count, jnp.asarray(deepstack)[jnp.minimum(index, count - 1)], 0)
+        levels = len(deepstack)
+        return jnp.where(index < levels, jnp.asarray(deepstack)[jnp.minimum(index, levels - 1)], 0)
 
-    def head(self, x: jax.Array, probe: Probe) -> jax.Array:
-        """``(B, S, D)`` after the last layer -> final norm (a site) -> ``(B, S, V)``."""
+    def head(self, x: Float[ArrayLike, "batch tokens width"], probe: Probe) -> Float[Array, "batch tokens vocab"]:
+        """The logits from the output of the last layer: the final norm, which is a site, and the unembedding."""
         return self.logits(probe("text.norm", self.norm(x)))
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """``(..., D)`` after the final norm -> ``(..., V)``."""
+    def logits(self, x: Float[ArrayLike, "*rows width"]) -> Float[Array, "*rows vocab"]:
+        """The logits from the output of the final norm."""
         logits = x @ self.embed_tokens.weight[...].T if self.lm_head is None else self.lm_head(x)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)

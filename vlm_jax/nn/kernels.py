@@ -1,22 +1,35 @@
-"""Attention by a kernel that never lays the scores out: TPU's splash attention, where the mask allows it."""
+"""Attention by a kernel that never stores the scores: TPU's splash attention, for plain causal masks."""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float
 
 from vlm_jax.mesh.sharding import free_axes, spec_of
+from vlm_jax.typing import Array, ArrayLike
 
-#: Queries and keys that the kernel works on together; its lengths are multiples of the smaller one.
+#: The most queries and keys in a block of the kernel. Block sizes and sequence lengths are multiples of ``_LANES``.
 _BLOCK, _LANES = 512, 128
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array, scale: float, softcap: float | None):
-    """Grouped-query attention of ``q (B, S, H, d)``, ``k, v (B, S, G, d)`` in which a token sees itself and the real
-    tokens before it, ``real (B, S)`` bool: ``(B, S, H, d)``. What padding reads means nothing.
+def causal_attention(
+    q: Float[ArrayLike, "batch tokens heads head_dim"],
+    k: Float[ArrayLike, "batch tokens groups head_dim"],
+    v: Float[ArrayLike, "batch tokens groups head_dim"],
+    real: Bool[ArrayLike, "batch tokens"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Grouped-query attention in which a token sees itself and the real tokens before it.
 
-    On a TPU the kernel, elsewhere the same one interpreted (slowly: for tests). On a mesh every device has its own rows
-    and heads. Scores and softmax are float32.
+    Scores and softmax are float32. The kernel runs on TPUs; elsewhere it is interpreted, which is slow and meant for
+    tests. On a mesh each device computes its part of the rows and of the heads.
+
+    Args:
+        real: False for padding, which no real token sees. The results at padding are meaningless.
+        scale: factor of the scores.
+        softcap: squashes the scores into (-softcap, softcap); None leaves them.
     """
     length = q.shape[1]
     padding = -length % _LANES
@@ -49,13 +62,13 @@ def _batched(q, k, v, segments, kernel):
 
 
 def _precision(dtype):
-    """Products of bfloat16 are exact in the kernel's float32 sums; asked for more it does not compile."""
+    """bfloat16 products are exact in the kernel's float32 sums, and with a higher precision it does not compile."""
     return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
 @jax.custom_vjp
 def _precise(q, k, v, segments, kernel):
-    """The kernel on a batch, with as precise products as it takes, backwards too."""
+    """The kernel on a batch, with the highest precision that it compiles with, in the backward pass too."""
     with _precision(q.dtype):
         return _batched(q, k, v, segments, kernel)
 
@@ -65,9 +78,9 @@ def _forwards(q, k, v, segments, kernel):
         return jax.vjp(_batched, q, k, v, segments, kernel)
 
 
-def _backwards(back, gradient):
+def _backwards(pullback, gradient):
     with _precision(gradient.dtype):
-        return back(gradient)
+        return pullback(gradient)
 
 
 _precise.defvjp(_forwards, _backwards)
@@ -76,13 +89,13 @@ _precise.defvjp(_forwards, _backwards)
 def _kernel(heads: int, length: int, softcap: float | None, interpret: bool):
     block = max(size for size in range(_LANES, _BLOCK + 1, _LANES) if length % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+    block_sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     return splash.make_splash_mha(
         mask,
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=sizes,
+        block_sizes=block_sizes,
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )

@@ -1,39 +1,44 @@
-"""The few building blocks that towers and decoder share: linear, norms, embedding, activations, rotary, attention."""
+"""The building blocks that towers and decoder share: linear, norms, embedding, activations, rotary, attention."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from vlm_jax.nn.kernels import causal_attention
+from vlm_jax.sites import Probe
+from vlm_jax.typing import Array, ArrayLike
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], scale: float = 0.02) -> nnx.Param:
+def _normal(key: PRNGKeyArray, shape: tuple[int, ...], scale: float = 0.02) -> nnx.Param:
     return nnx.Param(scale * jax.random.normal(key, shape))
 
 
 class Linear(nnx.Module):
     """``x @ kernel + bias``; the kernel is ``(in, out)``, the transpose of the Hugging Face weight."""
 
-    def __init__(self, key: jax.Array, inputs: int, outputs: int, bias: bool = False):
+    def __init__(self, key: PRNGKeyArray, inputs: int, outputs: int, bias: bool = False):
         self.kernel = _normal(key, (inputs, outputs))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         # On CPU the gradient of a flat matmul is several times faster than that of a batched one.
         y = (x.reshape(-1, x.shape[-1]) @ self.kernel[...]).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...]
 
 
 class Embedding(nnx.Module):
-    """A table ``(rows, features)``."""
+    """A vector of ``features`` numbers for each of ``rows`` indexes."""
 
-    def __init__(self, key: jax.Array, rows: int, features: int):
+    def __init__(self, key: PRNGKeyArray, rows: int, features: int):
         self.weight = _normal(key, (rows, features))
 
-    def __call__(self, index: jax.Array) -> jax.Array:
+    def __call__(self, index: Int[ArrayLike, "*rows"]) -> Float[Array, "*rows features"]:
         return self.weight[...][index]
 
 
@@ -44,10 +49,10 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(features) if unit_offset else jnp.ones(features))
         self.eps, self.unit_offset = eps, unit_offset
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "*rows features"]) -> Float[Array, "*rows features"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        if self.unit_offset:  # Gemma multiplies before it rounds to the activations' precision, Llama after
+        if self.unit_offset:  # Gemma multiplies before it rounds to the activations' precision, Llama afterwards
             return ((1 + self.weight[...].astype(jnp.float32)) * y).astype(x.dtype)
         return self.weight[...] * y.astype(x.dtype)
 
@@ -60,7 +65,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(features))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "*rows features"]) -> Float[Array, "*rows features"]:
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
@@ -80,52 +85,64 @@ ACTIVATIONS = {
 }
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of ``x (B, S, H, d)`` by ``cos, sin (B, S, d)``, halves paired as in Llama, in float32."""
+def rotate(
+    x: Float[ArrayLike, "batch tokens heads head_dim"],
+    cos: Float[ArrayLike, "batch tokens head_dim"],
+    sin: Float[ArrayLike, "batch tokens head_dim"],
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Rotary embedding, computed in float32. As in Llama, dimension ``i`` is paired with ``i + head_dim / 2``."""
     y = x.astype(jnp.float32)
     left, right = jnp.split(y, 2, -1)
-    turned = jnp.concatenate([-right, left], -1)
-    return (y * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
+    quarter_turn = jnp.concatenate([-right, left], -1)
+    return (y * cos[:, :, None] + quarter_turn * sin[:, :, None]).astype(x.dtype)
 
 
-#: Queries of a causal window that are worked on together: a block sees no key behind its end.
+#: Attention with a causal mask runs over blocks of this many queries. A block skips the keys after its last query.
 _QUERY_BLOCK = 256
+
+#: Keys, values and mask of earlier tokens that attention also reads. A segment has fewer rows than the queries where
+#: several rows share one past. (An underscore before an axis' name: its size differs from one segment to the next.)
+Segment = tuple[
+    Float[ArrayLike, "_rows _past groups head_dim"],
+    Float[ArrayLike, "_rows _past groups head_dim"],
+    Bool[ArrayLike, "_rows tokens _past"],
+]
 
 
 def attend(
-    q,
-    k,
-    v,
-    mask,
-    probe,
+    q: Float[ArrayLike, "batch tokens heads head_dim"],
+    k: Float[ArrayLike, "batch tokens groups head_dim"],
+    v: Float[ArrayLike, "batch tokens groups head_dim"],
+    mask: Bool[ArrayLike, "batch tokens tokens"] | None,
+    probe: Probe,
     tower: str,
-    past=(),
+    past: Sequence[Segment] = (),
     *,
     scale: float | None = None,
     softcap: float | None = None,
     causal: bool = False,
     kernel: bool = False,
-):
-    """Grouped-query attention.
+) -> Float[Array, "batch tokens heads*head_dim"]:
+    """Grouped-query attention. Scores and softmax are float32.
 
     Args:
-        q: ``(B, S, H, d)``; k, v: ``(B, S, G, d)`` with ``H`` a multiple of ``G``.
-        mask: ``(B, S, S)`` bool, True where a query (axis 1) may see a key (axis 2); None where all see all.
-        probe: the sites ``attn_scores``, ``attn_probs`` ``(B, H, S, keys)`` and ``head_out`` ``(B, S, H, d)``.
-        past: segments ``(k, v, mask)`` of earlier tokens, ``(b, P, G, d)`` twice and ``(b, S, P)``, where ``b`` divides
-            ``B``: row ``i`` has the past ``i // (B / b)``. So many variants of the later tokens share one copy of it.
-        scale: of the scores, ``d ** -0.5`` where None; softcap: squashes scores into (-softcap, softcap).
-        causal: ``mask`` lets no query see a later key.
-        kernel: ``mask`` is that of :func:`vlm_jax.nn.kernels.causal_attention`, which may be used: where there is no
-            past and no intervention meets scores or probabilities.
-
-    Returns:
-        ``(B, S, H * d)``. Scores and softmax are float32.
+        q, k, v: queries, keys and values. Each of the ``groups`` key-value heads serves ``heads / groups`` query heads.
+        mask: True where a query (axis 1) may see a key (axis 2); None where all see all.
+        probe: meets the sites ``attn_scores`` and ``attn_probs (batch, heads, tokens, keys)``, whose keys are those of
+            the past segments and then those of ``k``, and ``head_out (batch, tokens, heads, head_dim)``.
+        tower: of the sites, "text" or "visual".
+        past: segments of earlier tokens. The rows of a segment divide the batch: row ``i`` of the batch reads row
+            ``i // (batch / rows)`` of it. So many variants of the later tokens share one copy of their past.
+        scale: factor of the scores; ``head_dim ** -0.5`` where None.
+        softcap: squashes the scores into (-softcap, softcap).
+        causal: promises that ``mask`` lets no query see a later key.
+        kernel: promises that ``mask`` is the one of :func:`vlm_jax.nn.kernels.causal_attention`. That kernel then
+            computes the attention, unless there is a past or a probe meets the scores or the probabilities.
     """
     batch, length, heads, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    laid_out = probe.meets(f"{tower}.attn_scores", f"{tower}.attn_probs")
-    if kernel and causal and not past and not laid_out:
+    observed = probe.meets(f"{tower}.attn_scores", f"{tower}.attn_probs")
+    if kernel and causal and mask is not None and not past and not observed:
         out = causal_attention(q, k, v, jnp.diagonal(mask, axis1=1, axis2=2), scale, softcap)
         return probe(f"{tower}.head_out", out).reshape(batch, length, heads * dim)
     q = q.reshape(batch, length, k.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)  # (B, G, H / G, S, d)
@@ -135,26 +152,28 @@ def attend(
         scores = jnp.einsum("bgnd,bgtd->bgnt", q, keys, preferred_element_type=jnp.float32) * scale
         return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
-    if laid_out:
-        out = _attend_openly(q, segments, scores_of, probe, tower)
+    if observed:
+        out = _attend_with_probs(q, segments, scores_of, probe, tower)
     else:
         step, parts = _QUERY_BLOCK if causal else length, []
-        for at in range(0, length, step):
-            block, end = slice(at, at + step), min(at + step, length)
-            own_k, own_v, own_mask = segments[-1]
-            own_mask = None if own_mask is None else own_mask[:, block, :end]
-            seen = [(k, v, m[:, block]) for k, v, m in segments[:-1]] + [
-                (own_k[:, :, :end], own_v[:, :, :end], own_mask)
-            ]
-            parts.append(_attend_closed(q[..., block, :], seen, scores_of))
+        for start in range(0, length, step):
+            block, end = slice(start, start + step), min(start + step, length)
+            keys, values, visible = segments[-1]
+            visible = None if visible is None else visible[:, block, :end]
+            visible_segments = [(k, v, m[:, block]) for k, v, m in segments[:-1]]
+            visible_segments.append((keys[:, :, :end], values[:, :, :end], visible))
+            parts.append(_attend_fused(q[..., block, :], visible_segments, scores_of))
         out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 3)
     out = probe(f"{tower}.head_out", out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim))
     return out.reshape(batch, length, heads * dim)
 
 
 def _fold(x: jax.Array, batch: int) -> jax.Array:
-    """``(B, G, H / G, S, n) -> (batch, G, B / batch * H / G * S, n)``: one matmul per key-value head, with a row for
-    every variant, head and token, is several times faster than einsum's own choice."""
+    """``(B, G, H / G, S, n) -> (batch, G, B / batch * H / G * S, n)``.
+
+    This gives one matmul per key-value head, with a row for every variant, head and token. It is several times faster
+    than the matmul that einsum chooses by itself.
+    """
     rows, groups, heads, length, last = x.shape
     x = x.reshape(batch, rows // batch, groups, heads, length, last).swapaxes(1, 2)
     return x.reshape(batch, groups, -1, last)
@@ -167,28 +186,42 @@ def _unfold(x: jax.Array, rows: int, length: int) -> jax.Array:
     return x.reshape(rows, groups, -1, length, last)
 
 
-def _attend_closed(q: jax.Array, segments, scores_of) -> jax.Array:
-    """Attention whose probabilities nobody sees: the segments meet only after their values are read."""
+def _attend_fused(q: jax.Array, segments: Sequence[tuple], scores_of: Callable) -> jax.Array:
+    """Attention that never joins the probabilities of the segments: each segment is read, then the results are added.
+
+    Args:
+        q: ``(B, G, H / G, S, d)``. segments: keys and values ``(b, G, keys, d)``, mask ``(b, S, keys)`` or None.
+
+    Returns:
+        ``(B, G, H / G, S, d)``.
+    """
     rows, length = len(q), q.shape[3]
     scores = []
     for keys, _, mask in segments:
-        part = scores_of(_fold(q, len(keys)), keys)
+        segment_scores = scores_of(_fold(q, len(keys)), keys)
         if mask is not None:
-            apart = part.reshape(*part.shape[:2], -1, length, part.shape[-1])
-            part = jnp.where(mask[:, None, None], apart, jnp.finfo(jnp.float32).min).reshape(part.shape)
-        scores.append(part)
-    tops = [_unfold(part.max(-1, keepdims=True), rows, length) for part in scores]
-    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
-    out = total = 0
-    for part, (_, values, _) in zip(scores, segments, strict=True):
-        part = jnp.exp(part - _fold(top, len(part)))
-        total = total + _unfold(part.sum(-1, keepdims=True), rows, length)
-        out = out + _unfold(jnp.einsum("bgnt,bgtd->bgnd", part.astype(values.dtype), values), rows, length)
+            shape = segment_scores.shape
+            per_query = segment_scores.reshape(*shape[:2], -1, length, shape[-1])
+            segment_scores = jnp.where(mask[:, None, None], per_query, jnp.finfo(jnp.float32).min).reshape(shape)
+        scores.append(segment_scores)
+    maxima = [_unfold(segment_scores.max(-1, keepdims=True), rows, length) for segment_scores in scores]
+    maximum = jax.lax.stop_gradient(functools.reduce(jnp.maximum, maxima))
+    out: Any = 0
+    total: Any = 0
+    for segment_scores, (_, values, _) in zip(scores, segments, strict=True):
+        weights = jnp.exp(segment_scores - _fold(maximum, len(segment_scores)))
+        total = total + _unfold(weights.sum(-1, keepdims=True), rows, length)
+        out = out + _unfold(jnp.einsum("bgnt,bgtd->bgnd", weights.astype(values.dtype), values), rows, length)
     return (out / total).astype(out.dtype)
 
 
-def _attend_openly(q: jax.Array, segments, scores_of, probe, tower: str) -> jax.Array:
-    """Attention with its scores and probabilities laid out as sites. A query that sees no key reads nothing."""
+def _attend_with_probs(
+    q: jax.Array, segments: Sequence[tuple], scores_of: Callable, probe: Probe, tower: str
+) -> jax.Array:
+    """Attention whose scores and probabilities are sites; otherwise as :func:`_attend_fused`.
+
+    A query that sees no key reads zeros.
+    """
     rows, groups, heads, length, _ = q.shape
     lowest = jnp.finfo(jnp.float32).min
     scores = [_unfold(scores_of(_fold(q, len(keys)), keys), rows, length) for keys, _, _ in segments]
@@ -208,18 +241,24 @@ def _attend_openly(q: jax.Array, segments, scores_of, probe, tower: str) -> jax.
 
 @flax.struct.dataclass
 class Reader:
-    """What heads read with their probabilities: ``(B, H, S, keys) -> (B, S, H, d)``, from the values of the past
-    segments ``(b, G, P, d)`` and of the tokens themselves ``(B, G, S, d)``."""
+    """What the heads read with given probabilities.
 
-    past: tuple[jax.Array, ...]
-    own: jax.Array
+    past: values of the past segments ``(b, G, P, d)``, where ``b`` divides the batch.
+    own: values of the tokens themselves ``(B, G, S, d)``.
+    """
 
-    def __call__(self, probs: jax.Array) -> jax.Array:
+    past: tuple[Float[Array, "_rows groups _past head_dim"], ...]
+    own: Float[Array, "batch groups tokens head_dim"]
+
+    def __call__(self, probs: Float[Array, "batch heads tokens keys"]) -> Float[Array, "batch tokens heads head_dim"]:
+        """``keys``: those of the past segments, then those of the tokens themselves."""
         rows, heads, length, _ = probs.shape
         probs = probs.reshape(rows, self.own.shape[1], -1, length, probs.shape[-1])
-        out, at = 0, 0
+        out: Any = 0
+        start = 0
         for values in (*self.past, self.own):
-            part = _fold(probs[..., at : at + values.shape[2]].astype(values.dtype), len(values))
-            out = out + _unfold(jnp.einsum("bgnt,bgtd->bgnd", part, values), rows, length)
-            at += values.shape[2]
+            segment_probs = probs[..., start : start + values.shape[2]].astype(values.dtype)
+            folded = _fold(segment_probs, len(values))
+            out = out + _unfold(jnp.einsum("bgnt,bgtd->bgnd", folded, values), rows, length)
+            start += values.shape[2]
         return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, -1)

@@ -1,40 +1,44 @@
 """What the vision towers share: the features they return, and a scan over blocks that keeps some blocks' outputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from vlm_jax.mesh.sharding import constrain
 from vlm_jax.sites import BLOCK_SITES, NO_TAPS, Context, Probe, Tap, scan_layers
+from vlm_jax.typing import Array, ArrayLike
 
 
 class Features(NamedTuple):
-    """Visual tokens in the decoder's width: merged ``(I, tokens, D)``, deepstack ``(K, I, tokens, D)`` or None."""
+    """Visual tokens in the decoder's width, and what DeepStack adds after its first ``levels`` layers."""
 
-    merged: jax.Array
-    deepstack: jax.Array | None = None
+    merged: Float[Array, "images tokens width"]
+    deepstack: Float[Array, "levels images tokens width"] | None = None
 
 
 def scan_blocks(
     blocks: Any,
-    x: jax.Array,
+    x: Float[ArrayLike, "images patches width"],
     call: Callable[[Any, jax.Array, Any, Probe], jax.Array],
     *,
     each: Any = None,
     keep: tuple[int, ...] = (),
-    interventions=(),
+    interventions: Sequence[Any] = (),
     taps: Mapping[str, Tap] = NO_TAPS,
-):
-    """Runs stacked blocks on ``x (I, P, W)``.
+) -> tuple[Float[Array, "images patches width"], Float[Array, "kept images patches width"], dict[str, Any]]:
+    """Runs stacked blocks on ``x``.
 
     Args:
-        call: ``(block, x, each, probe) -> x``; each: arrays with one entry per block.
-        keep: the blocks whose outputs to keep, each once.
+        blocks: one block whose arrays have a leading axis of blocks.
+        call: ``(block, x, its entry of each, probe) -> x``.
+        each: a pytree of arrays with one entry per block.
+        keep: the blocks whose outputs to keep; name each once.
 
     Returns:
-        The last output, the kept ones ``(len(keep), I, P, W)``, and the taps with a leading block axis.
+        The last output, the kept outputs in the order of ``keep``, and the taps with a leading axis of blocks.
     """
     depth, count = len(jax.tree.leaves(blocks)[0]), len(keep)
     slots = jnp.full(depth, count).at[jnp.array(keep, int)].set(jnp.arange(count))
@@ -43,12 +47,13 @@ def scan_blocks(
 
     def body(carry, scanned, index):
         x, kept = carry
-        block, slot, each = scanned
+        block, slot, entry = scanned
         probe = Probe(interventions, taps, Context(index))
-        x = call(block, constrain(x, "batch", None, None), each, probe)
+        x = call(block, constrain(x, "batch", None, None), entry, probe)
         return (x, kept.at[slot].set(x, mode="drop") if count else kept), None, probe.taps
 
-    body = jax.checkpoint(body)  # trained towers keep what goes into a block, not the attention of thousands of patches
+    # For a backward pass each block keeps only its input; the attention of thousands of patches is computed again.
+    body = jax.checkpoint(body)
     kept = jnp.zeros((count, *x.shape), x.dtype)
     (x, kept), _, tapped = scan_layers(body, (x, kept), (blocks, slots, each), jnp.arange(depth), taps)
     return x, kept, tapped

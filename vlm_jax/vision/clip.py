@@ -1,25 +1,30 @@
 """LLaVA's vision tower: CLIP, of which one or several hidden layers are read, and a projector of one or two layers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, PRNGKeyArray
 
 from vlm_jax.inputs import Images
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
+from vlm_jax.typing import Array, ArrayLike
 from vlm_jax.vision.blocks import Features, scan_blocks
 from vlm_jax.vision.vit import ViTVision, encoder_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipVision(ViTVision):
-    """vision_feature_layer: the hidden states read, 0 being the embeddings and negative ones counted from the last.
+    """LLaVA's tower.
+
+    vision_feature_layer: the hidden states that are read. 0 is the embeddings; negative ones count from the last.
     keep_cls: whether the class token is one of the visual tokens (``vision_feature_select_strategy`` "full").
-    mm_projector_type: "mlp2x_gelu", two linears with ``projector_hidden_act`` between them; or "linear", the first
-    alone."""
+    mm_projector_type: "mlp2x_gelu" for two linears with ``projector_hidden_act`` between them, or "linear" for one.
+    """
 
     vision_feature_layer: tuple[int, ...]
     keep_cls: bool
@@ -31,17 +36,17 @@ class ClipVision(ViTVision):
     def tokens(self) -> int:
         return self.side**2 + self.keep_cls
 
-    def tower(self, key) -> "VisionTower":
+    def tower(self, key: PRNGKeyArray) -> "VisionTower":
         return VisionTower(key, self)
 
     @property
     def hidden_states(self) -> tuple[int, ...]:
-        """``vision_feature_layer`` with negative ones resolved."""
+        """``vision_feature_layer`` with negative numbers resolved."""
         return tuple(layer % (self.depth + 1) for layer in self.vision_feature_layer)
 
 
 class Projector(nnx.Module):
-    def __init__(self, key, config: ClipVision):
+    def __init__(self, key: PRNGKeyArray, config: ClipVision):
         first, second = jax.random.split(key)
         self.act = config.projector_hidden_act
         width = config.hidden_size * len(config.vision_feature_layer)
@@ -50,7 +55,9 @@ class Projector(nnx.Module):
         two = config.mm_projector_type != "linear"
         self.linear_2 = Linear(second, outputs, outputs, config.projector_bias) if two else None
 
-    def __call__(self, x, probe: Probe):
+    def __call__(
+        self, x: Float[ArrayLike, "images tokens width"], probe: Probe
+    ) -> Float[Array, "images tokens out_width"]:
         x = probe.linear("projector.linear_1", self.linear_1, x)
         if self.linear_2 is None:
             return x
@@ -58,9 +65,9 @@ class Projector(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """The layers above the highest hidden state that is read are kept, for saving, but not run."""
+    """Only the layers up to the highest hidden state that is read are run; the others are kept for saving."""
 
-    def __init__(self, key, config: ClipVision):
+    def __init__(self, key: PRNGKeyArray, config: ClipVision):
         patch, position, layers, projector = jax.random.split(key, 4)
         self.config = config
         self.class_embedding = nnx.Param(jnp.zeros(config.hidden_size))
@@ -78,15 +85,17 @@ class VisionTower(nnx.Module):
 
     @property
     def depth(self) -> int:
-        """Layers that are run: none above the highest hidden state that is read."""
+        """How many layers are run: those up to the highest hidden state that is read."""
         return max(self.config.hidden_states)
 
-    def __call__(self, images: Images, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
+    def __call__(
+        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS
+    ) -> tuple[Features, dict[str, Any]]:
         """Visual tokens of every image.
 
         Returns:
-            Features, and the taps: ``(I, 1 + P, ...)``, the class token first, those of the layers with a leading
-            axis of the layers that are run.
+            Features, and the taps ``(images, 1 + patches, ...)`` with the class token first; those of the layers have a
+            leading axis of the layers that are run.
         """
         config = self.config
         outer = Probe(interventions, taps, Context())

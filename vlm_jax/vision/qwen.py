@@ -2,21 +2,25 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from PIL import Image
 
 from vlm_jax.config import VisionConfig
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import PATCH_BUCKET, Images, bucket
 from vlm_jax.nn.layers import Linear, attend, rotate
 from vlm_jax.sites import Probe
+from vlm_jax.typing import Array, ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
 class QwenVision(VisionConfig):
-    """A tower whose ``spatial_merge_size`` x ``spatial_merge_size`` neighbouring patches become one visual token."""
+    """A tower in which ``spatial_merge_size`` x ``spatial_merge_size`` neighbouring patches become one visual token."""
 
     temporal_patch_size: int
     spatial_merge_size: int
@@ -31,7 +35,7 @@ class QwenVision(VisionConfig):
         """Patches that become one visual token."""
         return self.spatial_merge_size**2
 
-    def limit_pixels(self, image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
+    def limit_pixels(self, image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
         size = image_processor.size
         least = (self.patch_size * self.spatial_merge_size) ** 2  # one visual token
         low = size["shortest_edge"] if min_pixels is None else min_pixels
@@ -43,7 +47,7 @@ class QwenVision(VisionConfig):
             )
         image_processor.size = type(size)(shortest_edge=low, longest_edge=high)
 
-    def size_of(self, image_processor, image) -> tuple[int, int]:
+    def size_of(self, image_processor: Any, image: Image.Image) -> tuple[int, int]:
         count = image_processor.get_number_of_image_patches(image.height, image.width)
         return self._padded(count), count // self.merge
 
@@ -55,8 +59,10 @@ class QwenVision(VisionConfig):
         pixels = np.zeros((count * side**2, self.patch_dim), np.float32)
         return {"pixel_values": pixels, "image_grid_thw": np.array([[1, side, side]] * count)}
 
-    def images(self, pixel_values: np.ndarray, image_grid_thw) -> tuple[Images, list[int]]:
-        """Pads the packed patches ``(patches of all images, patch_dim)`` to ``(I, P, patch_dim)``."""
+    def images(
+        self, pixel_values: Float[np.ndarray, "all_patches patch_dim"], image_grid_thw: Any
+    ) -> tuple[Images, list[int]]:
+        """Splits the packed patches by image and pads each image to the same number of patches."""
         grids = np.zeros((0, 3), int) if image_grid_thw is None else np.asarray(image_grid_thw, int).reshape(-1, 3)
         if (grids[:, 0] != 1).any():
             raise UserError(
@@ -70,24 +76,34 @@ class QwenVision(VisionConfig):
             )
         longest = self._padded(int(counts.max()))
         pixels = np.zeros((len(grids), longest, pixel_values.shape[-1]), np.float32)
-        where = np.zeros((len(grids), longest, 2), np.int32)
+        grid_positions = np.zeros((len(grids), longest, 2), np.int32)
         starts = np.concatenate([[0], np.cumsum(counts)])
-        for i, (frames, height, width) in enumerate(grids):
+        for i, (_, height, width) in enumerate(grids.tolist()):
             pixels[i, : counts[i]] = pixel_values[starts[i] : starts[i + 1]]
-            where[i, : counts[i]] = np.tile(merge_order(height, width, self.spatial_merge_size), (frames, 1))
+            grid_positions[i, : counts[i]] = merge_order(height, width, self.spatial_merge_size)
         mask = np.arange(longest) < counts[:, None]
-        return Images(pixels, mask, where, stride=longest // self.merge), (counts // self.merge).tolist()
+        return Images(pixels, mask, grid_positions, stride=longest // self.merge), (counts // self.merge).tolist()
+
+
+#: Cosine and sine of the rotary angles.
+Rope2d = tuple[Float[ArrayLike, "images patches head_dim"], Float[ArrayLike, "images patches head_dim"]]
 
 
 class Attention(nnx.Module):
-    def __init__(self, key, config: QwenVision):
+    def __init__(self, key: PRNGKeyArray, config: QwenVision):
         qkv, proj = jax.random.split(key)
         width = config.hidden_size
         self.heads = config.num_heads
         self.qkv = Linear(qkv, width, 3 * width, bias=True)
         self.proj = Linear(proj, width, width, bias=True)
 
-    def __call__(self, x, rope, mask, probe: Probe):
+    def __call__(
+        self,
+        x: Float[ArrayLike, "images patches width"],
+        rope: Rope2d,
+        mask: Bool[ArrayLike, "images patches patches"],
+        probe: Probe,
+    ) -> Float[Array, "images patches width"]:
         images, patches, _ = x.shape
         qkv = probe.linear("visual.attn.qkv", self.qkv, x).reshape(images, patches, 3, self.heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -95,8 +111,8 @@ class Attention(nnx.Module):
         return probe.linear("visual.attn.proj", self.proj, out)
 
 
-def merge_order(height: int, width: int, merge: int) -> np.ndarray:
-    """Row and column of every patch ``(height * width, 2)``, in the processor's order: merge block by merge block."""
+def merge_order(height: int, width: int, merge: int) -> Int[np.ndarray, "{height}*{width} 2"]:
+    """Row and column of every patch, in the processor's order: one block of ``merge x merge`` patches after another."""
     grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1)
     blocks = grid.reshape(height // merge, merge, width // merge, merge, 2)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)

@@ -1,29 +1,37 @@
 """Qwen2.5-VL's vision tower: attention inside windows, with a few blocks that see the whole image.
 
-transformers sorts the patches by window, attends within runs of them and undoes the order after the merger. Attention
-does not care about order, so here the patches stay where they are and a mask says which share a window.
+transformers sorts the patches by window, attends within each window and restores the order after the merger. Attention
+does not depend on the order, so here the patches stay in place and a mask says which of them share a window.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from vlm_jax.inputs import Images
 from vlm_jax.nn.layers import ACTIVATIONS, Linear, RMSNorm
 from vlm_jax.nn.rope import rope_2d
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
+from vlm_jax.typing import Array, ArrayLike
 from vlm_jax.vision.blocks import Features, scan_blocks
-from vlm_jax.vision.qwen import Attention, QwenVision
+from vlm_jax.vision.qwen import Attention, QwenVision, Rope2d
 
 _EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen25Vision(QwenVision):
+    """Qwen2.5-VL's tower.
+
+    window_size: side of an attention window, in pixels. fullatt_block_indexes: the blocks that see the whole image.
+    """
+
     window_size: int
     fullatt_block_indexes: tuple[int, ...]
 
@@ -32,33 +40,41 @@ class Qwen25Vision(QwenVision):
         """Patches along a window's side."""
         return self.window_size // self.spatial_merge_size // self.patch_size * self.spatial_merge_size
 
-    def tower(self, key) -> "VisionTower":
+    def tower(self, key: PRNGKeyArray) -> "VisionTower":
         return VisionTower(key, self)
 
 
 class MLP(nnx.Module):
-    def __init__(self, key, config: Qwen25Vision):
+    def __init__(self, key: PRNGKeyArray, config: Qwen25Vision):
         gate, up, down = jax.random.split(key, 3)
         self.hidden_act = config.hidden_act
         self.gate_proj = Linear(gate, config.hidden_size, config.intermediate_size, bias=True)
         self.up_proj = Linear(up, config.hidden_size, config.intermediate_size, bias=True)
         self.down_proj = Linear(down, config.intermediate_size, config.hidden_size, bias=True)
 
-    def __call__(self, x, probe: Probe):
+    def __call__(
+        self, x: Float[ArrayLike, "images patches width"], probe: Probe
+    ) -> Float[Array, "images patches width"]:
         gate = ACTIVATIONS[self.hidden_act](probe.linear("visual.mlp.gate_proj", self.gate_proj, x))
         hidden = gate * probe.linear("visual.mlp.up_proj", self.up_proj, x)
         return probe.linear("visual.mlp.down_proj", self.down_proj, hidden)
 
 
 class Block(nnx.Module):
-    def __init__(self, key, config: Qwen25Vision):
+    def __init__(self, key: PRNGKeyArray, config: Qwen25Vision):
         attn, mlp = jax.random.split(key)
         self.norm1 = RMSNorm(config.hidden_size, _EPS)
         self.norm2 = RMSNorm(config.hidden_size, _EPS)
         self.attn = Attention(attn, config)
         self.mlp = MLP(mlp, config)
 
-    def __call__(self, x, rope, mask, probe: Probe):
+    def __call__(
+        self,
+        x: Float[ArrayLike, "images patches width"],
+        rope: Rope2d,
+        mask: Bool[ArrayLike, "images patches patches"],
+        probe: Probe,
+    ) -> Float[Array, "images patches width"]:
         x = probe("visual.resid_pre", x)
         x = x + probe("visual.attn_out", self.attn(self.norm1(x), rope, mask, probe))
         x = x + probe("visual.mlp_out", self.mlp(self.norm2(x), probe))
@@ -66,9 +82,9 @@ class Block(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """``merge`` neighbouring patches become one visual token; its GELU is the exact one."""
+    """Makes one visual token of ``merge`` neighbouring patches. Its GELU is the exact one."""
 
-    def __init__(self, key, config: Qwen25Vision):
+    def __init__(self, key: PRNGKeyArray, config: Qwen25Vision):
         first, second = jax.random.split(key)
         width = config.hidden_size * config.merge
         self.merge = config.merge
@@ -76,7 +92,7 @@ class PatchMerger(nnx.Module):
         self.linear_1 = Linear(first, width, width, bias=True)
         self.linear_2 = Linear(second, width, config.out_hidden_size, bias=True)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[ArrayLike, "images patches width"]) -> Float[Array, "images tokens out_width"]:
         images, patches, width = x.shape
         x = self.ln_q(x).reshape(images, patches // self.merge, self.merge * width)
         return self.linear_2(ACTIVATIONS["gelu"](self.linear_1(x)))
@@ -85,7 +101,7 @@ class PatchMerger(nnx.Module):
 class VisionTower(nnx.Module):
     SITES = tower_sites("qwen2_5", "merger")
 
-    def __init__(self, key, config: Qwen25Vision):
+    def __init__(self, key: PRNGKeyArray, config: Qwen25Vision):
         patch, blocks, merger = jax.random.split(key, 3)
         self.config = config
         self.patch_embed = Linear(patch, config.patch_dim, config.hidden_size)
@@ -96,11 +112,13 @@ class VisionTower(nnx.Module):
     def depth(self) -> int:
         return self.config.depth
 
-    def __call__(self, images: Images, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
+    def __call__(
+        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS
+    ) -> tuple[Features, dict[str, Any]]:
         """Visual tokens of every image.
 
         Returns:
-            Features, and the taps: ``(I, P, ...)``, those of the blocks with a leading block axis.
+            Features, and the taps ``(images, patches, ...)``; those of the blocks have a leading axis of blocks.
         """
         config = self.config
         outer = Probe(interventions, taps, Context())
@@ -108,13 +126,13 @@ class VisionTower(nnx.Module):
         x = outer("visual.embeddings", x)
         rope = rope_2d(images.grid_positions, config.rope_theta, config.hidden_size // config.num_heads)
         seen = images.patch_mask[:, None, :] & images.patch_mask[:, :, None]
-        window = images.grid_positions // config.window_side
-        inside = seen & (window[:, None, :] == window[:, :, None]).all(-1)
+        window = images.grid_positions // config.window_side  # row and column of each patch's window
+        same_window = seen & (window[:, None, :] == window[:, :, None]).all(-1)
         full = np.isin(np.arange(config.depth), config.fullatt_block_indexes)
         x, _, block_taps = scan_blocks(
             self.blocks,
             x,
-            lambda block, x, full, probe: block(x, rope, jnp.where(full, seen, inside), probe),
+            lambda block, x, full, probe: block(x, rope, jnp.where(full, seen, same_window), probe),
             each=jnp.asarray(full),
             interventions=interventions,
             taps=taps,

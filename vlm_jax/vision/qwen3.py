@@ -1,34 +1,45 @@
 """Qwen3-VL's vision tower: interpolated position embeddings, 2-D rotary, DeepStack mergers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, Float32, Int32, PRNGKeyArray
 
 from vlm_jax.inputs import Images
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
 from vlm_jax.nn.rope import rope_2d
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
+from vlm_jax.typing import Array, ArrayLike
 from vlm_jax.vision.blocks import Features, scan_blocks
-from vlm_jax.vision.qwen import Attention, QwenVision
+from vlm_jax.vision.qwen import Attention, QwenVision, Rope2d
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Vision(QwenVision):
+    """Qwen3-VL's tower.
+
+    num_position_embeddings: of a square grid, which is interpolated to the size of each image.
+    deepstack_visual_indexes: the blocks whose outputs DeepStack adds after the decoder's first layers, in order.
+    """
+
     num_position_embeddings: int
     deepstack_visual_indexes: tuple[int, ...]
 
-    def tower(self, key) -> "VisionTower":
+    def tower(self, key: PRNGKeyArray) -> "VisionTower":
         return VisionTower(key, self)
 
-    def images(self, pixel_values: np.ndarray, image_grid_thw) -> tuple[Images, list[int]]:
+    def images(
+        self, pixel_values: Float[np.ndarray, "all_patches patch_dim"], image_grid_thw: Any
+    ) -> tuple[Images, list[int]]:
         images, counts = super().images(pixel_values, image_grid_thw)
         index = np.zeros((*images.patch_mask.shape, 4), np.int32)
         weight = np.zeros(index.shape, np.float32)
         side = int(self.num_position_embeddings**0.5)
-        for i, (_, height, width) in enumerate(np.asarray(image_grid_thw, int).reshape(-1, 3)):
+        for i, (_, height, width) in enumerate(np.asarray(image_grid_thw, int).reshape(-1, 3).tolist()):
             n = counts[i] * self.merge
             row, column = images.grid_positions[i, :n].T
             index[i, :n], weight[i, :n] = bilinear(
@@ -39,8 +50,10 @@ class Qwen3Vision(QwenVision):
         return images.replace(position_index=index, position_weight=weight), counts
 
 
-def bilinear(row: np.ndarray, column: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """The four cells of a ``side x side`` table around fractional coordinates, and their weights, ``(n, 4)`` each."""
+def bilinear(
+    row: Float32[np.ndarray, " points"], column: Float32[np.ndarray, " points"], side: int
+) -> tuple[Int32[np.ndarray, "points 4"], Float32[np.ndarray, "points 4"]]:
+    """The four cells of a ``side x side`` grid around each point, as flat indexes, and their interpolation weights."""
     top, left = row.astype(int), column.astype(int)
     down, right = np.minimum(top + 1, side - 1), np.minimum(left + 1, side - 1)
     y, x = row - top, column - left
@@ -50,26 +63,34 @@ def bilinear(row: np.ndarray, column: np.ndarray, side: int) -> tuple[np.ndarray
 
 
 class MLP(nnx.Module):
-    def __init__(self, key, config: Qwen3Vision):
+    def __init__(self, key: PRNGKeyArray, config: Qwen3Vision):
         fc1, fc2 = jax.random.split(key)
         self.hidden_act = config.hidden_act
         self.linear_fc1 = Linear(fc1, config.hidden_size, config.intermediate_size, bias=True)
         self.linear_fc2 = Linear(fc2, config.intermediate_size, config.hidden_size, bias=True)
 
-    def __call__(self, x, probe: Probe):
+    def __call__(
+        self, x: Float[ArrayLike, "images patches width"], probe: Probe
+    ) -> Float[Array, "images patches width"]:
         hidden = ACTIVATIONS[self.hidden_act](probe.linear("visual.mlp.linear_fc1", self.linear_fc1, x))
         return probe.linear("visual.mlp.linear_fc2", self.linear_fc2, hidden)
 
 
 class Block(nnx.Module):
-    def __init__(self, key, config: Qwen3Vision):
+    def __init__(self, key: PRNGKeyArray, config: Qwen3Vision):
         attn, mlp = jax.random.split(key)
         self.norm1 = LayerNorm(config.hidden_size)
         self.norm2 = LayerNorm(config.hidden_size)
         self.attn = Attention(attn, config)
         self.mlp = MLP(mlp, config)
 
-    def __call__(self, x, rope, mask, probe: Probe):
+    def __call__(
+        self,
+        x: Float[ArrayLike, "images patches width"],
+        rope: Rope2d,
+        mask: Bool[ArrayLike, "images patches patches"],
+        probe: Probe,
+    ) -> Float[Array, "images patches width"]:
         x = probe("visual.resid_pre", x)
         x = x + probe("visual.attn_out", self.attn(self.norm1(x), rope, mask, probe))
         x = x + probe("visual.mlp_out", self.mlp(self.norm2(x), probe))
@@ -77,9 +98,12 @@ class Block(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """``merge`` neighbouring patches become one visual token. GELU is the exact one, unlike in the blocks."""
+    """Makes one visual token of ``merge`` neighbouring patches. Its GELU is the exact one, unlike the blocks'.
 
-    def __init__(self, key, config: Qwen3Vision, use_postshuffle_norm: bool):
+    use_postshuffle_norm: norms the merged patches together, not each patch by itself.
+    """
+
+    def __init__(self, key: PRNGKeyArray, config: Qwen3Vision, use_postshuffle_norm: bool):
         fc1, fc2 = jax.random.split(key)
         width = config.hidden_size * config.merge
         self.merge, self.use_postshuffle_norm = config.merge, use_postshuffle_norm
@@ -87,7 +111,7 @@ class PatchMerger(nnx.Module):
         self.linear_fc1 = Linear(fc1, width, width, bias=True)
         self.linear_fc2 = Linear(fc2, width, config.out_hidden_size, bias=True)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[ArrayLike, "images patches width"]) -> Float[Array, "images tokens out_width"]:
         images, patches, width = x.shape
         if not self.use_postshuffle_norm:
             x = self.norm(x)
@@ -100,7 +124,7 @@ class PatchMerger(nnx.Module):
 class VisionTower(nnx.Module):
     SITES = tower_sites("qwen3", "merger", "deepstack_merger_list")
 
-    def __init__(self, key, config: Qwen3Vision):
+    def __init__(self, key: PRNGKeyArray, config: Qwen3Vision):
         patch, position, blocks, merger, deepstack = jax.random.split(key, 5)
         self.config = config
         self.patch_embed = Linear(patch, config.patch_dim, config.hidden_size, bias=True)
@@ -115,11 +139,13 @@ class VisionTower(nnx.Module):
     def depth(self) -> int:
         return self.config.depth
 
-    def __call__(self, images: Images, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
+    def __call__(
+        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS
+    ) -> tuple[Features, dict[str, Any]]:
         """Visual tokens of every image.
 
         Returns:
-            Features, and the taps: ``(I, P, ...)``, those of the blocks with a leading block axis.
+            Features, and the taps ``(images, patches, ...)``; those of the blocks have a leading axis of blocks.
         """
         config = self.config
         outer = Probe(interventions, taps, Context())

@@ -1,40 +1,50 @@
 """Gemma 3's vision tower: SigLIP, and a projector that pools neighbouring patches."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, PRNGKeyArray
 
 from vlm_jax.inputs import Images
 from vlm_jax.nn.layers import Embedding, LayerNorm, Linear, RMSNorm
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
+from vlm_jax.typing import Array, ArrayLike
 from vlm_jax.vision.blocks import Features, scan_blocks
 from vlm_jax.vision.vit import ViTVision, encoder_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class SiglipVision(ViTVision):
+    """Gemma 3's tower.
+
+    mm_tokens_per_image: visual tokens of an image, a square number.
+    """
+
     mm_tokens_per_image: int
 
     @property
     def tokens(self) -> int:
         return self.mm_tokens_per_image
 
-    def tower(self, key) -> "VisionTower":
+    def tower(self, key: PRNGKeyArray) -> "VisionTower":
         return VisionTower(key, self)
 
 
 class Projector(nnx.Module):
     """Average-pools the patches to ``mm_tokens_per_image``, norms them, and maps them to the decoder's width."""
 
-    def __init__(self, key, config: SiglipVision):
+    def __init__(self, key: PRNGKeyArray, config: SiglipVision):
         self.side, self.pooled = config.side, int(config.mm_tokens_per_image**0.5)
         self.mm_soft_emb_norm = RMSNorm(config.hidden_size, config.layer_norm_eps, unit_offset=True)
         self.mm_input_projection = Linear(key, config.hidden_size, config.out_hidden_size)
 
-    def __call__(self, x, probe: Probe):
+    def __call__(
+        self, x: Float[ArrayLike, "images patches width"], probe: Probe
+    ) -> Float[Array, "images tokens out_width"]:
         images, _, width = x.shape
         block = self.side // self.pooled
         x = x.reshape(images, self.side, self.side, width)[:, : block * self.pooled, : block * self.pooled]
@@ -47,7 +57,7 @@ class Projector(nnx.Module):
 class VisionTower(nnx.Module):
     SITES = tower_sites("vit", "mm_soft_emb_norm", "mm_input_projection")
 
-    def __init__(self, key, config: SiglipVision):
+    def __init__(self, key: PRNGKeyArray, config: SiglipVision):
         patch, position, layers, projector = jax.random.split(key, 4)
         self.config = config
         self.patch_embedding = Linear(patch, config.patch_dim, config.hidden_size, bias=True)
@@ -60,16 +70,23 @@ class VisionTower(nnx.Module):
     def depth(self) -> int:
         return self.config.depth
 
-    def __call__(self, images: Images, interventions=(), taps: Mapping[str, Tap] = NO_TAPS):
+    def __call__(
+        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS
+    ) -> tuple[Features, dict[str, Any]]:
         """Visual tokens of every image.
 
         Returns:
-            Features, and the taps: ``(I, P, ...)``, those of the layers with a leading layer axis.
+            Features, and the taps ``(images, patches, ...)``; those of the layers have a leading axis of layers.
         """
         outer = Probe(interventions, taps, Context())
         x = self.patch_embedding(images.pixel_values.astype(self.patch_embedding.kernel[...].dtype))
         x = outer("visual.embeddings", x + self.position_embedding.weight[...])
-        call = lambda layer, x, _, probe: layer(x, probe)  # noqa: E731
-        x, _, layer_taps = scan_blocks(self.layers, x, call, interventions=interventions, taps=taps)
+        x, _, layer_taps = scan_blocks(
+            self.layers,
+            x,
+            lambda layer, x, _, probe: layer(x, probe),
+            interventions=interventions,
+            taps=taps,
+        )
         features = self.multi_modal_projector(self.post_layernorm(x), outer)
         return Features(features), {**outer.taps, **layer_taps}

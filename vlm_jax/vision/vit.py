@@ -1,21 +1,25 @@
 """What SigLIP and CLIP share: images of one size, learned positions, and the encoder layer."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, PRNGKeyArray
+from PIL import Image
 
 from vlm_jax.config import VisionConfig
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Images
 from vlm_jax.nn.layers import ACTIVATIONS, LayerNorm, Linear, attend
 from vlm_jax.sites import Probe
+from vlm_jax.typing import Array, ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTVision(VisionConfig):
-    """A tower for square images of ``image_size`` pixels, all patches of which are used."""
+    """A tower for square images of ``image_size`` x ``image_size`` pixels, without padding."""
 
     image_size: int
     layer_norm_eps: float
@@ -30,14 +34,14 @@ class ViTVision(VisionConfig):
         """Visual tokens of an image."""
         raise NotImplementedError
 
-    def size_of(self, image_processor, image) -> tuple[int, int]:
+    def size_of(self, image_processor: Any, image: Image.Image) -> tuple[int, int]:
         return self.side**2, self.tokens
 
     def blank(self, count: int, tokens: int) -> dict[str, np.ndarray]:
         return {"pixel_values": np.zeros((count, self.in_channels, self.image_size, self.image_size), np.float32)}
 
-    def images(self, pixel_values: np.ndarray, image_grid_thw=None) -> tuple[Images, list[int]]:
-        """Cuts ``pixel_values (I, C, H, W)`` into patches ``(I, P, patch_dim)``, row by row."""
+    def images(self, pixel_values: Float[np.ndarray, "..."], image_grid_thw: Any = None) -> tuple[Images, list[int]]:
+        """Cuts ``pixel_values (images, channels, height, width)`` into patches, row by row."""
         size, patch = self.image_size, self.patch_size
         if pixel_values.shape[1:] != (self.in_channels, size, size):
             raise UserError(
@@ -53,7 +57,7 @@ class ViTVision(VisionConfig):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, key, config: ViTVision):
+    def __init__(self, key: PRNGKeyArray, config: ViTVision):
         q, k, v, out = jax.random.split(key, 4)
         width = config.hidden_size
         self.heads = config.num_heads
@@ -62,7 +66,7 @@ class SelfAttention(nnx.Module):
         self.v_proj = Linear(v, width, width, bias=True)
         self.out_proj = Linear(out, width, width, bias=True)
 
-    def __call__(self, x, probe: Probe):
+    def __call__(self, x: Float[ArrayLike, "images tokens width"], probe: Probe) -> Float[Array, "images tokens width"]:
         heads = (*x.shape[:2], self.heads, -1)
         q = probe.linear("visual.self_attn.q_proj", self.q_proj, x).reshape(heads)
         k = probe.linear("visual.self_attn.k_proj", self.k_proj, x).reshape(heads)
@@ -71,32 +75,32 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, key, config: ViTVision):
+    def __init__(self, key: PRNGKeyArray, config: ViTVision):
         fc1, fc2 = jax.random.split(key)
         self.hidden_act = config.hidden_act
         self.fc1 = Linear(fc1, config.hidden_size, config.intermediate_size, bias=True)
         self.fc2 = Linear(fc2, config.intermediate_size, config.hidden_size, bias=True)
 
-    def __call__(self, x, probe: Probe):
+    def __call__(self, x: Float[ArrayLike, "images tokens width"], probe: Probe) -> Float[Array, "images tokens width"]:
         hidden = ACTIVATIONS[self.hidden_act](probe.linear("visual.mlp.fc1", self.fc1, x))
         return probe.linear("visual.mlp.fc2", self.fc2, hidden)
 
 
 class EncoderLayer(nnx.Module):
-    def __init__(self, key, config: ViTVision):
+    def __init__(self, key: PRNGKeyArray, config: ViTVision):
         attn, mlp = jax.random.split(key)
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = SelfAttention(attn, config)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(mlp, config)
 
-    def __call__(self, x, probe: Probe):
+    def __call__(self, x: Float[ArrayLike, "images tokens width"], probe: Probe) -> Float[Array, "images tokens width"]:
         x = probe("visual.resid_pre", x)
         x = x + probe("visual.attn_out", self.self_attn(self.layer_norm1(x), probe))
         x = x + probe("visual.mlp_out", self.mlp(self.layer_norm2(x), probe))
         return probe("visual.resid_post", x)
 
 
-def encoder_layers(key, config: ViTVision) -> EncoderLayer:
-    """All layers of the encoder, stacked."""
+def encoder_layers(key: PRNGKeyArray, config: ViTVision) -> EncoderLayer:
+    """All layers of the encoder: one layer whose arrays have a leading axis of layers."""
     return jax.vmap(lambda k: EncoderLayer(k, config))(jax.random.split(key, config.depth))
