@@ -1,16 +1,29 @@
 """Every mistake a user can make ends with one sentence on stderr, exit code 2 and nothing written."""
 
+import dataclasses
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import tyro
 from PIL import Image
 
 import eval.accuracy
+import interventions.flow.__main__
+import interventions.talo.options
 import interventions.trace.__main__
 import train.lora
+import train.plan
+import train.pretrain
+import train.study.options
+import train.tune
+from eval.evaluation import AnswerOptions
 from interventions import Gate, digest, save_interventions
+from interventions.trace.options import TraceOptions
 from vlm_jax.data.miniworld import make_example
+from vlm_jax.runs.ranges import flag
 
 LINE = {"id": "1", "image": "a.png", "question": "What is it?", "answers": ["sun"]}
 
@@ -207,3 +220,117 @@ def test_accuracy_under_a_saved_intervention(tmp_path, capsys):
     assert base != under
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["interventions"] == digest(cut)
     assert "text.attn_out L1" in capsys.readouterr().out
+
+
+# What options are called
+
+#: The options that all commands take from shared dataclasses, by their field, and the flag that they have in each.
+NAMES = {
+    "TraceOptions.batch": "--trace-batch",
+    "TraceOptions.seed": "--trace-seed",
+    "TraceOptions.metric": "--trace-metric",
+    "TraceOptions.noise_scale": "--noise-scale",
+    "MetricOptions.metric": "--metric",
+    "AnswerOptions.batch": "--answer-batch",
+    "AnswerOptions.max_new_tokens": "--max-new-tokens",
+    "LoRAOptions.batch": "--batch",
+    "LoRAOptions.accumulation": "--accumulation",
+    "DataOptions.data_root": "--data-root",
+    "DeviceOptions.mesh": "--mesh",
+    "DeviceOptions.processes": "--processes",
+}
+ARGS = {
+    "interventions.trace": interventions.trace.__main__.Args,
+    "interventions.flow": interventions.flow.__main__.Args,
+    "interventions.talo": interventions.talo.options.Args,
+    "eval.accuracy": eval.accuracy.Args,
+    "train.lora": train.lora.Args,
+    "train.tune": train.tune.Args,
+    "train.study": train.study.options.Args,
+    "train.plan": train.plan.Args,
+    "train.pretrain": train.pretrain.Args,
+}
+#: Flags that other tools call each command with.
+EXPECTED = {
+    "interventions.trace": "--task --limit --out --noise-scale --trace-batch --mesh --processes --data-root",
+    "interventions.flow": "--task --limit --out --batch --max-new-tokens",
+    "interventions.talo": "--task --limit --out --batch",
+    "eval.accuracy": "--task --limit --out --adapter --intervention --metric --answer-batch",
+    "train.lora": "--placement --batch --accumulation --out --train --eval --trace --lr --epochs --r --noise-scale",
+    "train.tune": "--train --eval --eval-limit --parts --batch --lr --epochs --answer-batch --out",
+    "train.study": "--recipe --models --batch --lr --epochs --noise-scale --answer-batch --trace --train --eval --out",
+}
+
+
+def options_of(cls: type) -> dict[str, str]:
+    """The options of a command: ``CLASS.field``, where CLASS first has the field, and its flag."""
+    options = {}
+    for field in dataclasses.fields(cls):
+        nested = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(nested):
+            options |= options_of(type(nested))
+        else:
+            owner = next(c for c in reversed(cls.__mro__) if field.name in getattr(c, "__dataclass_fields__", ()))
+            options[f"{owner.__name__}.{field.name}"] = flag(field)
+    return options
+
+
+def flags_in_help(cls: type, capsys) -> set[str]:
+    with pytest.raises(SystemExit):
+        tyro.cli(cls, args=["--help"])
+    return set(re.findall(r"^[│ ]*(--[\w.-]+)", capsys.readouterr().out, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ARGS)
+def test_flags_are_the_fields_and_carry_no_prefix(name, capsys):
+    options, shown = options_of(ARGS[name]), flags_in_help(ARGS[name], capsys)
+    assert set(options.values()) <= shown | {"--json"}, set(options.values()) - shown
+    assert not [shown_flag for shown_flag in shown if "." in shown_flag]
+    assert len(set(options.values())) == len(options), "two options of one command have the same flag"
+    assert set(EXPECTED.get(name, "").split()) <= shown
+
+
+def test_an_option_has_one_name_in_every_command():
+    flags = defaultdict(set)
+    for cls in ARGS.values():
+        for option, name in options_of(cls).items():
+            flags[option].add(name)
+    assert {option: names for option, names in flags.items() if len(names) > 1} == {}
+    assert {option: flags[option] for option in NAMES} == {option: {name} for option, name in NAMES.items()}
+
+
+def test_a_flag_means_the_same_in_every_command():
+    """Short flags belong to what a command is about; those of the shared groups are nowhere another option's."""
+    owners = defaultdict(set)
+    for cls in ARGS.values():
+        for option, name in options_of(cls).items():
+            owners[name].add(option.partition(".")[0])
+    shared = {"TraceOptions", "MetricOptions", "AnswerOptions", "DataOptions", "DeviceOptions"}
+    #: Names that flow, plan and pretrain have for the same thing, though not from the shared classes.
+    same = {"--max-new-tokens", "--window", "--mesh"}
+    mixed = {name for name, classes in owners.items() if len(classes) > 1 and classes & shared}
+    assert mixed <= same, mixed
+
+
+def test_the_command_line_reaches_the_groups():
+    line = "--batch 8 --trace-batch 4 --answer-batch 2 --trace-seed 3 --seed 5 --metric anls"
+    args = tyro.cli(train.lora.Args, args=[*line.split(), "--trace-metric", "log_probability"])
+    assert (args.batch, args.tracing.batch, args.answering.batch) == (8, 4, 2)
+    assert (args.seed, args.tracing.seed) == (5, 3)
+    assert (args.metric.metric, args.tracing.metric) == ("anls", "log_probability")
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"tracing": TraceOptions(batch=0)}, "--trace-batch is 0"),
+        ({"answering": AnswerOptions(batch=0)}, "--answer-batch is 0"),
+        ({"dropout": 1.0}, "--dropout is 1.0"),
+        ({"random_seeds": (1, -1)}, "--random-seeds is -1"),
+        ({"mesh": "data=4096"}, "4096"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_before_anything_is_read(refused, monkeypatch, options, says):
+    monkeypatch.setattr(train.lora, "load_task", lambda *args, **kwargs: pytest.fail("read"))
+    assert says in refused(train.lora, **options)

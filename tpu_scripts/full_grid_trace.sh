@@ -14,4 +14,4 @@ out=../bucket/runs/trace-$task
 [[ -n "${BUCKET:-}" ]] || out=runs/trace-$task
 exec "$(dirname "$0")/run.sh" ${dry:+--dry-run} "${arguments[0]}" "${arguments[1]}" \
     python -m interventions.trace --model "${arguments[3]:-Qwen/Qwen3-VL-4B-Instruct}" --task "$task" \
-    --limit 1000 --batch 16 --mesh "${arguments[2]}" --out "$out"
+    --limit 1000 --trace-batch 16 --mesh "${arguments[2]}" --out "$out"

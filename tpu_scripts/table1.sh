@@ -11,4 +11,4 @@ out=../bucket/runs/table1
 [[ -n "${BUCKET:-}" ]] || out=runs/table1
 exec "$(dirname "$0")/run.sh" ${dry:+--dry-run} "${arguments[0]}" "${arguments[1]}" \
     python -m train.study --recipe p0 --models Qwen/Qwen3-VL-4B-Instruct --families p0-knowledge p0-perception \
-    --mesh "${arguments[2]}" --training.batch 16 --training.accumulation 1 --out "$out"
+    --mesh "${arguments[2]}" --batch 16 --accumulation 1 --out "$out"

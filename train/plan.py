@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.extend
@@ -52,6 +52,7 @@ from vlm_jax.model import Model
 from vlm_jax.nn.flops import head_flops, layers_flops, lora_step_flops, vision_flops
 from vlm_jax.prompts import positions
 from vlm_jax.runs.command import command
+from vlm_jax.runs.ranges import Range, check_ranges
 
 #: What to change where a job does not fit.
 _ADVICE = (
@@ -85,17 +86,17 @@ class Args:
     """The slice as axes: data x fsdp x tensor."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the parameters."""
-    batch: int = 8
+    batch: Annotated[int, Range(least=1)] = 8
     """Samples of a batch, over all chips."""
-    length: int = 1024
+    length: Annotated[int, Range(least=1)] = 1024
     """Tokens of a prompt with its image and answer."""
-    r: int = 64
+    r: Annotated[int, Range(least=1)] = 64
     """Rank of LoRA."""
     k: int | None = None
     """How many modules get LoRA, spread over all layers; all of them by default."""
     remat: Literal["full", "some", "none"] = "some"
     """What LoRA's backward pass computes again: see train.lora --help."""
-    max_new_tokens: int = 32
+    max_new_tokens: Annotated[int, Range(least=1)] = 32
     """Longest answer."""
     attention: Literal["xla", "splash"] = "xla"
     """XLA's attention or the splash kernel: see train.lora --help."""
@@ -357,9 +358,7 @@ def compiled(args: Args) -> Plan:
     Raises:
         UserError: for a model, slice, mesh or size that cannot be.
     """
-    for name in ("batch", "length", "r", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    check_ranges(args)
     config = with_attention(config_of(args.model), args.attention)
     devices = topology(args.topology)
     mesh = make_mesh(args.mesh, devices)

@@ -17,6 +17,7 @@ from vlm_jax.config import Config
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.published import PUBLISHED, published_config
 from vlm_jax.runs.command import command
+from vlm_jax.runs.ranges import Range
 from vlm_jax.sites import PROJECTOR_SITES, TEXT_LINEARS
 from vlm_jax.vision.vit import ViTVision
 
@@ -31,7 +32,7 @@ class Args:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Published name (such as Qwen3-VL-4B), embedded model, Hugging Face folder or hub id."""
-    r: int = 64
+    r: Annotated[int, Range(least=1)] = 64
     """Rank of the LoRA adapters."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the key-value cache."""
@@ -140,8 +141,6 @@ def _readable(size: int) -> str:
 
 @command
 def main(args: Args) -> None:
-    if args.r < 1:
-        raise UserError(f"--r is {args.r}: give at least 1")
     config = config_of(args.model)
     print(args.model)
     for name, value in describe_shapes(config).items():

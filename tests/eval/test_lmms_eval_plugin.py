@@ -143,5 +143,5 @@ def test_what_it_cannot_do_is_refused(base):
     with pytest.raises(NotImplementedError, match="one round"):
         base.generate_until_multi_round([])
     video = types.SimpleNamespace(args=("What?", {}, lambda doc: ["film.mp4"], 0, "task", "test"))
-    with pytest.raises(UserError, match="something else than images"):
+    with pytest.raises(UserError, match="something other than images"):
         base.generate_until([video])

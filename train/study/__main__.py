@@ -1,4 +1,4 @@
-"""P0's whole study: every model, placement and seed, with the statistics that say whether differences are real.
+"""P0's whole study: every model, placement and seed, with statistics that tell real differences from chance.
 
 python -m train.study --recipe p0 --out runs/study
 """
@@ -23,9 +23,9 @@ from vlm_jax.runs.folder import Run, manifest
 def main(args: Args) -> None:
     started = time.perf_counter()
     check(args)
+    examples, results, plans = examples_of(args), {}, []
     run = Run.open(args.out, args, ignored=("plan", *WATCHING))
     run.pin("data", {family: source(family, split="train", options=args) for family in args.families})
-    examples, results, plans = examples_of(args), {}, []
     for experiment in experiments(args, run, *examples):
         for kind in (args.tracing.corruption, *args.corruptions):
             dataclasses.replace(args.tracing, corruption=kind).check(experiment.depth)

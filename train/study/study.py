@@ -15,26 +15,31 @@ from vlm_jax.runs.processes import progress
 
 
 def examples_of(args: Args) -> list[dict[str, list[Example]]]:
-    """What is traced, trained on and tested on, by family."""
+    """What is traced, trained on and tested on, by family.
+
+    Raises:
+        UserError: for a family with too few examples, test examples that are also trained on or traced, or a metric
+            that does not suit the examples.
+    """
     sizes = {"trace": args.trace, "train": args.train, "test": args.eval}
-    found = [
+    by_split = [
         {family: load_task(family, split=split, limit=limit, options=args) for family in args.families}
         for split, limit in sizes.items()
     ]
-    for (split, limit), parts in zip(sizes.items(), found, strict=True):
+    for (split, limit), parts in zip(sizes.items(), by_split, strict=True):
         for family, examples in parts.items():
             if len(examples) < limit:
                 flag = {"test": "eval"}.get(split, split)
                 raise UserError(f"{family} has {len(examples)} examples to {flag}, not {limit}: lower --{flag}")
-    traced, train, test = found
+    traced, train, test = by_split
     for family in args.families:
         check_disjoint([*traced[family], *train[family]], test[family])
         metrics.check(test[family], args.metric)
-    return found
+    return by_split
 
 
 def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict):
-    """One :class:`Experiment` a model, loaded when it is reached."""
+    """One :class:`Experiment` for each model, which is loaded when its turn comes."""
     for name in args.models:
         model, processor = args.load_model(name)
         folder = f"{Path(name).name}/"
@@ -81,8 +86,8 @@ def run_study(args: Args, experiment: Experiment) -> dict:
         for family in families
     ]
     for family, placement, k, names, seed in progress(cells, desc=experiment.folder.rstrip("/"), unit="cell"):
-        found = experiment.cell(family, names, seed)
-        records.append({"family": family, "placement": placement, "k": k, "names": names, "seed": seed, **found})
+        result = experiment.cell(family, names, seed)
+        records.append({"family": family, "placement": placement, "k": k, "names": names, "seed": seed, **result})
     for record in records:
         record["parameters"] = experiment.parameters(record["names"]) if record["names"] else 0
     scores = {name: {f: known.tolist() for f, known in by.items()} for name, by in scoring.scores.items()}

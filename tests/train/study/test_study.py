@@ -9,18 +9,18 @@ import pytest
 
 from eval.evaluation import AnswerOptions
 from eval.tables import Table
-from interventions.modules import module_names
-from interventions.placement.rules import PLACEMENTS
+from interventions.modules import folder_name, module_names
+from interventions.placement import rules
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, summarise
 from train.study import report as reports
-from train.study.experiment import cell_name
 from train.study.options import Args, check, conditions
 from train.study.recipes import RECIPES
 from train.study.report import Outcomes, comparisons, predictions, report
 from train.study.study import examples_of
 from vlm_jax.errors import UserError
 from vlm_jax.runs.folder import Run
+from vlm_jax.runs.ranges import check_ranges
 
 DEPTH, FAMILIES = 4, ["knowledge", "perception"]
 NAMES = module_names(DEPTH)
@@ -32,8 +32,17 @@ NAMES = module_names(DEPTH)
 def test_every_placement_is_compared_at_the_first_k_and_the_sweep_at_all():
     found = conditions(Args(k=(2, 5)), DEPTH)
     first = [c for c in found if c.k == 2]
-    assert [c.placement for c in first] == list(PLACEMENTS)
+    assert [c.placement for c in first] == list(RECIPES["p0"].placements)
     assert [c.placement for c in found if c.k == 5] == list(RECIPES["p0"].swept)
+
+
+def test_the_recipe_compares_all_our_placements_and_a_new_one_does_not_enlarge_it(monkeypatch):
+    before = conditions(Args(), DEPTH)
+    assert set(RECIPES["p0"].placements) == set(rules.PLACEMENTS)
+    monkeypatch.setattr(rules, "PLACEMENTS", dict(rules.PLACEMENTS))
+    rules.placement("newest", "the last layer")(lambda scoring, family, k, seed: ["L3-attn"])
+    assert "newest" in rules.PLACEMENTS and conditions(Args(), DEPTH) == before
+    assert {c.placement for c in conditions(Args(placements=("newest",)), DEPTH)} >= {"newest"}  # if it is asked for
 
 
 def test_seeds_of_choices_and_of_training():
@@ -72,7 +81,7 @@ def test_a_family_with_too_few_examples_is_refused(monkeypatch):
 
 def test_answers_need_a_token():
     with pytest.raises(UserError, match="--max-new-tokens is 0"):
-        AnswerOptions(max_new_tokens=0).check()
+        check_ranges(Args(answering=AnswerOptions(max_new_tokens=0)))
 
 
 def test_k_out_of_range():
@@ -81,11 +90,11 @@ def test_k_out_of_range():
 
 
 def test_cells_are_named_by_their_modules():
-    assert cell_name(["L1-mlp", "L0-attn"], DEPTH) == cell_name(["L0-attn", "L1-mlp"], DEPTH) == "L0-attn+L1-mlp"
-    assert cell_name(NAMES, DEPTH) == "all"
-    long = cell_name(module_names(36)[:20], 36)
+    assert folder_name(["L1-mlp", "L0-attn"], DEPTH) == folder_name(["L0-attn", "L1-mlp"], DEPTH) == "L0-attn+L1-mlp"
+    assert folder_name(NAMES, DEPTH) == "all"
+    long = folder_name(module_names(36)[:20], 36)
     assert long.startswith("20-") and len(long) < 20
-    assert long != cell_name(module_names(36)[1:21], 36)
+    assert long != folder_name(module_names(36)[1:21], 36)
 
 
 def test_the_papers_numbers():

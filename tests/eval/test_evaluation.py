@@ -1,0 +1,65 @@
+"""Answer, score and keep: once, and the same as answering and scoring by hand."""
+
+import json
+
+import jax
+import pytest
+
+import vlm_jax
+from eval import evaluation
+from eval.evaluation import AnswerOptions, answer, answer_and_score, evaluate, scored
+from eval.judging import MetricOptions, clusters_of
+from interventions import Gate
+from vlm_jax.data import load_task
+from vlm_jax.runs.folder import Run
+
+ANSWERING = AnswerOptions(batch=4, max_new_tokens=3)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return *vlm_jax.load("mini-qwen3-vl"), load_task("mini-docvqa", split="test", limit=4)
+
+
+def lines(run: Run, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run.folder / name).read_text().splitlines()]
+
+
+def test_what_is_kept_equals_answering_and_scoring_by_hand(task, tmp_path):
+    run = Run.open(tmp_path / "run", {})
+    result = evaluate(run, "before/", *task, MetricOptions(), ANSWERING, label="docvqa")
+    texts = answer(*task, batch=4, max_new_tokens=3).texts
+    expected = scored(task[2], texts)
+    assert [line["answer"] for line in lines(run, "before/predictions.jsonl")] == texts
+    assert lines(run, "before/samples.jsonl") == expected.records
+    assert result == {
+        **expected.results,
+        "scores": [record["score"] for record in expected.records],
+        "clusters": clusters_of(task[2]).tolist(),
+    }
+    assert json.loads((run.folder / "before/score.json").read_text()) == result
+    assert "evaluate before" in json.loads((run.folder / "seconds.json").read_text())
+
+
+def test_a_finished_evaluation_is_read_and_a_stopped_one_goes_on_from_its_answers(task, tmp_path, monkeypatch):
+    result = evaluate(Run.open(tmp_path / "run", {}), "", *task, MetricOptions(), ANSWERING)
+    monkeypatch.setattr(vlm_jax, "generate", lambda *args, **options: pytest.fail("answered again"))
+    monkeypatch.setattr(evaluation, "answer", lambda *args, **options: pytest.fail("read no score"))
+    assert evaluate(Run.open(tmp_path / "run", {}), "", *task, MetricOptions(), ANSWERING) == result
+    monkeypatch.setattr(evaluation, "answer", answer)
+    (tmp_path / "run/score.json").unlink()
+    assert evaluate(Run.open(tmp_path / "run", {}), "", *task, MetricOptions(), ANSWERING) == result
+
+
+def test_interventions_change_the_answers(task, tmp_path):
+    model = task[0]
+    depth = model.config.text.num_hidden_layers
+    cut = (Gate.cut(depth, range(depth)),)
+    runs = [Run.open(tmp_path / name, {}) for name in ("plain", "cut")]
+    plain, under = (
+        answer_and_score(run, "", *task, MetricOptions(), ANSWERING, interventions=interventions)
+        for run, interventions in zip(runs, ((), cut), strict=True)
+    )
+    assert plain.answers.texts != under.answers.texts
+    assert under.answers.texts == answer(*task, cut, batch=4, max_new_tokens=3).texts
+    assert jax.tree.leaves(plain.scored.results) != jax.tree.leaves(under.scored.results)
