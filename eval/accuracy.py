@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from eval.artifacts import LMMS_EVAL_SAMPLES, RESULTS, SAMPLES
 from eval.evaluation import AnswerOptions, Scored, answer, scored
 from eval.judging import METRICS, MetricOptions, check
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
@@ -19,6 +20,7 @@ from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import easy_vqa, load_task, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.prompts import P0_PROMPT, check_fit
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run, digests
 from vlm_jax.runs.options import ModelOptions
@@ -115,7 +117,7 @@ def main(args: Args) -> None:
         max_new_tokens=args.max_new_tokens,
         steps=args.steps,
         label=args.task,
-        log=run.log("predictions.jsonl"),
+        log=run.log("predictions.jsonl", None),
     )
     run.timed("answer", begun)
     found = scored(examples, answers.texts, args)
@@ -127,12 +129,14 @@ def main(args: Args) -> None:
         "interventions": digest(interventions),
         **found.results,
     }
-    run.save_lines("samples.jsonl", found.records)
+    run.save_lines("samples.jsonl", found.records, Artifact("samples", f"{args.task}: scored answers", SAMPLES))
     prompts = [P0_PROMPT.replace("{QUESTION}", example.question) for example in examples]
     samples = lmms_eval_samples(examples, prompts, answers.texts, found.judged, args)
     for task, lines in samples.items():
-        run.save_lines(f"samples_{file_name(task)}.jsonl", lines)
-    run.save_json("results.json", {**results, **in_lmms_eval_shape(args, found, samples)})
+        artifact = Artifact("samples", f"{task}: scored answers as lmms-eval writes them", LMMS_EVAL_SAMPLES)
+        run.save_lines(f"samples_{file_name(task)}.jsonl", lines, artifact)
+    content = {**results, **in_lmms_eval_shape(args, found, samples)}
+    run.save_json("results.json", content, Artifact("metrics", f"{args.task}: accuracy", RESULTS))
     show(args.task, found)
     easy_vqa.show_baseline(examples)
     print(f"written to {args.out}")

@@ -16,12 +16,14 @@ from eval import judging as metrics
 from eval.evaluation import AnswerOptions
 from eval.judging import MetricOptions
 from eval.tables import Table
+from interventions.figures.base import save_figure
 from interventions.figures.tracing import heatmap
 from interventions.modules import check_k, default_k
 from interventions.placement.rules import Scoring, choose_modules, find_placement, read_names, read_trace
 from interventions.placement.scores import module_sizes
 from interventions.statistics import normalised
 from interventions.trace.options import TraceOptions
+from train.artifacts import TABLE_1
 from train.loop import WATCHING
 from train.study.experiment import Experiment
 from train.trunk import LoRAOptions
@@ -31,6 +33,7 @@ from vlm_jax.data.example import TASK_FAMILIES
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
@@ -165,10 +168,11 @@ def main(args: Args) -> None:
             f"most restored by {', '.join(summary['ranking'][:4])}"
         )
     if len(rr := scores.get("rr", {})) == 2:
-        run.write("trace/heatmap.png", lambda path: heatmap(path, rr))
+        save_figure(run, "trace/heatmap", heatmap, "Restoration rate by layer and module", panels=rr)
         (one, a), (other, b) = ((family, normalised(values)) for family, values in rr.items())
         difference = {f"{one} - {other}": a - b}
-        run.write("trace/difference.png", lambda path: heatmap(path, difference, label="difference of normalised RR"))
+        title, label = "Difference of the families' normalised restoration rates", "difference of normalised RR"
+        save_figure(run, "trace/difference", heatmap, title, panels=difference, label=label)
 
     rows = [{"condition": "Baseline", "parameters": None, "placement": None}]
     rows[0] |= {family: [_brief(experiment.baseline(family))] for family in families}
@@ -178,9 +182,10 @@ def main(args: Args) -> None:
         for family in families:
             row[family] = [_brief(experiment.cell(family, p[family], args.seed)) for p in placements]
         rows.append(row)
-    run.save_json("results.json", {"rows": rows})
+    title = "Accuracy on held-out examples by where LoRA was trained"
+    run.save_json("results.json", {"rows": rows}, Artifact("metrics", title, TABLE_1))
     table = table1(rows, families)
-    run.write("table.md", lambda path: path.write_text(table))
+    run.write("table.md", lambda path: path.write_text(table), Artifact("table", title))
     print(f"\nAccuracy ({args.metric.metric}) on held-out examples after LoRA training; ± is the standard error.")
     print(f"\n{table}")
     for family in families:

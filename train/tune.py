@@ -17,7 +17,9 @@ import optax
 import tyro
 
 from eval import judging as metrics
+from eval.artifacts import SAMPLES, SCORE
 from eval.evaluation import AnswerOptions, answer, score
+from train.artifacts import training_log
 from train.loop import WATCHING, LoopOptions, fit, forget
 from train.meter import About
 from train.trunk import answer_loss
@@ -30,6 +32,7 @@ from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import own_rows
 from vlm_jax.prompts import Fitted, check_fit, fitted, room_of
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
@@ -181,24 +184,33 @@ def main(args: Args) -> None:
 
     def evaluate(name: str, model: Model) -> dict:
         def make() -> dict:
-            log = run.log(f"{name}/predictions.jsonl")
+            log = run.log(f"{name}/predictions.jsonl", None)
             texts = answer(model, processor, test, label=name, log=log, **dataclasses.asdict(args.answering)).texts
             results, records = score(test, texts, args)
-            run.save_lines(f"{name}/samples.jsonl", records)
+            artifact = Artifact("samples", f"{task} {name} training: scored answers", SAMPLES)
+            run.save_lines(f"{name}/samples.jsonl", records, artifact)
             return results
 
-        return run.once(f"{name}/score.json", make)
+        artifact = Artifact("metrics", f"{task} {name} training: accuracy", SCORE)
+        return run.once(f"{name}/score.json", make, artifact)
 
-    before = evaluate("before", model)
-    folder = run.folder / "model"
-    if not run.has("model"):
+    def make_model() -> Model:
         begun = time.perf_counter()
         tuned = tune(model, processor, train, args, run.path("training/_").parent)
-        tuned = fetch(tuned, keep=is_first()) if jax.process_count() > 1 else tuned
-        run.write("model", lambda path: (save(tuned, path), processor.save_pretrained(path)))
+        run.add("training/metrics.jsonl", training_log(" and ".join(args.parts)))
         run.timed("train", begun)
+        return fetch(tuned, keep=is_first()) if jax.process_count() > 1 else tuned
+
+    before, folder = evaluate("before", model), run.folder / "model"
+    tuned = run.once(
+        "model",
+        make_model,
+        Artifact("model", f"{args.model}, its {' and '.join(args.parts)} tuned on {args.train}"),
+        write=lambda path, tuned: (save(tuned, path), processor.save_pretrained(path)),
+        read=lambda path: dataclasses.replace(args, model=str(path)).load()[0],
+    )
     forget(run.folder / "training", args)
-    after = evaluate("after", dataclasses.replace(args, model=str(folder)).load()[0])
+    after = evaluate("after", tuned)
     for name, found in (("before", before), ("after", after)):
         print(f"{task} {name}: {found['accuracy']:.3f} ± {found['stderr']:.3f}  ({found['samples']} samples)")
     easy_vqa.show_baseline(test)

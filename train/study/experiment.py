@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from eval.artifacts import SAMPLES
 from eval.evaluation import AnswerOptions, answer, score
 from eval.judging import MetricOptions, clusters_of
 from interventions.engine.sweep import PREFIX_BUCKET
+from interventions.kinds.lora import LoRA
 from interventions.modules import module_names
 from interventions.placement import scores as scoring
 from interventions.placement.adapters import adapter_parameters, init_lora, load_peft, merge, save_peft
@@ -23,12 +25,15 @@ from interventions.placement.rules import Scoring
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import by_module
 from interventions.trace.tracing import trace_task
+from train.artifacts import training_log
 from train.loop import forget
+from train.study.artifacts import CELL_SCORE, MODULE_SCORES
 from train.trunk import LoRAOptions, Trunk, embedded_examples, train_lora
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import batches, check_fit
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 
 
@@ -77,7 +82,8 @@ class Experiment:
             self.run.timed(f"{self.folder}score {name} {family}", begun)
             return found.tolist()
 
-        return np.array(self.run.once(f"{self.folder}scores/{name}/{family}.json", make))
+        artifact = Artifact("arrays", f"{family}: {name} of every module", MODULE_SCORES)
+        return np.array(self.run.once(f"{self.folder}scores/{name}/{family}.json", make, artifact))
 
     def scoring(self, names: Sequence[str], families: Sequence[str]) -> Scoring:
         """What placements are chosen from, with these scores of these families."""
@@ -96,36 +102,48 @@ class Experiment:
         """The held-out result of LoRA on these modules, trained with this seed: ``accuracy``, ``stderr``, ``samples``
         and ``tasks``; and ``scores``, one for each sample."""
         folder = self._cell_folder(family, names, seed)
-        adapter = self.run.folder / folder / "adapter"
-        if not self.run.has(f"{folder}/adapter"):
+        label = f"{family} {cell_name(names, self.depth)}"
+
+        def make() -> LoRA:
             begun = time.perf_counter()
-            self.run.save_json(f"{folder}/placement.json", sorted(names, key=module_names(self.depth).index))
+            placed = sorted(names, key=module_names(self.depth).index)
+            self.run.save_json(f"{folder}/placement.json", placed, Artifact("placement", f"{label}: modules with LoRA"))
             options, checkpoints = dataclasses.replace(self.training, seed=seed), self.run.path(f"{folder}/training")
-            label = f"{family} {cell_name(names, self.depth)}"
             ids = [example.id for example in self.trained[family]]
             lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints, ids)
-            self.run.write(f"{folder}/adapter", lambda path: save_peft(lora, self.model, path))
+            self.run.add(f"{folder}/training/metrics.jsonl", training_log(f"LoRA, {label}, seed {seed}"))
             self.run.timed(f"train {folder}", begun)
+            return lora
+
+        lora = self.run.once(
+            f"{folder}/adapter",
+            make,
+            Artifact("adapter", f"LoRA, {label}, seed {seed}"),
+            write=lambda path, lora: save_peft(lora, self.model, path),
+            read=lambda path: load_peft(self.model, path),
+        )
         forget(self.run.folder / folder / "training", self.training)
-        return self._evaluate(merge(self.model, load_peft(self.model, adapter)), folder, family)
+        return self._evaluate(merge(self.model, lora), folder, family)
 
     def _cell_folder(self, family: str, names: Sequence[str], seed: int) -> str:
         return f"{self.folder}cells/{family}/{cell_name(names, self.depth)}/seed-{seed}"
 
     def _evaluate(self, model: Model, folder: str, family: str) -> dict:
+        title = f"Held-out answers of {folder.removeprefix(f'{self.folder}cells/')}"
+
         def make() -> dict:
             begun = time.perf_counter()
             examples = self.tested[family]
-            log = self.run.log(f"{folder}/predictions.jsonl")
+            log = self.run.log(f"{folder}/predictions.jsonl", None)
             how = dataclasses.asdict(self.answering)
             found = answer(model, self.processor, examples, label=family, log=log, **how)
             results, records = score(examples, found.texts, self.metric)
-            self.run.save_lines(f"{folder}/samples.jsonl", records)
+            self.run.save_lines(f"{folder}/samples.jsonl", records, Artifact("samples", f"{title}, scored", SAMPLES))
             self.run.timed(f"evaluate {folder}", begun)
             clusters = clusters_of(examples).tolist()
             return {**results, "scores": [record["score"] for record in records], "clusters": clusters}
 
-        return self.run.once(f"{folder}/score.json", make)
+        return self.run.once(f"{folder}/score.json", make, Artifact("metrics", f"{title}, accuracy", CELL_SCORE))
 
     def _traced(self, family: str) -> list[Example]:
         if family not in self.traced:

@@ -11,6 +11,7 @@ import jax
 
 from vlm_jax.errors import UserError
 from vlm_jax.runs.processes import join
+from vlm_jax.runs.running import running
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -24,7 +25,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             if several is not None:
                 join(several)
-            main(args)
+            with running(main):
+                main(args)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
