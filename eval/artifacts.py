@@ -35,7 +35,10 @@ RESULTS = Schema(
         "metric_options": "normalisation, several gold answers, choices",
         "compiled_shapes": "how many shapes of batches were compiled",
         "interventions": "a hash of the interventions that acted",
-        "results, configs, versions, n-shot, higher_is_better, n-samples, config, task_hashes": "as lmms-eval has them",
+        **dict.fromkeys(
+            ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config", "task_hashes"),
+            "as in lmms-eval's results",
+        ),
     },
 )
 LMMS_EVAL_SAMPLES = Schema(

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from run_folders import check_run_folder
 
 import interventions.talo.__main__ as command
 import vlm_jax
@@ -371,6 +372,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
     asked.clear()
     command.main(args(tmp_path / "cut"))
     assert asked == ["mini-infovqa"]
+    check_run_folder(tmp_path / "cut", tmp_path / "redrawn")
     files = {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file()}
     assert files == {p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*") if p.is_file()}
     for file in files:

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from run_folders import check_run_folder
 
 from eval.evaluation import AnswerOptions
 from eval.tables import Table
@@ -194,7 +195,7 @@ def written(tmp_path):
     return run.folder, report(run, {"mini": made(0.2)}, Args(corruptions=()))
 
 
-def test_report_writes_tables_and_figures(written):
+def test_report_writes_tables_and_figures(written, tmp_path):
     folder, text = written
     assert "task_diff, k = 2" in text and "better than as many random modules (Holm): task_diff, k = 2 (+0." in text
     for name in ("table1", "table2", "table3", "comparisons"):
@@ -202,6 +203,7 @@ def test_report_writes_tables_and_figures(written):
     for name in ("figure2", "figure3", "figure4", "intervals", "stability", "placements", "alone"):
         assert (folder / f"figures/mini/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / f"figures/mini/{name}.pdf").read_bytes().startswith(b"%PDF")
+    check_run_folder(folder, tmp_path / "redrawn")
     summary = json.loads((folder / "summary.json").read_text())["mini"]
     assert {row["placement"] for row in summary["comparisons"]} == {"task_diff", "shared"}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_folders import check_run_folder
 
 import eval.accuracy
 from vlm_jax.errors import UserError
@@ -264,10 +265,11 @@ def test_digests_of_a_folder(tmp_path):
     assert digests(tmp_path) == {"b": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
 
 
-def test_accuracy_goes_on_with_the_same_model_and_data_only(folder, monkeypatch, capsys):
+def test_accuracy_goes_on_with_the_same_model_and_data_only(folder, tmp_path, monkeypatch, capsys):
     args = eval.accuracy.Args(task="mini-docvqa", limit=2, batch=2, max_new_tokens=2, out=folder)
     eval.accuracy.main(args)
     manifest = json.loads((folder / "manifest.json").read_text())
+    check_run_folder(folder, tmp_path / "redrawn")
     assert len(manifest["model"]) == 16 and manifest["data"]["dataset"] == "miniworld"
     eval.accuracy.main(args)
     for name, value, says in (
