@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from eval.artifacts import LMMS_EVAL_SAMPLES, RESULTS
 from eval.evaluation import AnswerOptions, Scored, answer_and_score
 from eval.judging import METRICS, MetricOptions, check
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
@@ -17,6 +18,7 @@ from interventions.store import describe, digest, load_interventions
 from vlm_jax.data import easy_vqa, load_task, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.prompts import P0_PROMPT
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import digests
 from vlm_jax.runs.options import ModelOptions
@@ -100,7 +102,17 @@ def main(args: Args) -> None:
     for intervention in interventions:
         print(describe(intervention))
     answers, scores = answer_and_score(
-        run, "", model, processor, examples, args, args, interventions=interventions, steps=args.steps, label=args.task
+        run,
+        "",
+        model,
+        processor,
+        examples,
+        args,
+        args,
+        interventions=interventions,
+        steps=args.steps,
+        title=args.task,
+        label=args.task,
     )
     results = {
         "task": args.task,
@@ -113,8 +125,10 @@ def main(args: Args) -> None:
     prompts = [P0_PROMPT.replace("{QUESTION}", example.question) for example in examples]
     samples = lmms_eval_samples(examples, prompts, answers.texts, scores.judged, args)
     for task, lines in samples.items():
-        run.save_lines(f"samples_{file_name(task)}.jsonl", lines)
-    run.save_json("results.json", {**results, **in_lmms_eval_shape(args, scores, samples)})
+        artifact = Artifact("samples", f"{task}: scored answers as lmms-eval writes them", LMMS_EVAL_SAMPLES)
+        run.save_lines(f"samples_{file_name(task)}.jsonl", lines, artifact)
+    content = {**results, **in_lmms_eval_shape(args, scores, samples)}
+    run.save_json("results.json", content, Artifact("metrics", f"{args.task}: accuracy", RESULTS))
     show(args.task, scores)
     easy_vqa.show_baseline(examples)
     print(f"written to {args.out}")

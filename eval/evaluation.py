@@ -7,11 +7,13 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 import vlm_jax
+from eval.artifacts import KEPT_SCORE, SAMPLES
 from eval.judging import Judged, MetricOptions, Summary, clusters_of, judge, mean, metric_name, summarise_tasks
 from interventions.kinds.groups import bind
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.prompts import P0_PROMPT, batches, shape_of
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.log import Log
 from vlm_jax.runs.processes import apart, fetch, gathered, progress
@@ -150,6 +152,7 @@ def answer_and_score(
     metric: MetricOptions,
     answering: AnswerOptions,
     *,
+    title: str,
     interventions=(),
     steps: Literal["all", "prefill"] = "all",
     label: str = "",
@@ -162,7 +165,9 @@ def answer_and_score(
     Args:
         folder: where in the run folder, "" or ending in "/".
         model: an adapter that is to be evaluated is merged into it (:func:`interventions.placement.adapters.merge`).
+        title: what the results are called in the run's list of artifacts.
         steps: whether interventions also act on generated tokens, or on the prompt only.
+        label: the title of the progress bar.
     """
     begun = time.perf_counter()
     answers = answer(
@@ -174,10 +179,10 @@ def answer_and_score(
         max_new_tokens=answering.max_new_tokens,
         steps=steps,
         label=label,
-        log=run.log(f"{folder}predictions.jsonl"),
+        log=run.log(f"{folder}predictions.jsonl", None),
     )
     scores = scored(examples, answers.texts, metric)
-    run.save_lines(f"{folder}samples.jsonl", scores.records)
+    run.save_lines(f"{folder}samples.jsonl", scores.records, Artifact("samples", f"{title}: scored answers", SAMPLES))
     run.timed(f"evaluate {folder}".rstrip("/ "), begun)
     return Evaluation(answers, scores)
 
@@ -191,6 +196,7 @@ def evaluate(
     metric: MetricOptions,
     answering: AnswerOptions,
     *,
+    title: str,
     label: str = "",
 ) -> dict:
     """:func:`answer_and_score`, once: the result is kept in ``score.json`` and read from there by a later session.
@@ -201,8 +207,9 @@ def evaluate(
     """
 
     def make() -> dict:
-        scores = answer_and_score(run, folder, model, processor, examples, metric, answering, label=label).scored
+        options = {"title": title, "label": label}
+        scores = answer_and_score(run, folder, model, processor, examples, metric, answering, **options).scored
         per_sample = [record["score"] for record in scores.records]
         return {**scores.results, "scores": per_sample, "clusters": clusters_of(examples).tolist()}
 
-    return run.once(f"{folder}score.json", make)
+    return run.once(f"{folder}score.json", make, Artifact("metrics", f"{title}: accuracy", KEPT_SCORE))

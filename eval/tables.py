@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells are text already: what a number means decides how it is written."""
+    """Cells are text: the caller formats numbers, since it knows what they mean."""
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -20,12 +21,13 @@ class Table:
         lines = [self.header, ("---",) * len(self.header), *self.rows]
         return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
-    def save(self, run: Run, name: str) -> None:
-        """``name.md``, ``name.csv`` and ``name.tex`` (booktabs) in a run folder."""
+    def save(self, run: Run, name: str, title: str) -> None:
+        """Writes ``name.md``, ``name.csv`` and ``name.tex`` (booktabs) into a run folder."""
         frame = pd.DataFrame(list(self.rows), columns=list(self.header))
-        run.write(f"{name}.md", lambda path: path.write_text(self.markdown()))
-        run.write(f"{name}.csv", lambda path: frame.to_csv(path, index=False))
-        run.write(f"{name}.tex", lambda path: _latex(path, frame))
+        artifact = Artifact("table", title, layout=dict.fromkeys(self.header, "text"))
+        run.write(f"{name}.md", lambda path: path.write_text(self.markdown()), artifact)
+        run.write(f"{name}.csv", lambda path: frame.to_csv(path, index=False), artifact)
+        run.write(f"{name}.tex", lambda path: _latex(path, frame), artifact)
 
 
 def _latex(path: Path, frame: pd.DataFrame) -> None:

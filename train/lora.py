@@ -17,12 +17,14 @@ from eval import judging as metrics
 from eval.evaluation import AnswerOptions
 from eval.judging import MetricOptions
 from eval.tables import Table
+from interventions.figures.base import save_figure
 from interventions.figures.tracing import heatmap
 from interventions.modules import check_k, default_k
 from interventions.placement.rules import Scoring, choose_modules, find_placement, read_names, read_trace
 from interventions.placement.scores import module_sizes
 from interventions.statistics import normalised
 from interventions.trace.options import TraceOptions
+from train.artifacts import TABLE_1
 from train.loop import WATCHING
 from train.study.experiment import Experiment
 from train.trunk import LoRAOptions
@@ -32,6 +34,7 @@ from vlm_jax.data.example import TASK_FAMILIES
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.ranges import Range
@@ -186,11 +189,12 @@ def module_scores(args: Args, experiment: Experiment, examples: Examples) -> dic
             f"most restored by {', '.join(summary['ranking'][:4])}"
         )
     if len(scores) == 2:
-        experiment.run.write("trace/heatmap.png", lambda path: heatmap(path, scores))
+        run = experiment.run
+        save_figure(run, "trace/heatmap", heatmap, "Restoration rate by layer and module", panels=scores)
         (one, a), (other, b) = ((family, normalised(rates)) for family, rates in scores.items())
         difference = {f"{one} - {other}": a - b}
-        label = "difference of normalised RR"
-        experiment.run.write("trace/difference.png", lambda path: heatmap(path, difference, label=label))
+        title, label = "Difference of the families' normalised restoration rates", "difference of normalised RR"
+        save_figure(run, "trace/difference", heatmap, title, panels=difference, label=label)
     return {needed: scores}
 
 
@@ -212,9 +216,10 @@ def main(args: Args) -> None:
         for family in families:
             row[family] = [_brief(experiment.cell(family, p[family], args.seed)) for p in placements]
         rows.append(row)
-    run.save_json("results.json", {"rows": rows})
+    title = "Accuracy on held-out examples by where LoRA was trained"
+    run.save_json("results.json", {"rows": rows}, Artifact("metrics", title, TABLE_1))
     table = table1(rows, families)
-    run.write("table.md", lambda path: path.write_text(table))
+    run.write("table.md", lambda path: path.write_text(table), Artifact("table", title))
     print(f"\nAccuracy ({args.metric.metric}) on held-out examples after LoRA training; ± is the standard error.")
     print(f"\n{table}")
     for family in families:

@@ -24,6 +24,7 @@ from vlm_jax.data import Example, pretraining
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
 from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, Fitted, encode, positions
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
 
@@ -153,12 +154,13 @@ def copy_files(source: Path, folder: Path, *leave_out: str) -> None:
 def main(args: Args) -> None:
     args.check_labels(PARTS)
     run = Run.open(args.out, args, ignored=("stages", "save_every"))
-    run.save_json("manifest.json", run.manifest)  # before the stages, which write into the folder themselves
+    run.begin()  # the configuration is on disk before the stages, which write into the folder by themselves
     base = untrained = args.out / "untrained"
     mini.WRITERS[args.model](base)
     config = read_config(base)
     model = jax.jit(functools.partial(Model, config))(jax.random.key(args.seed))
     save(model, base)
+    run.add("untrained", Artifact("model", f"{args.model} with random weights"))
     last = max(map(STAGES.index, args.stages), default=-1)
     for stage in STAGES[: last + 1]:
         folder = args.out / stage
@@ -171,9 +173,11 @@ def main(args: Args) -> None:
             if stage == "text":
                 copy_files(untrained, args.out / "backbone", "preprocessor_config.json")
                 save(model.backbone(), args.out / "backbone")
+                run.add("backbone", Artifact("model", f"{args.model}: the text-only model"))
             recipe = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "stages", "save_every")}
             recipe |= {"stage": stage, "seconds": round(time.perf_counter() - started)}
             (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+            run.add(stage, Artifact("model", f"{args.model} after the stage {stage!r}, with its training's log"))
         elif not (folder / "model.safetensors").is_file():
             raise UserError(f"{folder} holds no finished stage {stage!r}: run it first, without --stages")
         base = folder

@@ -14,6 +14,7 @@ import tyro
 
 from eval import judging as metrics
 from eval.evaluation import AnswerOptions, evaluate
+from train.artifacts import training_log
 from train.loop import WATCHING, LoopOptions, fit, forget
 from train.meter import About
 from train.objective import Epochs, LabelOptions, model_loss, scaled_rate, warmup_cosine
@@ -25,7 +26,7 @@ from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import own_rows
-from vlm_jax.prompts import Fitted, fitted, room_of
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.processes import fetch, is_first
@@ -129,18 +130,26 @@ def main(args: Args) -> None:
     check_parts(model, args)
 
     def score(name: str, model: Model) -> dict:
-        return evaluate(run, f"{name}/", model, processor, test, args, args.answering, label=name)
+        title = f"{task} {name} training"
+        return evaluate(run, f"{name}/", model, processor, test, args, args.answering, title=title, label=name)
 
-    before = score("before", model)
-    folder = run.folder / "model"
-    if not run.has("model"):
+    def make_model() -> Model:
         begun = time.perf_counter()
         tuned = tune(model, processor, train, args, run.path("training/_").parent)
-        tuned = fetch(tuned, keep=is_first()) if jax.process_count() > 1 else tuned
-        run.write("model", lambda path: (save(tuned, path), processor.save_pretrained(path)))
+        run.add("training/metrics.jsonl", training_log(" and ".join(args.parts)))
         run.timed("train", begun)
+        return fetch(tuned, keep=is_first()) if jax.process_count() > 1 else tuned
+
+    before, folder = score("before", model), run.folder / "model"
+    tuned = run.once(
+        "model",
+        make_model,
+        Artifact("model", f"{args.model}, its {' and '.join(args.parts)} tuned on {args.train}"),
+        write=lambda path, tuned: (save(tuned, path), processor.save_pretrained(path)),
+        read=lambda path: args.load_model(str(path))[0],
+    )
     forget(run.folder / "training", args)
-    after = score("after", args.load_model(str(folder))[0])
+    after = score("after", tuned)
     for name, result in (("before", before), ("after", after)):
         print(f"{task} {name}: {result['accuracy']:.3f} ± {result['stderr']:.3f}  ({result['samples']} samples)")
     easy_vqa.show_baseline(test)

@@ -1,27 +1,108 @@
-"""What every figure shares: a canvas that needs no window and no global state, colours, saving."""
+"""A figure is data plus a drawer.
 
-from collections.abc import Callable
+The data are plain JSON, in a file beside the picture; a drawer makes a figure of them and needs nothing else. So every
+figure of a run folder can be drawn again, by :func:`interventions.figures.redraw.redraw`, or by other code from the
+same data.
+"""
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+
+from vlm_jax.runs.artifacts import Artifact, Schema
+from vlm_jax.runs.folder import Run
 
 COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2")
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawer:
+    """How figures of one sort are drawn.
+
+    Attributes:
+        name: how data files refer to the drawer, such as ``tracing.heatmap``.
+        type: the type of artifact that a data file of it is.
+        fields: what the data are, by name: the keyword arguments of ``draw``.
+        draw: makes a figure of the data.
+        dpi: dots per inch of a PNG.
+    """
+
+    name: str
+    type: str
+    fields: Mapping[str, str]
+    draw: Callable[..., Figure]
+    dpi: int
+
+    def write(self, path: Path, data: Mapping[str, Any]) -> None:
+        """Draws to a file in the format of its suffix. Equal data give equal bytes: a PDF gets no date."""
+        figure = self.draw(**data)
+        figure.savefig(path, dpi=self.dpi, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+
+
+#: Name -> drawer. A drawer registers itself with :func:`drawer`.
+DRAWERS: dict[str, Drawer] = {}
+
+
+def drawer(type: str, *, dpi: int = 150, **fields: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
+    """Registers a function that draws a figure, under its module's and its own name.
+
+    Args:
+        type: the type of its data file (:data:`vlm_jax.runs.artifacts.TYPES`).
+        fields: a description of every argument of the function.
+    """
+
+    def register(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+        name = f"{draw.__module__.rpartition('.')[2]}.{draw.__name__}"
+        if fields.keys() != inspect.signature(draw).parameters.keys():
+            raise TypeError(f"drawer {name} describes {', '.join(fields)}: describe each of its arguments")
+        DRAWERS[name] = Drawer(name, type, fields, draw, dpi)
+        return draw
+
+    return register
+
+
+def save_figure(
+    run: Run, name: str, draw: Callable[..., Figure], title: str, *, pdf: bool = False, **data: Any
+) -> None:
+    """Writes a figure into a run folder: ``name.json``, its data, and ``name.png`` (and ``name.pdf``), drawn from that.
+
+    Args:
+        draw: a function that :func:`drawer` registered.
+        title: one line that says what the figure shows, for ``artifacts.json``.
+        data: the arguments of ``draw``: anything that JSON has, or arrays.
+    """
+    registered = next(one for one in DRAWERS.values() if one.draw is draw)
+    # The figure is drawn from what the file will hold, so that no drawer can use anything else.
+    content = json.loads(json.dumps({"drawer": registered.name, "title": title, "data": plain_data(data)}))
+    fields = {"drawer": "name of the drawer", "title": "what the figure shows"}
+    fields |= {f"data.{field}": meaning for field, meaning in registered.fields.items()}
+    schema = Schema(registered.name, fields)
+    run.save_json(f"{name}.json", content, Artifact(registered.type, title, schema))
+    for suffix in (".png", ".pdf") if pdf else (".png",):
+        artifact = Artifact("figure", title, data=f"{name}.json")
+        run.write(f"{name}{suffix}", lambda path: registered.write(path, content["data"]), artifact)
+
+
+def plain_data(value: Any) -> Any:
+    """Nested data with arrays as lists and NaN, which JSON lacks, as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_data(part) for key, part in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain_data(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain_data(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    """A figure of ``size`` inches and its axes ``(rows, columns)``. Unlike pyplot's it belongs to nobody else, so a
-    notebook's own figures and backend stay as they are."""
+    """A figure of ``size`` inches and its axes ``(rows, columns)``. It is not one of pyplot's, so a notebook's own
+    figures and backend stay as they are."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Writes a figure in the format of the path's suffix, without the date, so that equal data give equal bytes."""
-    figure.savefig(path, dpi=dpi, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-
-
-def both(write: Callable[[str, Callable[[Path], None]], object], stem: str, draw: Callable[[Path], None]) -> None:
-    """Draws a figure as PNG and as PDF; ``write`` is that of a run folder (:meth:`vlm_jax.runs.folder.Run.write`)."""
-    for suffix in (".png", ".pdf"):
-        write(stem + suffix, draw)

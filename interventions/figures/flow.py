@@ -1,37 +1,38 @@
 """Figures of how visual information flows to text (P1)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-from interventions.figures.base import save_figure, subplots
-from interventions.flow.shares import Reading
+from interventions.figures.base import drawer, subplots
 
 _COLOURS = {"before": "#bab0ac", "image": "#4e79a7", "image_end": "#e15759", "text": "#76b7b2"}
 _MODES = {"post_softmax": "#4e79a7", "pre_softmax": "#59a14f", "random_mass": "#bab0ac", "value_norm": "#d4a6c8"}
 
 
-def _panels(rows: int, columns: int, width: float = 4.6, height: float = 3.1, **how):
-    return subplots(rows, columns, size=(width * columns, height * rows), **how)
+def _panels(rows: int, columns: int, width: float = 4.6, height: float = 3.1, **options):
+    return subplots(rows, columns, size=(width * columns, height * rows), **options)
 
 
-def _band(axis, found: Mapping, colour: str | None = None, **how) -> None:
+def _band(axis, estimates: Mapping, colour: str | None = None, **options) -> None:
     """A line over the layers with its interval."""
-    (line,) = axis.plot(found["mean"], "o-", markersize=3.5, color=colour, **how)
-    axis.fill_between(range(len(found["mean"])), found["low"], found["high"], alpha=0.2, color=line.get_color(), lw=0)
+    mean, low, high = (np.array(estimates[part], float) for part in ("mean", "low", "high"))
+    (line,) = axis.plot(mean, "o-", markersize=3.5, color=colour, **options)
+    axis.fill_between(range(len(mean)), low, high, alpha=0.2, color=line.get_color(), lw=0)
 
 
-def attention(path: Path, tasks: Mapping[str, Mapping]) -> None:
+@drawer("bars", dpi=110, tasks="task -> what interventions.flow.summary.summarise_reading returns")
+def attention(tasks: Mapping[str, Mapping]) -> Figure:
     """Per task: where the text's attention goes by layer, and equation 2 (figure 1) beside what uniform attention
     would give."""
     figure, axes = _panels(len(tasks), 2)
-    for (left, right), (task, found) in zip(axes, tasks.items(), strict=True):
-        bottom = np.zeros(len(found["to_image"]["mean"]))
+    for (left, right), (task, shares) in zip(axes, tasks.items(), strict=True):
+        bottom = np.zeros(len(shares["to_image"]["mean"]))
         for group in ("image", "image_end", "before", "text"):
-            if f"to_{group}" in found:
-                mean = np.array(found[f"to_{group}"]["mean"])
+            if f"to_{group}" in shares:
+                mean = np.array(shares[f"to_{group}"]["mean"], float)
                 name = {"image_end": "end of image", "before": "before the image", "text": "text itself"}.get(
                     group, group
                 )
@@ -39,9 +40,9 @@ def attention(path: Path, tasks: Mapping[str, Mapping]) -> None:
                 bottom = bottom + mean
         left.set(title=f"{task}: where the text's attention goes", ylim=(0, 1), ylabel="share, mean over heads")
         right.set(title=f"{task}: image / (image + end of image)", ylim=(0, 1.02), ylabel="equation 2")
-        if "ratio" in found:
-            _band(right, found["ratio"], _COLOURS["image"], label="mean, 95 % interval")
-            right.axhline(found["ratio_if_uniform"], color="black", ls=":", label="uniform attention")
+        if "ratio" in shares:
+            _band(right, shares["ratio"], _COLOURS["image"], label="mean, 95 % interval")
+            right.axhline(shares["ratio_if_uniform"], color="black", ls=":", label="uniform attention")
             right.legend(fontsize=8, loc="lower right")
         else:
             right.text(0.5, 0.5, "the model has no end-of-image token", ha="center", transform=right.transAxes)
@@ -49,16 +50,16 @@ def attention(path: Path, tasks: Mapping[str, Mapping]) -> None:
             axis.set_xlabel("layer")
             axis.set_xticks(_ticks(len(bottom)))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=4)
-    save_figure(figure, path, dpi=110)
+    return figure
 
 
-def cumulative(path: Path, readings: Mapping[str, Reading]) -> None:
+@drawer("curves", dpi=110, tasks="task -> what interventions.flow.summary.summarise_received returns")
+def cumulative(tasks: Mapping[str, Mapping]) -> Figure:
     """Figures 2 and 3: what the most attended image tokens receive of the image's attention, by layer; and how many
     carry 80 and 90 % of it."""
-    figure, axes = _panels(len(readings), 2)
-    grid = np.linspace(0, 1, 101)
-    for (left, right), (task, reading) in zip(axes, readings.items(), strict=True):
-        curves = np.nanmean(reading.cumulative(grid), 0)
+    figure, axes = _panels(len(tasks), 2)
+    for (left, right), (task, received) in zip(axes, tasks.items(), strict=True):
+        grid, curves = received["grid"], np.array(received["curves"], float)
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
         shown = set(_ticks(len(curves)))
         for layer, (curve, colour) in enumerate(zip(curves, colours, strict=True)):
@@ -66,14 +67,14 @@ def cumulative(path: Path, readings: Mapping[str, Reading]) -> None:
         left.plot([0, 1], [0, 1], color="black", ls=":", label="uniform")
         left.set(title=f"{task}: the image's attention", xlabel="share of image tokens, most attended first")
         left.set(ylabel="cumulative share", xlim=(0, 1), ylim=(0, 1.01))
-        for part, colour in ((0.8, "#4e79a7"), (0.9, "#f28e2b")):
+        for (percent, needed), colour in zip(received["needed"].items(), ("#4e79a7", "#f28e2b"), strict=True):
+            part = int(percent) / 100
             left.axhline(part, color=colour, lw=0.6, alpha=0.6)
-            needed = reading.needed(part)
-            mean = np.nanmean(needed, 0)
+            mean, deviation = (np.array(needed[name], float) for name in ("mean", "deviation"))
             right.errorbar(
                 range(len(mean)),
                 mean,
-                np.nanstd(needed, 0),
+                deviation,
                 fmt="o-",
                 ms=3.5,
                 capsize=2,
@@ -86,11 +87,13 @@ def cumulative(path: Path, readings: Mapping[str, Reading]) -> None:
         right.set_xticks(_ticks(len(curves)))
         right.legend(fontsize=8, loc="lower right")
     axes[0, 0].legend(fontsize=7, loc="lower right", ncols=2)
-    save_figure(figure, path, dpi=110)
+    return figure
 
 
-def answers(path: Path, tasks: Mapping[str, Sequence[Mapping]]) -> None:
-    """Per task: accuracy with each edge cut in all layers, by mode; crosses are the answers that are none."""
+@drawer("bars", dpi=110, tasks="task -> what interventions.flow.summary.summarise_answers returns")
+def answers(tasks: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """Per task: accuracy with each edge cut in all layers, by mode; crosses are the share of outputs that are no
+    possible answer."""
     figure, axes = _panels(1, len(tasks), 5.4, 3.6, sharey=True)
     for axis, (task, conditions) in zip(axes[0], tasks.items(), strict=True):
         whole = [c for c in conditions if c["layers"] is None and c["edge"] is not None]
@@ -100,10 +103,9 @@ def answers(path: Path, tasks: Mapping[str, Sequence[Mapping]]) -> None:
         axis.axhline(base["mean"], color="black", ls="--", lw=1, label="nothing cut")
         for c in whole:
             x = edges.index(c["edge"]) + (modes.index(c["mode"]) - (len(modes) - 1) / 2) * width
-            found, first = c["accuracy"], c["edge"] == edges[0]
-            bars = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-            axis.bar(x, found["mean"], width * 0.92, color=_MODES[c["mode"]], label=c["mode"] if first else None)
-            axis.errorbar(x, found["mean"], bars, color="black", lw=0.8, capsize=2)
+            (mean, low, high), first = (c["accuracy"][part] for part in ("mean", "low", "high")), c["edge"] == edges[0]
+            axis.bar(x, mean, width * 0.92, color=_MODES[c["mode"]], label=c["mode"] if first else None)
+            axis.errorbar(x, mean, [[mean - low], [high - mean]], color="black", lw=0.8, capsize=2)
             samples = c["samples"]
             axis.plot(
                 x,
@@ -117,24 +119,25 @@ def answers(path: Path, tasks: Mapping[str, Sequence[Mapping]]) -> None:
         axis.set(title=task, ylim=(-0.03, 1.03))
     axes[0, 0].set_ylabel("share of samples")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(modes) + 2)
-    save_figure(figure, path, dpi=110)
+    return figure
 
 
-def windows(path: Path, tasks: Mapping[str, Mapping]) -> None:
+@drawer("curves", dpi=110, tasks="task -> what interventions.flow.summary.summarise_effect returns")
+def windows(tasks: Mapping[str, Mapping]) -> Figure:
     """Per task: how p(gold) changes when an edge is cut around a layer."""
     figure, axes = _panels(1, len(tasks), 5.0, 3.6, sharey=True)
-    for axis, (task, found) in zip(axes[0], tasks.items(), strict=True):
+    for axis, (task, effect) in zip(axes[0], tasks.items(), strict=True):
         axis.axhline(0, color="black", lw=0.8)
-        for number, (name, change) in enumerate(found["change"].items()):
-            # Thinner and thinner, so that curves on top of each other are seen.
+        for number, (name, change) in enumerate(effect["change"].items()):
+            # Each curve is thinner than the one before, so that curves on top of each other are seen.
             _band(axis, change, label=_arrow(name), lw=max(1.0, 4 - number))
-        axis.set(title=f"{task}: p(gold) {found['p_base']['mean']:.2f}", xlabel="layer at the window's middle")
+        axis.set(title=f"{task}: p(gold) {effect['p_base']['mean']:.2f}", xlabel="layer at the window's middle")
         axis.set_xticks(_ticks(len(change["mean"])))
     axes[0, 0].set_ylabel("change of p(gold) when cut")
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(found["change"])
+        *axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(effect["change"])
     )
-    save_figure(figure, path, dpi=110)
+    return figure
 
 
 def _arrow(edge: str) -> str:

@@ -1,27 +1,32 @@
 """Figures of task-layer interaction vectors (P3)."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import matplotlib.colors
 import numpy as np
+from matplotlib.figure import Figure
 
-from interventions.figures.base import save_figure, subplots
+from interventions.figures.base import drawer, subplots
 
 
+@drawer(
+    "heat_map",
+    names="names of T tasks",
+    vectors="interaction vectors (T, L): change in accuracy when a layer is cut",
+    sure="(T, L), whether the change's interval excludes 0",
+    similarity="(T, T)",
+    tree="SciPy's linkage of the tasks (T - 1, 4); null of one task",
+    label="the measure of similarity",
+)
 def interactions(
-    path: Path,
-    names: list[str],
-    vectors: np.ndarray,
-    sure: np.ndarray,
-    similarity: np.ndarray,
-    tree: np.ndarray | None,
-    label: str,
-) -> None:
-    """TaLo's tasks: their tree, interaction vectors ``(T, L)`` and similarities ``(T, T)``, a row each, in the tree's
-    order. Entries in bold are ``sure (T, L)``: their intervals exclude 0. One task has neither tree nor similarities.
+    names: Sequence[str], vectors: Sequence, sure: Sequence, similarity: Sequence, tree: Sequence | None, label: str
+) -> Figure:
+    """TaLo's tasks: their tree, interaction vectors and similarities, a row each, in the tree's order. Sure entries are
+    in bold. One task has neither tree nor similarities.
     """
     from scipy.cluster.hierarchy import dendrogram
 
+    vectors, sure, similarity = np.array(vectors, float), np.array(sure), np.array(similarity, float)
     count, depth = vectors.shape
     many = tree is not None
     widths = [0.9, 0.5 * depth + 0.6, 0.5 * count + 0.6] if many else [0.5 * depth + 0.6]
@@ -29,7 +34,7 @@ def interactions(
     figure, axes = subplots(1, len(widths), size=size, width_ratios=widths)
     order = list(range(count))
     if many:
-        drawn = dendrogram(tree, orientation="left", ax=axes[0, 0], no_labels=True, color_threshold=0)
+        drawn = dendrogram(np.array(tree, float), orientation="left", ax=axes[0, 0], no_labels=True, color_threshold=0)
         order = drawn["leaves"]
         axes[0, 0].set_ylim(0, 10 * count)  # SciPy's leaves lie 10 apart, the first at 5
         axes[0, 0].set_xlabel("1 - similarity", fontsize=8)
@@ -53,7 +58,7 @@ def interactions(
         axis.set_title(f"similarity ({label})", fontsize=9)
         axis.set_xticks(range(count), ordered, rotation=90, fontsize=8)
         axis.set_yticks([])
-    save_figure(figure, path)
+    return figure
 
 
 def _cells(axis, values: np.ndarray, norm, bold: np.ndarray | None = None):

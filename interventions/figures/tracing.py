@@ -1,22 +1,27 @@
 """Figures of causal traces: heat maps, intervals, stability and agreement of rankings (P0)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from interventions.figures.base import COLOURS, save_figure, subplots
+from interventions.figures.base import COLOURS, drawer, subplots
 from interventions.modules import split_cell
-from interventions.statistics import Interval
 
 
-def heatmap(path: Path, panels: dict[str, np.ndarray], label: str = "mean restoration rate (RR)") -> None:
-    """Layer x module maps side by side on one colour scale centred at 0; ``panels``: title -> ``(L, 2)``."""
-    limit = max(float(np.nanmax(np.abs(values))) for values in panels.values()) or 1.0
-    depth = max(len(values) for values in panels.values())
-    figure, axes = subplots(1, len(panels), size=(2.6 * len(panels) + 1.2, 1.4 + 0.32 * depth))
-    for axis, (title, values) in zip(axes[0], panels.items(), strict=True):
+@drawer(
+    "heat_map",
+    panels="title -> values (L, 2): a row per layer, attention and MLP",
+    label="what the values are",
+)
+def heatmap(panels: Mapping[str, Sequence], label: str = "mean restoration rate (RR)") -> Figure:
+    """Layer x module maps side by side on one colour scale centred at 0."""
+    maps = {title: np.array(values, float) for title, values in panels.items()}
+    limit = max(float(np.nanmax(np.abs(values))) for values in maps.values()) or 1.0
+    depth = max(len(values) for values in maps.values())
+    figure, axes = subplots(1, len(maps), size=(2.6 * len(maps) + 1.2, 1.4 + 0.32 * depth))
+    for axis, (title, values) in zip(axes[0], maps.items(), strict=True):
         image = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
         axis.set_title(title)
         axis.set_xticks([0, 1], ["attn", "mlp"])
@@ -27,50 +32,52 @@ def heatmap(path: Path, panels: dict[str, np.ndarray], label: str = "mean restor
                 colour = "white" if abs(value) > 0.6 * limit else "black"
                 axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, ax=axes[0].tolist(), label=label)
-    save_figure(figure, path)
+    return figure
 
 
+@drawer(
+    "intervals",
+    cells="names of C cells, such as L3-attn or L3-attn@question",
+    groups="group -> value (C,), low (C,), high (C,)",
+    different="per cell, whether the groups differ significantly, or null",
+    label="what the values are",
+)
 def interval_plot(
-    path: Path,
     cells: Sequence[str],
-    groups: Mapping[str, Interval],
+    groups: Mapping[str, Mapping[str, Sequence]],
     different: Sequence[bool] | None = None,
     label: str = "restoration rate (RR), 95 % interval",
-) -> None:
-    """RR of every cell with its interval, the groups (knowledge, perception) side by side; a panel for every kind of
-    cell (attention, MLP, ...), layers along it.
-
-    Args:
-        different: per cell, whether the groups differ significantly; those are shaded and starred.
-    """
+) -> Figure:
+    """Every cell's value with its interval, the groups (knowledge, perception) side by side; a panel for every kind of
+    cell (attention, MLP, ...), layers along it. Cells in which the groups differ are shaded and starred."""
     kinds: dict[str, list[tuple[int, int]]] = {}  # kind -> (layer, number of the cell)
     for number, cell in enumerate(cells):
         layer, kind = split_cell(cell)
         kinds.setdefault(kind, []).append((layer, number))
-    depth = 1 + max(layer for places in kinds.values() for layer, _ in places)
+    depth = 1 + max(layer for of_kind in kinds.values() for layer, _ in of_kind)
     columns = 2 if depth <= 12 and len(kinds) > 1 else 1
     rows = -(-len(kinds) // columns)
     size = columns * (1.6 + 0.26 * max(depth, 10)), 0.6 + 2.5 * rows
     figure, axes = subplots(rows, columns, size=size, sharey=True)
     for axis in axes.flat[len(kinds) :]:
         axis.set_axis_off()
-    for axis, (kind, places) in zip(axes.flat, kinds.items(), strict=False):
-        layers, numbers = map(np.array, zip(*places, strict=True))
-        for place, (name, found) in enumerate(groups.items()):
-            value, low, high = (np.asarray(a, float)[numbers] for a in found)
+    for axis, (kind, of_kind) in zip(axes.flat, kinds.items(), strict=False):
+        layers, numbers = map(np.array, zip(*of_kind, strict=True))
+        for index, (name, estimates) in enumerate(groups.items()):
+            value, low, high = (np.array(estimates[part], float)[numbers] for part in ("value", "low", "high"))
             axis.errorbar(
-                layers + (place - (len(groups) - 1) / 2) * 0.6 / len(groups),
+                layers + (index - (len(groups) - 1) / 2) * 0.6 / len(groups),
                 value,
-                # An interval need not hold its estimate where that is skewed.
+                # A skewed estimate can lie outside its interval.
                 [np.maximum(value - low, 0), np.maximum(high - value, 0)],
-                fmt="os^Dv*"[place % 6],
+                fmt="os^Dv*"[index % 6],
                 ms=4,
                 lw=1.4,
-                color=COLOURS[place % len(COLOURS)],
+                color=COLOURS[index % len(COLOURS)],
                 label=name,
             )
         axis.axhline(0, color="black", lw=0.8)
-        for layer, number in places if different is not None else ():
+        for layer, number in of_kind if different is not None else ():
             if different[number]:
                 axis.axvspan(layer - 0.5, layer + 0.5, color="#edc948", alpha=0.35, lw=0)
                 axis.annotate("*", (layer, 0.99), xycoords=("data", "axes fraction"), ha="center", va="top")
@@ -89,20 +96,21 @@ def interval_plot(
         handles.append(Patch(color="#edc948", alpha=0.35))
         names.append("significant difference (*)")
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=len(names))
-    save_figure(figure, path)
+    return figure
 
 
-def stability(path: Path, groups: Mapping[str, Sequence[Mapping]]) -> None:
-    """By group, how alike the rankings of two disjoint sets of samples are (``rank_stability`` of
-    :mod:`interventions.statistics`): Kendall's tau, and the share of the top k that both have; dotted: by chance."""
-    every = sorted({row["samples"] for found in groups.values() for row in found})
+@drawer("curves", groups="group -> rows as interventions.statistics.rank_stability returns them")
+def stability(groups: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """By group, how alike the rankings of two disjoint sets of samples are: Kendall's tau, and the share of the top k
+    that both have; dotted: by chance."""
+    every = sorted({row["samples"] for rows in groups.values() for row in rows})
     tops = list(next(iter(groups.values()))[0]["overlap"])
     titles = ["Kendall's tau", *(f"overlap of the top {k}" for k in tops)]
     figure, axes = subplots(1, len(titles), size=(3.4 * len(titles) + 0.4, 3.3), sharey=True)
     for axis, title, k in zip(axes[0], titles, [None, *tops], strict=True):
-        for (name, found), colour in zip(groups.items(), COLOURS, strict=False):
-            sizes = [row["samples"] for row in found]
-            measures = [row["tau"] if k is None else row["overlap"][k] for row in found]
+        for (name, rows), colour in zip(groups.items(), COLOURS, strict=False):
+            sizes = [row["samples"] for row in rows]
+            measures = [row["tau"] if k is None else row["overlap"][k] for row in rows]
             axis.plot(sizes, [m["mean"] for m in measures], "o-", ms=4, color=colour, label=name)
             bounds = ([m[end] for m in measures] for end in ("low", "high"))
             axis.fill_between(sizes, *bounds, color=colour, alpha=0.18, lw=0)
@@ -117,14 +125,13 @@ def stability(path: Path, groups: Mapping[str, Sequence[Mapping]]) -> None:
     axes[0, 0].set_ylim(min(low, -0.05), max(high, 1.02))
     axes[0, 0].set_ylabel("mean, 95 % of random halves")
     axes[0, 0].legend(fontsize=8, loc="lower right")
-    save_figure(figure, path)
+    return figure
 
 
-def correlation(
-    path: Path, rows: Sequence[Mapping], measures: Sequence[str] = ("pearson", "spearman", "kendall")
-) -> None:
-    """A map per measure of how alike the RR of kinds of corruption are (``correlations`` of
-    :mod:`interventions.statistics`)."""
+@drawer("heat_map", rows="rows as interventions.statistics.correlations returns them")
+def correlation(rows: Sequence[Mapping]) -> Figure:
+    """A map per measure (Pearson, Spearman, Kendall) of how alike the RR of kinds of corruption are."""
+    measures = ("pearson", "spearman", "kendall")
     names = list(dict.fromkeys(row[end] for row in rows for end in ("first", "second")))
     count, longest = len(names), max(map(len, names))
     side = 0.62 * count + 0.5
@@ -143,4 +150,4 @@ def correlation(
         axis.set_title(measure.capitalize(), fontsize=10)
         axis.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(count), names, fontsize=8)
-    save_figure(figure, path)
+    return figure

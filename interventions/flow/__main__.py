@@ -11,13 +11,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from interventions.flow.artifacts import ATTENTION, RESULTS, SAMPLES, WINDOWS
 from interventions.flow.knockout import EDGES, Effect, edge, knocked_out_answers, window_effects, window_layers
 from interventions.flow.shares import Reading, read_examples
-from interventions.flow.summary import summarise_answers, summarise_effect, summarise_reading
+from interventions.flow.summary import summarise_answers, summarise_effect, summarise_reading, summarise_received
 from vlm_jax.data import Example, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.ranges import Range
@@ -108,6 +110,7 @@ def _report(task: str, found: dict) -> None:
 @command
 def main(args: Args) -> None:
     from interventions.figures import flow as figures
+    from interventions.figures.base import save_figure
 
     tasks = load_tasks(args.task, split="trace", limit=args.limit, options=args)
     examples = list(itertools.chain(*tasks.values()))
@@ -126,11 +129,16 @@ def main(args: Args) -> None:
     for task, examples in tasks.items():
         on = (model, processor, examples)
         readings[task] = Reading(
-            **run.once(f"{task}/attention.npz", lambda on=on, task=task: read_examples(*on, args.batch, task)._asdict())
+            **run.once(
+                f"{task}/attention.npz",
+                lambda on=on, task=task: read_examples(*on, args.batch, task)._asdict(),
+                Artifact("arrays", f"{task}: what the text attends to", ATTENTION),
+            )
         )
         records = run.once(
             f"{task}/samples.jsonl",
             lambda on=on, task=task: knocked_out_answers(*on, edges, name=task, **to_generate),
+            Artifact("samples", f"{task}: answers under every knock-out", SAMPLES),
         )
         effect = Effect(
             **run.once(
@@ -138,6 +146,7 @@ def main(args: Args) -> None:
                 lambda on=on, task=task: window_effects(
                     *on, window_edges, args.window, mode=args.modes[0], name=task, **how
                 )._asdict(),
+                Artifact("arrays", f"{task}: p(gold) with edges cut in windows of layers", WINDOWS),
             )
         )
         results[task] = {
@@ -150,11 +159,15 @@ def main(args: Args) -> None:
     parts = {
         part: {task: found[part] for task, found in results.items()} for part in ("attention", "answers", "windows")
     }
-    run.write("attention.png", lambda path: figures.attention(path, parts["attention"]))
-    run.write("cumulative.png", lambda path: figures.cumulative(path, readings))
-    run.write("answers.png", lambda path: figures.answers(path, parts["answers"]))
-    run.write("windows.png", lambda path: figures.windows(path, parts["windows"]))
-    run.save_json("results.json", results)
+    received = {task: summarise_received(reading) for task, reading in readings.items()}
+    for name, draw, title, shown in (
+        ("attention", figures.attention, "Where the text's attention goes, by layer", parts["attention"]),
+        ("cumulative", figures.cumulative, "How the image's attention is spread over its tokens", received),
+        ("answers", figures.answers, "Accuracy with edges cut in all layers", parts["answers"]),
+        ("windows", figures.windows, "Change of p(gold) with edges cut in windows of layers", parts["windows"]),
+    ):
+        save_figure(run, name, draw, title, tasks=shown)
+    run.save_json("results.json", results, Artifact("metrics", "Attention, answers and effects of every task", RESULTS))
     print(f"written to {args.out}")
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from interventions.flow.knockout import FAILURES, Effect
 from interventions.flow.shares import Reading
 from interventions.kinds.groups import members
@@ -17,6 +19,26 @@ def summarise_reading(reading: Reading, seed: int = 0) -> dict:
         found |= {"ratio": mean_interval(reading.ratio(), seed), "ratio_if_uniform": float(reading.uniform().mean())}
     found |= {f"tokens_for_{part}": mean_interval(reading.needed(part / 100), seed) for part in (80, 90)}
     return found
+
+
+def summarise_received(reading: Reading) -> dict:
+    """How the image's attention is spread over its tokens, by layer, as means over samples (figures 2 and 3).
+
+    Returns:
+        ``grid (101,)``, shares of the image tokens, most attended first; ``curves (L, 101)``, what share of the image's
+        attention they hold; ``needed``: for 80 and 90 %, the least share of the tokens that holds so much, ``mean`` and
+        standard ``deviation (L,)`` over samples.
+    """
+    grid = np.linspace(0, 1, 101)
+    needed = {percent: reading.needed(percent / 100) for percent in (80, 90)}
+    return {
+        "grid": grid,
+        "curves": np.nanmean(reading.cumulative(grid), 0),
+        "needed": {
+            percent: {"mean": np.nanmean(shares, 0), "deviation": np.nanstd(shares, 0)}
+            for percent, shares in needed.items()
+        },
+    }
 
 
 def summarise_answers(records: list[dict], seed: int = 0) -> list[dict]:

@@ -12,12 +12,14 @@ import numpy as np
 import tyro
 
 from interventions.store import save_interventions
+from interventions.talo.artifacts import RESULTS, SAMPLES, TABLE
 from interventions.talo.options import Args
 from interventions.talo.report import compare, records, task_report
 from interventions.talo.selection import BASE, layer_name
 from interventions.talo.tables import TaskTable, layer_cut, subtask, tabulate
 from vlm_jax.data import Example, source
 from vlm_jax.errors import UserError
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.startup import load_tasks, start
 
@@ -67,15 +69,21 @@ def main(args: Args) -> None:
             return {"base": base, "correct": correct}
 
         strata = np.array([subtask(example) for example in examples])
-        tasks[label] = TaskTable(examples, **run.once(f"{label}/table.npz", make), strata=strata)
+        table = Artifact("arrays", f"{label}: which samples are right under every cut", TABLE)
+        tasks[label] = TaskTable(examples, **run.once(f"{label}/table.npz", make, table), strata=strata)
         results[label], choice = task_report(tasks[label], args)
         lines += [{"task": label, **record} for record in records(tasks[label], choice)]
         if choice.layer != BASE:
             cut = layer_cut(model.config.text.num_hidden_layers, choice.layer, args.cut)
-            run.write(f"{label}/cut.safetensors", lambda path, cut=cut: save_interventions(path, (cut,)))
-    run.save_lines("samples.jsonl", lines)
+            run.write(
+                f"{label}/cut.safetensors",
+                lambda path, cut=cut: save_interventions(path, (cut,)),
+                Artifact("intervention", f"{label}: the cut that TaLo chose, layer {choice.layer}"),
+            )
+    run.save_lines("samples.jsonl", lines, Artifact("samples", "Every sample under every cut", SAMPLES))
     halves = compare(run, tasks, args)
-    run.save_json("results.json", {"metric": "forced_greedy", "tasks": results, "halves": halves})
+    content = {"metric": "forced_greedy", "tasks": results, "halves": halves}
+    run.save_json("results.json", content, Artifact("metrics", "Chosen layers and their gains", RESULTS))
     show(results, args)
     for half in halves:
         how_often = f"in {half['together']:.2f} of resamples or more" if len(half["names"]) > 1 else "the only one"

@@ -3,6 +3,7 @@
 import numpy as np
 
 from interventions.statistics import percentiles
+from interventions.talo.artifacts import VECTORS
 from interventions.talo.options import Args
 from interventions.talo.selection import (
     Choice,
@@ -19,6 +20,7 @@ from interventions.talo.selection import (
     tree,
 )
 from interventions.talo.tables import TaskTable
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 
 
@@ -67,6 +69,7 @@ def records(task: TaskTable, choice: Choice) -> list[dict]:
 def compare(run: Run, tasks: dict[str, TaskTable], args: Args) -> list[dict]:
     """Saves and draws the interaction vectors, and returns the two halves of their tree: the tasks or sub-tasks, and
     how often, of resamples, the two of them that part most easily are in the same half."""
+    from interventions.figures.base import save_figure
     from interventions.figures.talo import interactions
 
     deltas = {}
@@ -82,9 +85,20 @@ def compare(run: Run, tasks: dict[str, TaskTable], args: Args) -> list[dict]:
     alike = similarity(vectors[:, tried], args.similarity)
     halves = together([delta[tried] for delta in deltas.values()], args.similarity, args.draws, args.seed)
     arrays = {"delta": vectors, "low": low, "high": high, "similarity": alike, "together": halves}
-    run.save_arrays("vectors.npz", names=np.array(names), **arrays)
-    shown = names, vectors, (low > 0) | (high < 0), alike, tree(alike) if len(names) > 1 else None
-    run.write("tasks.png", lambda path: interactions(path, *shown, label=args.similarity))
+    artifact = Artifact("arrays", "Interaction vectors of the tasks and their similarity", VECTORS)
+    run.save_arrays("vectors.npz", {"names": np.array(names), **arrays}, artifact)
+    save_figure(
+        run,
+        "tasks",
+        interactions,
+        "Change in accuracy when a layer is cut, and how alike the tasks are",
+        names=names,
+        vectors=vectors,
+        sure=(low > 0) | (high < 0),
+        similarity=alike,
+        tree=tree(alike) if len(names) > 1 else None,
+        label=args.similarity,
+    )
     first = in_two(vectors[:, tried], args.similarity)[0]
     return [
         {"names": [names[i] for i in half], "together": float(halves[np.ix_(half, half)].min())}

@@ -13,9 +13,11 @@ from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import Gold, LogitDifference
 from interventions.engine.sweep import sweep_runs
 from interventions.engine.variants import Variants
+from interventions.figures.base import save_figure
 from interventions.figures.tracing import heatmap, interval_plot
 from interventions.kinds.groups import label, members
 from interventions.modules import MODULE_SITES, cell_names, module_names
+from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, bounds, by_module, summarise
@@ -26,6 +28,7 @@ from vlm_jax.data import Example
 from vlm_jax.data.metrics import LETTERS, normalise
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import Batch, batches, encode
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.log import Log
 from vlm_jax.runs.processes import apart, fetch, progress
@@ -202,19 +205,31 @@ def trace_task(
     run: Run, folder: str, model: Model, processor, task: str, examples: list[Example], options: TraceOptions
 ) -> dict:
     """The summary of a task that is traced into ``folder`` of a run, now or in an earlier session, with its files:
-    ``samples.jsonl`` as results come; ``summary.json``, ``summary.parquet``, ``trace.parquet`` and figures."""
+    ``samples.jsonl`` as results come; ``summary.json``, ``summary.parquet``, ``trace.parquet`` and figures with their
+    data."""
 
     def make() -> dict:
         begun = time.perf_counter()
-        traced = trace_examples(model, processor, examples, options, task, run.log(f"{folder}samples.jsonl"))
+        log = run.log(f"{folder}samples.jsonl", Artifact("samples", f"{task}: effects of every sample", SAMPLES))
+        traced = trace_examples(model, processor, examples, options, task, log)
         summary = {"task": task, "fingerprint": fingerprint(model), **summarise(traced, options)}
-        run.write(f"{folder}trace.parquet", lambda path: statistics.tidy(path, {task: traced}, options.eps))
-        run.write(f"{folder}summary.parquet", lambda path: statistics.tidy_summary(path, summary["cells"]))
+        run.write(
+            f"{folder}trace.parquet",
+            lambda path: statistics.tidy(path, {task: traced}, options.eps),
+            Artifact("table", f"{task}: effects by sample, replicate and cell", EFFECTS),
+        )
+        run.write(
+            f"{folder}summary.parquet",
+            lambda path: statistics.tidy_summary(path, summary["cells"]),
+            Artifact("table", f"{task}: restoration rate of every cell by every statistic", CELLS),
+        )
         if set(traced.cells) == set(module_names(model.config.text.num_hidden_layers)):
-            run.write(f"{folder}heatmap.png", lambda path: heatmap(path, {task: by_module(summary)}))
-        found = {task: bounds(summary)}
-        run.write(f"{folder}intervals.png", lambda path: interval_plot(path, traced.cells, found))
+            title = f"{task}: restoration rate by layer and module"
+            save_figure(run, f"{folder}heatmap", heatmap, title, panels={task: by_module(summary)})
+        title = f"{task}: restoration rate of every cell with its 95 % interval"
+        estimates = {task: bounds(summary)._asdict()}
+        save_figure(run, f"{folder}intervals", interval_plot, title, cells=traced.cells, groups=estimates)
         run.timed(f"trace {folder or task}".rstrip("/"), begun)
         return summary
 
-    return run.once(f"{folder}summary.json", make)
+    return run.once(f"{folder}summary.json", make, Artifact("metrics", f"{task}: restoration rates", SUMMARY))

@@ -25,6 +25,7 @@ from vlm_jax import UserError, prompts
 from vlm_jax.data import load_task
 from vlm_jax.mesh.sharding import placed
 from vlm_jax.runs import processes
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
@@ -90,8 +91,15 @@ def main(args: Args) -> None:
     run = Run.open(args.out, args, model.config, processor)
     examples = load_task("mini-docvqa", split="test", limit=10)
     tracing = TraceOptions(batch=4, seed=args.seed)
-    traced = trace_examples(model, processor, examples, tracing, "docvqa", run.log("trace/samples.jsonl"))
-    answers = answer(model, processor, examples, batch=4, log=run.log("answers.jsonl"))
+    traced = trace_examples(
+        model,
+        processor,
+        examples,
+        tracing,
+        "docvqa",
+        run.log("trace/samples.jsonl", Artifact("samples", "Traced samples")),
+    )
+    answers = answer(model, processor, examples, batch=4, log=run.log("answers.jsonl", Artifact("samples", "Answers")))
     cut = knocked_out_answers(model, processor, examples[:4], ["text:image"], modes=["post_softmax"], max_new_tokens=3)
     with pytest.raises(UserError, match="the last one refuses"):
         everywhere(refuse)
@@ -106,8 +114,11 @@ def main(args: Args) -> None:
     half = halved(run.folder / "half", HALF)["w"]
     if jax.process_count() > 1 and run.config["mesh"] and "fsdp" in run.config["mesh"]:
         assert not half.is_fully_replicated
-    run.save_json("answers.json", [*answers.texts, *(record["output"] for record in cut)])
-    run.save_arrays("found.npz", ie=traced.ie, te=traced.te, sigma=traced.sigma, **weights)
+    run.save_json(
+        "answers.json", [*answers.texts, *(record["output"] for record in cut)], Artifact("metrics", "Answers")
+    )
+    arrays = {"ie": traced.ie, "te": traced.te, "sigma": traced.sigma, **weights}
+    run.save_arrays("found.npz", arrays, Artifact("arrays", "Effects and weights"))
     print("only the first process says this")
     print("done", is_first(), file=sys.stderr)
 

@@ -32,6 +32,7 @@ from interventions.statistics import (
 )
 from interventions.statistics.restoration import estimate_with_variance
 from vlm_jax.errors import UserError
+from vlm_jax.runs.folder import Run
 
 PROFILE = np.array([0.9, 0.5, 0.3, 0.1])
 
@@ -579,33 +580,29 @@ def drawings():
     different = np.arange(6) == 4
     stable = {"knowledge": rank_stability(*trace(40), top=(2,), halves=5)}
     alike = correlations({"noise": value, "swap": value**2, "flat": np.ones(6)})
+    estimates = {name: interval._asdict() for name, interval in groups.items()}
     return {
-        "intervals": lambda path: tracing.interval_plot(path, cells, groups, different),
-        "stability": lambda path: tracing.stability(path, stable),
-        "correlation": lambda path: tracing.correlation(path, alike),
-        "heatmap": lambda path: tracing.heatmap(path, {"a": value.reshape(3, 2)}),
+        "intervals": (tracing.interval_plot, {"cells": cells, "groups": estimates, "different": different}),
+        "stability": (tracing.stability, {"groups": stable}),
+        "correlation": (tracing.correlation, {"rows": alike}),
+        "heatmap": (tracing.heatmap, {"panels": {"a": value.reshape(3, 2)}}),
     }
 
 
 @pytest.mark.parametrize("name", ["intervals", "stability", "correlation", "heatmap"])
 def test_figures_have_the_same_bytes_again(name, tmp_path):
-    def write(file, draw):
-        draw(tmp_path / file)
-
     for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        base.both(write, f"{folder}/{name}", drawings()[name])
+        draw, data = drawings()[name]
+        base.save_figure(Run.open(tmp_path / folder, {}), name, draw, "A figure", pdf=True, **data)
     for suffix, magic in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
         first, second = ((tmp_path / folder / name).with_suffix(suffix).read_bytes() for folder in ("a", "b"))
         assert first == second and first.startswith(magic)
         assert b"CreationDate" not in first and len(first) > 4000
 
 
-def test_figure_of_intervals_shows_the_numbers(tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(tracing, "save_figure", lambda figure, path: kept.append(figure))
-    drawings()["intervals"](tmp_path / "a.png")
-    attn, mlp = kept[0].axes
+def test_figure_of_intervals_shows_the_numbers():
+    draw, data = drawings()["intervals"]
+    attn, mlp = draw(**base.plain_data(data)).axes
     assert (attn.get_title(), mlp.get_title()) == ("attn", "mlp")
     value = np.linspace(-0.1, 1, 6)
     np.testing.assert_allclose(attn.containers[0][0].get_ydata(), value[:3])

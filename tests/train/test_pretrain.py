@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from run_folders import check_run_folder
 
 import vlm_jax
 from train import pretrain
@@ -37,6 +38,12 @@ def test_the_text_stage_leaves_a_text_only_model(out):
         encode(examples, p, m.config, prompt=PLAIN_PROMPT) for m, p in ((whole, processor), (backbone, tokenizer))
     )
     np.testing.assert_array_equal(got.inputs.input_ids, want.inputs.input_ids)
+
+
+def test_stages_are_listed_as_models(out, tmp_path):
+    check_run_folder(out, tmp_path)
+    entries = json.loads((out / "artifacts.json").read_text())["artifacts"]
+    assert {entry["file"] for entry in entries} == {"untrained", "text", "backbone", "align"}
 
 
 def test_every_stage_keeps_its_own_metrics(out):

@@ -11,6 +11,7 @@ import optax
 import PIL
 import pytest
 from gradients import value_and_grad
+from run_folders import check_run_folder
 
 import train.lora as lora_command
 from interventions.modules import folder_name
@@ -175,6 +176,7 @@ def test_the_command_resumes_and_keeps_its_scores(tmp_path, capsys):
     assert json.loads((out / "results.json").read_text()) == results
     table = first[first.index("| LoRA target") : first.rindex("|")]
     assert table in capsys.readouterr().out
+    check_run_folder(out, tmp_path / "redrawn")
 
 
 def test_table1_averages_seeds_but_not_their_sampling_error():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from gradients import value_and_grad
+from run_folders import check_run_folder
 
 import vlm_jax
 from train import tune
@@ -62,9 +63,10 @@ def test_only_the_named_part_moves(mini, run):
     assert moved == {"text"}
 
 
-def test_the_run_folder(run, capsys):
+def test_the_run_folder(run, tmp_path, capsys):
     scores = [json.loads((run.out / name / "score.json").read_text()) for name in ("before", "after")]
     assert all(score["samples"] == 4 for score in scores)
+    check_run_folder(run.out, tmp_path)
     assert not (run.out / "training/checkpoints").exists()
     assert (run.out / "training/metrics.jsonl").read_text().count("\n") == 1
     before = (run.out / "model/model.safetensors").read_bytes()

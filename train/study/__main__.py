@@ -34,7 +34,8 @@ def main(args: Args) -> None:
             continue
         experiment.check()
         run.pin(f"{experiment.folder}model", fingerprint(experiment.model))
-        run.save_json(f"{experiment.folder}manifest.json", manifest(experiment.model.config, experiment.processor))
+        described = manifest(experiment.model.config, experiment.processor)
+        run.save_json(f"{experiment.folder}manifest.json", described, None)
         results[experiment.folder.rstrip("/")] = run_study(args, experiment)
     if args.plan:
         print("\n".join(map(str, plans)))

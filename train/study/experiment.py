@@ -23,12 +23,15 @@ from interventions.placement.scores import SCORES, corrupter, module_sizes
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import by_module
 from interventions.trace.tracing import trace_task
+from train.artifacts import training_log
 from train.loop import forget
+from train.study.artifacts import MODULE_SCORES
 from train.trunk import LoRAOptions, Trunk, embedded_examples, train_lora
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import batches, check_fit
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 
 
@@ -76,7 +79,8 @@ class Experiment:
             self.run.timed(f"{self.folder}score {name} {family}", begun)
             return score.tolist()
 
-        return np.array(self.run.once(f"{self.folder}scores/{name}/{family}.json", make))
+        artifact = Artifact("arrays", f"{family}: {name} of every module", MODULE_SCORES)
+        return np.array(self.run.once(f"{self.folder}scores/{name}/{family}.json", make, artifact))
 
     def scoring(self, names: Sequence[str], families: Sequence[str]) -> Scoring:
         """What placements are chosen from, with these scores of these families."""
@@ -95,25 +99,38 @@ class Experiment:
         """The held-out result of LoRA on these modules, trained with this seed: ``accuracy``, ``stderr``, ``samples``
         and ``tasks``; and ``scores``, one for each sample."""
         folder = self._cell_folder(family, names, seed)
-        adapter = self.run.folder / folder / "adapter"
-        if not self.run.has(f"{folder}/adapter"):
+        label = f"{family} {folder_name(names, self.depth)}"
+
+        def make() -> LoRA:
             begun = time.perf_counter()
-            self.run.save_json(f"{folder}/placement.json", sorted(names, key=module_names(self.depth).index))
+            placed = sorted(names, key=module_names(self.depth).index)
+            self.run.save_json(f"{folder}/placement.json", placed, Artifact("placement", f"{label}: modules with LoRA"))
             options, checkpoints = dataclasses.replace(self.training, seed=seed), self.run.path(f"{folder}/training")
-            label = f"{family} {folder_name(names, self.depth)}"
             ids = [example.id for example in self.trained[family]]
             lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints, ids)
-            self.run.write(f"{folder}/adapter", lambda path: save_peft(lora, self.model, path))
+            self.run.add(f"{folder}/training/metrics.jsonl", training_log(f"LoRA, {label}, seed {seed}"))
             self.run.timed(f"train {folder}", begun)
+            return lora
+
+        lora = self.run.once(
+            f"{folder}/adapter",
+            make,
+            Artifact("adapter", f"LoRA, {label}, seed {seed}"),
+            write=lambda path, lora: save_peft(lora, self.model, path),
+            read=lambda path: load_peft(self.model, path),
+        )
         forget(self.run.folder / folder / "training", self.training)
-        return self._evaluate(merge(self.model, load_peft(self.model, adapter)), f"{folder}/", family)
+        return self._evaluate(merge(self.model, lora), f"{folder}/", family)
 
     def _cell_folder(self, family: str, names: Sequence[str], seed: int) -> str:
         return f"{self.folder}cells/{family}/{folder_name(names, self.depth)}/seed-{seed}"
 
     def _evaluate(self, model: Model, folder: str, family: str) -> dict:
+        title = f"Held-out answers of {folder.removeprefix(f'{self.folder}cells/')}".rstrip("/")
         tested = self.tested[family]
-        return evaluate(self.run, folder, model, self.processor, tested, self.metric, self.answering, label=family)
+        return evaluate(
+            self.run, folder, model, self.processor, tested, self.metric, self.answering, title=title, label=family
+        )
 
     def _traced(self, family: str) -> list[Example]:
         if family not in self.traced:

@@ -10,14 +10,16 @@ from scipy.stats import spearmanr
 
 from eval.tables import Table
 from interventions import statistics
-from interventions.figures.base import both
+from interventions.figures import study as figures
+from interventions.figures.base import save_figure
 from interventions.figures.tracing import correlation, heatmap, interval_plot, stability
 from interventions.modules import module_names
 from interventions.statistics import normalised
 from interventions.trace.result import bounds, by_module
-from train.study import figures
+from train.study.artifacts import RUNS, SUMMARY
 from train.study.recipes import RECIPES
 from vlm_jax.errors import UserError
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 
 #: What placements are compared with.
@@ -50,15 +52,17 @@ def report(run: Run, results: dict[str, dict], args) -> str:
             "corruptions": agreement,
         }
         rows += [{"model": model, **row} for row in known.rows()]
-        run.save_json("summary.json", summary)
+        run.save_json("summary.json", summary, Artifact("metrics", "What the study says of every model", SUMMARY))
         main = table1(known, compared, recipe)
-        main.save(run, f"tables/{model}/table1")
-        selections(known, result, recipe, "shared").save(run, f"tables/{model}/table2")
-        selections(known, result, recipe, "task_diff").save(run, f"tables/{model}/table3")
-        comparison_table(compared).save(run, f"tables/{model}/comparisons")
+        main.save(run, f"tables/{model}/table1", f"{model}: accuracy by where LoRA was trained (P0, table 1)")
+        for number, placement in ((2, "shared"), (3, "task_diff")):
+            title = f"{model}: modules that {placement} chose (P0, table {number})"
+            selections(known, result, recipe, placement).save(run, f"tables/{model}/table{number}", title)
+        comparison_table(compared).save(run, f"tables/{model}/comparisons", f"{model}: placements against controls")
         draw(run, model, known, result, summary[model], traces)
         text += [f"\n{model}: accuracy on held-out examples\n", main.markdown(), *findings(known, compared, alone)]
-    run.write("results.parquet", lambda path: statistics.tidy_summary(path, rows))
+    artifact = Artifact("table", "Held-out accuracy of every training", RUNS)
+    run.write("results.parquet", lambda path: statistics.tidy_summary(path, rows), artifact)
     return "\n".join(text)
 
 
@@ -313,29 +317,36 @@ def draw(run: Run, model: str, known: Outcomes, result: dict, summary: dict, tra
     difference = {f"{families[0]} - {families[1]}": one - other}
     tasks = {task: by_module({"rr": rates}) for trace in traces.values() for task, rates in trace["tasks"].items()}
 
-    def write(name: str, draw: Callable, *args, **options) -> None:
-        both(run.write, f"figures/{model}/{name}", lambda path: draw(path, *args, **options))
+    def write(name: str, draw: Callable, title: str, **data) -> None:
+        save_figure(run, f"figures/{model}/{name}", draw, f"{model}: {title}", pdf=True, **data)
 
-    write("figure2", heatmap, rr)
-    write("figure3", heatmap, difference, label="difference of normalised RR")
-    write("figure4", heatmap, tasks)
+    write("figure2", heatmap, "restoration rate by layer and module (P0, figure 2)", panels=rr)
+    label_of_difference = "difference of normalised RR"
+    write("figure3", heatmap, f"{label_of_difference} (P0, figure 3)", panels=difference, label=label_of_difference)
+    write("figure4", heatmap, "restoration rate by task (P0, figure 4)", panels=tasks)
     tested = summary["trace_difference"]["raw"]
     different = tested and [q < 0.05 for q in tested["q"]]
-    write("intervals", interval_plot, names, {family: bounds(trace) for family, trace in traces.items()}, different)
+    estimates = {family: bounds(trace)._asdict() for family, trace in traces.items()}
+    title = "restoration rate of every module with its 95 % interval"
+    write("intervals", interval_plot, title, cells=names, groups=estimates, different=different)
     if all(trace["stability"] for trace in traces.values()):
-        write("stability", stability, {family: trace["stability"] for family, trace in traces.items()})
+        by_family = {family: trace["stability"] for family, trace in traces.items()}
+        write("stability", stability, "how alike rankings of disjoint halves of the samples are", groups=by_family)
     for family, agreement in summary["corruptions"].items():
         if agreement:
-            write(f"corruptions_{family}", correlation, agreement)
+            title = f"how alike restoration rates under different corruptions are, {family}"
+            write(f"corruptions_{family}", correlation, title, rows=agreement)
     at_k = [(p, k) for p, k in known.keys if k in (0, known.k) or p == "all"]
     accuracy = {f: {label(p, k): known.accuracy(f, p, k) for p, k in at_k} for f in (*families, "both")}
-    write("placements", figures.placements, accuracy)
+    write("placements", figures.placements, "accuracy by placement", accuracy=accuracy)
     swept = sorted({p for p, k in known.keys if k not in (0, known.k)} - {"all"})
     if swept:
         curves = {
             f: {p: {k: known.accuracy(f, p, k) for q, k in known.keys if q == p} for p in swept} for f in families
         }
-        write("k", figures.k_sweep, curves)
+        write("k", figures.k_sweep, "accuracy by the number of modules with LoRA", accuracy=curves)
     gains = {family: list(found["gains"].values()) for family, found in summary["alone"].items()}
     if gains:
-        write("alone", figures.alone, {family: rr[family].ravel() for family in gains}, gains, names)
+        flat = {family: rr[family].ravel() for family in gains}
+        title = "LoRA's gain in single modules against their restoration rate"
+        write("alone", figures.alone, title, rr=flat, gains=gains, names=names)

@@ -16,6 +16,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.runs.options import DeviceOptions
 from vlm_jax.runs.processes import join
 from vlm_jax.runs.ranges import check_ranges
+from vlm_jax.runs.running import running
 
 
 def command(main: Callable[..., None] | None = None, *, configured: bool = True) -> Callable[..., Any]:
@@ -41,7 +42,8 @@ def command(main: Callable[..., None] | None = None, *, configured: bool = True)
             check_ranges(args)
             if configured:
                 configure(mesh=args.mesh_axes() if isinstance(args, DeviceOptions) else None)
-            main(args)
+            with running(main):
+                main(args)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None

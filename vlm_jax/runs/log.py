@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlm_jax.errors import UserError, unwritten
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.processes import Team, first, gathered, is_first
 
 
@@ -18,24 +19,33 @@ class LogFolder(Protocol):
 
     def begin(self) -> None: ...
     def path(self, name: str) -> Path: ...
-    def save_lines(self, name: str, records: list[dict]) -> Path: ...
-    def write_locally(self, name: str, writer: Callable[[Path], None]) -> None: ...
+    def save_lines(self, name: str, records: list[dict], artifact: Artifact | None) -> Path: ...
+    def write_locally(self, name: str, writer: Callable[[Path], object], artifact: Artifact | None) -> None: ...
 
 
 class Log:
     """Records that are on disk as soon as they are known, in an order that does not change from session to session.
 
-    A killed run leaves a file that ends anywhere; what is kept of it are whole batches. Without a run, records are in
-    memory alone. Of several processes every team writes its own share (:meth:`part`), until all are there
-    (:meth:`join`).
+    A killed run leaves a file that may end in the middle of a record; its whole batches are kept. Without a run,
+    records are in memory alone. Of several processes every team writes its own share (:meth:`part`), until all are
+    there (:meth:`join`).
+
+    Args:
+        artifact: what the file is, for the folder's ``artifacts.json``; None where it is no result.
     """
 
-    def __init__(self, run: LogFolder | None = None, name: str = "", team: Team | None = None):
-        self.run, self.name, self.joined = run, name, False
+    def __init__(
+        self,
+        run: LogFolder | None = None,
+        name: str = "",
+        team: Team | None = None,
+        artifact: Artifact | None = None,
+    ):
+        self.run, self.name, self.artifact, self.joined = run, name, artifact, False
         self.writes = run is not None and (is_first() if team is None else team.writes)
-        # Whoever writes also reads, for all who go by it.
-        said = gathered(self._read() if self.writes else [])
-        self.records: list[dict] = said[0 if team is None else team.index * len(said) // team.count]
+        # The process that writes a file also reads it, for all processes that need its records.
+        by_process = gathered(self._read() if self.writes else [])
+        self.records: list[dict] = by_process[0 if team is None else team.index * len(by_process) // team.count]
 
     def _read(self) -> list[dict]:
         path = self.run.folder / self.name
@@ -54,7 +64,7 @@ class Log:
             self.joined = True
             return self
         if self.run is not None:
-            first(self.run.begin)  # the shares' folder says of which run it is before any of them is there
+            first(self.run.begin)  # the configuration is on disk before any team writes its share
         name = Path(self.name)
         share = f"{name.stem}.{team.index + 1}-of-{team.count}{name.suffix}"
         return Log(self.run, str(name.with_name(share)), team)
@@ -67,7 +77,7 @@ class Log:
         by_id = {record["id"]: record for share in shares for record in share}
         self.records = [by_id[name] for name in ids]
         if self.run is not None:
-            self.run.save_lines(self.name, self.records)
+            self.run.save_lines(self.name, self.records, self.artifact)
             name = Path(self.name)
             for share in (self.run.folder / name.parent).glob(f"{name.stem}.*-of-*{name.suffix}") if is_first() else ():
                 share.unlink()
@@ -75,20 +85,20 @@ class Log:
     def missing(
         self, batches: Iterable[tuple[Sequence[int], Any]], ids: Sequence[str]
     ) -> Iterator[tuple[Sequence[int], Any]]:
-        """Those of the batches (rows and content) whose records are not all there. What follows the first of them is
-        taken back: :meth:`append` its records, a row each, before the next one is asked for.
+        """The batches (rows and content) whose records are not all there. Records behind the first of these batches
+        are removed: :meth:`append` the records of each batch, one a row, before asking for the next.
 
         Args:
-            ids: of every row, what its record has as ``id``.
+            ids: the id of every row, which its record has as ``id``.
 
         Raises:
-            UserError: if two rows have the same id, or if a record has another than its row.
+            UserError: if two rows have the same id, or if a record's id is not that of its row.
         """
         twice = [name for name, count in Counter(ids).items() if count > 1]
         if twice:
             raise UserError(f"two samples have the id {twice[0]!r}: give every sample an id of its own")
-        if self.joined:  # in an order of its own
-            for _ in batches:  # whoever counts them sees all
+        if self.joined:  # nothing is missing, and the records are not in the order of the batches
+            for _ in batches:  # the caller counts shapes while it makes batches
                 pass
             return
         self._check(range(len(self.records)), set(ids))
@@ -112,7 +122,7 @@ class Log:
             self.records += records
             return
         if not self.records and is_first():
-            self.run.write_locally(self.name, lambda path: path.write_bytes(b""))
+            self.run.write_locally(self.name, lambda path: path.write_bytes(b""), self.artifact)
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
             with open(self.run.path(self.name), "ab") as file:
@@ -123,13 +133,13 @@ class Log:
             raise unwritten(self.run.folder / self.name, error) from None
         self.records += [json.loads(line) for line in text.encode().splitlines()]
 
-    def _check(self, places: Iterable[int], ids: set[str]) -> None:
-        """Refuses records at these places that are of none of these samples."""
-        for place in places:
-            if (found := self.records[place].get("id")) not in ids:
-                where = "the log" if self.run is None else self.run.folder / self.name
+    def _check(self, numbers: Iterable[int], ids: set[str]) -> None:
+        """Refuses records, by their numbers, that belong to none of these samples."""
+        for number in numbers:
+            if (name := self.records[number].get("id")) not in ids:
+                log = "the log" if self.run is None else self.run.folder / self.name
                 raise UserError(
-                    f"{where} holds records of other samples (record {place + 1} is of {found!r}): the data changed "
+                    f"{log} holds records of other samples (record {number + 1} is of {name!r}): the data changed "
                     "since, choose another --out"
                 )
 

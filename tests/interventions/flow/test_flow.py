@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hf_oracle import IMAGE, VISION_END, make_batch, tensors, tiny_config, tiny_model
+from run_folders import check_run_folder
 
 import interventions.flow.__main__ as command
 import vlm_jax
@@ -257,6 +258,8 @@ def test_resumed_run_equals_uninterrupted(tmp_path):
     for name in ("mini-docvqa/samples.jsonl", "mini-docvqa/windows.npz", "results.json", "windows.png"):
         (cut / name).unlink()
     command.main(args(cut))
+    check_run_folder(cut, tmp_path / "redrawn")
+    assert (cut / "artifacts.json").read_bytes() == (whole / "artifacts.json").read_bytes()
     assert (cut / "results.json").read_text() == (whole / "results.json").read_text()
     for name in ("attention", "cumulative", "answers", "windows"):
         assert (cut / f"{name}.png").read_bytes() == (whole / f"{name}.png").read_bytes()

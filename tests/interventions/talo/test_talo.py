@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from run_folders import check_run_folder
 
 import interventions.talo.__main__ as command
 import vlm_jax
@@ -312,12 +313,13 @@ def test_like_tasks_are_joined_first():
 
 
 @pytest.mark.parametrize("count, depth", [(1, 3), (3, 40)])
-def test_figure(tmp_path, count, depth):
+def test_figure(count, depth):
     vectors = np.random.default_rng(0).normal(size=(count, depth)) / 9
     alike = similarity(vectors)
     joined = tree(alike) if count > 1 else None
-    interactions(tmp_path / "a.png", list("abc")[:count], vectors, vectors > 0, alike, joined, label="pearson")
-    assert (tmp_path / "a.png").stat().st_size > 5000
+    figure = interactions(list("abc")[:count], vectors, vectors > 0, alike, joined, label="pearson")
+    shown = {axis.get_title() for axis in figure.axes}
+    assert ("similarity (pearson)" in shown) == (count > 1) and "change in accuracy when a layer is cut" in shown
 
 
 # The command.
@@ -370,6 +372,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
     asked.clear()
     command.main(args(tmp_path / "cut"))
     assert asked == ["mini-infovqa"]
+    check_run_folder(tmp_path / "cut", tmp_path / "redrawn")
     files = {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file()}
     assert files == {p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*") if p.is_file()}
     for file in files:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from run_folders import check_run_folder
 from tracing_oracle import forward, probability
 
 import interventions.trace.__main__
@@ -383,7 +384,7 @@ def run(tmp_path_factory):
 FILES = ("samples.jsonl", "trace.parquet", "summary.parquet", "summary.json")
 
 
-def test_files_of_a_run(run, capsys):
+def test_files_of_a_run(run, tmp_path):
     out, _ = run
     config, summary = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "summary"))
     fields = {field.name for field in dataclasses.fields(TraceOptions)}
@@ -409,6 +410,7 @@ def test_files_of_a_run(run, capsys):
         assert table["ie"][at] == record["ie"][table["replicate"][at]][cell]
     assert len(pq.read_table(out / "summary.parquet")) == len(summary["cells"])
     assert all((out / name).stat().st_size > 1000 for name in ("heatmap.png", "intervals.png"))
+    check_run_folder(out, tmp_path)
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(run, capsys):

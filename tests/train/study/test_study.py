@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from run_folders import check_run_folder
 
 from eval.evaluation import AnswerOptions
 from eval.tables import Table
@@ -19,6 +20,7 @@ from train.study.recipes import RECIPES
 from train.study.report import Outcomes, comparisons, predictions, report
 from train.study.study import examples_of
 from vlm_jax.errors import UserError
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.ranges import check_ranges
 
@@ -193,16 +195,16 @@ def written(tmp_path):
         ids = [f"{family}/{i}" for i in range(20)]
         clean = np.full(20, 0.7)
         traced = TaskTrace(ids, ["one", "two"] * 10, NAMES, clean, clean[:, None] - te, ie, clean > 0, 0.5)
-        run.save_json(f"mini/trace/{family}/summary.json", summarise(traced, options))
+        run.save_json(f"mini/trace/{family}/summary.json", summarise(traced, options), Artifact("metrics", family))
         records = [
             {"id": i, "p_clean": 0.7, "p_corrupt": (0.7 - te[n]).tolist(), "ie": ie[n].tolist()}
             for n, i in enumerate(ids)
         ]
-        run.save_lines(f"mini/trace/{family}/samples.jsonl", records)
+        run.save_lines(f"mini/trace/{family}/samples.jsonl", records, Artifact("samples", family))
     return run.folder, report(run, {"mini": made(0.2)}, Args(corruptions=()))
 
 
-def test_report_writes_tables_and_figures(written):
+def test_report_writes_tables_and_figures(written, tmp_path):
     folder, text = written
     assert "task_diff, k = 2" in text and "better than as many random modules (Holm): task_diff, k = 2 (+0." in text
     for name in ("table1", "table2", "table3", "comparisons"):
@@ -210,6 +212,7 @@ def test_report_writes_tables_and_figures(written):
     for name in ("figure2", "figure3", "figure4", "intervals", "stability", "placements", "alone"):
         assert (folder / f"figures/mini/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / f"figures/mini/{name}.pdf").read_bytes().startswith(b"%PDF")
+    check_run_folder(folder, tmp_path / "redrawn")
     summary = json.loads((folder / "summary.json").read_text())["mini"]
     assert {row["placement"] for row in summary["comparisons"]} == {"task_diff", "shared"}
 
@@ -236,7 +239,7 @@ def test_table_3_ranks_by_the_difference_of_normalised_rr(written):
 
 def test_table_in_three_forms(tmp_path):
     run = Run.open(tmp_path / "run", {"a": 1})
-    Table(("a_b", "n"), [("x|y", "1")]).save(run, "t")
+    Table(("a_b", "n"), [("x|y", "1")]).save(run, "t", "A table")
     assert (run.folder / "t.csv").read_text() == "a_b,n\nx|y,1\n"
     assert r"a\_b & n \\" in (run.folder / "t.tex").read_text()
     assert (run.folder / "t.md").read_text().splitlines()[1] == "| --- | --- |"

@@ -10,13 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_folders import check_run_folder
 
 import eval.accuracy
 from vlm_jax.errors import UserError
 from vlm_jax.runs import folder as run_folder
 from vlm_jax.runs import lock
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run, digests
 from vlm_jax.runs.log import Log
+
+RESULT, RECORDS = Artifact("metrics", "A result"), Artifact("samples", "Records")
+ADAPTER = Artifact("adapter", "An adapter")
 
 #: Rows of three batches, and what is to be known of each of them.
 BATCHES = [([0, 2], "first"), ([1, 3, 4], "second"), ([5], "third")]
@@ -30,7 +35,7 @@ def folder(tmp_path):
 
 
 def opened(folder: Path) -> Log:
-    return Run.open(folder, {"a": 1}).log("deep/records.jsonl")
+    return Run.open(folder, {"a": 1}).log("deep/records.jsonl", RECORDS)
 
 
 def work(log: Log, stop: int | None = None) -> list[str]:
@@ -186,15 +191,15 @@ def test_pinned_facts_hold_for_later_sessions(folder):
     run.pin("model", "one")
     run.pin("data", {"train": {"rows": (1, 2)}, "test": {"rows": [3]}})
     assert not folder.exists()
-    run.save_json("result.json", 1)
+    run.save_json("result.json", 1, RESULT)
     run.pin("model of the second stage", "two")
     assert "two" not in (folder / "manifest.json").read_text(), "with the next result"
-    run.save_json("result.json", 1)
+    run.save_json("result.json", 1, RESULT)
     written = (folder / "manifest.json").read_bytes()
     again = Run.open(folder, {})
     again.pin("model", "one")
     again.pin("data", {"test": {"rows": [3]}, "train": {"rows": [1, 2]}})
-    again.save_json("more.json", 1)
+    again.save_json("more.json", 1, RESULT)
     assert (folder / "manifest.json").read_bytes() == written
     assert [again.manifest[name] for name in ("model", "model of the second stage")] == ["one", "two"]
     for name, value, says in (
@@ -211,10 +216,10 @@ def test_pinned_facts_hold_for_later_sessions(folder):
 
 
 def test_a_folder_from_before_facts_were_pinned_takes_them(folder):
-    Run.open(folder, {}).save_json("result.json", 1)
+    Run.open(folder, {}).save_json("result.json", 1, RESULT)
     run = Run.open(folder, {})
     run.pin("model", "one")
-    run.save_json("more.json", 1)
+    run.save_json("more.json", 1, RESULT)
     with pytest.raises(UserError, match="'one' there, 'two' here"):
         Run.open(folder, {}).pin("model", "two")
 
@@ -240,7 +245,7 @@ def test_an_edited_file_makes_another_run(folder, tmp_path, args):
     file, other = tmp_path / "file", tmp_path / "other"
     file.write_text("one")
     other.write_text("one")
-    Run.open(folder, args(file)).save_json("result.json", 1)
+    Run.open(folder, args(file)).save_json("result.json", 1, RESULT)
     other.write_text("two")
     Run.open(folder, args(file))
     file.write_text("two")
@@ -249,7 +254,7 @@ def test_an_edited_file_makes_another_run(folder, tmp_path, args):
 
 
 def test_nested_options_are_named(folder):
-    Run.open(folder, {"training": {"r": 4, "alpha": 8}}).save_json("result.json", 1)
+    Run.open(folder, {"training": {"r": 4, "alpha": 8}}).save_json("result.json", 1, RESULT)
     with pytest.raises(UserError, match=r"another run \(training\.r 4 there, 8 here\): choose"):
         Run.open(folder, {"training": {"r": 8, "alpha": 8}})
 
@@ -260,10 +265,11 @@ def test_digests_of_a_folder(tmp_path):
     assert digests(tmp_path) == {"b": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
 
 
-def test_accuracy_goes_on_with_the_same_model_and_data_only(folder, monkeypatch, capsys):
+def test_accuracy_goes_on_with_the_same_model_and_data_only(folder, tmp_path, monkeypatch, capsys):
     args = eval.accuracy.Args(task="mini-docvqa", limit=2, batch=2, max_new_tokens=2, out=folder)
     eval.accuracy.main(args)
     manifest = json.loads((folder / "manifest.json").read_text())
+    check_run_folder(folder, tmp_path / "redrawn")
     assert len(manifest["model"]) == 16 and manifest["data"]["dataset"] == "miniworld"
     eval.accuracy.main(args)
     for name, value, says in (
@@ -282,9 +288,10 @@ def test_accuracy_goes_on_with_the_same_model_and_data_only(folder, monkeypatch,
 PROCESS = """
 import sys
 from pathlib import Path
+from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 run = Run.open(Path(sys.argv[1]), {"a": 1})
-run.save_json("result.json", 1)
+run.save_json("result.json", 1, Artifact("metrics", "A result"))
 (run.folder / ".partial").mkdir()
 (run.folder / ".partial" / "growing").touch()
 print("written", flush=True)
@@ -300,7 +307,7 @@ def test_one_process_at_a_time(folder):
     )
     assert process.stdout.readline() == "written\n"
     try:
-        for refused in (lambda: Run.open(folder, {"a": 1}), lambda: early.save_json("result.json", 2)):
+        for refused in (lambda: Run.open(folder, {"a": 1}), lambda: early.save_json("result.json", 2, RESULT)):
             with pytest.raises(
                 UserError, match=r"another process is at work in .*: let it end or choose another --out"
             ):
@@ -310,20 +317,26 @@ def test_one_process_at_a_time(folder):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     with pytest.raises(UserError, match=r"another process began a run in .* meanwhile"):
-        early.save_json("result.json", 2)
+        early.save_json("result.json", 2, RESULT)
     assert (folder / "result.json").read_text() == "1\n"
-    Run.open(folder, {"a": 1}).save_json("result.json", 3)
-    assert {path.name for path in folder.iterdir()} == {".lock", "config.json", "manifest.json", "result.json"}
+    Run.open(folder, {"a": 1}).save_json("result.json", 3, RESULT)
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock",
+        "artifacts.json",
+        "config.json",
+        "manifest.json",
+        "result.json",
+    }
     assert (folder / ".lock").read_bytes() == b""
 
 
 def test_runs_of_one_process_share_a_folder(folder):
     """And without locks a folder is as good."""
     one = Run.open(folder, {"a": 1})
-    one.save_json("one.json", 1)
+    one.save_json("one.json", 1, RESULT)
     other = Run.open(folder, {"a": 1})
-    other.save_json("other.json", 1)
-    one.save_json("one.json", 2)
+    other.save_json("other.json", 1, RESULT)
+    one.save_json("one.json", 2, RESULT)
     assert one.lock is other.lock and json.loads((folder / "one.json").read_text()) == 2
 
 
@@ -361,9 +374,9 @@ def test_a_folder_appears_whole_or_not_at_all(folder):
 
     run = Run.open(folder, {})
     with pytest.raises(UserError, match=r"cannot write .*deep/adapter \(No space left on device\): free the disk"):
-        run.write("deep/adapter", lambda path: writer(path, True))
+        run.write("deep/adapter", lambda path: writer(path, True), ADAPTER)
     assert not (folder / "deep/adapter").exists() and not (folder / ".partial").exists()
-    assert run.write("deep/adapter", lambda path: writer(path, False)) == folder / "deep/adapter"
+    assert run.write("deep/adapter", lambda path: writer(path, False), ADAPTER) == folder / "deep/adapter"
     assert (folder / "deep/adapter/a").read_text() == "a"
     assert (folder / "config.json").is_file() and not (folder / ".partial").exists()
 
@@ -377,8 +390,8 @@ def test_a_folder_appears_whole_or_not_at_all(folder):
     ],
 )
 def test_a_stage_is_made_once(folder, name, value):
-    made = Run.open(folder, {"a": 1}).once(name, lambda: value)
-    read = Run.open(folder, {"a": 1}).once(name, lambda: pytest.fail("made again"))
+    made = Run.open(folder, {"a": 1}).once(name, lambda: value, RESULT)
+    read = Run.open(folder, {"a": 1}).once(name, lambda: pytest.fail("made again"), RESULT)
     for found in (made, read):
         if name.endswith("npz"):
             assert found.keys() == value.keys()
@@ -390,7 +403,7 @@ def test_a_stage_is_made_once(folder, name, value):
 
 def test_a_stage_of_no_known_kind_is_not_made(folder):
     with pytest.raises(KeyError, match=r"\.txt"):
-        Run.open(folder, {"a": 1}).once("stage.txt", lambda: pytest.fail("made"))
+        Run.open(folder, {"a": 1}).once("stage.txt", lambda: pytest.fail("made"), RESULT)
 
 
 def test_seconds_add_up(folder, monkeypatch):

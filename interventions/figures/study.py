@@ -1,58 +1,68 @@
-"""A study's figures."""
+"""Figures of a study of placements (P0): accuracy by placement and by k, and LoRA's gain in single modules."""
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from interventions.figures.base import save_figure, subplots
+from interventions.figures.base import drawer, subplots
 
 
-def placements(path: Path, accuracy: dict[str, dict[str, dict]]) -> None:
+@drawer("intervals", accuracy="task family -> placement -> mean, low, high")
+def placements(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Accuracy with its interval: a panel for each family, a row for each placement, best at the top."""
     rows = max(map(len, accuracy.values()))
     size = (1.5 + 3.0 * len(accuracy), 1.2 + 0.26 * rows)
     figure, axes = subplots(1, len(accuracy), size=size, sharey=True)
     order = sorted(accuracy[list(accuracy)[-1]], key=lambda name: accuracy[list(accuracy)[-1]][name]["mean"])
-    for axis, (family, found) in zip(axes[0], accuracy.items(), strict=True):
+    for axis, (family, by_placement) in zip(axes[0], accuracy.items(), strict=True):
         for y, name in enumerate(order):
-            one = found[name]
+            one = by_placement[name]
             colour = "C3" if name.startswith("random") else "0.4" if name in ("baseline", "all modules") else "C0"
             axis.plot([one["low"], one["high"]], [y, y], color=colour, lw=2, solid_capstyle="round")
             axis.plot(one["mean"], y, "o", color=colour, ms=5)
         random = [name for name in order if name.startswith("random, ")]
         if random:
-            axis.axvline(found[random[0]]["mean"], color="C3", lw=0.8, ls=":")
+            axis.axvline(by_placement[random[0]]["mean"], color="C3", lw=0.8, ls=":")
         axis.set_yticks(range(len(order)), order)
         axis.set_title(family)
         axis.set_xlabel("accuracy (95 % interval over samples and runs)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
-    save_figure(figure, path)
+    return figure
 
 
-def k_sweep(path: Path, found: dict[str, dict[str, dict[int, dict]]]) -> None:
+@drawer("curves", accuracy="task family -> placement -> k -> mean, low, high")
+def k_sweep(accuracy: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> Figure:
     """Accuracy against k, a panel for each family."""
-    figure, axes = subplots(1, len(found), size=(3.4 * len(found), 2.8))
-    for axis, (family, curves) in zip(axes[0], found.items(), strict=True):
-        for number, (name, points) in enumerate(curves.items()):
-            ks = sorted(points)
-            axis.plot(ks, [points[k]["mean"] for k in ks], "o-", color=f"C{number}", label=name)
-            low, high = ([points[k][end] for k in ks] for end in ("low", "high"))
+    figure, axes = subplots(1, len(accuracy), size=(3.4 * len(accuracy), 2.8))
+    for axis, (family, curves) in zip(axes[0], accuracy.items(), strict=True):
+        for number, (name, by_k) in enumerate(curves.items()):
+            points = {int(k): by_k[k] for k in sorted(by_k, key=int)}
+            ks = list(points)
+            axis.plot(ks, [point["mean"] for point in points.values()], "o-", color=f"C{number}", label=name)
+            low, high = ([point[end] for point in points.values()] for end in ("low", "high"))
             axis.fill_between(ks, low, high, color=f"C{number}", alpha=0.15)
         axis.set_title(family)
         axis.set_xlabel("modules with LoRA (k)")
         axis.set_ylabel("accuracy")
         axis.grid(alpha=0.3)
     axes[0][0].legend()
-    save_figure(figure, path)
+    return figure
 
 
-def alone(path: Path, rr: dict[str, np.ndarray], gains: dict[str, list[float]], names: list[str]) -> None:
+@drawer(
+    "scatter",
+    rr="task family -> RR of every module",
+    gains="task family -> accuracy gained by LoRA in every module alone",
+    names="names of the modules",
+)
+def alone(rr: Mapping[str, Sequence], gains: Mapping[str, Sequence], names: Sequence[str]) -> Figure:
     """LoRA's gain in a module alone against the module's RR, a panel for each family."""
     figure, axes = subplots(1, len(rr), size=(4.2 * len(rr), 3.4))
     for axis, family in zip(axes[0], rr, strict=True):
         for kind, colour in (("attn", "C1"), ("mlp", "C2")):
-            mine = [i for i, name in enumerate(names) if name.endswith(kind)]
-            axis.plot(rr[family][mine], np.array(gains[family])[mine], "o", color=colour, label=kind)
+            of_kind = [i for i, name in enumerate(names) if name.endswith(kind)]
+            axis.plot(np.array(rr[family])[of_kind], np.array(gains[family])[of_kind], "o", color=colour, label=kind)
         for x, y, name in zip(rr[family], gains[family], names, strict=True):
             axis.annotate(name.split("-")[0], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
         axis.axhline(0, color="0.7", lw=0.8)
@@ -60,4 +70,4 @@ def alone(path: Path, rr: dict[str, np.ndarray], gains: dict[str, list[float]], 
         axis.set_xlabel("mean restoration rate (RR)")
         axis.set_ylabel("accuracy gained by LoRA there alone")
     axes[0][0].legend()
-    save_figure(figure, path)
+    return figure

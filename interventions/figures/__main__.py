@@ -1,0 +1,44 @@
+"""Draws the figures of a run folder again from their data.
+
+python -m interventions.figures runs/trace
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from interventions.figures.redraw import figures_of, redraw
+from vlm_jax.errors import UserError
+from vlm_jax.runs.command import command
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Draw the figures of a run folder again, each from the JSON file beside it."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    file: tyro.conf.Positional[str | None] = None
+    """One data file of the folder, such as heatmap.json; by default those of all figures."""
+    out: Path | None = None
+    """Folder to draw into; by default the run folder itself, where pictures are replaced."""
+
+
+@command
+def main(args: Args) -> None:
+    figures = figures_of(args.run)
+    if args.file is not None:
+        figures = {picture: data for picture, data in figures.items() if data == args.file}
+        if not figures:
+            raise UserError(
+                f"{args.run} has no figure that is drawn from {args.file}: name a file such as heatmap.json"
+            )
+    for picture, data in figures.items():
+        path = (args.out or args.run) / picture
+        redraw(args.run / data, path)
+        print(f"drawn {path}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
