@@ -171,8 +171,8 @@ def main(args: Args) -> None:
         raise UserError(f"--parts names none: choose from {', '.join(PARTS)}")
     sources = {"train": args.train, "test": task}
     data = {split: source(name, split=split, options=args) for split, name in sources.items()}
-    run, model, processor = start(args, [*train, *test], data, ignored=WATCHING)
-    split(model, args.parts)
+    check = functools.partial(split, parts=args.parts)
+    run, model, processor = start(args, [*train, *test], data, check=check, ignored=WATCHING)
 
     def score(name: str, model: Model) -> dict:
         return evaluate(run, f"{name}/", model, processor, test, args, args.answering, label=name)
