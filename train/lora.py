@@ -28,6 +28,7 @@ from train.artifacts import TABLE_1
 from train.loop import WATCHING
 from train.study.experiment import Experiment
 from train.trunk import LoRAOptions
+from vlm_jax import Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.example import TASK_FAMILIES
@@ -153,12 +154,13 @@ def modules_to_place(args: Args, depth: int) -> int:
     return check_k(args.k if args.k is not None else default_k(depth), depth)
 
 
-def check_options(args: Args, depth: int) -> None:
-    """Checks the options for a model with ``depth`` layers, before anything is computed or written.
+def check_options(args: Args, model: Model) -> None:
+    """Checks the options against the model, before anything is computed or written.
 
     Raises:
-        UserError: for an option that such a model rules out, or options that exclude each other.
+        UserError: for an option that the model rules out, or options that exclude each other.
     """
+    depth = model.config.text.num_hidden_layers
     modules_to_place(args, depth)
     if args.placement.endswith(".json"):
         read_names(Path(args.placement), depth)
@@ -202,7 +204,8 @@ def module_scores(args: Args, experiment: Experiment, examples: Examples) -> dic
 def main(args: Args) -> None:
     began = time.perf_counter()
     examples = read_examples(args)
-    check, data = functools.partial(check_options, args), sources(args, examples)
+    data = sources(args, examples)
+    check = functools.partial(check_options, args)
     run, model, processor = start(args, examples.all(), data, check=check, ignored=WATCHING)
     options = (args.tracing, args, args.metric, args.answering)
     experiment = Experiment(run, "", model, processor, *examples[:3], *options)

@@ -126,8 +126,8 @@ def main(args: Args) -> None:
         raise UserError(f"--parts names none: choose from {', '.join(PARTS)}")
     sources = {"train": args.train, "test": task}
     data = {split: source(name, split=split, options=args) for split, name in sources.items()}
-    run, model, processor = start(args, [*train, *test], data, ignored=WATCHING)
-    check_parts(model, args)
+    check = functools.partial(check_parts, args=args)
+    run, model, processor = start(args, [*train, *test], data, check=check, ignored=WATCHING)
 
     def score(name: str, model: Model) -> dict:
         title = f"{task} {name} training"

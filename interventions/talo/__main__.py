@@ -17,6 +17,7 @@ from interventions.talo.options import Args
 from interventions.talo.report import compare, records, task_report
 from interventions.talo.selection import BASE, layer_name
 from interventions.talo.tables import TaskTable, layer_cut, subtask, tabulate
+from vlm_jax import Model
 from vlm_jax.data import Example, source
 from vlm_jax.errors import UserError
 from vlm_jax.runs.artifacts import Artifact
@@ -60,7 +61,11 @@ def main(args: Args) -> None:
     loaded = load_tasks(args.task, split=args.split, limit=args.limit, options=args)
     check_sizes(loaded, args)
     data = {name: source(name, split=args.split, options=args) for name in args.task}
-    run, model, processor = start(args, itertools.chain(*loaded.values()), data, check=args.layers)
+
+    def check(model: Model) -> None:
+        args.layers(model.config.text.num_hidden_layers)
+
+    run, model, processor = start(args, itertools.chain(*loaded.values()), data, check=check)
     tasks, results, lines = {}, {}, []
     for label, examples in loaded.items():
 

@@ -10,6 +10,7 @@ import tyro
 
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import forced, trace_task
+from vlm_jax import Model
 from vlm_jax.data import load_task, source, task_label
 from vlm_jax.data.options import DataOptions
 from vlm_jax.runs.command import command
@@ -34,7 +35,11 @@ def main(args: Args) -> None:
     loaded = load_task(args.task, split="trace", limit=args.limit, options=args)
     examples = [forced(example, args.gold) for example in loaded]
     data = source(args.task, split="trace", options=args)
-    run, model, processor = start(args, examples, data, check=args.check)
+
+    def check(model: Model) -> None:
+        args.check(model.config.text.num_hidden_layers)
+
+    run, model, processor = start(args, examples, data, check=check)
     summary = trace_task(run, "", model, processor, task_label(args.task), examples, args)
     print(
         f"{args.task}: {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "

@@ -101,13 +101,16 @@ def warned(monkeypatch):
     def load(backend: str, precision: str | None, dtype: str, times: int = 1) -> list[str]:
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
         _warn_of_rounding.cache_clear()
-        with jax.default_matmul_precision(precision), warnings.catch_warnings(record=True) as caught:
+        jax.config.update("jax_default_matmul_precision", precision)
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(times):
                 vlm_jax.load("mini-llava", dtype=dtype)
         return [str(warning.message) for warning in caught if "vlm_jax.configure" in str(warning.message)]
 
-    return load
+    before = jax.config.jax_default_matmul_precision
+    yield load
+    jax.config.update("jax_default_matmul_precision", before)
 
 
 def test_float32_on_an_accelerator_without_a_precision_is_warned_of_once(warned):

@@ -48,7 +48,7 @@ def start(
     examples: Iterable[Example],
     data: Any,
     *,
-    check: Callable[[int], Any] = lambda depth: None,
+    check: Callable[[Model], Any] = lambda model: None,
     with_answer: bool = True,
     ignored: tuple[str, ...] = (),
 ) -> Started:
@@ -58,7 +58,7 @@ def start(
         args: the command's options: a :class:`vlm_jax.runs.options.ModelOptions` with a field ``out``.
         examples: all that the model will see. They are refused where one does not fit it.
         data: where the examples come from, for the manifest (:func:`vlm_jax.data.source`).
-        check: called with the number of the model's layers; refuses options that do not go with it.
+        check: refuses options that do not go with the model.
         with_answer: whether the gold answers must fit into the model's context too.
         ignored: options that may change when a run goes on.
 
@@ -66,7 +66,7 @@ def start(
         UserError: from any of these steps.
     """
     model, processor = args.load()
-    check(model.config.text.num_hidden_layers)
+    check(model)
     check_fit(list(examples), processor, model.config, with_answer=with_answer)
     run = Run.open(args.out, args, model.config, processor, ignored=ignored)
     run.pin("data", data)
