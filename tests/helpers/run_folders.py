@@ -25,11 +25,9 @@ def unlisted(folder: Path) -> list[str]:
 def check_run_folder(folder: Path, scratch: Path) -> None:
     """Fails unless the folder describes itself; ``scratch`` is a folder to draw into."""
     listing = _listing(folder)
-    assert unlisted(folder) == []
+    assert not (names := unlisted(folder)), f"not listed: {names}"
     files = [entry["file"] for entry in listing["artifacts"]]
-    assert files == sorted(set(files)) and not [
-        name for name in files if is_internal(name) and "/training/" not in name
-    ]
+    assert files == sorted(set(files)) and not [name for name in files if is_internal(name)]
     for entry in listing["artifacts"]:
         path = folder / entry["file"]
         assert path.exists(), f"{entry['file']} is listed and does not exist"

@@ -38,8 +38,11 @@ INTERNAL = (
     "predictions.jsonl",
     "*/predictions.jsonl",
     "*.*-of-*.jsonl",
-    "training/*",
-    "*/training/*",
+    *(
+        f"{folder}training/{part}"
+        for folder in ("", "*/")
+        for part in ("training.json", "checkpoints/*", "profile/*", "tensorboard/*", "wandb/*")
+    ),
 )
 
 

@@ -94,7 +94,7 @@ def test_what_is_internal():
         "training/checkpoints/3/_CHECK",
     )
     assert all(map(is_internal, (*internal, "a/samples.1-of-2.jsonl", "artifacts.json")))
-    assert not any(map(is_internal, ("results.json", "samples.jsonl", "model/config.json", "a/b.npz")))
+    assert not any(map(is_internal, ("results.json", "samples.jsonl", "model/config.json", "training/metrics.jsonl")))
 
 
 def test_entries_stay_over_sessions_and_do_not_depend_on_the_order(folder, tmp_path):
