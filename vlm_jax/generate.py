@@ -52,7 +52,7 @@ def generate(
         UserError: for options that are not possible, or an intervention that touches nothing.
     """
     check(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
-    options = decoding(model, max_new_tokens, steps, bool(temperature), eos_token_id, pad_token_id)
+    options = decoding(model, max_new_tokens, steps, eos_token_id, pad_token_id)
     if temperature and key is None:
         raise UserError("sampling needs a key: pass key=jax.random.key(seed)")
     sampling = (jnp.float32(temperature), jnp.float32(top_p), key) if temperature else None
@@ -67,7 +67,6 @@ class Decoding(NamedTuple):
 
     count: int
     steps: str
-    sampled: bool
     eos: tuple[int, ...]
     pad: int
 
@@ -76,7 +75,6 @@ def decoding(
     model: Model,
     count: int,
     steps: str = "all",
-    sampled: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> Decoding:
@@ -88,7 +86,7 @@ def decoding(
     eos = model.config.eos_token_ids if eos_token_id is None else eos_token_id
     eos = tuple(eos) if isinstance(eos, Sequence) else (eos,)
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
-    return Decoding(count, steps, sampled, eos, pad)
+    return Decoding(count, steps, eos, pad)
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -116,7 +114,7 @@ def continued(
         embedded: the window's tokens.
         past: keys and values of the segments before the window. They are not copied into the cache, so that ``vmap``
             over interventions keeps one copy of them.
-        sampling: None if ``options.sampled`` is False.
+        sampling: None takes the most likely token.
     """
     text, count = model.text, options.count
     start, (batch, length, _) = window.start, embedded.x.shape
@@ -138,7 +136,7 @@ def continued(
     bounds = [0, *([start] if past else []), start + length + count]
 
     def choose(logits, step):
-        if not options.sampled:
+        if sampling is None:
             return jnp.argmax(logits, -1).astype(jnp.int32)
         temperature, top_p, key = sampling
         return _sample(logits.astype(jnp.float32) / temperature, top_p, jax.random.fold_in(key, step))

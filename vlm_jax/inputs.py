@@ -91,20 +91,20 @@ class Inputs:
         chex.assert_rank([ids, mask, visual], 2)
         chex.assert_equal_shape([ids, mask, visual])
         visual &= mask
-        images, counts = None, []
+        vision, images, counts = config.vision, None, []
         if pixel_values is not None and len(pixel_values):
-            if config.vision is None:
+            if vision is None:
                 raise UserError(f"{config.family} is a text-only model: leave the images out")
             pixels = np.asarray(pixel_values)
             chex.assert_type(pixels, float)
-            images, counts = config.vision.images(pixels.astype(np.float32), image_grid_thw)
+            images, counts = vision.images(pixels.astype(np.float32), image_grid_thw)
         if visual.sum() != sum(counts):
             raise UserError(
                 f"the prompts hold {visual.sum()} image tokens but the {len(counts)} images make {sum(counts)}: "
                 "pass the arrays of one processor call unchanged"
             )
-        if config.text.mrope and images is not None:
-            merge = config.vision.spatial_merge_size
+        if config.text.mrope and vision is not None and images is not None:
+            merge = vision.spatial_merge_size
             positions = rope_index(mask, visual, np.asarray(image_grid_thw, int).reshape(-1, 3), merge)
         else:
             positions = np.broadcast_to(np.where(mask, np.cumsum(mask, 1) - 1, 0).astype(np.int32), (3, *mask.shape))
@@ -127,7 +127,7 @@ class Inputs:
         """
         rows = np.asarray(rows)
         text = Inputs(self.input_ids[rows], self.attention_mask[rows], self.position_ids[:, rows])
-        if self.images is None:
+        if self.images is None or self.image_index is None:
             return text
         index, stride = self.image_index[rows].copy(), self.images.stride
         is_image = index >= 0
@@ -153,7 +153,7 @@ class Inputs:
             patches: patches per image, at least as many as there are now.
             at: where these rows are in a larger batch, whose visual tokens are numbered through all of its images.
         """
-        if self.images is None:
+        if self.images is None or self.image_index is None:
             return self
         old, count = self.images, len(self.input_ids)
         assert patches >= old.patch_mask.shape[1], (patches, old.patch_mask.shape)

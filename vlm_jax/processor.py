@@ -35,7 +35,7 @@ class Processor(Protocol):
     image_processor: Any
     chat_template: Any
 
-    def apply_chat_template(self, conversation: list[dict[str, Any]], add_generation_prompt: bool = False) -> Any:
+    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool = False) -> Any:
         """The text of a conversation: messages with a "role", and a "content" that is a list of parts, which are
         ``{"type": "image"}`` or ``{"type": "text", "text": ...}``."""
         ...

@@ -340,6 +340,20 @@ def test_token_types_are_optional(family, types):
     jax.tree.map(np.testing.assert_array_equal, vlm_jax.Inputs.from_hf(config, **batch), want)
 
 
+def test_arrays_of_another_rank_shape_or_dtype_are_refused(config):
+    ids = np.ones((2, 3), np.int64)
+    assert vlm_jax.Inputs.from_hf(config, input_ids=ids, attention_mask=ids).input_ids.dtype == np.int32
+    for wrong in (
+        {"input_ids": ids[0]},
+        {"input_ids": ids.astype(np.float32)},
+        {"input_ids": ids, "attention_mask": ids[:1]},
+        {"input_ids": ids, "mm_token_type_ids": ids[:, :2]},
+        {"input_ids": ids, "pixel_values": np.ones((4, 3), int), "image_grid_thw": [[1, 2, 2]]},
+    ):
+        with pytest.raises(AssertionError):
+            vlm_jax.Inputs.from_hf(config, **wrong)
+
+
 # Parts of a batch
 
 

@@ -37,6 +37,7 @@ class Row(NamedTuple):
 
 
 def _conv_shape(shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
+    assert config.vision is not None, "a text-only model has no convolution"
     return (shape[1], *config.vision.conv_shape)
 
 

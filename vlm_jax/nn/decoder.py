@@ -73,7 +73,7 @@ class SelfAttention(nnx.Module):
             constrain(probe.linear(f"text.self_attn.{name}", getattr(self, name), x).reshape(heads), *_HEADS)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        if config.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *window.rope), rotate(k, *window.rope)
         segments = [(*key_values, mask) for key_values, mask in zip(past, window.past_mask, strict=True)]
@@ -109,7 +109,6 @@ class Layer(nnx.Module):
     def __init__(self, key: PRNGKeyArray, config: TextConfig):
         attn, mlp = jax.random.split(key)
         norm = functools.partial(RMSNorm, config.hidden_size, config.rms_norm_eps, config.unit_offset_norm)
-        self.sandwich_norm = config.sandwich_norm
         self.input_layernorm = norm()
         self.self_attn = SelfAttention(attn, config)
         # Gemma gives the name of Llama's norm before the MLP to its norm after the attention.
@@ -135,10 +134,10 @@ class Layer(nnx.Module):
         """
         x = probe("text.resid_pre", constrain(x, *_RESIDUAL))
         attn, key_values = self.self_attn(self.input_layernorm(x), window, past, probe)
-        if self.sandwich_norm:
+        if self.pre_feedforward_layernorm is not None:
             attn = self.post_attention_layernorm(attn)
         x = probe("text.resid_mid", x + probe("text.attn_out", constrain(attn, *_RESIDUAL)))
-        if self.sandwich_norm:
+        if self.pre_feedforward_layernorm is not None and self.post_feedforward_layernorm is not None:
             out = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), probe))
         else:
             out = self.mlp(self.post_attention_layernorm(x), probe)

@@ -140,16 +140,16 @@ def attend(
             computes the attention, unless there is a past or a probe meets the scores or the probabilities.
     """
     batch, length, heads, dim = q.shape
-    scale = dim**-0.5 if scale is None else scale
+    factor = dim**-0.5 if scale is None else scale
     observed = probe.meets(f"{tower}.attn_scores", f"{tower}.attn_probs")
     if kernel and causal and mask is not None and not past and not observed:
-        out = causal_attention(q, k, v, jnp.diagonal(mask, axis1=1, axis2=2), scale, softcap)
+        out = causal_attention(q, k, v, jnp.diagonal(mask, axis1=1, axis2=2), factor, softcap)
         return probe(f"{tower}.head_out", out).reshape(batch, length, heads * dim)
     q = q.reshape(batch, length, k.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)  # (B, G, H / G, S, d)
-    segments = [(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), m) for k, v, m in (*past, (k, v, mask))]
+    segments: list[tuple] = [(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), m) for k, v, m in (*past, (k, v, mask))]
 
     def scores_of(q, keys):
-        scores = jnp.einsum("bgnd,bgtd->bgnt", q, keys, preferred_element_type=jnp.float32) * scale
+        scores = jnp.einsum("bgnd,bgtd->bgnt", q, keys, preferred_element_type=jnp.float32) * factor
         return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
     if observed:
@@ -158,9 +158,9 @@ def attend(
         step, parts = _QUERY_BLOCK if causal else length, []
         for start in range(0, length, step):
             block, end = slice(start, start + step), min(start + step, length)
-            keys, values, visible = segments[-1]
-            visible = None if visible is None else visible[:, block, :end]
-            visible_segments = [(k, v, m[:, block]) for k, v, m in segments[:-1]]
+            keys, values, _ = segments[-1]
+            visible = None if mask is None else mask[:, block, :end]
+            visible_segments: list[tuple] = [(*segment[:2], segment[2][:, block]) for segment in segments[:-1]]
             visible_segments.append((keys[:, :, :end], values[:, :, :end], visible))
             parts.append(_attend_fused(q[..., block, :], visible_segments, scores_of))
         out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 3)

@@ -121,6 +121,7 @@ class VisionTower(nnx.Module):
             Features, and the taps ``(images, patches, ...)``; those of the blocks have a leading axis of blocks.
         """
         config = self.config
+        assert images.grid_positions is not None, "these images are for another tower"
         outer = Probe(interventions, taps, Context())
         x = self.patch_embed(images.pixel_values.astype(self.patch_embed.kernel[...].dtype))
         x = outer("visual.embeddings", x)

@@ -36,6 +36,7 @@ class Qwen3Vision(QwenVision):
         self, pixel_values: Float[np.ndarray, "all_patches patch_dim"], image_grid_thw: Any
     ) -> tuple[Images, list[int]]:
         images, counts = super().images(pixel_values, image_grid_thw)
+        assert images.grid_positions is not None
         index = np.zeros((*images.patch_mask.shape, 4), np.int32)
         weight = np.zeros(index.shape, np.float32)
         side = int(self.num_position_embeddings**0.5)
@@ -148,6 +149,7 @@ class VisionTower(nnx.Module):
             Features, and the taps ``(images, patches, ...)``; those of the blocks have a leading axis of blocks.
         """
         config = self.config
+        assert images.position_weight is not None, "these images are for another tower"
         outer = Probe(interventions, taps, Context())
         dtype = self.patch_embed.kernel[...].dtype
         x = self.patch_embed(images.pixel_values.astype(dtype))

@@ -1,5 +1,6 @@
 """Meshes: what they may be, and that a mesh of eight devices computes what one device does."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,13 +12,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from vlm_jax import UserError
+from vlm_jax import Model, UserError
+from vlm_jax.checkpoints.leaves import named_leaves
+from vlm_jax.families import BACKBONES
 from vlm_jax.info import config_of
 from vlm_jax.mesh.sharding import (
     AXES,
     MESH_AXES,
+    REPLICATED,
     RULES,
     _among,
+    axes_of,
     check_mesh,
     constrain,
     make_mesh,
@@ -68,6 +73,20 @@ def test_a_mesh_that_cuts_heads_is_refused():
 def test_rules_name_axes_of_the_mesh_and_each_parameter_axis_a_rule():
     assert {name for names in RULES.values() for name in names} <= set(MESH_AXES)
     assert {axis for axes in AXES.values() for axis in axes if axis} <= set(RULES)
+
+
+def test_every_kernel_of_every_family_is_split_or_named_as_replicated():
+    models = [config_of(name) for name in ("Qwen3-VL-2B", "Qwen2.5-VL-3B", "Gemma-3-4B", "LLaVA-1.5-7B")]
+    assert {config.family for config in models} == set(BACKBONES)  # a new family needs a model here
+    shapes = [jax.eval_shape(functools.partial(Model, config), jax.random.key(0)) for config in models]
+    paths = {path for model in shapes for path in named_leaves(model)}
+    kernels = {path for path in paths if path.endswith(".kernel")}
+    split = {path for path in kernels if axes_of(path)}
+    replicated = {path for path in kernels if any(path.endswith(f".{suffix}") for suffix in REPLICATED)}
+    assert split | replicated == kernels and not split & replicated
+    assert all(any(path.endswith(f".{suffix}") for path in paths) for suffix in (*AXES, *REPLICATED))  # none is dead
+    with pytest.raises(LookupError, match=r"'visual\.resampler\.kernel': add it to AXES or REPLICATED"):
+        axes_of("visual.resampler.kernel")
 
 
 def test_what_is_not_divided_is_whole():
