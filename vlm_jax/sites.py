@@ -1,6 +1,6 @@
 """The named sites of a forward pass, and how interventions and taps meet them.
 
-A **site** is ``tower.name``. At every site the model hands the value to each intervention that names the
+A **site** is ``tower.name``. At every site the model passes the value to each intervention that names the
 site, in order, and then to the taps. Sites of the layers (and of the vision blocks) occur once per layer:
 an intervention finds the traced layer index in its :class:`Context`, a tap gets a leading layer axis.
 """
@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.errors import UserError, nearest
 
-#: Linear maps inside one decoder layer, by the module ("attn" or "mlp") whose output they shape.
+#: Linear maps inside one decoder layer, by the module ("attn" or "mlp") that they are part of.
 TEXT_LINEARS = {
     "attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -50,7 +50,7 @@ VISUAL_LINEARS = {
 }
 _BLOCK = ("resid_pre", "attn_scores", "attn_probs", "head_out", "attn_out", "mlp_out", "resid_post")
 BLOCK_SITES = frozenset(f"visual.{name}" for names in (_BLOCK, *VISUAL_LINEARS.values()) for name in names)
-#: What each tower's projector shows beside its blocks.
+#: The sites of the projectors of all towers.
 PROJECTOR_SITES = frozenset(
     f"projector.{name}"
     for name in (
@@ -94,12 +94,12 @@ def stage(site: str) -> Stage:
 
 
 def token_axis(site: str) -> int:
-    """Which axis of the value at a site counts the tokens (of the queries, at attention's sites)."""
+    """The axis of the value at a site that is the tokens (at the sites of scores and probabilities: the queries)."""
     return 2 if site.endswith(("attn_scores", "attn_probs", "deepstack_merger_list")) else 1
 
 
 def head_axis(site: str) -> int:
-    """Which axis of the value at a site counts the heads."""
+    """The axis of the value at a site that is the heads."""
     axes = {"attn_scores": 1, "attn_probs": 1, "head_out": 2}
     name = site.partition(".")[2]
     if name not in axes:
@@ -109,15 +109,15 @@ def head_axis(site: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What an intervention may look at beside the value.
+    """What an intervention knows about the value.
 
-    ``layer``: traced index of the layer or vision block, ``None`` outside of them.
-    ``input``: what the linear at this site read, ``None`` where the site is not a linear.
+    ``layer``: the traced index of the layer or vision block; None outside of them.
+    ``input``: the linear's input, if the site is a linear's output; else None.
     ``read``: at ``attn_probs``, the function from the probabilities ``(B, H, S, keys)`` to what the heads read with
     them ``(B, S, H, d)``.
-    ``donors``: in a sweep beside a clean run, site -> the clean run's value at this layer, else None.
-    ``start``: index in the sequence of the first token in ``value`` (not 0 after a shared prefix).
-    ``decoding``: the tokens are generated ones, which no ``(B, T)`` array knows.
+    ``donors``: in a sweep with a clean run, site -> the clean run's value in this layer; else None.
+    ``start``: the index in the sequence of the value's first token (not 0 behind a shared prefix).
+    ``decoding``: the value's tokens are generated, so they have no entry in arrays ``(B, T)`` of the prompt.
     """
 
     layer: Any = None
@@ -128,16 +128,16 @@ class Context:
     decoding: bool = False
 
     def tokens(self, array: jax.Array, count: int, new: Any = 0, axis: int = 1) -> jax.Array:
-        """The part of a whole-sequence ``array`` that lies beside the ``count`` tokens of a value; ``new`` for
-        generated ones."""
+        """The entries of ``array``, whose ``axis`` is the T tokens of the prompt, for the ``count`` tokens of a value;
+        ``new`` for generated tokens."""
         if self.decoding:
             shape = (*array.shape[:axis], count, *array.shape[axis + 1 :])
             return jnp.full(shape, new, array.dtype)
         return jax.lax.dynamic_slice_in_dim(array, self.start, count, axis)
 
     def keys(self, array: jax.Array, count: int, new: Any = 0) -> jax.Array:
-        """``array (B, T)`` for the ``count`` keys that attention sees; generated ones, which come last, are
-        ``new``."""
+        """``array (B, T)`` for the ``count`` keys that attention sees: ``(B, count)``; ``new`` for generated keys,
+        which come last."""
         return jnp.pad(array[:, :count], [(0, 0), (0, max(0, count - array.shape[1]))], constant_values=new)
 
 
@@ -192,8 +192,8 @@ class Intervention(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """What to return of a site: the values of ``layers`` only, kept in a buffer of just their size (None: of every
-    layer), or what ``reduce`` makes of each value, so that large values never pile up over the layers."""
+    """What to return of a site. ``layers``: the values of these layers only, kept in a buffer of just their size (None:
+    of every layer). ``reduce``: a function of each value, whose result is kept in its place, to save memory."""
 
     layers: tuple[int, ...] | None = None
     reduce: Callable[[jax.Array], Any] | None = None
@@ -212,7 +212,7 @@ class Probe:
         self.taps: dict[str, Any] = {}
 
     def meets(self, *sites: str) -> bool:
-        """Whether anything happens at one of the sites: a pass may take a faster way around those that are not met."""
+        """Whether an intervention or a tap is at one of the sites; if not, the model may compute it in a faster way."""
         return any(site in self.wanted or any(site in i.sites for i in self.interventions) for site in sites)
 
     def __call__(self, site: str, value: jax.Array, input: jax.Array | None = None, read=None) -> jax.Array:
@@ -220,7 +220,7 @@ class Probe:
             if site in intervention.sites:
                 ctx = dataclasses.replace(self.ctx, input=input, read=read)
                 value = intervention(site, value, ctx).astype(value.dtype)
-        value = checkpoint_name(value, site)  # so that training can keep it for the backward pass
+        value = checkpoint_name(value, site)  # lets training keep it for the backward pass
         if site in self.wanted:
             reduce = self.wanted[site].reduce
             self.taps[site] = value if reduce is None else reduce(value)

@@ -31,17 +31,17 @@ def init_editors(
     layers: Iterable[int] | None = None,
     key: jax.Array,
 ) -> dict[str, LoReFT]:
-    """P4's four editors by their names (:data:`SITES`), as its code initialises them: R orthogonal, W and b as PyTorch
-    does a linear layer. So they change the model from the first step on.
+    """P4's four editors by name (:data:`EDITOR_SITES`), initialised as in its code: R orthogonal, W and b as PyTorch
+    initialises a linear layer. So they change the model before they are trained.
 
     Args:
         visual_rank: of psi_V and psi_c; ``rank`` of psi_P and psi_S.
-        blocks, layers: which vision blocks and layers have an editor; all of them where None. (psi_P in the last layer
-            changes what nobody reads any more, and is never trained.)
+        blocks, layers: which vision blocks and layers have an editor; None: all. (psi_P in the last layer has no effect
+            on the answer, so it gets no gradient.)
 
     Raises:
-        UserError: for a model without a vision tower; for a block or layer that it lacks; for a rank below 1 or above
-            the width.
+        UserError: for a model without a vision tower, for a block or layer that it lacks, or for a rank below 1 or
+            above the width.
     """
     if model.visual is None:
         raise UserError("the model has no vision tower to edit: choose a vision-language model")

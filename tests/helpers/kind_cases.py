@@ -1,7 +1,7 @@
 """A tiny model of every family in transformers and in vlm_jax, and one program that runs all kinds.
 
-Kinds that a test does not set do nothing. So all tests of a family also show that tables of layers, heads, tokens and
-strengths are values, whose change compiles nothing.
+Kinds that a test does not set do nothing. So all tests of a family run one program, which shows that layers, heads,
+tokens and strengths are values: changing them compiles nothing.
 """
 
 from contextlib import ExitStack
@@ -58,7 +58,7 @@ def rows_of(family):
 
 
 def spans_of(masks):
-    """What an encoded batch says about its tokens; these prompts have nothing that ends the answer's turn."""
+    """The spans of an encoded batch; these prompts have no token that ends the answer's turn."""
     return {name: masks[name] for name in ("image", "image_end", "question", "answer")} | {
         "end": np.zeros_like(masks["image"])
     }
@@ -190,3 +190,54 @@ def mixed(where, new, old):
 def one_sentence(error):
     text = str(error)
     return "\n" not in text and ". " not in text and not text.endswith(".")
+
+
+def head_edit(case, function):
+    """An edit of what the heads read ``(B, T, H, d)``."""
+
+    def edit(x):
+        return function(x.unflatten(-1, (HEADS, -1))).flatten(-2)
+
+    return lambda layer: (case.layers[layer].self_attn.o_proj, "input", edit)
+
+
+def knocked(case, keys=("image",)):
+    """Which query may not read which key ``(B, 1, T, T)``: the tokens behind the first image, and the images."""
+    masks = case.masks["left"]
+    read = np.logical_or.reduce([masks[name] for name in keys])
+    return torch.from_numpy(masks["behind"][:, :, None] & read[:, None, :])[:, None]
+
+
+def post_softmax(case, keep=0.0, **how):
+    """P1, equations 3 and 4: the probabilities times the mask."""
+    factor = torch.where(knocked(case, **how), keep, 1.0)
+    return lambda scores, mask: (scores + mask).softmax(-1) * factor
+
+
+def pre_softmax(case, **how):
+    """Geva et al.: the scores are minus infinity."""
+    away = knocked(case, **how)
+    return lambda scores, mask: (scores + mask).masked_fill(away, torch.finfo(scores.dtype).min).softmax(-1)
+
+
+KNOCK_OUTS = {"post_softmax": post_softmax, "pre_softmax": pre_softmax}
+
+
+def without_weights(model, layer, names):
+    """The model with the kernels and biases of some linears of a layer zeroed."""
+    zeroed = []
+
+    def zero(path, leaf):
+        path = jax.tree_util.keystr(path)
+        if "text" in path and any(name in path for name in names):
+            zeroed.append(path)
+            return leaf.at[layer].set(0)
+        return leaf
+
+    model = jax.tree_util.tree_map_with_path(zero, model)
+    assert len(zeroed) >= len(names)
+    return model
+
+
+def between(mode, layers=(1,), query="text", key="image", **how):
+    return AttentionKnockout.between(LAYERS, query, key, layers, mode=mode, **how)
