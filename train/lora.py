@@ -211,7 +211,9 @@ def main(args: Args) -> None:
     rows[0] |= {family: [_brief(experiment.baseline(family))] for family in families}
     for condition, placements in conditions(args, scoring, families).items():
         row = {"condition": condition, "placement": placements}
-        row["parameters"] = {f: float(np.mean([experiment.parameters(p[f]) for p in placements])) for f in families}
+        row["parameters"] = {
+            f: float(np.mean([experiment.adapter_parameters(p[f]) for p in placements])) for f in families
+        }
         for family in families:
             row[family] = [_brief(experiment.cell(family, p[family], args.seed)) for p in placements]
         rows.append(row)

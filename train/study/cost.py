@@ -75,7 +75,7 @@ class Estimate:
             "evaluate": ((cells + len(families)) * args.eval, (cells + len(families)) * args.eval * 1.1 * forward),
         }
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
-        lora = 3 * 4 * experiment.parameters(module_names(depth))
+        lora = 3 * 4 * experiment.adapter_parameters(module_names(depth))
         kept = args.training.batch * tokens * _activations(model.config.text, args.training.remat)
         return cls(experiment.folder.rstrip("/"), tokens, jobs, weights, weights + lora + kept)
 

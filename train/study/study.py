@@ -89,6 +89,6 @@ def run_study(args: Args, experiment: Experiment) -> dict:
         result = experiment.cell(family, names, seed)
         records.append({"family": family, "placement": placement, "k": k, "names": names, "seed": seed, **result})
     for record in records:
-        record["parameters"] = experiment.parameters(record["names"]) if record["names"] else 0
+        record["parameters"] = experiment.adapter_parameters(record["names"]) if record["names"] else 0
     scores = {name: {f: known.tolist() for f, known in by.items()} for name, by in scoring.scores.items()}
     return {"depth": depth, "scores": scores, "records": records}
