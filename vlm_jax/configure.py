@@ -43,7 +43,7 @@ def check_precision(dtypes: Iterable[jnp.dtype]) -> None:
     precision is set: their products would then be rounded to fewer bits, unlike those of the commands."""
     if jax.default_backend() == "cpu" or jax.config.jax_default_matmul_precision is not None:
         return
-    if jnp.float32 in dtypes:
+    if jnp.dtype("float32") in dtypes:
         _warn_of_rounding()
 
 
