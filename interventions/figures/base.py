@@ -79,8 +79,11 @@ def save_figure(
         data: the arguments of ``draw``: anything that JSON has, or arrays.
     """
     registered = next(one for one in DRAWERS.values() if one.draw is draw)
+    arguments = inspect.signature(draw).bind(**data)
+    arguments.apply_defaults()  # a default that changes later does not change old figures
     # The figure is drawn from what the file will hold, so that no drawer can use anything else.
-    content = json.loads(json.dumps({"drawer": registered.name, "title": title, "data": plain_data(data)}))
+    data = plain_data(arguments.arguments)
+    content = json.loads(json.dumps({"drawer": registered.name, "title": title, "data": data}))
     fields = {"drawer": "name of the drawer", "title": "what the figure shows"}
     fields |= {f"data.{field}": meaning for field, meaning in registered.fields.items()}
     schema = Schema(registered.name, fields)

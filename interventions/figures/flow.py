@@ -39,7 +39,7 @@ def attention(tasks: Mapping[str, Mapping]) -> Figure:
                 left.bar(range(len(mean)), mean, bottom=bottom, width=0.85, color=_COLOURS[group], label=name)
                 bottom = bottom + mean
         left.set(title=f"{task}: where the text's attention goes", ylim=(0, 1), ylabel="share, mean over heads")
-        right.set(title=f"{task}: image / (image + end of image)", ylim=(0, 1.02), ylabel="equation 2")
+        right.set(title=f"{task}: image / (image + end of image)", ylim=(0, 1.02), ylabel="share (P1, equation 2)")
         if "ratio" in shares:
             _band(right, shares["ratio"], _COLOURS["image"], label="mean, 95 % interval")
             right.axhline(shares["ratio_if_uniform"], color="black", ls=":", label="uniform attention")
@@ -131,7 +131,10 @@ def windows(tasks: Mapping[str, Mapping]) -> Figure:
         for number, (name, change) in enumerate(effect["change"].items()):
             # Each curve is thinner than the one before, so that curves on top of each other are seen.
             _band(axis, change, label=_arrow(name), lw=max(1.0, 4 - number))
-        axis.set(title=f"{task}: p(gold) {effect['p_base']['mean']:.2f}", xlabel="layer at the window's middle")
+        axis.set(
+            title=f"{task}: p(gold) is {effect['p_base']['mean']:.2f} with nothing cut",
+            xlabel="layer at the window's middle",
+        )
         axis.set_xticks(_ticks(len(change["mean"])))
     axes[0, 0].set_ylabel("change of p(gold) when cut")
     figure.legend(

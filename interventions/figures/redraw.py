@@ -26,9 +26,7 @@ def redraw(data: Path, out: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{data} holds no figure's data ({error}): name a file beside a figure") from None
     if name not in DRAWERS:
-        raise UserError(
-            f"{data} is drawn by {name!r}, which is unknown{nearest(name, DRAWERS)}: import the module that defines it"
-        )
+        raise UserError(f"unknown drawer {name!r} in {data}{nearest(name, DRAWERS)}")
     out.parent.mkdir(parents=True, exist_ok=True)
     DRAWERS[name].write(out, values)
 

@@ -66,8 +66,9 @@ def alone(rr: Mapping[str, Sequence], gains: Mapping[str, Sequence], names: Sequ
         for x, y, name in zip(rr[family], gains[family], names, strict=True):
             axis.annotate(name.split("-")[0], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
         axis.axhline(0, color="0.7", lw=0.8)
+        axis.margins(0.1)  # room for the names of the outermost points
         axis.set_title(family)
-        axis.set_xlabel("mean restoration rate (RR)")
+        axis.set_xlabel("restoration rate (RR)")
         axis.set_ylabel("accuracy gained by LoRA there alone")
     axes[0][0].legend()
     return figure

@@ -15,7 +15,7 @@ from interventions.modules import split_cell
     panels="title -> values (L, 2): a row per layer, attention and MLP",
     label="what the values are",
 )
-def heatmap(panels: Mapping[str, Sequence], label: str = "mean restoration rate (RR)") -> Figure:
+def heatmap(panels: Mapping[str, Sequence], label: str = "restoration rate (RR)") -> Figure:
     """Layer x module maps side by side on one colour scale centred at 0."""
     maps = {title: np.array(values, float) for title, values in panels.items()}
     limit = max(float(np.nanmax(np.abs(values))) for values in maps.values()) or 1.0
@@ -30,7 +30,15 @@ def heatmap(panels: Mapping[str, Sequence], label: str = "mean restoration rate 
         if values.size <= 80:
             for (row, column), value in np.ndenumerate(values):
                 colour = "white" if abs(value) > 0.6 * limit else "black"
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+                axis.text(
+                    column,
+                    row,
+                    f"{value:.2f}".replace("-0.00", "0.00"),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=colour,
+                )
     figure.colorbar(image, ax=axes[0].tolist(), label=label)
     return figure
 

@@ -1,6 +1,8 @@
 """Statistics against scipy, loops over resamples written out, closed forms, and simulations of what they promise."""
 
 import dataclasses
+import json
+import re
 from itertools import combinations
 
 import numpy as np
@@ -8,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
+import interventions.figures.__main__ as figures_command
 from interventions.figures import base, tracing
+from interventions.figures.redraw import redraw
 from interventions.statistics import (
     STATISTICS,
     Interval,
@@ -598,6 +602,58 @@ def test_figures_have_the_same_bytes_again(name, tmp_path):
         first, second = ((tmp_path / folder / name).with_suffix(suffix).read_bytes() for folder in ("a", "b"))
         assert first == second and first.startswith(magic)
         assert b"CreationDate" not in first and len(first) > 4000
+
+
+@pytest.mark.parametrize("name", ["intervals", "stability", "correlation", "heatmap"])
+def test_a_figure_is_drawn_again_from_its_data(name, tmp_path):
+    """Byte for byte; and other data are drawn differently."""
+    draw, data = drawings()[name]
+    run = Run.open(tmp_path / "run", {})
+    base.save_figure(run, "deep/figure", draw, "A figure", pdf=True, **data)
+    for suffix in (".png", ".pdf"):
+        redraw(run.folder / "deep/figure.json", tmp_path / f"again{suffix}")
+        assert (tmp_path / f"again{suffix}").read_bytes() == (run.folder / f"deep/figure{suffix}").read_bytes()
+    content = (run.folder / "deep/figure.json").read_text()
+    assert "NaN" not in content
+    (tmp_path / "changed.json").write_text(re.sub(r"\d\.\d+", "0.25", content))
+    redraw(tmp_path / "changed.json", tmp_path / "changed.png")
+    assert (tmp_path / "changed.png").read_bytes() != (run.folder / "deep/figure.png").read_bytes()
+
+
+def test_the_command_draws_a_folder_again(tmp_path, capsys):
+    run = Run.open(tmp_path / "run", {})
+    for name in ("heatmap", "correlation"):
+        draw, data = drawings()[name]
+        base.save_figure(run, name, draw, "A figure", **data)
+    kept = {path.name: path.read_bytes() for path in run.folder.glob("*.png")}
+    for path in run.folder.glob("*.png"):
+        path.unlink()
+    figures_command.main(figures_command.Args(run.folder))
+    assert {path.name: path.read_bytes() for path in run.folder.glob("*.png")} == kept
+    figures_command.main(figures_command.Args(run.folder, "heatmap.json", tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["heatmap.png"]
+    for args, says in (
+        ((run.folder, "heatmap.png"), "no figure that is drawn from heatmap.png: name a file such as heatmap.json"),
+        ((tmp_path / "none",), "has no readable artifacts.json"),
+    ):
+        with pytest.raises(SystemExit):
+            figures_command.main(figures_command.Args(*args))
+        assert says in capsys.readouterr().err
+
+
+def test_files_that_are_no_figures_data(tmp_path):
+    for content, says in (
+        ({"a": 1}, "holds no figure's data"),
+        ({"drawer": "tracing.heat", "data": {}}, "unknown drawer 'tracing.heat' .*; did you mean 'tracing.heatmap'"),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=says):
+            redraw(tmp_path / "a.json", tmp_path / "a.png")
+
+
+def test_a_drawer_describes_its_arguments():
+    with pytest.raises(TypeError, match="describe each of its arguments"):
+        base.drawer("curves", lines="the lines")(lambda lines, label: None)
 
 
 def test_figure_of_intervals_shows_the_numbers():

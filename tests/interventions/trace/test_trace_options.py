@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -411,6 +413,14 @@ def test_files_of_a_run(run, tmp_path):
     assert len(pq.read_table(out / "summary.parquet")) == len(summary["cells"])
     assert all((out / name).stat().st_size > 1000 for name in ("heatmap.png", "intervals.png"))
     check_run_folder(out, tmp_path)
+
+
+def test_the_documented_list_of_artifacts(run):
+    page = (Path(__file__).parents[3] / "docs/runs.md").read_text()
+    documented = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1].replace("mini-okvqa", "mini-docvqa"))
+    listing = json.loads((run[0] / "artifacts.json").read_text())
+    assert documented["artifacts"] == listing["artifacts"]
+    assert documented["schemas"].items() <= listing["schemas"].items()
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(run, capsys):

@@ -4,15 +4,24 @@ import importlib
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from run_folders import check_run_folder, unlisted
 
+import eval.artifacts
+import interventions.flow.artifacts
+import interventions.talo.artifacts
+import interventions.trace.artifacts
+import train.artifacts
+import train.study.artifacts
 from vlm_jax.errors import UserError
-from vlm_jax.runs.artifacts import Artifact, Schema, is_internal, with_artifact
+from vlm_jax.runs.artifacts import TYPES, Artifact, Schema, is_internal, with_artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
+
+ROOT = Path(__file__).parents[3]
 
 METRICS = Artifact("metrics", "Scores", Schema("scores", {"accuracy": "mean score"}))
 ARRAYS = Artifact("arrays", "Effects", Schema("effects", {"ie": "(N, C)", "names": "(C,)"}))
@@ -125,6 +134,23 @@ def test_one_name_of_a_schema_has_one_meaning():
 def test_types_are_a_closed_set():
     with pytest.raises(ValueError, match="unknown type of artifact 'heatmap': use one of heat_map, "):
         Artifact("heatmap", "A map")
+
+
+def test_types_and_schemas_are_documented():
+    page = (ROOT / "docs/runs.md").read_text()
+    modules = (
+        eval.artifacts,
+        interventions.flow.artifacts,
+        interventions.talo.artifacts,
+        interventions.trace.artifacts,
+        train.artifacts,
+        train.study.artifacts,
+    )
+    schemas = [value for module in modules for value in vars(module).values() if isinstance(value, Schema)]
+    names = {schema.name for schema in schemas}
+    assert len(names) > 15 and len(names) == len({id(schema) for schema in schemas}), "two schemas have one name"
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert [name for name, content in TYPES.items() if f"| `{name}` |" not in page] == []
 
 
 def test_a_folder_is_made_once(folder):
