@@ -2,15 +2,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-slow test-peers lint
 
 # The main job on the embedded model: trace, place LoRA, train, evaluate, print the table.
 # A batch of 8 at once is P0's 4 x 2 in fewer, larger steps. Huge pages spare a training step on CPU its page faults (glibc only; other systems ignore the variable).
 demo: $(VENV)/installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m train.lora --placement task_diff --batch 8 --accumulation 1 --out runs/demo
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What every change must pass.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# Kills, several processes, eight devices, TPU compilations, the docs' code.
+test-slow: $(VENV)/installed-test
+	$(PYTEST) -m slow
+
+# Other packages and Pythons, each in a virtual environment of its own: downloads gigabytes, so CI leaves it out. A Python
+# that is not on the PATH is named as in `make test-peers PYTHON3_13=/opt/python3.13`.
+test-peers: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m peers
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

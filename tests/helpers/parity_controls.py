@@ -5,6 +5,8 @@ A control takes pytest's monkeypatch, to alter transformers itself, and a copy o
 to differ and a site upstream of them that must not.
 """
 
+import sys
+
 import torch
 from torch import nn
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
@@ -142,7 +144,7 @@ def images_swapped_between_rows(patch, model):
 
 
 def source(model):
-    return qwen3 if model.config.model_type == "qwen3_vl" else qwen2_5
+    return sys.modules[type(model).__module__]
 
 
 def vision_attention_causal(patch, model):

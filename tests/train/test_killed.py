@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {
     "trace": [
         *("interventions.trace", "--task", "mini-okvqa", "--limit", "24", "--trace-batch", "4"),

@@ -141,12 +141,14 @@ def plans():
     }
 
 
+@pytest.mark.slow
 def test_samples_apart_need_no_exchange_in_the_layers(plans):
     """Whatever is exchanged is exchanged outside of the scan over the layers: less often than there are layers."""
     times = sum(times for times, _ in plans["data=8"].collectives.values())
     assert times < config_of("mini-qwen3-vl").text.num_hidden_layers
 
 
+@pytest.mark.slow
 def test_heads_apart_need_two_sums_a_layer(plans):
     """After the attention and after the MLP: of the clean and corrupted run together, and of the variants."""
     depth = config_of("mini-qwen3-vl").text.num_hidden_layers
@@ -161,6 +163,7 @@ def lora():
     return compiled(Args("mini-qwen3-vl", "lora", mesh="fsdp=8", length=256))
 
 
+@pytest.mark.slow
 def test_parameters_apart_are_fetched_in_every_pass(lora):
     """fsdp: every kernel of a layer is put together in the forward pass, where it is run again, and in the backward
     pass; nothing else is."""
@@ -170,12 +173,14 @@ def test_parameters_apart_are_fetched_in_every_pass(lora):
     assert lora.idle > 0, "the vision tower is there, and not read"
 
 
+@pytest.mark.slow
 def test_editors_train_through_the_vision_tower(lora):
     editors = compiled(Args("mini-qwen3-vl", "editors", mesh="fsdp=8", length=256))
     assert editors.idle == 0 < lora.idle
     assert editors.collectives["all-gather"][0] > 0 and editors.fits
 
 
+@pytest.mark.slow
 def test_half_the_heads_half_the_weights(plans):
     whole, half = (plans[mesh].arguments for mesh in ("data=8", "data=4,tensor=2"))
     assert 0.4 * whole < half < 0.8 * whole
@@ -188,6 +193,7 @@ def test_what_does_not_fit_is_said():
     assert str(Plan(Args(), 8, 2**30, 2**30, 0, 0, 1e15, 1, {}, 1.0)).endswith("it fits")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     done = subprocess.run(
         [

@@ -646,6 +646,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_sharded_by_variant_and_by_sample():
     done = subprocess.run(
         [sys.executable, "-c", SHARDED],

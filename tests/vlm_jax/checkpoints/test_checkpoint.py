@@ -301,6 +301,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MESH, str(Path(__file__).parent)],

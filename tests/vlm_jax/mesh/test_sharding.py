@@ -132,6 +132,7 @@ def test_a_device_finds_its_rows_among_those_of_its_process():
         np.testing.assert_array_equal(entries[_among(own, 3, start, stop)], range(start, stop))
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does():
     """Traces, LoRA's loss and gradients, and generation, on meshes of all kinds."""
     done = subprocess.run(

@@ -148,6 +148,7 @@ def check(out: Path, one: list[Path]) -> None:
     assert sorted(id for share in shares for id in share) == every and {len(s) for s in shares} == {16 // len(shares)}
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_killed_and_finished(one, cache, tmp_path):
     """The parameters lie apart over the two, who therefore work on the same samples."""
     out = tmp_path / "run"
@@ -182,6 +183,7 @@ def test_two_processes_stopped_killed_and_finished(one, cache, tmp_path):
     assert np.abs(halved(out / "half", HALF)["w"] - whole).max() > 0.1
 
 
+@pytest.mark.slow
 def test_four_processes_in_two_teams(one, cache, tmp_path):
     ends = finish(start(4, "data=2,fsdp=2", tmp_path / "run", cache))
     assert [code for code, *_ in ends] == [0] * 4, ends
