@@ -1,4 +1,4 @@
-"""Turns a Hugging Face folder into an Orbax folder, whose arrays are stored as the library holds them, and back.
+"""Converts a Hugging Face folder to an Orbax folder, which stores the arrays in the library's own layout, and back.
 
 python -m vlm_jax.convert mini-qwen3-vl converted/mini-qwen3-vl
 """
@@ -21,40 +21,44 @@ from vlm_jax.errors import UserError
 from vlm_jax.files import read_json
 from vlm_jax.runs.command import command
 
-#: What goes with the weights: tokeniser, image processor, chat template, generation defaults.
+#: Files that are copied with the weights: tokeniser, image processor, chat template, generation defaults.
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Convert a Hugging Face folder to an Orbax folder, which vlm_jax.load takes too, or such a folder back."""
+    """Convert a Hugging Face folder to an Orbax folder, or an Orbax folder to a Hugging Face folder. vlm_jax.load reads
+    both."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Embedded model, Hugging Face folder, Orbax folder or hub id."""
     destination: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """New or empty folder; it appears whole or not at all."""
+    """New or empty folder. It is written only if the whole conversion succeeds."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision to store the parameters in; the source's own by default."""
+    """Precision in which the parameters are stored; by default the source's."""
 
 
 def convert(source: str, destination: Path, dtype: str | None = None) -> str:
-    """Writes ``destination`` whole or not at all, and says what it now holds: "Orbax" or "Hugging Face".
+    """Writes ``destination``, as a whole or not at all.
 
-    ``config.json`` stays as it is but for its dtype fields, where ``dtype`` is given.
+    ``config.json`` is copied unchanged, except that its dtype fields become ``dtype`` if that is given.
+
+    Returns:
+        The form of the destination: "Orbax" or "Hugging Face".
 
     Raises:
-        UserError: unknown or unreadable source; a destination that is not empty, lies inside the source or cannot be
-            written.
+        UserError: for an unknown or unreadable source, or a destination that is not empty, is inside the source or
+            cannot be written.
     """
     destination = destination.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} exists and is not an empty folder: choose another destination or delete it")
     folder = resolve(source)
     if folder.resolve() in destination.parents:
-        raise UserError(f"{destination} lies inside of the source {folder}: choose another destination")
+        raise UserError(f"{destination} is inside the source {folder}: choose another destination")
     config = read_json(folder / "config.json")
     model, _ = load(folder, dtype=dtype)
-    kind, write = ("Hugging Face", save) if (folder / ORBAX).is_dir() else ("Orbax", save_orbax)
+    form, write = ("Hugging Face", save) if (folder / ORBAX).is_dir() else ("Orbax", save_orbax)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".convert-") as scratch:
@@ -70,13 +74,13 @@ def convert(source: str, destination: Path, dtype: str | None = None) -> str:
     except (OSError, ValueError, SafetensorError) as error:  # Orbax reports a full disk as a ValueError
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"cannot write {destination} ({reason}): free the disk or choose another destination") from None
-    return kind
+    return form
 
 
 @command
 def main(args: Args) -> None:
-    kind = convert(args.source, args.destination, args.dtype)
-    print(f"{args.destination} holds {args.source} in {kind} form")
+    form = convert(args.source, args.destination, args.dtype)
+    print(f"{args.destination} holds {args.source} in {form} form")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One kind of error for a user's mistake: commands print it as one sentence, never as a traceback."""
+"""The error for a user's mistake. Commands print it as one sentence, without a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,16 +6,17 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message says what, where and what to do, in one sentence."""
+    """A mistake that the user can correct. The message is one sentence: what is wrong, where, and what to do."""
 
 
 def unwritten(path: Path, error: OSError) -> UserError:
-    """What to say where a run's file cannot be written."""
+    """The error for a file of a run that cannot be written."""
     return UserError(f"cannot write {path} ({error.strerror or error}): free the disk or choose another --out")
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """``"; did you mean 'a' or 'b'?"`` for the closest of ``options``, else the whole list."""
+    """The end of an error message about an unknown name: ``"; did you mean 'a' or 'b'?"`` with the closest of
+    ``options``, or the list of all if none is close."""
     options = sorted(options)
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
     if close:

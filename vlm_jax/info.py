@@ -1,4 +1,4 @@
-"""What a model is made of and what it costs, from its ``config.json`` alone.
+"""Prints a model's shapes, parameters and bytes. It reads only ``config.json``.
 
 python -m vlm_jax.info Qwen3-VL-4B
 """
@@ -28,21 +28,22 @@ _PROJECTOR = {site.removeprefix("projector.") for site in PROJECTOR_SITES}
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Print a model's shapes, parameters, LoRA parameters and bytes. Nothing is allocated, no weights are fetched."""
+    """Print a model's shapes, parameters, LoRA parameters and bytes. No weights are downloaded and nothing is
+    allocated."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Published name (such as Qwen3-VL-4B), embedded model, Hugging Face folder or hub id."""
     r: Annotated[int, Range(least=1)] = 64
     """Rank of the LoRA adapters."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the key-value cache."""
+    """Precision of the key-value cache."""
 
 
 def config_of(source: str) -> Config:
-    """The config behind a published or embedded name, a folder or a hub id, of which nothing else is fetched.
+    """The config of a published or embedded name, a folder or a hub id. Of a hub id only the config is downloaded.
 
     Raises:
-        UserError: unknown source; a config that cannot be fetched or read.
+        UserError: for an unknown source, or a config that cannot be downloaded or read.
     """
     if Path(source).exists() or source in embedded_models():
         return read_config(resolve(source))
@@ -66,7 +67,8 @@ def config_of(source: str) -> Config:
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
-    """Parameters of each of :data:`MODEL_PARTS` that the model has, and of all ("total"). A tied head has none."""
+    """The number of parameters of each of :data:`MODEL_PARTS` that the model has, and their "total". A tied head has
+    none of its own."""
     sizes: Counter[str] = Counter()
     for name, leaf in named_leaves(abstract(config)).items():
         tower, part, *rest = name.split(".")
@@ -78,7 +80,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
 
 
 def lora_parameter_counts(config: Config, r: int) -> dict[str, int]:
-    """Parameters of rank-``r`` LoRA by placement: ``r * (inputs + outputs)`` for each linear."""
+    """Placement -> the number of parameters of rank-``r`` LoRA: ``r * (inputs + outputs)`` for each linear."""
     leaves, depth = named_leaves(abstract(config)), config.text.num_hidden_layers
     attn, mlp = (
         sum(r * sum(leaves[f"text.layers.{linear}.kernel"].shape[1:]) for linear in TEXT_LINEARS[module])
@@ -94,21 +96,21 @@ def lora_parameter_counts(config: Config, r: int) -> dict[str, int]:
 
 
 def byte_counts(config: Config, dtype: str) -> dict[str, int]:
-    """Bytes of the weights in float32 and bfloat16, and of the key-value cache per token in ``dtype``: every layer
-    caches all tokens, those with a sliding window too."""
+    """Bytes of the weights in float32 and bfloat16, and of the key-value cache per token in ``dtype``. Layers with a
+    sliding window cache all tokens too."""
     total, text = parameter_counts(config)["total"], config.text
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    cached_numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return {
         "weights, float32": 4 * total,
         "weights, bfloat16": 2 * total,
-        f"KV cache per token, {dtype}": cached * jnp.dtype(dtype).itemsize,
+        f"KV cache per token, {dtype}": cached_numbers * jnp.dtype(dtype).itemsize,
     }
 
 
 def describe_shapes(config: Config) -> dict[str, str]:
-    """The decoder, the tower and the visual tokens in words."""
+    """A description of the decoder, the vision tower and the visual tokens, as label -> text."""
     text, vision = config.text, config.vision
-    found = {
+    descriptions = {
         "family": config.family,
         "decoder": f"{text.num_hidden_layers} layers x {text.hidden_size}, MLP {text.intermediate_size}, "
         f"{text.num_attention_heads} query and {text.num_key_value_heads} key-value heads of {text.head_dim}, "
@@ -116,24 +118,24 @@ def describe_shapes(config: Config) -> dict[str, str]:
     }
     if text.sliding_window:
         count = text.layer_types.count("sliding_attention")
-        found["window"] = f"{count} of {text.num_hidden_layers} layers see {text.sliding_window} tokens back"
+        descriptions["window"] = f"{count} of {text.num_hidden_layers} layers see {text.sliding_window} tokens back"
     if vision is None:
-        return found
+        return descriptions
     patch = vision.patch_size
-    found["vision tower"] = (
+    descriptions["vision tower"] = (
         f"{vision.depth} blocks x {vision.hidden_size}, MLP {vision.intermediate_size}, {vision.num_heads} heads, "
         f"patches of {patch} x {patch}"
     )
     if isinstance(vision, ViTVision):
-        found["visual tokens"] = f"{vision.tokens} per image of {vision.image_size} x {vision.image_size}"
+        descriptions["visual tokens"] = f"{vision.tokens} per image of {vision.image_size} x {vision.image_size}"
     else:
         side = patch * vision.spatial_merge_size
-        found["visual tokens"] = f"one per {side} x {side} pixels"
-    return found
+        descriptions["visual tokens"] = f"one per {side} x {side} pixels"
+    return descriptions
 
 
 def _readable(size: int) -> str:
-    """``"8.27 GiB"``."""
+    """A number of bytes in the largest fitting unit, such as "8.27 GiB"."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     step = min((size.bit_length() - 1) // 10, len(units) - 1)
     return f"{size / 1024**step:.4g} {units[step]}"

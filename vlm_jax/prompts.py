@@ -1,7 +1,7 @@
-"""Example -> tokens: the prompt, the chat template, the gold answer, and which token belongs to which span.
+"""Turns examples into tokens: prompt, chat template, gold answer, and the span that each token belongs to.
 
-Spans come from the tokeniser's character offsets. The chat template is rendered around a placeholder, so where
-the question begins is known by construction and no text or token id is ever searched for.
+Spans come from the tokeniser's character offsets. The chat template is rendered with a placeholder in place of the
+question, so the question's position is known and no text or token id has to be searched for.
 """
 
 import contextlib
@@ -31,26 +31,26 @@ P0_PROMPT = (
     "Question: {QUESTION}\n"
     "Answer:"
 )
-#: The user's words alone.
+#: The question without any instruction.
 PLAIN_PROMPT = "{QUESTION}"
 
-#: A private-use character: stands for the question while the chat template is rendered.
+#: A private-use character that stands for the question while the chat template is rendered.
 _PLACEHOLDER = "\ue000"
-#: Examples that are encoded together: bounds the memory their images take.
+#: How many examples are encoded together. It bounds the memory of their images.
 _WINDOW = 512
 SPANS = ("image", "image_end", "question", "answer", "end")
 
 
 class Batch(NamedTuple):
-    """Inputs of ``B`` examples, their token spans, ``(B, T)`` bool each, and the most images that a row has.
-
-    ``image``: visual tokens; ``image_end``: the token that closes an image; ``question``: what fills
-    ``{QUESTION}``; ``answer``: the gold tokens; ``end``: the token that ends the answer's turn.
-    """
+    """``B`` encoded examples."""
 
     inputs: Inputs
     spans: dict[str, np.ndarray]
+    """Name -> ``(B, T)`` bool. ``image``: visual tokens; ``image_end``: the token that closes an image; ``question``:
+    the tokens in place of ``{QUESTION}``; ``answer``: the gold tokens; ``end``: the token that ends the answer's turn.
+    """
     images: int
+    """The largest number of images of an example."""
 
 
 def encode(
@@ -62,21 +62,23 @@ def encode(
     with_answer: bool = True,
     step: int = LENGTH_BUCKET,
 ) -> Batch:
-    """Tokens of the examples, right-padded to a bucketed length.
+    """Encodes examples, right-padded to a common length.
 
     Args:
-        prompt: what the user says, with ``{QUESTION}`` in it; one for all examples or one each.
+        processor: the model's processor, as :func:`vlm_jax.load` returns it.
+        prompt: the user's message, with ``{QUESTION}`` in it; one for all examples or one for each.
         with_answer: append the gold answer ``answers[0]`` and the end of its turn (teacher forcing).
-        step: lengths are rounded up to a multiple of this.
+        step: the length is rounded up to a multiple of this.
 
     Raises:
-        UserError: a question that does not fit the model's context or holds a special token.
+        UserError: for a question that does not fit the model's context or contains a special token; images for a
+            text-only model; an image that the processor refuses.
     """
     prompts = [prompt] * len(examples) if isinstance(prompt, str) else prompt
-    shown = [list(example.images) for example in examples]  # each is decoded when it is read
-    sizes = [_sizes(images, processor, config) for images in shown]
+    images_of = [list(example.images) for example in examples]  # decodes every image once
+    sizes = [_sizes(images, processor, config) for images in images_of]
     rows = _tokens(examples, prompts, sizes, processor, config, with_answer)
-    images = [image for row in shown for image in row]
+    images = [image for row in images_of for image in row]
     with _image_errors():
         pixels = processor.image_processor(images=images, return_tensors="np") if images else {}
     total = bucket(max(len(row.ids) for row in rows), step)
@@ -102,7 +104,7 @@ def encode(
 
 
 def _sizes(images: Iterable[Image.Image], processor, config: Config) -> list[tuple[int, int]]:
-    """Patches, padding included, and visual tokens of each image, which is not processed for it."""
+    """The numbers of patches (with padding) and of visual tokens of each image. The images are not processed."""
     images = list(images)
     if images and config.vision is None:
         raise UserError(f"a {config.family} is a text-only model and takes no images: choose a vision-language model")
@@ -111,7 +113,7 @@ def _sizes(images: Iterable[Image.Image], processor, config: Config) -> list[tup
 
 
 class _Tokens(NamedTuple):
-    """One example: token ids, and which of them belong to which span."""
+    """The token ids of one example, and for each span which of them belong to it, ``(T,)`` bool."""
 
     ids: list[int]
     spans: dict[str, np.ndarray]
@@ -128,21 +130,21 @@ def _tokens(
     tokenizer, chat = processor.tokenizer, FAMILIES[config.family].chat
     texts, ranges = zip(
         *(
-            _render(example, text, processor, chat, [tokens for _, tokens in own], with_answer)
-            for example, text, own in zip(examples, prompts, sizes, strict=True)
+            _render(example, text, processor, chat, [tokens for _, tokens in image_sizes], with_answer)
+            for example, text, image_sizes in zip(examples, prompts, sizes, strict=True)
         ),
         strict=True,
     )
-    # Where the chat template does not write the token that begins a text, the tokeniser does.
+    # The tokeniser adds the token that begins a text, unless the chat template has written it.
     bos = tokenizer.bos_token
-    begun = bos is not None and texts[0].startswith(bos)
-    tokens = tokenizer(list(texts), add_special_tokens=not begun, return_offsets_mapping=True)
-    most = min(tokenizer.model_max_length, config.text.max_position_embeddings or tokenizer.model_max_length)
+    has_bos = bos is not None and texts[0].startswith(bos)
+    tokens = tokenizer(list(texts), add_special_tokens=not has_bos, return_offsets_mapping=True)
+    context = min(tokenizer.model_max_length, config.text.max_position_embeddings or tokenizer.model_max_length)
     rows = []
     for i, (example, ids) in enumerate(zip(examples, tokens["input_ids"], strict=True)):
-        if len(ids) > most:
+        if len(ids) > context:
             raise UserError(
-                f"example {example.id!r} has {len(ids)} tokens, but the model takes {most}: "
+                f"example {example.id!r} has {len(ids)} tokens, but the model takes {context}: "
                 "shorten its question or use smaller images"
             )
         begin, end = np.array(tokens["offset_mapping"][i]).T
@@ -164,9 +166,13 @@ def _image_errors() -> Iterator[None]:
 
 
 def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[int], with_answer: bool):
-    """The whole text of one example and its spans as ``(name, first character, past the last)``."""
+    """The whole text of one example and its spans as ``(name, first character, last character + 1)``.
+
+    Args:
+        counts: the number of visual tokens of each image.
+    """
     tokenizer = processor.tokenizer
-    # The named special tokens, and those that only the vocabulary marks as such.
+    # Some special tokens have a name; others are only marked as special in the vocabulary.
     special_tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     for special in sorted({*special_tokens, *tokenizer.all_special_tokens, chat.image, chat.placeholder} - {""}):
         if special in example.question or special in example.answers[0]:
@@ -197,7 +203,7 @@ def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[i
     ranges.append(("question", len(before), len(text)))
     text += after
     if with_answer:
-        # Where the prompt ends in a word, the space before the answer is its first token's, as in training data.
+        # If the prompt ends in a word, a space comes before the answer and belongs to its first token, as in any text.
         answer = text + ("" if text[-1:].isspace() else " ") + example.answers[0]
         turn_end = ((tokenizer.chat_template or processor.chat_template) and chat.turn_end) or tokenizer.eos_token
         ranges += [("answer", len(text), len(answer)), ("end", len(answer), len(answer) + len(turn_end))]
@@ -213,44 +219,44 @@ def batches(
     *,
     align: int = 0,
     step: int = LENGTH_BUCKET,
-    **how,
+    **options,
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of ``size`` rows in which a thousand examples meet a handful of shapes.
+    """Batches of ``size`` rows of similar length. There are few different shapes, so few programs are compiled.
 
     Args:
-        align: also keep questions together that begin within the same ``align`` tokens (0: wherever they begin).
+        align: if not 0, a batch has only questions that begin within the same ``align`` tokens.
         step: lengths are rounded up to a multiple of this.
-        how: passed to :func:`encode`.
+        options: passed to :func:`encode`.
 
     Yields:
-        The examples' indices and their batch. A short batch is filled up by repeating its last row, so the batch may
-        have more rows than there are indices.
+        The examples' indices and their batch. A short batch is filled up by repeating its last row, so it can have more
+        rows than indices.
     """
-    most = max((len(example.images) for example in examples), default=0)
+    image_count = max((len(example.images) for example in examples), default=0)
     for first in range(0, len(examples), _WINDOW):
-        whole = encode(examples[first : first + _WINDOW], processor, config, step=step, **how)
-        lengths, begins = whole.inputs.attention_mask.sum(1), whole.spans["question"].argmax(1)
+        window = encode(examples[first : first + _WINDOW], processor, config, step=step, **options)
+        lengths, begins = window.inputs.attention_mask.sum(1), window.spans["question"].argmax(1)
         groups = defaultdict(list)
         for row, (length, begin) in enumerate(zip(lengths, begins, strict=True)):
             groups[bucket(int(length), step), int(begin) // align if align else 0].append(row)
-        for (length, _), rows in sorted(groups.items()):
-            for at in range(0, len(rows), size):
-                part = rows[at : at + size]
-                filled = part + part[-1:] * (size - len(part))
-                inputs = whole.inputs.take(filled, size * most).cut(length)
-                spans = {name: span[filled, :length] for name, span in whole.spans.items()}
-                yield [first + row for row in part], Batch(inputs, spans, most)
+        for (length, _), group in sorted(groups.items()):
+            for start in range(0, len(group), size):
+                rows = group[start : start + size]
+                filled = rows + rows[-1:] * (size - len(rows))
+                inputs = window.inputs.take(filled, size * image_count).cut(length)
+                spans = {name: span[filled, :length] for name, span in window.spans.items()}
+                yield [first + row for row in rows], Batch(inputs, spans, image_count)
 
 
 def shape_of(batch: Batch) -> tuple:
-    """What a program is compiled for."""
+    """The shapes of a batch's arrays. Batches with equal shapes run the same compiled program."""
     return tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch.inputs))
 
 
 class Room(NamedTuple):
-    """What each of some examples fits in, so that one program serves all of them, however few are encoded at once.
+    """The shape in which each of some examples fits, so that one compiled program serves all of them.
 
-    Every row has as much: where one picture is far larger than the others, the vision tower works for it in every row.
+    Every row has this shape. One very large picture therefore makes the vision tower do more work in every row.
     """
 
     length: int
@@ -260,39 +266,39 @@ class Room(NamedTuple):
     images: int
     """Images of an example."""
     patches: int
-    """Patches of an image, padding included."""
+    """Patches of an image, with padding."""
 
 
 def room_of(examples: Sequence[Example], processor, config: Config, with_answer: bool = True) -> Room:
-    """The room that the examples need. Images are decoded for it, not processed. Of several processes each looks at its
-    share of the examples.
+    """The room that the examples need. Their images are decoded, but not processed. Several processes divide the
+    examples among them.
 
     Args:
-        with_answer: with the gold answer after the prompt.
+        with_answer: count the gold answer after the prompt.
 
     Raises:
-        UserError: for an example that cannot be encoded.
+        UserError: for an example that cannot be encoded; raised in all processes.
     """
 
-    def own() -> Room:
+    def room_of_share() -> Room:
         share = examples[jax.process_index() :: jax.process_count()]
         rooms = [Room(0, 0, 0, 0)]
-        for at in range(0, len(share), _WINDOW):
-            part = share[at : at + _WINDOW]
-            sizes = [_sizes(example.images, processor, config) for example in part]
-            rows = _tokens(part, [P0_PROMPT] * len(part), sizes, processor, config, with_answer)
+        for start in range(0, len(share), _WINDOW):
+            window = share[start : start + _WINDOW]
+            sizes = [_sizes(example.images, processor, config) for example in window]
+            rows = _tokens(window, [P0_PROMPT] * len(window), sizes, processor, config, with_answer)
             rooms += (
                 Room(
                     bucket(len(row.ids)),
                     int((row.spans["answer"] | row.spans["end"]).sum()),
-                    len(own),
-                    max((patches for patches, _ in own), default=0),
+                    len(image_sizes),
+                    max((patches for patches, _ in image_sizes), default=0),
                 )
-                for row, own in zip(rows, sizes, strict=True)
+                for row, image_sizes in zip(rows, sizes, strict=True)
             )
         return _largest(rooms)
 
-    return _largest(everywhere(own))
+    return _largest(everywhere(room_of_share))
 
 
 def _largest(rooms: Iterable[Sequence[int]]) -> Room:
@@ -300,29 +306,30 @@ def _largest(rooms: Iterable[Sequence[int]]) -> Room:
 
 
 def check_fit(examples: Sequence[Example], processor, config: Config, with_answer: bool = True) -> None:
-    """Raises a UserError for an example that cannot be encoded, before any work is spent on the others; in all
-    processes, if one of them finds it."""
+    """Raises a UserError, in all processes, if an example cannot be encoded. Call it before any work is done."""
     room_of(examples, processor, config, with_answer)
 
 
 class Fitted(NamedTuple):
-    """Rows of one shape: their inputs, and where the gold tokens and the end of their turn are: ``index``, ``valid``
-    ``(B, A)``."""
+    """Encoded examples in the shape of a :class:`Room`."""
 
     inputs: Inputs
     index: np.ndarray
+    """``(B, A)``: the positions of the gold tokens and of the end of their turn."""
     valid: np.ndarray
+    """``(B, A)`` bool: which entries of ``index`` are not padding."""
 
 
 def fitted(examples: Sequence[Example], room: Room, processor, config: Config, at: np.ndarray | None = None) -> Fitted:
-    """The examples in as much room as all of theirs need, each row with its images (:meth:`Inputs.aligned`).
+    """Encodes examples with their answers in the shape ``room``, each row with its own images
+    (:meth:`Inputs.aligned`).
 
     Args:
-        at: which rows of a larger batch these are.
+        at: the numbers of these rows in a larger batch.
     """
     batch = encode(examples, processor, config, step=room.length)
     inputs = batch.inputs
-    if room.images and inputs.images is None:  # the others of the batch have some
+    if room.images and inputs.images is None:  # other rows of the batch have images, so these need blank ones
         blank, _ = config.vision.images(**config.vision.blank(1, 1))
         inputs = inputs.replace(images=blank, image_index=np.full(inputs.input_ids.shape, -1, np.int32))
     answers = positions(batch.spans["answer"] | batch.spans["end"], room.answer)
@@ -330,7 +337,11 @@ def fitted(examples: Sequence[Example], room: Room, processor, config: Config, a
 
 
 def positions(mask: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Where each row of a ``(B, T)`` mask is set: ``index``, ``valid`` ``(B, A)``, A the largest count or ``width``."""
+    """The positions at which each row of a ``(B, T)`` mask is set.
+
+    Returns:
+        ``index (B, A)`` and ``valid (B, A)`` bool; A is ``width`` or the largest number of set positions.
+    """
     counts = mask.sum(1)
     width = width or int(counts.max())
     valid = np.arange(width) < counts[:, None]

@@ -1,9 +1,9 @@
-"""The published models that this library can name without a network: the ``config.json`` of each, cut down to what
-shapes and positions need.
+"""The configs of published models, so that their names work without a network.
 
-They were written by hand from the published config files. Fields that a published file leaves to transformers' defaults
-are spelled out where a shape depends on them. ``tests/test_info.py`` compares every total parameter count with the
-published size (within 1 %) and with transformers' own class (equal), and two LoRA counts with P0's (equal).
+Each is the part of ``config.json`` on which shapes and positions depend, written by hand from the published file. If a
+shape depends on a field that the file leaves to transformers' default, the field is written out here.
+``tests/vlm_jax/test_info.py`` compares every total number of parameters with the model card (within 1 %) and with
+transformers' class (equal), and two LoRA counts with P0's (equal).
 """
 
 import copy
@@ -18,7 +18,7 @@ _QWEN_TOKENS = {
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
 }
-# SigLIP 2: the large tower for the small decoders, So400m for the others.
+# SigLIP 2 in two sizes: the small decoders have the large tower, the others So400m.
 _QWEN3_LARGE = {
     "depth": 24,
     "hidden_size": 1024,
@@ -44,13 +44,13 @@ _CLIP_L_336 = {
 }
 
 
-def _decoder(hidden: int, ffn: int, layers: int, heads: int, groups: int) -> dict:
+def _decoder(hidden: int, ffn: int, layers: int, heads: int, key_value_heads: int) -> dict:
     return {
         "hidden_size": hidden,
         "intermediate_size": ffn,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": groups,
+        "num_key_value_heads": key_value_heads,
     }
 
 
@@ -89,7 +89,7 @@ def _qwen3_vl(*sizes: int, tower: dict, tied: bool) -> dict:
 
 
 def _qwen2_5_vl(*sizes: int, vocab: int, vision_ffn: int, tied: bool) -> dict:
-    """The published files have the decoder's fields at the top."""
+    """The published files have the decoder's fields at the top level."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -188,7 +188,7 @@ _LLAMA_3_1 = {
     "eos_token_id": [128001, 128008, 128009],
 }
 
-#: Name -> ``config.json``. The sizes are width, MLP width, layers, query heads, key-value heads.
+#: Name -> ``config.json``. The five sizes are width, MLP width, layers, query heads and key-value heads.
 PUBLISHED: dict[str, dict] = {
     "Qwen3-VL-2B": _qwen3_vl(2048, 6144, 28, 16, 8, tower=_QWEN3_LARGE, tied=True),
     "Qwen3-VL-4B": _qwen3_vl(2560, 9728, 36, 32, 8, tower=_QWEN3_LARGE, tied=True),
@@ -207,8 +207,8 @@ PUBLISHED: dict[str, dict] = {
     "LLaVA-1.5-13B": _llava(
         5120, 13824, 40, 40, 40, vocab=32064, image_token=32000, pad_token=32001, max_position_embeddings=4096
     ),
-    # What LLaVA-MORE is made of, in the form that llava-hf publishes. Its own folder (``llava_llama``) has other keys
-    # and no token for an image, so it does not load; the vocabulary here is Llama 3.1's, the image a reserved token.
+    # LLaVA-MORE in the form in which llava-hf publishes LLaVA. Its folder on the hub (``llava_llama``) has other keys
+    # and no image token, so it cannot be loaded. Here the vocabulary is Llama 3.1's and the image token a reserved one.
     "LLaVA-MORE-8B": _llava(4096, 14336, 32, 32, 8, vocab=128256, image_token=128255, pad_token=None, **_LLAMA_3_1),
 }
 
@@ -217,7 +217,7 @@ def published_config(name: str) -> Config:
     """The config of a published model.
 
     Raises:
-        UserError: unknown name (the nearest ones are named).
+        UserError: for an unknown name; the message suggests the nearest ones.
     """
     if name not in PUBLISHED:
         raise UserError(f"unknown published model {name!r}{nearest(name, PUBLISHED)}")

@@ -1,4 +1,4 @@
-"""Answers and their probabilities when tokens are cut off from others (P1, section 3.1, equations 3 and 4)."""
+"""Answers and their probabilities under attention knock-outs (P1, section 3.1, equations 3 and 4)."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -22,32 +22,40 @@ from vlm_jax.errors import UserError
 from vlm_jax.prompts import batches
 from vlm_jax.runs.processes import fetch, progress
 
-#: What text is cut off from by default. P1 cuts the first two; behind the third no picture reaches the text at all.
+#: The default edges (queries:keys) to cut. P1 cuts the first two. Under the third no picture reaches the text at all.
 EDGES = ("text:image", "text:image_end", "text:image+image_end")
-#: Prompts of nearly any length share a shape: generation takes longer to compile than padding costs.
+#: Prompts are padded to multiples of this, because compiling generation for another shape takes longer than padding.
 _LENGTH_STEP = 64
-#: Why an answer is none: the model ends at once; it writes nothing that can be read; or what it writes is none of the
-#: question's choices or, where it has none, has not the form (:func:`form`) of any gold answer of the task.
+#: Why an output counts as no answer. The model ends at once; it writes no readable text; or its text is not one of the
+#: question's choices or, without choices, does not have the form (:func:`form`) of any gold answer of the task.
 FAILURES = ("end token only", "empty", "no possible answer")
 
 
 def edge(name: str) -> tuple[str, str]:
-    """``"text:image"`` -> the groups of the queries and of the keys."""
+    """The token groups of the queries and of the keys in a name such as "text:image".
+
+    Raises:
+        UserError: if the name has no colon or names an unknown group.
+    """
     query, colon, key = name.partition(":")
     if not colon:
-        raise UserError(f"{name!r} is no pair of token groups: write queries:keys, such as text:image")
+        raise UserError(f"{name!r} is not a pair of token groups: write queries:keys, such as text:image")
     members(query), members(key)
     return query, key
 
 
-def knockouts(depth: int, edges: Iterable[str], layers: Iterable[Sequence[int] | None], **how) -> list:
-    """A knock-out of every edge in every one of the sets of layers (None: all); ``how``: see
-    :meth:`AttentionKnockout.between`."""
-    return [AttentionKnockout.between(depth, *edge(name), where, **how) for name in edges for where in layers]
+def knockouts(depth: int, edges: Iterable[str], layers: Iterable[Sequence[int] | None], **options) -> list:
+    """A knock-out of every edge in every set of layers (None: all layers).
+
+    Args:
+        depth: the model's number of layers.
+        options: as for :meth:`AttentionKnockout.between`.
+    """
+    return [AttentionKnockout.between(depth, *edge(name), where, **options) for name in edges for where in layers]
 
 
 def window_layers(depth: int, width: int) -> list[list[int]]:
-    """The layers of every window of :func:`interventions.engine.grids.layer_windows`."""
+    """The numbers of the layers in every window of :func:`interventions.engine.grids.layer_windows`."""
     return [np.flatnonzero(row).tolist() for row in layer_windows(depth, width)]
 
 
@@ -64,31 +72,49 @@ def knocked_out_answers(
     seed: int = 0,
     name: str = "",
 ) -> list[dict]:
-    """Greedy answers as the model is and under every knock-out: a record per sample and condition.
+    """Greedy answers of the unchanged model and under every knock-out.
 
-    The knock-outs of one mode are one compiled call per batch. They hold for the generated tokens too.
+    The knock-outs of one mode run in one compiled call per batch. They also apply to the generated tokens.
+
+    Args:
+        edges: pairs of token groups, "queries:keys".
+        layers: sets of layers in which each edge is cut; None for all layers.
+        size: rows of a batch.
+        seed: of the mode "random_mass".
+        name: label of the progress bar.
+
+    Returns:
+        A record for each sample and condition: ``id``, ``edge``, ``layers``, ``mode`` and the keys of :func:`judged`.
+        Edge, layers and mode are None for the unchanged model.
     """
     depth, conditions = model.config.text.num_hidden_layers, [(e, where) for e in edges for where in layers]
-    forms, found = {form(example.answers[0]) for example in examples}, {}
-    how = {"with_answer": False, "step": _LENGTH_STEP}
-    for rows, batch in encoded(model, processor, examples, size, f"answers {name}", **how):
+    forms, records = {form(example.answers[0]) for example in examples}, {}
+    options = {"with_answer": False, "step": _LENGTH_STEP}
+    for rows, batch in encoded(model, processor, examples, size, f"answers {name}", **options):
         labels = label(batch)
-        said = [((None, None, None), fetch(generate(model, batch.inputs, max_new_tokens)))]
+        outputs = [((None, None, None), fetch(generate(model, batch.inputs, max_new_tokens)))]
         for mode in modes:
             cuts = [cut.bound(labels) for cut in knockouts(depth, edges, layers, mode=mode, seed=seed)]
             tokens = fetch(generate_variants(model, batch.inputs, cuts, max_new_tokens))
-            said += [((*condition, mode), part) for condition, part in zip(conditions, tokens, strict=True)]
+            outputs += [((*condition, mode), part) for condition, part in zip(conditions, tokens, strict=True)]
         for i, row in enumerate(rows):
-            found[row] = [
+            records[row] = [
                 {"id": examples[row].id, "edge": cut, "layers": where, "mode": mode}
                 | judged(examples[row], tokens[i], processor.tokenizer, model.config.eos_token_ids, forms)
-                for (cut, where, mode), tokens in said
+                for (cut, where, mode), tokens in outputs
             ]
-    return [record for row in range(len(examples)) for record in found[row]]
+    return [record for row in range(len(examples)) for record in records[row]]
 
 
 def judged(example: Example, tokens: np.ndarray, tokenizer, ends: Iterable[int], forms: set[str]) -> dict:
-    """The answer as it is and as it reads; whether it is right; and if it is none, why."""
+    """A generated answer: its text (``output``; ``raw`` with special tokens), whether it is ``correct``, and its
+    ``failure``, one of :data:`FAILURES` or None.
+
+    Args:
+        tokens: ``(T,)``, the generated tokens.
+        ends: the tokens that end an answer.
+        forms: the forms of the task's gold answers.
+    """
     ended = np.isin(tokens, list(ends))
     written = tokens[: ended.argmax() + 1] if ended.any() else tokens
     text = tokenizer.decode(written, skip_special_tokens=True).strip()
@@ -105,17 +131,19 @@ def judged(example: Example, tokens: np.ndarray, tokenizer, ends: Iterable[int],
 
 
 def form(text: str) -> str:
-    """What an answer looks like: numbers as 9, words as a. A possible answer has the form of a gold one of the task."""
+    """The form of an answer: numbers become 9 and words become a. A possible answer has the form of a gold answer."""
     return re.sub(r"\d+", "9", re.sub(r"[^\W\d_]+", "a", normalise(text)))
 
 
 class Effect(NamedTuple):
-    """p(gold) (P0, equation 1) of each sample: ``base (B,)`` as the model is; ``window (B, E, L)`` with each edge cut
-    in the layers around each layer; ``whole (B, E)`` in all layers."""
+    """p(gold) (P0, equation 1) of each sample."""
 
     base: np.ndarray
+    """``(B,)``: of the unchanged model."""
     window: np.ndarray
+    """``(B, E, L)``: with each edge cut in the window of layers around each layer."""
     whole: np.ndarray
+    """``(B, E)``: with each edge cut in all layers."""
 
 
 def window_effects(
@@ -130,7 +158,12 @@ def window_effects(
     seed: int = 0,
     name: str = "",
 ) -> Effect:
-    """What cutting an edge in a window of layers does to the gold answer's probability (as Geva et al. 2023 plot)."""
+    """The gold answer's probability with each edge cut in a window of layers (as in Geva et al. 2023).
+
+    Args:
+        width: layers of a window.
+        size: rows of a batch.
+    """
     depth = model.config.text.num_hidden_layers
     cuts = knockouts(depth, edges, [*window_layers(depth, width), None], mode=mode, seed=seed)
     work = []
@@ -139,13 +172,13 @@ def window_effects(
         bound = stack([cut.bound(labels) for cut in cuts])
         work.append((rows, batch.inputs, bound, Gold.of(batch.inputs, batch.spans["answer"])))
     costs = [estimate(model, *rest) for _, *rest in work]
-    found: dict[int, tuple] = {}
+    effects: dict[int, tuple] = {}
     bar = progress(total=len(examples), desc=f"windows {name}".strip(), unit="sample", leave=False)
     with Announced(sum(costs[1:], costs[0])), bar:
         for rows, *rest in work:
             runs = sweep_runs(model, *rest)
             p = fetch(runs.variants.probability).T.reshape(-1, len(edges), depth + 1)
             base = fetch(runs.base.probability)
-            found |= zip(rows, zip(base, p[..., :depth], p[..., depth], strict=True), strict=False)
+            effects |= zip(rows, zip(base, p[..., :depth], p[..., depth], strict=True), strict=False)
             bar.update(len(rows))
-    return Effect(*map(np.stack, zip(*(found[row] for row in range(len(examples))), strict=True)))
+    return Effect(*map(np.stack, zip(*(effects[row] for row in range(len(examples))), strict=True)))

@@ -1,4 +1,4 @@
-"""What the text behind the image attends to (P1, section 3.1): equations 1 and 2, and the curves of figures 2 and 3."""
+"""The attention of the text after the image (P1, section 3.1): equations 1 and 2, and the curves of figures 2 and 3."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,59 +18,59 @@ _IMAGE, _IMAGE_END = GROUPS.index("image"), GROUPS.index("image_end")
 
 
 class Reading(NamedTuple):
-    """What the text behind the image (T) attends to, per sample, in sums of attention probabilities over i in T.
-
-    mass: ``(B, L, H, G)``, to the keys of each of :data:`GROUPS`: f of equation 1 by layer and head; over all groups it
-        sums to |T|. tokens: ``(B, G)``, how many tokens each group has.
-    received: ``(B, L, N)``, by each image token, mean over heads; NaN where a sample has fewer than N.
-    """
+    """The attention of the text after the image. T is the set of its tokens; probabilities are summed over i in T."""
 
     mass: np.ndarray
+    """``(B, L, H, G)``: the attention to each of :data:`GROUPS`, f of equation 1 by layer and head. Its sum over groups
+    is |T|."""
     tokens: np.ndarray
+    """``(B, G)``: the number of tokens of each group."""
     received: np.ndarray
+    """``(B, L, N)``: the attention to each image token, mean over heads; NaN where a sample has fewer than N."""
 
     def share(self, group: str) -> np.ndarray:
-        """The part ``(B, L, H)`` of the text's attention that goes to a group: equation 1 divided by |T|."""
+        """The share ``(B, L, H)`` of the text's attention that goes to a group: equation 1 divided by |T|."""
         text = self.tokens[:, members("text")].sum(1)
         return self.mass[..., members(group)].sum(-1) / text[:, None, None]
 
     def ratio(self) -> np.ndarray:
-        """Equation 2, ``(B, L)``, of sums over heads: the image's part of what image and end of image get."""
+        """Equation 2, ``(B, L)``, from sums over heads: attention to the image, divided by attention to the image and
+        the end of the image."""
         image, end = self.mass[..., _IMAGE].sum(-1), self.mass[..., _IMAGE_END].sum(-1)
-        with np.errstate(invalid="ignore"):  # a sliding layer may see neither
+        with np.errstate(invalid="ignore"):  # a layer with a sliding window may see neither
             return image / (image + end)
 
     def uniform(self) -> np.ndarray:
-        """What equation 2 gives ``(B,)`` when every token of image and end of image gets the same."""
+        """The value of equation 2 ``(B,)`` if all tokens of image and end of image get equal attention."""
         return self.tokens[:, _IMAGE] / (self.tokens[:, _IMAGE] + self.tokens[:, _IMAGE_END])
 
     def cumulative(self, grid: np.ndarray) -> np.ndarray:
-        """The part ``(B, L, len(grid))`` of the image's attention that its most attended tokens hold, by their share
-        ``grid`` of all image tokens (figures 2 and 3)."""
+        """The share ``(B, L, len(grid))`` of the image's attention that goes to its most attended tokens, where
+        ``grid`` is the share of image tokens (figures 2 and 3)."""
         return np.array(
             [[np.interp(grid, *_curve(layer)) for layer in sample] for sample in self.received], self.received.dtype
         )
 
     def needed(self, part: float) -> np.ndarray:
-        """The least share ``(B, L)`` of the image tokens that together hold ``part`` of the image's attention."""
+        """The smallest share ``(B, L)`` of the image tokens that together get ``part`` of the image's attention."""
 
-        def least(x, y):
-            return np.nan if np.isnan(y).any() else x[np.argmax(y >= part)]
+        def smallest(tokens, attention):
+            return np.nan if np.isnan(attention).any() else tokens[np.argmax(attention >= part)]
 
-        return np.array([[least(*_curve(layer)) for layer in sample] for sample in self.received])
+        return np.array([[smallest(*_curve(layer)) for layer in sample] for sample in self.received])
 
 
 def _curve(received: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of the tokens and of what they receive, most attended first, each from 0 to 1."""
-    held = np.cumsum(np.sort(received[~np.isnan(received)].astype(np.float64))[::-1])
+    """Cumulative shares of the tokens and of their attention, most attended first, each from 0 to 1."""
+    total = np.cumsum(np.sort(received[~np.isnan(received)].astype(np.float64))[::-1])
     with np.errstate(invalid="ignore"):
-        return np.arange(len(held) + 1) / len(held), np.concatenate([[0.0], held / held[-1]])
+        return np.arange(len(total) + 1) / len(total), np.concatenate([[0.0], total / total[-1]])
 
 
 def text_attention(model: Model, batch: Batch) -> Reading:
-    """What the text behind the image attends to: in the prompt, and in the answer where the batch has it.
+    """The attention of the text after the image: in the prompt, and in the answer if the batch has it.
 
-    The probabilities are summed over the text layer by layer: nothing of size layers x tokens x tokens is ever kept.
+    The probabilities are summed over the text layer by layer, so no array of layers x tokens x tokens is needed.
 
     Raises:
         UserError: if a row has no image.
@@ -97,17 +97,18 @@ def _summed(model: Model, inputs: Inputs, text: jax.Array) -> jax.Array:
 
 def read_examples(model: Model, processor, examples: list[Example], size: int = 16, name: str = "") -> Reading:
     """:func:`text_attention` of every example's prompt, without an answer."""
-    found: dict[int, tuple] = {}
+    readings: dict[int, tuple] = {}
     for rows, batch in encoded(model, processor, examples, size, f"attention {name}", with_answer=False):
-        found |= zip(rows, zip(*text_attention(model, batch), strict=True), strict=False)
-    mass, tokens, received = zip(*(found[row] for row in range(len(examples))), strict=True)
+        readings |= zip(rows, zip(*text_attention(model, batch), strict=True), strict=False)
+    mass, tokens, received = zip(*(readings[row] for row in range(len(examples))), strict=True)
     most = max(layers.shape[1] for layers in received)
     padded = [np.pad(r, [(0, 0), (0, most - r.shape[1])], constant_values=np.nan) for r in received]
     return Reading(*map(np.stack, (mass, tokens, padded)))
 
 
-def encoded(model: Model, processor, examples, size: int, name: str, **how) -> Iterator[tuple[list[int], Batch]]:
+def encoded(model: Model, processor, examples, size: int, name: str, **options) -> Iterator[tuple[list[int], Batch]]:
+    """:func:`vlm_jax.prompts.batches` with a progress bar that is labelled ``name``."""
     with progress(total=len(examples), desc=name.strip(), unit="sample", leave=False) as bar:
-        for rows, batch in batches(examples, processor, model.config, size, **how):
+        for rows, batch in batches(examples, processor, model.config, size, **options):
             yield rows, batch
             bar.update(len(rows))

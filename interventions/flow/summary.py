@@ -1,4 +1,4 @@
-"""What a study of visual information flow says: attention, answers and effects with their intervals."""
+"""Summaries of a study of visual information flow: attention, answers and effects, with intervals."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from interventions.statistics import mean_interval
 
 
 def summarise_reading(reading: Reading, seed: int = 0) -> dict:
-    """By layer: what share of the text's attention goes where (mean over heads), equation 2, and how many image tokens
-    carry 80 and 90 % of what the image gets."""
+    """Means and intervals for each layer: the share of the text's attention that goes to each group (mean over heads),
+    equation 2, and the share of image tokens that get 80 and 90 % of the image's attention."""
     groups = [name for name in ("before", "image", "image_end", "text") if reading.tokens[:, members(name)].any()]
-    found = {f"to_{group}": mean_interval(reading.share(group).mean(2), seed) for group in groups}
+    summary = {f"to_{group}": mean_interval(reading.share(group).mean(2), seed) for group in groups}
     if "image_end" in groups:
-        found |= {"ratio": mean_interval(reading.ratio(), seed), "ratio_if_uniform": float(reading.uniform().mean())}
-    found |= {f"tokens_for_{part}": mean_interval(reading.needed(part / 100), seed) for part in (80, 90)}
-    return found
+        summary |= {"ratio": mean_interval(reading.ratio(), seed), "ratio_if_uniform": float(reading.uniform().mean())}
+    summary |= {f"tokens_for_{part}": mean_interval(reading.needed(part / 100), seed) for part in (80, 90)}
+    return summary
 
 
 def summarise_received(reading: Reading) -> dict:
@@ -42,7 +42,7 @@ def summarise_received(reading: Reading) -> dict:
 
 
 def summarise_answers(records: list[dict], seed: int = 0) -> list[dict]:
-    """Per condition: accuracy, and how many answers are none, by why."""
+    """For each condition: the accuracy with its interval, and the number of failures of each kind."""
     conditions: dict[str, list[dict]] = {}
     for record in records:
         conditions.setdefault(str([record[key] for key in ("edge", "layers", "mode")]), []).append(record)
@@ -58,7 +58,7 @@ def summarise_answers(records: list[dict], seed: int = 0) -> list[dict]:
 
 
 def summarise_effect(effect: Effect, edges: Sequence[str], seed: int = 0) -> dict:
-    """p(gold), and by edge its change in every window of layers and with all layers cut."""
+    """p(gold), and for each edge its change when the edge is cut in each window of layers and in all layers."""
     window, whole = effect.window - effect.base[:, None, None], effect.whole - effect.base[:, None]
     return {
         "p_base": mean_interval(effect.base, seed),

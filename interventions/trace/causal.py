@@ -17,7 +17,8 @@ from vlm_jax.errors import UserError
 
 
 class Trace(NamedTuple):
-    """Per sample: ``p_clean, p_corrupt, te (B,)`` and ``ie, rr (B, L, 2)``, last axis attention, mlp."""
+    """Results for each sample: ``p_clean, p_corrupt, te (B,)`` and ``ie, rr (B, L, 2)``; the last axis is attention,
+    MLP."""
 
     p_clean: Any
     p_corrupt: Any
@@ -40,18 +41,20 @@ def causal_trace(
 ) -> Trace:
     """Restoration rate of every layer's attention and MLP output (P0, equations 1-6).
 
-    The corrupted run adds noise to the embeddings of the question tokens; each cell patches one module's clean
-    output, at all positions, into the corrupted run.
+    The corrupted run has noise on the embeddings of the question tokens. For each cell, one module's clean output is
+    patched at all positions into the corrupted run.
 
     Args:
-        question_mask: ``(B, T)``, where the noise goes; answer_mask: ``(B, T)``, the gold tokens in ``inputs``.
-        noise: ``(B, T, D)``, added as it is at question positions. Where None it is drawn with ``key`` from
-            N(0, (noise_scale * sigma_E)^2), sigma_E the standard deviation of all embeddings of real tokens.
-        engine: "sweep" shares prefix and depth; "naive" runs the whole model for every cell (the oracle).
-        eps: of equation 4.
+        question_mask: ``(B, T)`` bool: the tokens that get noise.
+        answer_mask: ``(B, T)`` bool: the gold tokens in ``inputs``.
+        noise: ``(B, T, D)``, added at the question tokens. None draws it with ``key`` from
+            N(0, (noise_scale * sigma_E)^2), where sigma_E is the standard deviation of the embeddings of real tokens.
+        engine: "sweep" computes shared tokens and layers once; "naive" runs the whole model for every cell and is the
+            reference in tests.
+        eps: the constant of equation 4.
 
     Raises:
-        UserError: if a row has no question or no gold token.
+        UserError: if a row has no question token or no gold token.
     """
     question, answer = np.asarray(question_mask, bool), np.asarray(answer_mask, bool)
     if not question.any(1).all():

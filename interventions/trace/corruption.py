@@ -1,9 +1,9 @@
-"""Ways to corrupt a prompt before its first layer: what a causal trace then restores from.
+"""Ways to corrupt a prompt before its first layer. A causal trace restores parts of the corrupted run.
 
-A corruption is a function from a :class:`Case` to the embeddings, and DeepStack tensors, that the corrupted run has.
-Chance comes from counters: a sample's noise depends on the seed, its id, the replicate and the token, and on nothing
-else, so that batches, padding and devices do not matter. Whom a sample swaps with depends on the seed, the ids and the
-replicate, whatever the order of the samples.
+A corruption is a function from a :class:`Case` to the embeddings and DeepStack tensors of the corrupted run. A sample's
+noise depends only on the seed, its id, the replicate and the token, so batches, padding and devices do not change it.
+The sample with which another is swapped depends only on the seed, the ids and the replicate, not on the order of the
+samples.
 """
 
 import dataclasses
@@ -28,30 +28,33 @@ from vlm_jax.model import Embedded
 from vlm_jax.prompts import Batch, encode
 from vlm_jax.runs.processes import fetch, gathered
 
-#: Of ``blurred_image``: the blur's radius as a share of the image's longer side.
+#: The radius of ``blurred_image``'s blur, as a share of the image's longer side.
 _BLUR = 1 / 16
 
 
 @flax.struct.dataclass
 class Survey:
-    """What a corruption needs to know of a whole task: the standard deviation of embeddings over all ``sequence``
-    tokens (P0's sigma_E), over ``question`` tokens and over the ``vocabulary``; of DeepStack's tensors ``(K,)``; and
-    the mean image embedding ``(D,)`` and DeepStack row ``(K, D)``."""
+    """Statistics of a whole task that corruptions need; None where no sample has an image or there is no DeepStack."""
 
     sigma: dict[str, float]
+    """Standard deviation of the embeddings: over all ``sequence`` tokens (P0's sigma_E), over the ``question`` tokens,
+    and over the ``vocabulary``."""
     deepstack_sigma: np.ndarray | None
+    """``(K,)``: standard deviation of each DeepStack tensor."""
     mean_image: np.ndarray | None
+    """``(D,)``: the mean embedding of image tokens."""
     mean_deepstack: np.ndarray | None
+    """``(K, D)``: the mean row of each DeepStack tensor at image tokens."""
 
 
 class Moments:
-    """Mean and standard deviation of numbers that are seen a part at a time, along every axis but the first."""
+    """Accumulates the mean and the standard deviation over the first axis of arrays that come one after another."""
 
     def __init__(self):
         self.count, self.total, self.square = 0, 0.0, 0.0
 
     def add(self, x: np.ndarray) -> None:
-        """``x (n, ...)``."""
+        """Adds the rows of ``x (n, ...)``."""
         x = np.asarray(x, np.float64)
         self.count, self.total, self.square = self.count + len(x), self.total + x.sum(0), self.square + (x**2).sum(0)
 
@@ -60,25 +63,29 @@ class Moments:
         return self.total, self.square
 
     def joined(self) -> "Moments":
-        """Of what all processes have seen. (The processes of a team see the same, and every team has as many.)"""
-        whole = Moments()
+        """The moments of the rows of all processes.
+
+        The processes of a team add the same rows. All teams have equally many processes, so mean and standard deviation
+        are still right.
+        """
+        merged = Moments()
         for count, *sums in gathered([self.count, *(np.asarray(part).tolist() for part in self._sums)]):
             if count:
-                whole.count += count
-                whole.total, whole.square = (a + np.array(b) for a, b in zip(whole._sums, sums, strict=True))
-        return whole
+                merged.count += count
+                merged.total, merged.square = (a + np.array(b) for a, b in zip(merged._sums, sums, strict=True))
+        return merged
 
     @property
     def mean(self) -> np.ndarray | None:
         return self.total / self.count if self.count else None
 
     def std(self, axis: int | None = None) -> np.ndarray | None:
-        """Over all numbers, or along what is left but ``axis``."""
+        """The standard deviation over all axes, or over all but the rows' ``axis``; None if no row was added."""
         if not self.count:
             return None
-        rest = tuple(i for i in range(np.ndim(self.total)) if i != axis)
-        mean = (self.total / self.count).mean(rest)
-        return np.sqrt((self.square / self.count).mean(rest) - mean**2)
+        reduced = tuple(i for i in range(np.ndim(self.total)) if i != axis)
+        mean = (self.total / self.count).mean(reduced)
+        return np.sqrt((self.square / self.count).mean(reduced) - mean**2)
 
 
 @jax.jit
@@ -87,14 +94,14 @@ def embed(model: Model, inputs) -> Embedded:
 
 
 class Surveyor:
-    """Takes a survey, batch by batch."""
+    """Collects a :class:`Survey` batch by batch."""
 
     def __init__(self, model: Model):
         self.model = model
         self.sequence, self.question, self.image, self.deepstack = (Moments() for _ in range(4))
 
     def add(self, batch: Batch, rows: int) -> None:
-        """The first ``rows`` of a batch; the others are repeats."""
+        """Adds the first ``rows`` rows of a batch. The others are repeats."""
         embedded = fetch(embed(self.model, batch.inputs))
         image = batch.spans["image"][:rows]
         self.sequence.add(embedded.x[:rows][np.asarray(batch.inputs.attention_mask)[:rows]])
@@ -118,26 +125,32 @@ class Surveyor:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One batch to corrupt: its examples (one for each row) and their counterparts in the task, what it looks like
-    encoded and embedded, one key per row, and the noise's scale s and sigma_E."""
+    """One batch to corrupt."""
 
     model: Model
     processor: object
     examples: Sequence[Example]
+    """One for each row."""
     counterparts: Sequence[Example]
+    """The example with which each row may be swapped."""
     batch: Batch
+    """The encoded examples."""
     embedded: Embedded
+    """Their clean embeddings."""
     keys: jax.Array
+    """One random key for each row."""
     survey: Survey
     scale: float
+    """The noise's scale s (P0, equation 5)."""
     sigma: float
+    """sigma_E."""
 
     def noise(self, stream: int = 0) -> jax.Array:
-        """N(0, 1), ``(B, T, D)``; every stream is another."""
+        """Independent N(0, 1) numbers ``(B, T, D)``; another ``stream`` gives other numbers."""
         return normal(self.keys, *self.embedded.x.shape[1:], stream)
 
     def again(self, **changed) -> Batch:
-        """The batch of examples of which some fields are changed (field -> one value per row), in the same shape."""
+        """The batch with some fields of its examples replaced (field -> one value for each row), in the same shape."""
         rows = [dict(zip(changed, values, strict=True)) for values in zip(*changed.values(), strict=True)]
         examples = [dataclasses.replace(e, **row) for e, row in zip(self.examples, rows, strict=True)]
         batch = encode(examples, self.processor, self.model.config, step=self.batch.inputs.input_ids.shape[1])
@@ -145,7 +158,7 @@ class Case:
         return Batch(inputs, batch.spans, self.batch.images)
 
     def with_images(self, images: Sequence[Sequence]) -> Embedded:
-        """The embeddings with other images in the places of the prompts' own."""
+        """The embeddings with other images in place of the prompts' images."""
         batch = self.again(images=images)
         if not np.array_equal(batch.inputs.input_ids, self.batch.inputs.input_ids):
             raise UserError("a corrupted image takes other places in the prompt: trace with images of one size")
@@ -154,10 +167,11 @@ class Case:
 
 @jax.jit(static_argnames=("length", "width"))
 def normal(keys: jax.Array, length: int, width: int, stream: int = 0) -> jax.Array:
-    """N(0, 1) ``(B, length, width)``, in which a token's numbers depend on its key, its place and the stream alone."""
+    """N(0, 1) numbers ``(B, length, width)``. A token's numbers depend only on its row's key, its position and the
+    stream."""
 
-    def token(key, place):
-        return jax.random.normal(jax.random.fold_in(key, place), (width,))
+    def token(key, position):
+        return jax.random.normal(jax.random.fold_in(key, position), (width,))
 
     def sample(key):
         return jax.vmap(token, (None, 0))(jax.random.fold_in(key, stream), jnp.arange(length))
@@ -178,19 +192,19 @@ def question_noise(case: Case) -> Embedded:
 
 
 def image_noise(case: Case) -> Embedded:
-    """Gaussian noise on the image's embeddings and, each on its own scale, DeepStack's tensors (after Palit et al.
-    2023, who had no DeepStack)."""
+    """Gaussian noise on the image's embeddings and on DeepStack's tensors, scaled by each tensor's own standard
+    deviation (after Palit et al. 2023, whose model has no DeepStack)."""
     image, (x, deepstack) = case.batch.spans["image"][..., None], case.embedded
     x = jnp.where(image, x + case.scale * case.sigma * case.noise(), x)
     if deepstack is not None:
-        again = jnp.stack([case.noise(layer) for layer in range(1, 1 + len(deepstack))])
+        noise = jnp.stack([case.noise(layer) for layer in range(1, 1 + len(deepstack))])
         spread = case.scale * jnp.asarray(case.survey.deepstack_sigma, x.dtype)[:, None, None, None]
-        deepstack = jnp.where(image, deepstack + spread * again, deepstack)
+        deepstack = jnp.where(image, deepstack + spread * noise, deepstack)
     return Embedded(x, deepstack)
 
 
 def mean_image(case: Case) -> Embedded:
-    """Every image token becomes the task's mean image token (P2), in DeepStack too."""
+    """Replaces every image token by the task's mean image token (P2), in DeepStack too."""
     image, (x, deepstack) = case.batch.spans["image"][..., None], case.embedded
     x = jnp.where(image, jnp.asarray(case.survey.mean_image, x.dtype), x)
     if deepstack is not None:
@@ -208,14 +222,14 @@ def swapped_image(case: Case) -> Embedded:
 
 
 def blurred_image(case: Case) -> Embedded:
-    """The images blurred so far (Gaussian, radius a sixteenth of the longer side) that no small text is left."""
+    """The images after a Gaussian blur whose radius is a sixteenth of the longer side; small text is not legible."""
     return case.with_images(
         [[i.filter(ImageFilter.GaussianBlur(_BLUR * max(i.size))) for i in e.images] for e in case.examples]
     )
 
 
 def swapped_question(case: Case) -> Embedded:
-    """Another sample's question tokens in the places of this one's, repeated or cut to its length (symmetric token
+    """Another sample's question tokens in place of this one's, repeated or cut to the same length (symmetric token
     replacement, after Zhang and Nanda 2024)."""
     others = encode(case.counterparts, case.processor, case.model.config)
     ids = np.array(case.batch.inputs.input_ids)
@@ -229,7 +243,7 @@ def _same_question(one: Example, other: Example) -> bool:
 
 
 def _same_image(one: Example, other: Example) -> bool:
-    """Of an example without an image, True: it has none to lend."""
+    """Whether both show the same image. True if ``other`` has no image, because then there is nothing to swap in."""
     if not len(other.images):
         return True
     if one.image_id is not None and other.image_id is not None:
@@ -239,13 +253,15 @@ def _same_image(one: Example, other: Example) -> bool:
 
 
 class Corruption(NamedTuple):
-    """How to corrupt; whether replicates differ; whether it is the image that changes; and of a swap, what tells that
-    two examples have nothing to swap."""
+    """A corruption and its properties."""
 
     corrupt: Callable[[Case], Embedded]
     random: bool
+    """Whether replicates differ."""
     visual: bool
+    """Whether it changes the image."""
     same: Callable[[Example, Example], bool] | None = None
+    """For a swap: whether two examples are equal in the swapped part, so that a swap would change nothing."""
 
 
 CORRUPTIONS = {
@@ -265,35 +281,43 @@ def counterpart(
     seed: int = 0,
     same: Callable[[Example, Example], bool] | None = None,
 ) -> Example:
-    """Another sample to swap with, whose gold answer is wrong here, so that the swap can change the answer, and that is
-    not the ``same``, so that it is a swap at all. Replicates differ as long as there are so many.
+    """The example with which an example is swapped.
 
-    The samples' order plays no part: each one sorts the others by a digest of the seed and the two ids.
+    Its gold answer is wrong for this example, so that the swap can change the answer, and it is not the ``same``. Each
+    replicate has another counterpart, as long as there are enough. The order of the examples does not matter: they are
+    sorted by a digest of the seed and the two ids.
+
+    Args:
+        row: the number of the example to be swapped.
+
+    Raises:
+        UserError: if there is no such example.
     """
-    own = examples[row]
-    right = {normalise(answer) for answer in own.answers}
+    example = examples[row]
+    right_answers = {normalise(answer) for answer in example.answers}
 
     def digest(other: Example) -> bytes:
-        return hashlib.sha256(f"{seed}\0{own.id}\0{other.id}".encode()).digest()
+        return hashlib.sha256(f"{seed}\0{example.id}\0{other.id}".encode()).digest()
 
-    others = (e for e in sorted(examples, key=digest) if normalise(e.answers[0]) not in right)
-    found = list(itertools.islice((e for e in others if same is None or not same(own, e)), replicate + 1))
-    if not found:
-        what = {_same_question: ", another question", _same_image: ", another image"}.get(same, "")
+    others = (e for e in sorted(examples, key=digest) if normalise(e.answers[0]) not in right_answers)
+    candidates = list(itertools.islice((e for e in others if same is None or not same(example, e)), replicate + 1))
+    if not candidates:
+        part = {_same_question: ", another question", _same_image: ", another image"}.get(same, "")
         raise UserError(
-            f"example {own.id!r} finds no other with another answer than {own.answers[0]!r}{what}: trace more samples"
+            f"example {example.id!r} finds no other with another answer than {example.answers[0]!r}{part}: "
+            "trace more samples"
         )
-    return found[replicate % len(found)]
+    return candidates[replicate % len(candidates)]
 
 
 def as_interventions(model: Model, clean: Embedded, corrupt: Embedded) -> tuple[Add, ...]:
-    """What turns the clean embeddings into the corrupted ones."""
-    found = [Add(corrupt.x - clean.x)]
+    """Interventions that add the difference from the clean to the corrupted embeddings, and to DeepStack's tensors."""
+    interventions = [Add(corrupt.x - clean.x)]
     if clean.deepstack is not None and corrupt.deepstack is not clean.deepstack:
         depth, count = model.config.text.num_hidden_layers, len(clean.deepstack)
         slot = jnp.minimum(jnp.arange(depth), count).astype(jnp.int32)
-        found.append(Add(corrupt.deepstack - clean.deepstack, site="text.deepstack", slot=slot))
-    return tuple(found)
+        interventions.append(Add(corrupt.deepstack - clean.deepstack, site="text.deepstack", slot=slot))
+    return tuple(interventions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,22 +337,22 @@ class Corrupter:
 
     def __call__(self, rows: Sequence[int], batch: Batch, replicate: int = 0) -> tuple[Add, ...]:
         options, corruption = self.options, CORRUPTIONS[self.options.corruption]
-        rows = [*rows, *[rows[-1]] * (len(batch.inputs.input_ids) - len(rows))]  # as batches fill up the last one
-        here = [self.examples[row] for row in rows]
-        others = here
+        rows = [*rows, *[rows[-1]] * (len(batch.inputs.input_ids) - len(rows))]  # the batch repeats its last row
+        examples = [self.examples[row] for row in rows]
+        others = examples
         if corruption.same is not None:
             others = [counterpart(self.examples, row, replicate, options.seed, corruption.same) for row in rows]
-        keys = jnp.stack([sample_key(options.seed, example.id, replicate) for example in here])
+        keys = jnp.stack([sample_key(options.seed, example.id, replicate) for example in examples])
         embedded = embed(self.model, batch.inputs)
         sigma = self.survey.sigma[options.sigma]
         case = Case(
-            self.model, self.processor, here, others, batch, embedded, keys, self.survey, options.noise_scale, sigma
+            self.model, self.processor, examples, others, batch, embedded, keys, self.survey, options.noise_scale, sigma
         )
         return as_interventions(self.model, embedded, corruption.corrupt(case))
 
 
 def survey(model: Model, groups: Iterable[tuple[Sequence[int], Batch]]) -> Survey:
-    """What corruptions need to know of a whole task, from all its batches."""
+    """The :class:`Survey` of a task, from all its batches ``(row numbers, batch)``."""
     surveyor = Surveyor(model)
     for rows, batch in groups:
         surveyor.add(batch, len(rows))

@@ -1,1 +1,1 @@
-"""Models on disk: Hugging Face folders both ways, Orbax folders, fingerprints."""
+"""Models on disk: loads and saves Hugging Face and Orbax folders, and computes fingerprints."""

@@ -1,4 +1,4 @@
-"""Which model is this? A short name for a config and all weights, so that results of another model are refused."""
+"""A short name for a model's config and weights, by which results of another model are recognised and refused."""
 
 import dataclasses
 import hashlib
@@ -14,15 +14,16 @@ from vlm_jax.runs.processes import fetch
 
 
 def fingerprint(model: Model) -> str:
-    """16 hexadecimal digits of a SHA-256 over the config's fields and, of every parameter, its name, its shape and a
-    64-bit checksum of its float32 values and their places.
+    """16 hexadecimal digits of a SHA-256 hash of the config and of each parameter's name, shape and checksum.
 
-    The checksum is a sum of integers, which no order of summing changes: it is the same on every device and mesh, and
-    for the same values in another precision (a bfloat16 checkpoint loaded as float32). One changed bit changes it; two
-    values that change places do, but for one chance in 2^64. Nothing leaves the devices but two words per parameter.
+    The checksum has 64 bits and is computed from the float32 values and their positions. It is a sum of integers, so it
+    does not depend on the order of summation: every device and mesh gives the same. The same values in another
+    precision (a bfloat16 checkpoint loaded as float32) give the same as well. A changed bit always changes it. Two
+    values that swap positions change it with a probability of 1 - 2^-64. Only two words per parameter leave the
+    devices.
     """
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hf"}
-    del config["text"]["attention"]  # how it is computed, not what
+    del config["text"]["attention"]  # the choice of a kernel does not change the function that is computed
     leaves = named_leaves(model)
     sums = fetch(checksums(leaves))
     described = [[name, list(leaves[name].shape), [int(word) for word in sums[name]]] for name in sorted(leaves)]
@@ -32,20 +33,20 @@ def fingerprint(model: Model) -> str:
 
 @jax.jit
 def checksums(leaves: Any) -> Any:
-    """Two words ``(2,) uint32`` in the place of every array of a pytree."""
+    """The pytree with every array replaced by its checksum, ``(2,) uint32``."""
     return jax.tree.map(_checksum, leaves)
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-    place = jnp.uint32(0)
+    position = jnp.uint32(0)
     for axis, size in enumerate(leaf.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.stack([jnp.sum(_mix(bits ^ _mix(place + jnp.uint32(seed))), dtype=jnp.uint32) for seed in (1, 2)])
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.stack([jnp.sum(_mix(bits ^ _mix(position + jnp.uint32(seed))), dtype=jnp.uint32) for seed in (1, 2)])
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """MurmurHash3's finaliser: one to one, and every bit of the result depends on every bit of ``x``."""
+    """MurmurHash3's finaliser: a bijection in which every bit of the result depends on every bit of ``x``."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

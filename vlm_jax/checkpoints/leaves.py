@@ -11,22 +11,22 @@ from vlm_jax.model import Model
 
 
 def abstract(config: Config) -> Model:
-    """The model's structure and shapes without any array."""
+    """The model with shapes in place of arrays (``jax.eval_shape``); nothing is allocated."""
     return jax.eval_shape(lambda: Model(config, jax.random.key(0)))
 
 
 def leaf_name(path) -> str:
-    """``text.layers.mlp.gate_proj.kernel`` for a path in the model's pytree."""
+    """The name of a path in the model's pytree, such as ``text.layers.mlp.gate_proj.kernel``."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def named_leaves(model: Model) -> dict[str, Any]:
-    """Every parameter (or its shape, in an abstract model) by its path."""
+    """Name -> parameter, or its shape for an abstract model."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 
 def rows_of(config: Config) -> list[tuple[Row, jax.ShapeDtypeStruct]]:
-    """The rows that a model of this config has, each with our shape."""
+    """The rows of the family's key table that a model with this config needs, each with the shape of our parameter."""
     shapes = named_leaves(abstract(config))
     table = {row.path: row for row in FAMILIES[config.family].table}
     assert shapes.keys() <= table.keys(), f"the key table lacks {shapes.keys() - table.keys()}"
@@ -34,5 +34,5 @@ def rows_of(config: Config) -> list[tuple[Row, jax.ShapeDtypeStruct]]:
 
 
 def tensor_count(row: Row, leaf: Any) -> int:
-    """How many tensors of a file make up this parameter."""
+    """How many tensors in the files form this parameter: one for each layer if it is stacked."""
     return leaf.shape[0] if row.stacked else 1

@@ -1,4 +1,4 @@
-"""Loads a model from a Hugging Face or Orbax folder, driven by the family's key table."""
+"""Loads a model from a Hugging Face or Orbax folder. The family's key table says which tensor becomes what."""
 
 import functools
 import os
@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,36 +23,35 @@ from vlm_jax.families.key_table import Row
 from vlm_jax.files import read_json
 from vlm_jax.mesh.sharding import sharding
 
-#: Tensors that are no parameters: older files saved what is computed from the config.
+#: Tensors that are not parameters. Older files contain these values, which the config determines.
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
-
-
+#: safetensors' name of a precision -> NumPy's.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | None = None, attention: str = "xla"):
-    """A model and its processor.
+    """Loads a model and its processor.
 
-    Every tensor goes from the file to its device layer by layer: host memory beyond the finished arrays stays below
-    one stacked parameter.
+    Tensors are read one parameter at a time. Beyond the finished arrays, host memory holds at most one stacked
+    parameter.
 
     Args:
-        source: an embedded name (``mini-qwen3-vl``), a Hugging Face folder, a folder that
+        source: an embedded model's name (``mini-qwen3-vl``), a Hugging Face folder, a folder that
             ``python -m vlm_jax.convert`` wrote, or a hub id.
-        dtype: of the parameters ("float32", "bfloat16", "float16"); the checkpoint's own where None.
-        mesh: put the parameters on this mesh by the rules of :mod:`vlm_jax.mesh.sharding`; each process reads the
-            slices that its devices hold, each once.
-        attention: "xla", or "splash": TPU's kernel where it applies (:mod:`vlm_jax.nn.kernels`).
+        dtype: precision of the parameters ("float32", "bfloat16", "float16"); None keeps the checkpoint's.
+        mesh: distributes the parameters over this mesh by the rules of :mod:`vlm_jax.mesh.sharding`. Each process reads
+            only the slices that its devices hold, and each slice once.
+        attention: "xla", or "splash" for TPU's kernel where it applies (:mod:`vlm_jax.nn.kernels`).
 
     Returns:
-        ``(model, processor)``; the processor is None where the folder has no tokeniser.
+        ``(model, processor)``. The processor is None if the folder has no tokeniser.
 
     Warns:
         UserWarning: once, if the parameters are float32 on an accelerator and :func:`vlm_jax.configure` was not called.
 
     Raises:
-        UserError: unknown source or architecture; missing, extra, misshapen or NaN-filled tensors (all that are
-            missing, extra or misshapen are listed); an unreadable file; a pickle checkpoint.
+        UserError: for an unknown source or architecture; missing, extra or misshapen tensors (all are listed); NaN or
+            infinite values; an unreadable file; a pickle checkpoint.
     """
     if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in DTYPES.values():
         raise UserError(f"dtype {dtype!r} is not supported: use float32, bfloat16 or float16")
@@ -63,7 +63,7 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         with ExitStack() as stack:
             tensors = _open(folder, config, stack)
             rows = _coverage(config, tensors, folder)
-            leaves = {row.path: _read(row, leaf, tensors, config, dtype, mesh) for row, leaf in rows}
+            leaves = {row.path: _read_parameter(row, leaf, tensors, config, dtype, mesh) for row, leaf in rows}
     check_precision({leaf.dtype for leaf in leaves.values()})
     model = abstract(config)
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
@@ -80,8 +80,10 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
 
 
 def _open(folder: Path, config: Config, stack: ExitStack) -> dict[str, tuple[Any, str]]:
-    """The table's tensor name -> (open file, its name there), over one ``model.safetensors`` or the files of an
-    index."""
+    """The key table's name of each tensor -> (open file, the tensor's name in it).
+
+    The files are ``model.safetensors`` or those that an index names. ``stack`` closes them.
+    """
     index = folder / INDEX
     files = [SINGLE]
     if index.is_file():
@@ -100,7 +102,7 @@ def _open(folder: Path, config: Config, stack: ExitStack) -> dict[str, tuple[Any
     for file in files:
         path = folder / file
         if Path(file).name != file:
-            raise UserError(f"{index} names {file!r}, which lies outside of the folder: fetch the folder again")
+            raise UserError(f"{index} names {file!r}, which is outside the folder: fetch the folder again")
         if not path.is_file():
             raise UserError(f"{folder} has no {file}: fetch the folder again, whole")
         try:
@@ -117,27 +119,33 @@ def _open(folder: Path, config: Config, stack: ExitStack) -> dict[str, tuple[Any
 
 
 def _coverage(config: Config, tensors: dict, folder: Path) -> list[tuple[Row, jax.ShapeDtypeStruct]]:
-    """The rows to read, once every tensor is known to be wanted exactly once and every shape to fit."""
+    """The key table's rows to read.
+
+    Raises:
+        UserError: unless the files hold exactly the needed tensors, with the expected shapes and a supported precision.
+    """
     rows = rows_of(config)
-    problems, wanted = [], set()
+    problems, needed = [], set()
     for row, leaf in rows:
         ours = leaf.shape[1:] if row.stacked else leaf.shape
         expected = tuple(row.op.hf_shape(ours, config))
         for i in range(tensor_count(row, leaf)):
             key = row.hf.format(i)
-            wanted.add(key)
+            needed.add(key)
             if key not in tensors:
                 problems.append(f"missing {FAMILIES[config.family].on_disk(key)} {expected}")
                 continue
-            handle, disk = tensors[key]
-            part = handle.get_slice(disk)
-            if (found := tuple(part.get_shape())) != expected:
-                problems.append(f"misshapen {disk} {found}, expected {expected}")
-            elif part.get_dtype() not in ("F32", "BF16", "F16"):
-                problems.append(f"{disk} is stored as {part.get_dtype()}, only F32, BF16 and F16 are supported")
-    # Some published files repeat the tied head, and older ones hold buffers.
+            handle, name_in_file = tensors[key]
+            tensor = handle.get_slice(name_in_file)
+            if (shape := tuple(tensor.get_shape())) != expected:
+                problems.append(f"misshapen {name_in_file} {shape}, expected {expected}")
+            elif tensor.get_dtype() not in DTYPES:
+                problems.append(
+                    f"{name_in_file} is stored as {tensor.get_dtype()}, only F32, BF16 and F16 are supported"
+                )
+    # Some published files repeat the tied head, and older ones contain buffers.
     ignored = {"lm_head.weight"} if config.text.tie_word_embeddings else set()
-    extra = (key for key in tensors.keys() - wanted - ignored if not key.endswith(BUFFERS))
+    extra = (key for key in tensors.keys() - needed - ignored if not key.endswith(BUFFERS))
     problems += [f"extra {tensors[key][1]}" for key in sorted(extra)]
     if problems:
         raise UserError(
@@ -147,37 +155,40 @@ def _coverage(config: Config, tensors: dict, folder: Path) -> list[tuple[Row, ja
     return rows
 
 
-def _read(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, dtype, mesh) -> jax.Array:
-    """One parameter, from its tensors to its devices."""
-    own = tensors[row.hf.format(0)]
-    dtype = jnp.dtype(dtype or DTYPES[own[0].get_slice(own[1]).get_dtype()])
+def _read_parameter(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, dtype, mesh) -> jax.Array:
+    """Reads one parameter from its tensors and puts it on its devices."""
+    handle, key = tensors[row.hf.format(0)]
+    dtype = jnp.dtype(dtype or DTYPES[handle.get_slice(key).get_dtype()])
 
-    def tensor(i: int, where: tuple[slice, ...]) -> np.ndarray:
+    def read_tensor(i: int, where: tuple[slice, ...]) -> np.ndarray:
+        """A slice, in our layout, of the parameter's i-th tensor."""
         handle, key = tensors[row.hf.format(i)]
         try:
-            # A slice of ours is a slice of theirs in all but the patch embedding, which is small.
+            # Only the patch embedding, which is small, is read whole for any slice.
             value = row.op.read(handle.get_slice(key), where)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{key} cannot be read ({error}): the file may be cut short, fetch it again") from None
+        # NumPy would broadcast a wrong shape when it is assigned below.
+        chex.assert_shape(value, tuple(part.stop - part.start for part in where), custom_message=f"key table, {key}")
         if not np.isfinite(value).all():
             raise UserError(f"{key} holds NaN or infinite numbers: the checkpoint is damaged, fetch it again")
         return value
 
     @functools.cache
-    def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    def read_slice(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         where = tuple(slice(*bound) for bound in bounds)
         value = np.empty([stop - start for start, stop in bounds], dtype)
         if row.stacked:
-            for place, i in enumerate(range(*bounds[0])):
-                value[place] = tensor(i, where[1:])
+            for position, i in enumerate(range(*bounds[0])):
+                value[position] = read_tensor(i, where[1:])
         else:
-            value[...] = tensor(0, where)
+            value[...] = read_tensor(0, where)
         return value
 
     def callback(index: tuple[slice, ...]) -> np.ndarray:
-        # Several devices may hold the same slice, which is then read once.
-        return part(tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True)))
+        # Several devices may hold the same slice. The cache makes sure that it is read once.
+        return read_slice(tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True)))
 
     if mesh is None:
-        return jax.device_put(part(tuple((0, size) for size in leaf.shape)))
+        return jax.device_put(read_slice(tuple((0, size) for size in leaf.shape)))
     return jax.make_array_from_callback(leaf.shape, sharding(row.path, leaf.shape, mesh), callback)

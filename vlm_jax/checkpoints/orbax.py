@@ -1,4 +1,4 @@
-"""Orbax folders, for fast restarts."""
+"""Orbax folders, which load faster than Hugging Face folders."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from vlm_jax.model import Model
 
 
 def save_orbax(model: Model, folder: Path) -> None:
-    """Writes ``config.json`` and an Orbax checkpoint, which ``load`` takes too."""
+    """Writes ``config.json`` and an Orbax checkpoint. :func:`vlm_jax.load` reads the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / ORBAX).absolute(), named_leaves(model), force=True)
@@ -25,37 +25,43 @@ def save_orbax(model: Model, folder: Path) -> None:
 
 
 def load_orbax(folder: Path, config: Config, dtype, mesh) -> dict[str, jax.Array]:
+    """Name -> parameter, read from an Orbax checkpoint; arguments as for :func:`vlm_jax.load`.
+
+    Raises:
+        UserError: for an unreadable checkpoint; missing, extra or misshapen arrays (all are listed); NaN or infinite
+            values.
+    """
     path = (folder / ORBAX).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            found = checkpointer.metadata(path).item_metadata.tree
+            saved = checkpointer.metadata(path).item_metadata.tree
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is no readable Orbax checkpoint ({error}): convert the model again") from None
-        wanted = named_leaves(abstract(config))
-        problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
-        problems += [f"extra {name}" for name in sorted(found.keys() - wanted.keys())]
+            raise UserError(f"{path} is not a readable Orbax checkpoint ({error}): convert the model again") from None
+        expected = named_leaves(abstract(config))
+        problems = [f"missing {name}" for name in sorted(expected.keys() - saved.keys())]
+        problems += [f"extra {name}" for name in sorted(saved.keys() - expected.keys())]
         problems += [
-            f"misshapen {name} {tuple(found[name].shape)}, expected {wanted[name].shape}"
-            for name in sorted(wanted.keys() & found.keys())
-            if tuple(found[name].shape) != wanted[name].shape
+            f"misshapen {name} {tuple(saved[name].shape)}, expected {expected[name].shape}"
+            for name in sorted(expected.keys() & saved.keys())
+            if tuple(saved[name].shape) != expected[name].shape
         ]
         if problems:
             raise UserError(
                 f"{folder}: {len(problems)} array(s) do not fit the config ({'; '.join(problems)}): "
                 "convert the model again"
             )
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = {
             name: jax.ShapeDtypeStruct(
                 leaf.shape,
-                dtype or found[name].dtype,
-                sharding=here if mesh is None else sharding(name, leaf.shape, mesh),
+                dtype or saved[name].dtype,
+                sharding=first_device if mesh is None else sharding(name, leaf.shape, mesh),
             )
-            for name, leaf in wanted.items()
+            for name, leaf in expected.items()
         }
         try:
             leaves = checkpointer.restore(path, target)
-        except Exception as error:  # TensorStore reports damage with errors of many kinds
+        except Exception as error:  # TensorStore reports a damaged file by errors of many kinds
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} cannot be read ({reason}): convert the model again") from None
     for name, leaf in leaves.items():

@@ -20,18 +20,21 @@ from vlm_jax.model import Model
 
 
 def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**9) -> Path:
-    """Writes ``config.json`` and the tensors, named as transformers does; an existing checkpoint is replaced whole.
+    """Writes ``config.json`` and the tensors with transformers' names. An existing checkpoint is replaced as a whole.
 
     Args:
-        shard_bytes: beyond this size there are several files and an index.
+        shard_bytes: largest size of a file in bytes. A larger model is written as several files and an index.
+
+    Raises:
+        UserError: if a file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family, leaves = FAMILIES[model.config.family], named_leaves(model)
-    places = [(row, i) for row, leaf in rows_of(model.config) for i in range(tensor_count(row, leaf))]
+    tensors_to_write = [(row, i) for row, leaf in rows_of(model.config) for i in range(tensor_count(row, leaf))]
     shards: list[list[tuple[Row, int]]] = [[]]
     filled = 0
-    for row, i in places:
+    for row, i in tensors_to_write:
         size = leaves[row.path].nbytes // tensor_count(row, leaves[row.path])
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
@@ -56,7 +59,7 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
             total = sum(leaf.nbytes for leaf in leaves.values())
             value = {"metadata": {"total_size": total}, "weight_map": index}
             (Path(scratch) / INDEX).write_text(json.dumps(value, indent=2) + "\n")
-        # What an earlier checkpoint left here would be loaded instead of this one.
+        # Files of an earlier checkpoint would be loaded instead of this one.
         for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
             stale.unlink(missing_ok=True)
         shutil.rmtree(folder / ORBAX, ignore_errors=True)
@@ -67,12 +70,12 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
 
 
 def config_to_save(model: Model) -> dict:
-    """The model's ``config.json``, with the precision that its parameters have now."""
+    """The model's ``config.json`` with the current precision of its parameters."""
     return with_dtype(json.loads(model.config.hf), str(model.text.embed_tokens.weight[...].dtype))
 
 
 def with_dtype(config: Any, dtype: str) -> Any:
-    """A ``config.json`` whose dtype fields, those of its parts too, say ``dtype``."""
+    """A ``config.json`` in which all dtype fields, also those of nested configs, are ``dtype``."""
     if not isinstance(config, dict):
         return config
     return {k: dtype if k in ("dtype", "torch_dtype") else with_dtype(v, dtype) for k, v in config.items()}

@@ -1,4 +1,4 @@
-"""From a name to a folder: embedded models, local folders, the hub; and the config in it."""
+"""Finds the folder of a model (embedded, local or on the hub) and reads its config."""
 
 import os
 from pathlib import Path
@@ -8,19 +8,22 @@ from vlm_jax.config import Config
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files import read_json
 
+#: The folder of the embedded models.
 MINI = Path(__file__).parents[1] / "mini"
-
-
 SINGLE, INDEX, ORBAX = "model.safetensors", "model.safetensors.index.json", "orbax"
 
 
 def embedded_models() -> list[str]:
-    """Names of the models that ship with the library."""
+    """The names of the models that are part of the library."""
     return sorted(p.parent.name for p in MINI.glob("*/config.json"))
 
 
 def resolve(source: str | os.PathLike) -> Path:
-    """The folder behind an embedded name, a local folder or a hub id."""
+    """The folder of an embedded model, a local folder, or the downloaded folder of a hub id.
+
+    Raises:
+        UserError: for an unknown name, a folder without ``config.json``, or a download that fails.
+    """
     path = Path(source)
     if (path / "config.json").is_file():
         return path
@@ -51,7 +54,7 @@ def read_config(folder: Path) -> Config:
     where = folder / "config.json"
     hf = read_json(where)
     if (folder / "generation_config.json").is_file():
-        # What generation stops at is often written there alone.
+        # Often only this file has the tokens at which generation stops.
         generation = read_json(folder / "generation_config.json")
         hf |= {k: generation[k] for k in ("eos_token_id", "pad_token_id") if generation.get(k) is not None}
     return families.read_config(hf, str(where))

@@ -1,8 +1,8 @@
-"""Several processes as one command, each started with the same arguments: what one of them decides, what all know.
+"""Several processes that run one command, each started with the same arguments: joining, and exchanging values.
 
-Training is one program on a mesh over all processes. Traces and answers of different samples have nothing to say to
-each other, so there the mesh falls apart into teams (:func:`apart`), each with a whole model and its own samples: as
-many as ``data`` allows, so that a model that no single process can hold is still one team's.
+Training is one program on a mesh over all processes. Traces and answers of different samples are independent, so for
+them the mesh is divided into teams (:func:`apart`). Each team has a whole model and its own samples. The mesh's axis
+``data`` sets the number of teams, so a model that is too large for one process is held by a team of several.
 """
 
 import contextlib
@@ -21,17 +21,21 @@ from tqdm import tqdm
 
 from vlm_jax.errors import UserError
 
-#: How long a process may give no sign of life before the others end, and how long one that ends waits for them.
+#: Seconds without a heartbeat after which a process counts as lost and the others end; seconds that a process which
+#: ends waits for the others.
 LOST_SECONDS, END_SECONDS = 60, 30
 
 
 def join(text: str) -> None:
-    """Joins the processes that ``--processes`` names. From here on the first alone writes to standard output.
+    """Joins the processes of a job. Afterwards only the first process writes to standard output.
+
+    Args:
+        text: the value of ``--processes``: "auto" or "HOST:PORT,COUNT,INDEX".
 
     Raises:
-        UserError: if it names none, or if they cannot be found.
+        UserError: if the text has another form, or the processes cannot be reached.
     """
-    how: dict[str, Any] = {}
+    address_options: dict[str, Any] = {}
     if text != "auto":
         address, *numbers = text.split(",")
         host, _, port = address.rpartition(":")
@@ -40,20 +44,20 @@ def join(text: str) -> None:
         count, index = map(int, numbers)
         if index >= count:
             raise UserError(f"--processes {text!r}: the index of {count} processes is 0 to {count - 1}, not {index}")
-        how = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    # XLA's scheduler for concurrency on CPUs lets the collectives of a program overtake each other, in each process in
-    # another way, and gloo takes them as they come: the processes end over parts of different sizes.
-    ordered = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        address_options = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    # XLA's concurrency scheduler on CPUs may reorder a program's collectives, differently in each process. gloo matches
+    # collectives by their order, so parts of different sizes would meet and the processes would end.
+    ordered_collectives = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     if "cpu" in (jax.config.jax_platforms or "cpu"):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ordered}".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ordered_collectives}".strip()
     try:
         timeouts = {"heartbeat_timeout_seconds": LOST_SECONDS, "shutdown_timeout_seconds": END_SECONDS}
-        jax.distributed.initialize(**how, **timeouts)
+        jax.distributed.initialize(**address_options, **timeouts)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"--processes {text}: cannot join ({reason}): start every process of the job with this command, and name "
-            "HOST:PORT,COUNT,INDEX where no Slurm, GKE, TPU VM or MPI says who they are"
+            "HOST:PORT,COUNT,INDEX unless Slurm, GKE, a TPU VM or MPI gives the addresses"
         ) from None
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -65,49 +69,53 @@ def is_first() -> bool:
 
 
 def first(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives in the first process, in all of them; none goes on before it is done.
+    """The value of ``make`` in the first process, returned in all processes. All wait until it is done.
 
     Args:
-        make: called in the first process alone; returns what JSON has. A :class:`UserError` is raised in all.
+        make: called only in the first process; returns a value that JSON can represent. Its :class:`UserError` is
+            raised in all processes.
     """
     return everywhere(lambda: make() if is_first() else None)[0]
 
 
 def everywhere(make: Callable[[], Any]) -> list[Any]:
-    """What ``make`` gives in each process, in their order, in all of them.
+    """The values of ``make`` in all processes, in their order, returned in all processes.
 
     Args:
-        make: returns what JSON has. The :class:`UserError` of one process is raised in all.
+        make: returns a value that JSON can represent. A :class:`UserError` in one process is raised in all.
     """
     if jax.process_count() == 1:
         return [make()]
     try:
-        said = [make(), None]
+        outcome = [make(), None]
     except UserError as error:
-        said = [None, str(error)]
-    told = gathered(said)
-    for _, refused in told:
-        if refused is not None:
-            raise UserError(refused)
-    return [value for value, _ in told]
+        outcome = [None, str(error)]
+    outcomes = gathered(outcome)
+    for _, message in outcomes:
+        if message is not None:
+            raise UserError(message)
+    return [value for value, _ in outcomes]
 
 
 def gathered(value: Any) -> list[Any]:
-    """What every process has, as JSON has it, in their order, in all of them."""
+    """The ``value`` of each process, in their order, returned in all processes; a value that JSON can represent."""
     if jax.process_count() == 1:
         return [value]
-    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([own.size]))[:, 0]
-    # A power of two, so that few programs serve all sizes.
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([encoded.size]))[:, 0]
+    # Sizes are padded to a power of two, so that few programs are compiled.
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
-    padded[: own.size] = own
+    padded[: encoded.size] = encoded
     parts = multihost_utils.process_allgather(padded)
     return [json.loads(part[:size].tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
 
 def fetch(tree: Any, keep: bool = True) -> Any:
-    """The arrays of a pytree in host memory, whole, in every process that keeps them (elsewhere, None for each); one
-    after the other, and all processes must ask at once."""
+    """Copies the whole arrays of a pytree to host memory, one after the other. All processes must call it together.
+
+    Args:
+        keep: whether this process keeps the arrays. If not, it gets None in place of each.
+    """
 
     def whole(leaf):
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -117,35 +125,41 @@ def fetch(tree: Any, keep: bool = True) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def progress(*args: Any, **how: Any) -> tqdm:
-    """A progress bar with an ETA, in the first process."""
-    return tqdm(*args, disable=not is_first(), **how)
+def progress(*args: Any, **options: Any) -> tqdm:
+    """A progress bar with an ETA, which only the first process shows."""
+    return tqdm(*args, disable=not is_first(), **options)
 
 
 class Team(NamedTuple):
-    """Processes that work on the same samples: the ``index``-th of ``count``; and whether this one writes for them."""
+    """A group of processes that work on the same samples."""
 
     index: int = 0
     count: int = 1
+    """The number of teams."""
     writes: bool = True
+    """Whether this process writes the team's results."""
 
     def own(self, total: int) -> range:
-        """Which of ``total`` samples are this team's."""
+        """The numbers of this team's samples, out of ``total``."""
         return range(self.index, total, self.count)
 
 
 def team_of(data: int) -> Team:
-    """This process's team on a mesh with an axis ``data`` of this size."""
-    processes, here = jax.process_count(), jax.process_index()
+    """This process's team on a mesh whose axis ``data`` has this size."""
+    processes, index = jax.process_count(), jax.process_index()
     count = math.gcd(data, processes)
     size = processes // count
-    return Team(here // size, count, here % size == 0)
+    return Team(index // size, count, index % size == 0)
 
 
 @contextlib.contextmanager
 def apart(*trees: Any) -> Iterator[tuple]:
-    """Within it, the mesh in use is that of this process's team. Yields the team, and the pytrees as they lie there:
-    the same buffers, of which each team has a whole set, since no parameter is split over ``data``."""
+    """A context in which the mesh is that of this process's team.
+
+    Yields:
+        The team, and the pytrees on its mesh. Nothing is copied: no parameter is split over ``data``, so each team
+        already has all parts of every array.
+    """
     if jax.process_count() == 1:
         yield (Team(), *trees)
         return
@@ -158,9 +172,9 @@ def apart(*trees: Any) -> Iterator[tuple]:
         if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
             return leaf
         assert "data" not in jax.tree.leaves(tuple(leaf.sharding.spec)), "a parameter is split over data"
-        place = NamedSharding(mesh, leaf.sharding.spec)
+        team_sharding = NamedSharding(mesh, leaf.sharding.spec)
         return jax.make_array_from_single_device_arrays(
-            leaf.shape, place, [shard.data for shard in leaf.addressable_shards]
+            leaf.shape, team_sharding, [shard.data for shard in leaf.addressable_shards]
         )
 
     moved = trees if team.count == 1 else jax.tree.map(narrowed, trees)

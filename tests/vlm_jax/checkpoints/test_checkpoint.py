@@ -326,3 +326,18 @@ def test_orbax_that_is_not_a_number(tmp_path):
     model, _ = vlm_jax.load(SOURCE)
     save_orbax(jax.tree.map(lambda leaf: np.nan * leaf, model), tmp_path)
     assert "NaN" in refusal(tmp_path)
+
+
+def test_a_key_table_that_reads_another_shape(monkeypatch):
+    """A programmer's error: without the check NumPy would broadcast one number over the whole parameter."""
+    rows_of = loading.rows_of
+
+    def with_wrong_row(config):
+        def wrong(row):
+            return row._replace(op=row.op._replace(read=lambda tensor, where: tensor[where][:1]))
+
+        return [(wrong(row) if row.path == "text.norm.weight" else row, leaf) for row, leaf in rows_of(config)]
+
+    monkeypatch.setattr(loading, "rows_of", with_wrong_row)
+    with pytest.raises(AssertionError, match=r"key table, .*norm\.weight"):
+        vlm_jax.load(SOURCE)
