@@ -270,6 +270,26 @@ def test_kinds_of_a_group(texts, kinds):
     agree(texts, [tuple(KINDS[kind](texts, i) for kind in kinds) for i in range(COUNT)])
 
 
+class Loud(vlm_jax.Intervention):
+    """A kind that says nothing of its layers and tokens, and is not registered."""
+
+    sites = frozenset({"text.resid_mid", "text.norm"})
+
+    def __init__(self, strength):
+        self.strength = strength
+
+    def __call__(self, site, value, ctx):
+        return value * self.strength
+
+
+jax.tree_util.register_pytree_node(Loud, lambda loud: ((loud.strength,), None), lambda _, children: Loud(*children))
+
+
+def test_a_kind_with_the_defaults(texts):
+    """Beside one that begins in a higher layer and at a later token: it decides where the variants begin."""
+    agree(texts, [(Loud(np.float32(0.5 + 0.2 * i)), LAYER_KINDS["gate"](texts, i + 1)) for i in range(COUNT)])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_together(runs, family):
     """All kinds of the layers at once, on prompts with images; a variant's first layer is that of its first kind."""
