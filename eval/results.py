@@ -34,18 +34,18 @@ def lmms_eval_results(
         original: how many samples each task has; None where only as many were read as were asked for.
     """
     values = {task: {k: v for s in parts.values() for k, v in s.values.items()} for task, parts in summaries.items()}
-    better = {task: {name: name not in NEITHER_BETTER or None for name in found} for task, found in values.items()}
+    better = {task: {name: name not in NEITHER_BETTER or None for name in metrics} for task, metrics in values.items()}
     return {
-        "results": {task: {"alias": task, **_keyed(found)} for task, found in values.items()},
+        "results": {task: {"alias": task, **_keyed(metrics)} for task, metrics in values.items()},
         "configs": {
             task: {
                 "task": task,
                 **task_config,
-                "metric_list": [{"metric": name, "higher_is_better": better[task][name]} for name in found],
+                "metric_list": [{"metric": name, "higher_is_better": better[task][name]} for name in metrics],
                 "num_fewshot": 0,
                 "output_type": "generate_until",
             }
-            for task, found in values.items()
+            for task, metrics in values.items()
         },
         "versions": dict.fromkeys(values, VERSION),
         "n-shot": dict.fromkeys(values, 0),
@@ -67,9 +67,9 @@ def lmms_eval_samples(
     examples: Sequence[Example], prompts: Sequence[str], answers: Sequence[str], judged: Sequence[Judged], options
 ) -> dict[str, list[dict]]:
     """Task -> the lines of its ``samples_TASK.jsonl``. Images are not written: ``doc_hash`` covers their pixels."""
-    found: dict[str, list[dict]] = {}
+    by_task: dict[str, list[dict]] = {}
     for example, prompt, answer, one in zip(examples, prompts, answers, judged, strict=True):
-        lines = found.setdefault(example.task, [])
+        lines = by_task.setdefault(example.task, [])
         lines.append(
             {
                 "doc_id": len(lines),
@@ -82,7 +82,7 @@ def lmms_eval_samples(
                 **_scores(example, one, options),
             }
         )
-    return found
+    return by_task
 
 
 def _scores(example: Example, one: Judged, options: MetricOptions) -> dict[str, float]:

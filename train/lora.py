@@ -137,14 +137,14 @@ def conditions(args: Args, scoring: Scoring, families: list[str]) -> dict[str, l
     k = modules_to_place(args, scoring.depth)
     labels = {"all": "LLM-all", "random": f"Random-{k}"}
     wanted = dict.fromkeys([*(labels if args.baselines else ()), args.placement])
-    found = {}
+    by_condition = {}
     for name in wanted:
         seeds = args.random_seeds if find_placement(name).seeded else (args.seed,)
         title = f"File-{Path(name).stem}" if name.endswith(".json") else f"Top-{k}-{name.replace('_', '-')}"
-        found[labels.get(name, title)] = [
+        by_condition[labels.get(name, title)] = [
             {family: choose_modules(name, scoring, family, k, seed) for family in families} for seed in seeds
         ]
-    return found
+    return by_condition
 
 
 def modules_to_place(args: Args, depth: int) -> int:

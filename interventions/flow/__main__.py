@@ -94,17 +94,20 @@ def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
     return tuple(map(list, chosen))
 
 
-def _report(task: str, found: dict) -> None:
-    seen = found["attention"]
-    names = [name for name in ("to_image", "to_image_end", "ratio", "tokens_for_80", "tokens_for_90") if name in seen]
-    print(f"{task}: {found['samples']} samples\n  layer  " + "  ".join(f"{name:>13s}" for name in names))
-    for layer in range(len(seen["to_image"]["mean"])):
-        print(f"  {layer:<5d}  " + "  ".join(f"{seen[name]['mean'][layer]:13.3f}" for name in names))
-    for part in (part for part in found["answers"] if part["layers"] is None):
+def _report(task: str, results: dict) -> None:
+    """Prints what was measured on a task: attention layer by layer, then the answers without each edge."""
+    attention = results["attention"]
+    names = [
+        name for name in ("to_image", "to_image_end", "ratio", "tokens_for_80", "tokens_for_90") if name in attention
+    ]
+    print(f"{task}: {results['samples']} samples\n  layer  " + "  ".join(f"{name:>13s}" for name in names))
+    for layer in range(len(attention["to_image"]["mean"])):
+        print(f"  {layer:<5d}  " + "  ".join(f"{attention[name]['mean'][layer]:13.3f}" for name in names))
+    for part in (part for part in results["answers"] if part["layers"] is None):
         mean, low, high = (part["accuracy"][key] for key in ("mean", "low", "high"))
-        none = ", ".join(f"{count} {why}" for why, count in part["failures"].items() if count)
+        failures = ", ".join(f"{count} {why}" for why, count in part["failures"].items() if count)
         cut = f"without {part['edge'] or 'nothing':20s}  {part['mode'] or '':12s}"
-        print(f"  {cut}  right {mean:.3f} [{low:.3f}, {high:.3f}]  {none}".rstrip())
+        print(f"  {cut}  right {mean:.3f} [{low:.3f}, {high:.3f}]  {failures}".rstrip())
 
 
 @command

@@ -24,6 +24,7 @@ from interventions.placement.rules import (
     read_trace,
     top,
 )
+from interventions.placement.scores import SCORES
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.errors import UserError
 
@@ -86,6 +87,24 @@ def test_every_placement_is_tested_and_shown():
     assert rules.placement_table() in page, (
         "docs/placement.md does not show the registry: paste rules.placement_table()"
     )
+
+
+def test_every_score_that_a_placement_needs_is_registered():
+    assert {entry.needs for entry in PLACEMENTS.values()} - {None, "rr"} == set(SCORES)
+
+
+def test_a_placement_registers_itself_once(monkeypatch):
+    monkeypatch.setattr(rules, "PLACEMENTS", dict(PLACEMENTS))
+
+    @rules.placement("every_attention", "all attentions", needs="fisher")
+    def every_attention(scoring, family, k, seed):
+        return [f"L{layer}-attn" for layer in range(scoring.depth)]
+
+    assert choose_modules("every_attention", scoring(), "knowledge", 1) == [f"L{layer}-attn" for layer in range(DEPTH)]
+    assert rules.find_placement("random_matched:every_attention").needs == "fisher"
+    assert "every_attention" not in PLACEMENTS
+    with pytest.raises(AssertionError, match="'every_attention' already"):
+        rules.placement("every_attention", "again")(every_attention)
 
 
 def test_p0_task_diff_is_not_the_plain_difference():

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from eval.evaluation import AnswerOptions
 from eval.tables import Table
 from interventions.modules import folder_name, module_names
 from interventions.placement import rules
+from interventions.placement.scores import ModuleScore
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, summarise
+from train.study import experiment as experiments
 from train.study import report as reports
+from train.study.experiment import Experiment
 from train.study.options import Args, check, conditions
 from train.study.recipes import RECIPES
 from train.study.report import Outcomes, comparisons, predictions, report
@@ -38,9 +42,9 @@ def test_every_placement_is_compared_at_the_first_k_and_the_sweep_at_all():
     assert [c.placement for c in found if c.k == 5] == list(RECIPES["p0"].swept)
 
 
-def test_the_recipe_compares_all_our_placements_and_a_new_one_does_not_enlarge_it(monkeypatch):
+def test_the_recipe_names_placements_that_there_are_and_a_new_one_does_not_enlarge_it(monkeypatch):
     before = conditions(Args(), DEPTH)
-    assert set(RECIPES["p0"].placements) == set(rules.PLACEMENTS)
+    assert len(RECIPES["p0"].placements) == 15 and set(RECIPES["p0"].placements) <= set(rules.PLACEMENTS)
     monkeypatch.setattr(rules, "PLACEMENTS", dict(rules.PLACEMENTS))
     rules.placement("newest", "the last layer")(lambda scoring, family, k, seed: ["L3-attn"])
     assert "newest" in rules.PLACEMENTS and conditions(Args(), DEPTH) == before
@@ -110,6 +114,22 @@ def test_the_papers_numbers():
             accuracy = {name: values[family] for name, values in reported.items()}
             assert max(accuracy, key=accuracy.get) == "all" and min(accuracy, key=accuracy.get) == "baseline"
             assert accuracy["shared"] < accuracy["task_diff"] < accuracy["random"]
+
+
+@pytest.mark.parametrize(
+    ("needs", "given"),
+    [((), []), (("trained adapter",), ["trained"]), (("corruption", "fresh adapter"), ["corrupts", "fresh"])],
+)
+def test_a_score_gets_what_it_says_that_it_needs(monkeypatch, tmp_path, needs, given):
+    monkeypatch.setattr(experiments, "SCORES", {"new": ModuleScore(lambda *args: np.array([args[2:]]), needs)})
+    monkeypatch.setattr(experiments, "corrupter", lambda *args: "corrupts")
+    monkeypatch.setattr(experiments, "batches", lambda *args, **options: [])
+    monkeypatch.setattr(Experiment, "_fresh_adapter", lambda self: "fresh")
+    monkeypatch.setattr(Experiment, "_trained_adapter", lambda self, family: "trained")
+    model, run = SimpleNamespace(config=None), Run.open(tmp_path / "run", {})
+    examples = [{"knowledge": []}] * 3
+    experiment = Experiment(run, "", model, None, *examples, TraceOptions(), None, None, None)
+    assert experiment.scores("new", "knowledge").tolist() == [given]
 
 
 # How placements are compared
