@@ -6,12 +6,9 @@ sample's TE and IE are means over its replicates. All of it is NumPy, seeded, an
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.stats import binomtest, false_discovery_control, kendalltau, norm, pearsonr, spearmanr
 from scipy.stats import t as student
 
@@ -491,56 +488,3 @@ def _on_the_same(first, second) -> tuple[np.ndarray, np.ndarray]:
     if first.shape[1] != second.shape[1] or not first.size:
         raise UserError(f"the two have {first.shape[1]} and {second.shape[1]} samples: compare them on the same ones")
     return first, second
-
-
-# Tables.
-
-
-class Traced(Protocol):
-    """What :func:`tidy` reads of a traced task: ``p_clean (N,)``, ``p_corrupt, te (N, R)``, ``ie (N, R, C)``."""
-
-    ids: Sequence[str]
-    cells: Sequence[str]
-    p_clean: np.ndarray
-    p_corrupt: np.ndarray
-    te: np.ndarray
-    ie: np.ndarray
-
-
-_TIDY = pa.schema(
-    [("task", pa.string()), ("sample", pa.string()), ("replicate", pa.int32()), ("cell", pa.string())]
-    + [(name, pa.float64()) for name in ("p_clean", "p_corrupt", "te", "ie", "rr")]
-)
-
-
-def tidy(path: Path, tasks: Mapping[str, Traced], eps: float = EPS) -> None:
-    """Writes a Parquet file of one row per task, sample, replicate and cell, with ``rr = ie / (te + eps)`` of that
-    replicate alone and of every sample, whatever its TE."""
-    with pq.ParquetWriter(path, _TIDY, compression="zstd") as writer:
-        for task, traced in tasks.items():
-            count, replicates, cells = traced.ie.shape
-            te = np.asarray(traced.te, float)
-            numbers = {
-                "p_clean": np.repeat(traced.p_clean, replicates * cells),
-                "p_corrupt": np.repeat(traced.p_corrupt, cells),
-                "te": np.repeat(te, cells),
-                "ie": np.ravel(traced.ie),
-                "rr": np.ravel(traced.ie / (te[..., None] + eps)),
-            }
-            names = {
-                "task": _named([task], np.zeros(traced.ie.size, np.int32)),
-                "sample": _named(traced.ids, np.repeat(np.arange(count, dtype=np.int32), replicates * cells)),
-                "replicate": np.tile(np.repeat(np.arange(replicates, dtype=np.int32), cells), count),
-                "cell": _named(traced.cells, np.tile(np.arange(cells, dtype=np.int32), count * replicates)),
-            }
-            columns = names | {name: np.asarray(values, float) for name, values in numbers.items()}
-            writer.write_table(pa.table(columns, schema=_TIDY))
-
-
-def _named(names: Sequence[str], which: np.ndarray) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(which, pa.array(list(names), pa.string())).dictionary_decode()
-
-
-def tidy_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a Parquet file of rows such as those of :func:`summary`, with what else names them."""
-    pq.write_table(pa.Table.from_pylist(list(rows)), path, compression="zstd")

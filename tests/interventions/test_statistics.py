@@ -31,9 +31,8 @@ from interventions.statistics import (
     resampled,
     rr,
     summary,
-    tidy,
-    tidy_summary,
 )
+from interventions.tidy import write_effects, write_rows
 from vlm_jax.errors import UserError
 from vlm_jax.runs.folder import Run
 
@@ -553,7 +552,7 @@ def traced(seed):
 def test_tidy_rows_are_the_arrays(tmp_path):
     tasks = {"one": traced(0), "two": traced(1)}
     for name in ("a", "b"):
-        tidy(tmp_path / name, tasks, eps=0.01)
+        write_effects(tmp_path / name, tasks, eps=0.01)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     rows = pq.read_table(tmp_path / "a").to_pylist()
     assert len(rows) == 2 * 3 * 2 * 4
@@ -570,8 +569,8 @@ def test_tidy_rows_are_the_arrays(tmp_path):
 
 def test_a_summary_can_be_read_back(tmp_path):
     rows = [{"task": "one", **row} for row in summary(*trace(12), [f"L{n}-attn" for n in range(4)], resamples=20)]
-    tidy_summary(tmp_path / "a", rows)
-    tidy_summary(tmp_path / "b", rows)
+    write_rows(tmp_path / "a", rows)
+    write_rows(tmp_path / "b", rows)
     assert pq.read_table(tmp_path / "a").to_pylist() == rows
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 

@@ -1,0 +1,61 @@
+"""Results as tidy Parquet tables, one observation per row, for statistics in other tools."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from interventions.statistics import EPS
+
+
+class Traced(Protocol):
+    """A traced task: ``p_clean (N,)``, ``p_corrupt`` and ``te (N, R)``, ``ie (N, R, C)``."""
+
+    ids: Sequence[str]
+    cells: Sequence[str]
+    p_clean: np.ndarray
+    p_corrupt: np.ndarray
+    te: np.ndarray
+    ie: np.ndarray
+
+
+_EFFECTS = pa.schema(
+    [("task", pa.string()), ("sample", pa.string()), ("replicate", pa.int32()), ("cell", pa.string())]
+    + [(name, pa.float64()) for name in ("p_clean", "p_corrupt", "te", "ie", "rr")]
+)
+
+
+def write_effects(path: Path, tasks: Mapping[str, Traced], eps: float = EPS) -> None:
+    """Writes a Parquet file of one row per task, sample, replicate and cell. ``rr = ie / (te + eps)`` is of that
+    replicate alone; samples with a small TE have a row too."""
+    with pq.ParquetWriter(path, _EFFECTS, compression="zstd") as writer:
+        for task, traced in tasks.items():
+            count, replicates, cells = traced.ie.shape
+            te = np.asarray(traced.te, float)
+            numbers = {
+                "p_clean": np.repeat(traced.p_clean, replicates * cells),
+                "p_corrupt": np.repeat(traced.p_corrupt, cells),
+                "te": np.repeat(te, cells),
+                "ie": np.ravel(traced.ie),
+                "rr": np.ravel(traced.ie / (te[..., None] + eps)),
+            }
+            names = {
+                "task": _named([task], np.zeros(traced.ie.size, np.int32)),
+                "sample": _named(traced.ids, np.repeat(np.arange(count, dtype=np.int32), replicates * cells)),
+                "replicate": np.tile(np.repeat(np.arange(replicates, dtype=np.int32), cells), count),
+                "cell": _named(traced.cells, np.tile(np.arange(cells, dtype=np.int32), count * replicates)),
+            }
+            columns = names | {name: np.asarray(values, float) for name, values in numbers.items()}
+            writer.write_table(pa.table(columns, schema=_EFFECTS))
+
+
+def _named(names: Sequence[str], which: np.ndarray) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(which, pa.array(list(names), pa.string())).dictionary_decode()
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a Parquet file of rows, such as those of :func:`interventions.statistics.summary`: a column per key."""
+    pq.write_table(pa.Table.from_pylist(list(rows)), path, compression="zstd")
