@@ -9,7 +9,7 @@ from interventions.statistics.intervals import Over, rr_interval, rr_resamples, 
 from interventions.statistics.permutation import Difference, permutation_test
 from interventions.statistics.ranking import correlations, rank_stability
 from interventions.statistics.restoration import EPS, STATISTICS, Statistic, normalised, rr
-from interventions.statistics.tables import Traced, tidy, tidy_summary
+from interventions.statistics.tables import Traced, write_effects, write_rows
 
 __all__ = [
     "EPS",
@@ -33,6 +33,6 @@ __all__ = [
     "rr_interval",
     "rr_resamples",
     "rr_summary",
-    "tidy",
-    "tidy_summary",
+    "write_effects",
+    "write_rows",
 ]

@@ -1,4 +1,4 @@
-"""Traces and their summaries as Parquet files, for tools that read tables."""
+"""Results as tidy Parquet tables, one observation per row, for statistics in other tools."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from interventions.statistics.restoration import EPS
 
 
 class Traced(Protocol):
-    """What :func:`tidy` reads of a traced task: ``p_clean (N,)``, ``p_corrupt, te (N, R)``, ``ie (N, R, C)``."""
+    """A traced task: ``p_clean (N,)``, ``p_corrupt`` and ``te (N, R)``, ``ie (N, R, C)``."""
 
     ids: Sequence[str]
     cells: Sequence[str]
@@ -22,16 +22,16 @@ class Traced(Protocol):
     ie: np.ndarray
 
 
-_TIDY = pa.schema(
+_EFFECTS = pa.schema(
     [("task", pa.string()), ("sample", pa.string()), ("replicate", pa.int32()), ("cell", pa.string())]
     + [(name, pa.float64()) for name in ("p_clean", "p_corrupt", "te", "ie", "rr")]
 )
 
 
-def tidy(path: Path, tasks: Mapping[str, Traced], eps: float = EPS) -> None:
-    """Writes a Parquet file of one row per task, sample, replicate and cell, with ``rr = ie / (te + eps)`` of that
-    replicate alone and of every sample, whatever its TE."""
-    with pq.ParquetWriter(path, _TIDY, compression="zstd") as writer:
+def write_effects(path: Path, tasks: Mapping[str, Traced], eps: float = EPS) -> None:
+    """Writes a Parquet file of one row per task, sample, replicate and cell. ``rr = ie / (te + eps)`` is of that
+    replicate alone; samples with a small TE have a row too."""
+    with pq.ParquetWriter(path, _EFFECTS, compression="zstd") as writer:
         for task, traced in tasks.items():
             count, replicates, cells = traced.ie.shape
             te = np.asarray(traced.te, float)
@@ -49,13 +49,13 @@ def tidy(path: Path, tasks: Mapping[str, Traced], eps: float = EPS) -> None:
                 "cell": _named(traced.cells, np.tile(np.arange(cells, dtype=np.int32), count * replicates)),
             }
             columns = names | {name: np.asarray(values, float) for name, values in numbers.items()}
-            writer.write_table(pa.table(columns, schema=_TIDY))
+            writer.write_table(pa.table(columns, schema=_EFFECTS))
 
 
 def _named(names: Sequence[str], which: np.ndarray) -> pa.Array:
     return pa.DictionaryArray.from_arrays(which, pa.array(list(names), pa.string())).dictionary_decode()
 
 
-def tidy_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a Parquet file of rows such as those of :func:`summary`, with what else names them."""
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a Parquet file of rows, such as those of :func:`interventions.statistics.rr_summary`: a column per key."""
     pq.write_table(pa.Table.from_pylist(list(rows)), path, compression="zstd")

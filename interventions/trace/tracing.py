@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from interventions import statistics
 from interventions.engine.grids import patch_grid
 from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import Gold, LogitDifference
@@ -17,6 +16,7 @@ from interventions.figures.base import save_figure
 from interventions.figures.tracing import heatmap, interval_plot
 from interventions.kinds.groups import label, members
 from interventions.modules import MODULE_SITES, cell_names, module_names
+from interventions.statistics import write_effects, write_rows
 from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
@@ -215,12 +215,12 @@ def trace_task(
         summary = {"task": task, "fingerprint": fingerprint(model), **summarise(traced, options)}
         run.write(
             f"{folder}trace.parquet",
-            lambda path: statistics.tidy(path, {task: traced}, options.eps),
+            lambda path: write_effects(path, {task: traced}, options.eps),
             Artifact("table", f"{task}: effects by sample, replicate and cell", EFFECTS),
         )
         run.write(
             f"{folder}summary.parquet",
-            lambda path: statistics.tidy_summary(path, summary["cells"]),
+            lambda path: write_rows(path, summary["cells"]),
             Artifact("table", f"{task}: restoration rate of every cell by every statistic", CELLS),
         )
         if set(traced.cells) == set(module_names(model.config.text.num_hidden_layers)):

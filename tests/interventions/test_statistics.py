@@ -31,8 +31,8 @@ from interventions.statistics import (
     rr_interval,
     rr_resamples,
     rr_summary,
-    tidy,
-    tidy_summary,
+    write_effects,
+    write_rows,
 )
 from interventions.statistics.restoration import estimate_with_variance
 from vlm_jax.errors import UserError
@@ -554,7 +554,7 @@ def traced(seed):
 def test_tidy_rows_are_the_arrays(tmp_path):
     tasks = {"one": traced(0), "two": traced(1)}
     for name in ("a", "b"):
-        tidy(tmp_path / name, tasks, eps=0.01)
+        write_effects(tmp_path / name, tasks, eps=0.01)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     rows = pq.read_table(tmp_path / "a").to_pylist()
     assert len(rows) == 2 * 3 * 2 * 4
@@ -571,8 +571,8 @@ def test_tidy_rows_are_the_arrays(tmp_path):
 
 def test_a_summary_can_be_read_back(tmp_path):
     rows = [{"task": "one", **row} for row in rr_summary(*trace(12), [f"L{n}-attn" for n in range(4)], resamples=20)]
-    tidy_summary(tmp_path / "a", rows)
-    tidy_summary(tmp_path / "b", rows)
+    write_rows(tmp_path / "a", rows)
+    write_rows(tmp_path / "b", rows)
     assert pq.read_table(tmp_path / "a").to_pylist() == rows
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 

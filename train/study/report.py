@@ -14,7 +14,7 @@ from interventions.figures import study as figures
 from interventions.figures.base import save_figure
 from interventions.figures.tracing import correlation, heatmap, interval_plot, stability
 from interventions.modules import module_names
-from interventions.statistics import normalised
+from interventions.statistics import normalised, write_rows
 from interventions.trace.result import bounds, by_module
 from train.study.artifacts import RUNS, SUMMARY
 from train.study.recipes import RECIPES
@@ -62,7 +62,7 @@ def report(run: Run, results: dict[str, dict], args) -> str:
         draw(run, model, known, result, summary[model], traces)
         text += [f"\n{model}: accuracy on held-out examples\n", main.markdown(), *findings(known, compared, alone)]
     artifact = Artifact("table", "Held-out accuracy of every training", RUNS)
-    run.write("results.parquet", lambda path: statistics.tidy_summary(path, rows), artifact)
+    run.write("results.parquet", lambda path: write_rows(path, rows), artifact)
     return "\n".join(text)
 
 

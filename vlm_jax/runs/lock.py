@@ -12,12 +12,13 @@ except ImportError:  # Windows, where nothing keeps a second process out
     fcntl = None
 
 
-#: The file that says that a process is at work in a folder.
+#: The file that a process locks while it works in a folder.
 LOCK = ".lock"
 
 
 class Lock:
-    """A run folder is this process's until nobody refers to its lock, or the process ends, even when killed."""
+    """The lock of a run folder. It is released when nothing refers to it any more, or when the process ends, even when
+    killed."""
 
     def __init__(self, path: Path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -32,7 +33,7 @@ class Lock:
 
     @staticmethod
     def take(folder: Path) -> "Lock":
-        """The lock of a folder, which is made where there is none."""
+        """Takes the lock of a folder, which is made where there is none. A process that holds it gets it again."""
         path = folder / LOCK
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ class Lock:
         return lock
 
 
-#: The locks of this process, by their file's device and number: runs of one folder share theirs.
+#: The locks that this process holds, by device and inode of their files. Two runs of one folder share a lock.
 _HELD: weakref.WeakValueDictionary[tuple[int, int], Lock] = weakref.WeakValueDictionary()
 
 

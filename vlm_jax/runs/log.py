@@ -57,7 +57,7 @@ class Log:
         return sorted(record["id"] for record in self.records) == sorted(ids)
 
     def part(self, team: Team, ids: Sequence[str]) -> "Log":
-        """The log of a team's share: of one team, or where all is done, this log itself."""
+        """The log of one team's samples. It is this log itself where there is one team or nothing is missing."""
         if team.count == 1:
             return self
         if self.has(ids):
@@ -70,7 +70,7 @@ class Log:
         return Log(self.run, str(name.with_name(share)), team)
 
     def join(self, part: "Log", ids: Sequence[str], team: Team) -> None:
-        """Puts all teams' shares together, in the order of ``ids``; their own files go."""
+        """Puts the records of all teams into this log, in the order of ``ids``, and removes the teams' files."""
         if part is self:
             return
         shares = gathered(part.records if team.writes else [])
