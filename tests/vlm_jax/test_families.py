@@ -150,6 +150,7 @@ def test_sweep_equals_naive(loaded, examples):
         np.testing.assert_allclose(getattr(sweep, name), getattr(naive, name), atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @of_vision_models
 def test_shared_prefix_does_not_end_inside_an_image(loaded, examples, monkeypatch):
     """Noise on one visual token: tokens of its image that stand before it see it, where images are bidirectional."""
@@ -175,6 +176,7 @@ def test_shared_prefix_does_not_end_inside_an_image(loaded, examples, monkeypatc
     assert (error > 1e-4) == model.config.text.bidirectional_images, (error, effect)
 
 
+@pytest.mark.slow
 @of_vision_models
 def test_trunk_and_window_give_the_models_loss(loaded, examples):
     """LoRA training from the cached trunk reads the same loss as a whole forward pass."""
