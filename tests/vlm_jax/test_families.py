@@ -194,6 +194,7 @@ def test_trunk_and_window_give_the_models_loss(loaded, examples):
     np.testing.assert_allclose(got, -picked[scored].mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapter_in_peft(loaded, oracle, examples, tmp_path):
     """The saved adapter, loaded by peft on transformers' model, gives the same logits."""
     model, processor = loaded
