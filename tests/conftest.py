@@ -1,12 +1,20 @@
 """Settings shared by every test: no network, float32 products that really are float32, no fighting over cores."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Most of the time goes into compiling, and LLVM's optimisations are a quarter of it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is here to compile, not to look for a TPU
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
+    # Commands keep compiled programs in the user's home. Tests share them within one run and begin without any.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vlm-jax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
 
@@ -21,9 +29,9 @@ torch.set_num_threads(1)  # the oracles are tiny, and more threads only wait for
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-#: The slowest files begin first: a slow one that comes last is all that the others' worker waits for. test_processes
-#: and test_killed, which start processes of their own, are kept apart, so that they do not run at once.
-_FIRST = ("test_processes", "test_mini", "test_families", "test_killed", "test_sweep")
+#: The slowest files begin first, because the other worker would wait for one that begins last. test_processes and
+#: test_killed start several processes of their own; the files between them keep them from running at the same time.
+_FIRST = ("test_processes", "test_mini", "test_families", "test_docs", "test_sharding", "test_killed", "test_sweep")
 
 
 def pytest_collection_modifyitems(items):
@@ -32,8 +40,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Frees compiled programs: on CPU every one holds memory maps, of which Linux allows a process 65,530; the whole
-    suite needs more, and beyond them XLA crashes. (No file makes more than 27,000.)"""
+    """Frees compiled programs. On CPU each holds memory maps, of which Linux allows a process 65,530; the whole suite
+    needs more, and XLA crashes beyond them. No file makes more than 27,000."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 35_000:

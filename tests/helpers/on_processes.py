@@ -16,6 +16,7 @@ import tyro
 
 from eval.evaluation import answer
 from interventions.flow.knockout import knocked_out_answers
+from interventions.placement.adapters import init_lora
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_examples
 from train import tune
@@ -110,15 +111,22 @@ def main(args: Args) -> None:
     run.path(f"encoded/{jax.process_index()}.json").write_text(json.dumps(sorted(seen)))
     lora = train_lora(model, MODULES, data, options, "lora", run.path("training/_").parent)
     tune.tune(model, processor, train, tune.Args(batch=8, epochs=1, seed=args.seed), run.path("tune/_").parent)
-    weights = {f"lora {site} {i}": w for site, pair in sorted(lora.weights.items()) for i, w in enumerate(pair)}
+    start = init_lora(
+        model, MODULES, r=options.r, alpha=options.alpha, dropout=options.dropout, key=jax.random.key(options.seed)
+    )
+    changes = {
+        f"lora {site} {half}": after - before
+        for site, pair in sorted(lora.weights.items())
+        for half, after, before in zip("AB", pair, start.weights[site], strict=True)
+    }
     half = halved(run.folder / "half", HALF)["w"]
     if jax.process_count() > 1 and run.config["mesh"] and "fsdp" in run.config["mesh"]:
         assert not half.is_fully_replicated
     run.save_json(
         "answers.json", [*answers.texts, *(record["output"] for record in cut)], Artifact("metrics", "Answers")
     )
-    arrays = {"ie": traced.ie, "te": traced.te, "sigma": traced.sigma, **weights}
-    run.save_arrays("found.npz", arrays, Artifact("arrays", "Effects and weights"))
+    arrays = {"ie": traced.ie, "te": traced.te, "sigma": traced.sigma, **changes}
+    run.save_arrays("found.npz", arrays, Artifact("arrays", "Effects, and what training changed"))
     print("only the first process says this")
     print("done", is_first(), file=sys.stderr)
 

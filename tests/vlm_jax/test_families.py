@@ -147,6 +147,7 @@ def test_sweep_equals_naive(loaded, examples):
         np.testing.assert_allclose(getattr(sweep, name), getattr(naive, name), atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @of_vision_models
 def test_shared_prefix_does_not_end_inside_an_image(loaded, examples, monkeypatch):
     """Noise on one visual token: tokens of its image that stand before it see it, where images are bidirectional."""
@@ -172,6 +173,7 @@ def test_shared_prefix_does_not_end_inside_an_image(loaded, examples, monkeypatc
     assert (error > 1e-4) == model.config.text.bidirectional_images, (error, effect)
 
 
+@pytest.mark.slow
 @of_vision_models
 def test_trunk_and_window_give_the_models_loss(loaded, examples):
     """LoRA training from the cached trunk reads the same loss as a whole forward pass."""
@@ -188,6 +190,7 @@ def test_trunk_and_window_give_the_models_loss(loaded, examples):
     np.testing.assert_allclose(got, -picked[scored].mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapter_in_peft(loaded, oracle, examples, tmp_path):
     """The saved adapter, loaded by peft on transformers' model, gives the same logits."""
     model, processor = loaded

@@ -8,7 +8,7 @@ how it differs from the others.
 from hf_oracle.batches import make_batch, part_masks, positions, tensors
 from hf_oracle.edits import attention_edited, edited, reader, text_layers, writer
 from hf_oracle.family import IMAGE, PAD, TEXT_TOKENS, VISION_END
-from hf_oracle.float64 import computing_in
+from hf_oracle.float64 import computing_in, exact
 from hf_oracle.models import FAMILIES, exact_model, tiny_config, tiny_model
 from hf_oracle.recording import Recorder
 from hf_oracle.sites import oracle_sites
@@ -23,6 +23,7 @@ __all__ = [
     "attention_edited",
     "computing_in",
     "edited",
+    "exact",
     "exact_model",
     "make_batch",
     "oracle_sites",

@@ -46,6 +46,25 @@ def computing_in(dtype):
         torch.set_default_dtype(default)
 
 
+def exact(make):
+    """The model that ``make()`` builds with float64 parameters, set up to compute without float32's rounding.
+
+    It has to run under ``computing_in(torch.float64)``. Results in float32 depend on the CPU, because its vector width
+    decides the order of sums; these do not, to float32's last bit.
+    """
+    with computing_in(torch.float64):
+        enter_rotary()  # constructors compute rotary frequencies
+        try:
+            model = make()
+        finally:
+            leave_rotary()
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__:
+            module.register_forward_pre_hook(enter_rotary)
+            module.register_forward_hook(leave_rotary, always_call=True)
+    return model
+
+
 def enter_rotary(*_):
     """A forward pre-hook of rotary modules."""
     _Float64.in_rotary_module = True

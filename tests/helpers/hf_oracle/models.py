@@ -5,7 +5,7 @@ import math
 import torch
 
 from hf_oracle.family import Family
-from hf_oracle.float64 import computing_in, enter_rotary, leave_rotary
+from hf_oracle.float64 import exact
 from hf_oracle.gemma3 import GEMMA3, GEMMA3_TEXT_ONLY
 from hf_oracle.llava import LLAMA, LLAVA
 from hf_oracle.qwen2_5_vl import QWEN2, QWEN2_5_VL
@@ -43,20 +43,8 @@ def tiny_config(family="qwen3_vl", tied=False, text=None, vision=None, top=None)
 
 
 def exact_model(config, seed=0):
-    """The float64 twin of :func:`tiny_model`: equal parameters, the same function without float32's rounding.
-
-    float32 results depend on the CPU, because its vector width decides the order of sums. The twin's do not, to
-    float32's last bit. It has to run under ``computing_in(torch.float64)``, as it does in :func:`oracle_sites`.
-    """
-    with computing_in(torch.float64):
-        enter_rotary()  # the constructor computes the frequencies
-        model = tiny_model(config, seed, torch.float64)
-        leave_rotary()
-    for module in model.modules():
-        if "RotaryEmbedding" in type(module).__name__:
-            module.register_forward_pre_hook(enter_rotary)
-            module.register_forward_hook(leave_rotary, always_call=True)
-    return model
+    """The float64 twin of :func:`tiny_model`: equal parameters, no rounding to float32 (see :func:`exact`)."""
+    return exact(lambda: tiny_model(config, seed, torch.float64))
 
 
 def tiny_model(config, seed=0, dtype=torch.float32):

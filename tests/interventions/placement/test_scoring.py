@@ -164,6 +164,7 @@ def test_a_gauge_changes_nothing(cases):
     np.testing.assert_allclose(gauged_slope, slope, rtol=1e-4, atol=1e-4 * float(jnp.abs(slope).max()))
 
 
+@pytest.mark.slow
 def test_no_gradient_of_all_weights_is_held():
     """Memory that the compiled programs take beside their arguments, of a model of 102 MiB in 8 layers."""
     config = vlm_jax.load("mini-qwen3-vl")[0].backbone().config
@@ -320,6 +321,7 @@ def mini():
     return model, processor, examples, [g for g in groups if g[1].inputs.input_ids.shape == shape]
 
 
+@pytest.mark.slow
 def test_attribution_is_first_order(mini):
     """The error of the estimate falls in proportion to the noise. On all of P0's noise the probability is far from
     linear in any sample, but modules rank nearly as they do by exact patching."""
@@ -352,6 +354,7 @@ def test_corruption_is_the_traces(mini):
     assert not np.allclose(other, noise)
 
 
+@pytest.mark.slow
 def test_talo_is_minus_the_gain_of_each_cut(mini):
     model, _, _, groups = mini
     found = scoring.talo(model, groups)

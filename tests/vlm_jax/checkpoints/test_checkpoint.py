@@ -13,18 +13,19 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from counted_reads import counted
 from safetensors.numpy import load_file, save_file
 
 import vlm_jax
 from train import mini
 from vlm_jax import Model
-from vlm_jax.checkpoints import load as loading
 from vlm_jax.checkpoints.leaves import named_leaves
 from vlm_jax.checkpoints.orbax import save_orbax
 from vlm_jax.checkpoints.sources import MINI, read_config
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 
+ROOT = Path(__file__).parents[3]
 SOURCE = MINI / "mini-qwen3-vl"
 
 
@@ -236,44 +237,6 @@ def test_each_tensor_is_read_once(monkeypatch):
     assert set(reads.values()) == {1}
 
 
-def counted(monkeypatch) -> dict:
-    """Counts the reads of every slice of every tensor."""
-    reads: dict = {}
-    opened = loading.safe_open
-
-    class Slice:
-        def __init__(self, key, inner):
-            self.key, self.inner = key, inner
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def __getitem__(self, where):
-            place = (self.key, str(where))
-            reads[place] = reads.get(place, 0) + 1
-            return self.inner[where]
-
-    class File:
-        def __init__(self, *args, **how):
-            self.inner = opened(*args, **how)
-
-        def __enter__(self):
-            self.inner.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            return self.inner.__exit__(*error)
-
-        def keys(self):
-            return self.inner.keys()
-
-        def get_slice(self, key):
-            return Slice(key, self.inner.get_slice(key))
-
-    monkeypatch.setattr(loading, "safe_open", File)
-    return reads
-
-
 # In a process of its own, which has eight devices.
 ON_A_MESH = """
 import sys
@@ -282,7 +245,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, sys.argv[1])
-from test_checkpoint import counted
+from counted_reads import counted
 
 import vlm_jax
 from vlm_jax.checkpoints.leaves import named_leaves
@@ -304,9 +267,9 @@ print("equal")
 @pytest.mark.slow
 def test_on_a_mesh():
     done = subprocess.run(
-        [sys.executable, "-c", ON_A_MESH, str(Path(__file__).parent)],
+        [sys.executable, "-c", ON_A_MESH, str(ROOT / "tests/helpers")],
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "32"},
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
