@@ -321,7 +321,7 @@ def _sum(values: Sequence[Value]) -> Value:
 
 
 def _pope(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
-    """POPE's rates (Li et al. 2023), where "yes" is positive. An answer that is neither yes nor no counts as not "yes"."""
+    """POPE's rates (Li et al. 2023), where "yes" is positive. An answer that is neither counts as not "yes"."""
     clusters = clusters_of(examples)
     gold = np.array([_gold_yes_no(example) == "yes" for example in examples])
     predicted = np.array([j.read == "yes" for j in judged])
