@@ -1,4 +1,4 @@
-"""Scores of a task: what each answer is worth, the values that its benchmark reports, and their standard errors."""
+"""Scores the answers of a task, and computes the values that its benchmark reports, with their standard errors."""
 
 import dataclasses
 from collections import defaultdict
@@ -26,7 +26,7 @@ from vlm_jax.data.metrics import (
 from vlm_jax.errors import UserError, nearest
 
 VERSION = 1
-"""Of the definitions here; raised when the same answers would score differently."""
+"""The version of the metrics' definitions. It is raised when the same answers get other scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +45,18 @@ class MetricOptions:
 
 
 class Judged(NamedTuple):
-    """One answer: its ``score`` in [0, 1]; what was ``read`` out of it, None where nothing could be; and scores by
-    other rules."""
+    """The score of one answer."""
 
     score: float
+    """From 0 to 1."""
     read: str | None
+    """The answer that was recognised in the text; None if there was none."""
     others: Mapping[str, float] = {}
+    """Scores by other rules."""
 
 
 class Value(NamedTuple):
-    """A reported number, its standard error, and how many independent things (images, groups, samples) it is from."""
+    """A reported number, its standard error, and the number of independent clusters (images, groups or samples)."""
 
     value: float
     stderr: float
@@ -62,18 +64,20 @@ class Value(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A metric of a task: its ``values`` by name; how many ``samples`` there were, in how many of them nothing could be
-    read (``unparsed``, scored as wrong), and how many groups lacked rows (``incomplete``, left out of the values about
-    groups); and the same of every subtask."""
+    """The result of a metric on a task."""
 
     values: dict[str, Value]
+    """The reported numbers by name."""
     samples: int
     unparsed: int
+    """Samples in which no answer was recognised. They are scored as wrong."""
     incomplete: int
+    """Groups that lack rows. They are left out of the values about groups."""
     subtasks: dict[str, "Summary"]
+    """The result on each subtask."""
 
     def asdict(self) -> dict:
-        """As JSON has it."""
+        """The summary as nested dicts, for JSON."""
         values = {name: value._asdict() for name, value in self.values.items()}
         subtasks = {name: summary.asdict() for name, summary in self.subtasks.items()}
         return {**self._asdict(), "values": values, "subtasks": subtasks}
@@ -81,20 +85,23 @@ class Summary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """``judge`` scores an answer, ``aggregate`` makes the reported values of a task, of which ``headline`` is the one
-    to quote. A ``group_size`` says how many rows a complete group has."""
+    """A metric."""
 
     headline: str
+    """The name of the value to quote."""
     judge: Callable[[Example, str, MetricOptions], Judged]
+    """Scores one answer."""
     aggregate: Callable[[Sequence[Example], Sequence[Judged]], dict[str, Value]]
+    """Computes the reported values of a task."""
     group_size: Callable[[Example], int] | None = None
+    """The number of rows of a complete group, for metrics that score groups."""
 
 
-# What independent samples there are.
+# Independent clusters of samples, and standard errors.
 
 
 def clusters_of(examples: Sequence[Example]) -> np.ndarray:
-    """Which examples hang together ``(N,)``: those of a task that share an image or a group; the others stand alone."""
+    """The cluster number of each example ``(N,)``. Examples of a task with the same image or group form one."""
     keys: dict[Hashable, int] = {}
     edges = [
         (row, keys.setdefault((example.task, kind, name), len(examples) + len(keys)))
@@ -109,8 +116,11 @@ def clusters_of(examples: Sequence[Example]) -> np.ndarray:
 
 
 def mean(scores: Sequence[float], clusters: np.ndarray | None = None) -> Value:
-    """The mean and its standard error: sqrt(var / n) or, of clustered samples, with the products of the deviations
-    within a cluster (Miller 2024, "Adding error bars to evals", equation 4; var is divided by n, not n - 1)."""
+    """The mean and its standard error.
+
+    The error is sqrt(var / n), with the variance divided by n. For clustered samples it includes the products of the
+    deviations within each cluster (Miller 2024, "Adding error bars to evals", equation 4).
+    """
     scores = np.asarray(scores, float)
     clusters = np.arange(len(scores)) if clusters is None else clusters
     deviations = np.bincount(clusters, scores - scores.mean())
@@ -118,8 +128,10 @@ def mean(scores: Sequence[float], clusters: np.ndarray | None = None) -> Value:
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray, clusters: np.ndarray, resamples: int = 1000) -> Value:
-    """sum(numerator) / sum(denominator), 0 where there is nothing to divide by; its standard error is a bootstrap's
-    over clusters, with a fixed seed (0 of a single cluster)."""
+    """sum(numerator) / sum(denominator), 0 if the denominator is 0.
+
+    The standard error comes from a bootstrap over clusters with a fixed seed; it is 0 for a single cluster.
+    """
 
     def statistic(above, below, axis):
         below = below.sum(axis)
@@ -128,13 +140,13 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray, clusters: np.ndarray, 
     counts = [np.bincount(clusters, np.asarray(part, float)) for part in (numerator, denominator)]
     count, error = len(counts[0]), 0.0
     if count > 1:
-        how = {"n_resamples": resamples, "batch": 100, "method": "percentile", "rng": np.random.default_rng(0)}
-        error = float(bootstrap(counts, statistic, paired=True, vectorized=True, **how).standard_error)
+        options = {"n_resamples": resamples, "batch": 100, "method": "percentile", "rng": np.random.default_rng(0)}
+        error = float(bootstrap(counts, statistic, paired=True, vectorized=True, **options).standard_error)
     return Value(float(statistic(*counts, axis=0)), error, count)
 
 
 def groups_of(examples: Sequence[Example]) -> list[list[int]]:
-    """The rows of every group, in their order."""
+    """The row numbers of each group, in the order of the examples."""
     groups = defaultdict(list)
     for row, example in enumerate(examples):
         if example.group is not None:
@@ -142,7 +154,7 @@ def groups_of(examples: Sequence[Example]) -> list[list[int]]:
     return list(groups.values())
 
 
-# What an answer is worth.
+# The scores of single answers.
 
 
 def _judge_exact_match(example: Example, prediction: str, options: MetricOptions) -> Judged:
@@ -163,7 +175,7 @@ def _judge_relaxed(example: Example, prediction: str, _: MetricOptions) -> Judge
 
 
 def _text(*forms: str) -> str | None:
-    """The first form of which anything is left."""
+    """The first of the forms that is not blank; None if all are."""
     return next(filter(None, map(str.strip, forms)), None)
 
 
@@ -174,31 +186,32 @@ def _judge_choice(example: Example, prediction: str, _: MetricOptions) -> Judged
     return Judged(float(choice == gold), None if choice is None else LETTERS[choice], {"strict": float(right)})
 
 
-#: Options that are not known but by their letters: as many as the question may have.
+#: Choices of which only the letters are known; a question may have up to eight.
 _UNKNOWN_CHOICES = ("",) * 8
 
 
 def _question(example: Example) -> tuple[Sequence[str], int, bool]:
-    """The choices, the index of the right one, and whether the question showed letters: then one is a gold answer."""
+    """The choices, the index of the right one, and whether the question showed letters (a letter is then a gold
+    answer)."""
     gold, choices = example.gold, example.choices
     letters = [a.strip() for a in example.answers if len(a.strip()) == 1 and a.strip() in LETTERS]
-    if choices is None and letters:  # they are written in the question alone
+    if choices is None and letters:  # only the question's text contains the choices
         return _UNKNOWN_CHOICES, LETTERS.index(letters[0]), True
     if choices is None:
         raise UserError(f"example {example.id!r} has no choices: choose another --metric, or give its line choices")
     if gold is None:
         forms = [normalise(choice) for choice in choices]
-        found = [forms.index(form) for form in map(normalise, example.answers) if form in forms]
-        found += [LETTERS.index(letter) for letter in letters if LETTERS.index(letter) < len(choices)]
-        if not found:
+        indices = [forms.index(form) for form in map(normalise, example.answers) if form in forms]
+        indices += [LETTERS.index(letter) for letter in letters if LETTERS.index(letter) < len(choices)]
+        if not indices:
             raise UserError(f"example {example.id!r}: no gold answer is one of its choices: correct one of them")
-        gold = found[0]
+        gold = indices[0]
     return choices, gold, LETTERS[gold] in letters
 
 
 def _judge_yes_no(example: Example, prediction: str, _: MetricOptions) -> Judged:
-    said = extract_yes_no(prediction)
-    return Judged(float(said == _gold_yes_no(example)), said)
+    reply = extract_yes_no(prediction)
+    return Judged(float(reply == _gold_yes_no(example)), reply)
 
 
 def _gold_yes_no(example: Example) -> str:
@@ -210,11 +223,11 @@ def _gold_yes_no(example: Example) -> str:
     return gold
 
 
-# What a task reports.
+# The reported values of a task.
 
 
 def _mean_of(name: str) -> Callable[[Sequence[Example], Sequence[Judged]], dict[str, Value]]:
-    """The mean score, and those by the other rules."""
+    """A metric's ``aggregate`` that reports the mean score as ``name``, and the means of scores by other rules."""
 
     def aggregate(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
         clusters = clusters_of(examples)
@@ -231,12 +244,12 @@ def _complete(examples: Sequence[Example], size: Callable[[Example], int]) -> li
 
 
 def _rotations(example: Example) -> int:
-    """A question is asked once with every choice in the first place."""
+    """The number of rotations of a question: one for each choice."""
     return len(_question(example)[0])
 
 
 def _circular(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
-    """MMBench's CircularEval: a question counts if all its rotations are answered rightly."""
+    """MMBench's CircularEval: a question is right if all its rotations are answered correctly."""
     rows = _mean_of("circular_per_row")(examples, judged)
     groups = _complete(examples, _rotations)
     if not groups:
@@ -251,7 +264,7 @@ def _circular(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str
 
 
 def _yes_no(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
-    """Accuracy and, where questions come in groups, how many groups are wholly right."""
+    """Accuracy and, where questions come in groups, the share of groups with all answers right."""
     values = _mean_of("yes_no")(examples, judged)
     if groups := groups_of(examples):
         clusters = clusters_of([examples[rows[0]] for rows in groups])
@@ -266,7 +279,7 @@ MME = {
     "mme_cognition_score": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
 }
 # fmt: on
-"""The categories of MME (Fu et al. 2023), by the total that they add to."""
+"""Total score -> the categories of MME (Fu et al. 2023) that it sums."""
 
 
 def _judge_mme(example: Example, prediction: str, options: MetricOptions) -> Judged:
@@ -280,8 +293,8 @@ def _judge_mme(example: Example, prediction: str, options: MetricOptions) -> Jud
 
 
 def _mme(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
-    """MME's scores: of each category 100 (accuracy + accuracy+), where accuracy+ counts the images both of whose
-    questions are answered rightly; and their sums."""
+    """MME's total scores: sums over categories of 100 (accuracy + accuracy+). accuracy+ is the share of images whose
+    two questions are both answered correctly."""
     pairs = _complete(examples, _pair)
     categories = defaultdict(list)
     for rows in pairs:
@@ -308,16 +321,16 @@ def _sum(values: Sequence[Value]) -> Value:
 
 
 def _pope(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:
-    """POPE's rates (Li et al. 2023), "yes" being positive; an answer that is neither yes nor no is not a "yes"."""
+    """POPE's rates (Li et al. 2023), where "yes" is positive. An answer that is neither counts as not "yes"."""
     clusters = clusters_of(examples)
     gold = np.array([_gold_yes_no(example) == "yes" for example in examples])
-    said = np.array([j.read == "yes" for j in judged])
+    predicted = np.array([j.read == "yes" for j in judged])
     return {
         "pope_accuracy": mean([j.score for j in judged], clusters),
-        "pope_precision": ratio(gold & said, said, clusters),
-        "pope_recall": ratio(gold & said, gold, clusters),
-        "pope_f1_score": ratio(2 * (gold & said), gold.astype(int) + said, clusters),
-        "pope_yes_ratio": mean(said, clusters),
+        "pope_precision": ratio(gold & predicted, predicted, clusters),
+        "pope_recall": ratio(gold & predicted, gold, clusters),
+        "pope_f1_score": ratio(2 * (gold & predicted), gold.astype(int) + predicted, clusters),
+        "pope_yes_ratio": mean(predicted, clusters),
     }
 
 
@@ -335,11 +348,15 @@ METRICS: dict[str, Metric] = {
 """Name -> metric; the names are those of :attr:`vlm_jax.data.Example.metric`."""
 
 NEITHER_BETTER = ("pope_yes_ratio",)
-"""Values of which neither more nor less is better."""
+"""Values for which neither higher nor lower is better."""
 
 
 def metric_name(example: Example, options: MetricOptions) -> str:
-    """Which metric scores an example."""
+    """The name of the metric that scores an example.
+
+    Raises:
+        UserError: for an unknown metric.
+    """
     name = example.metric if options.metric == "task" else options.metric
     if name not in METRICS:
         where = f"example {example.id!r} names the" if options.metric == "task" else "the"
@@ -348,7 +365,7 @@ def metric_name(example: Example, options: MetricOptions) -> str:
 
 
 def judge(examples: Sequence[Example], predictions: Sequence[str], options: MetricOptions) -> list[Judged]:
-    """What every answer is worth."""
+    """The score of each answer."""
     return [
         METRICS[metric_name(example, options)].judge(example, prediction, options)
         for example, prediction in zip(examples, predictions, strict=True)
@@ -356,17 +373,17 @@ def judge(examples: Sequence[Example], predictions: Sequence[str], options: Metr
 
 
 def check(examples: Sequence[Example], options: MetricOptions) -> None:
-    """Raises a UserError for examples that the metric cannot score, before any work is spent on them."""
+    """Raises a UserError if the metric cannot score the examples. Call it before any answer is generated."""
     judge(examples, [""] * len(examples), options)
     for (_, name), rows in _parts(examples, options).items():
         _check_groups(name, [examples[row] for row in rows])
 
 
 def summarise(name: str, examples: Sequence[Example], judged: Sequence[Judged]) -> Summary:
-    """The values of metric ``name`` over the examples of one task, and over each of its subtasks if it has several.
+    """The values of the metric ``name`` on the examples of one task, and on each subtask if there are several.
 
     Raises:
-        UserError: a metric about groups where no group is complete.
+        UserError: if the metric scores groups and no group is complete.
     """
     incomplete = _check_groups(name, examples)
     values = METRICS[name].aggregate(examples, judged)
@@ -382,7 +399,7 @@ def summarise(name: str, examples: Sequence[Example], judged: Sequence[Judged]) 
 
 
 def _check_groups(name: str, examples: Sequence[Example]) -> int:
-    """How many groups lack rows, for a metric about groups; a UserError where all of them do."""
+    """The number of groups that lack rows, for a metric that scores groups. If all lack rows, a UserError is raised."""
     size = METRICS[name].group_size
     if size is None:
         return 0
@@ -398,15 +415,15 @@ def _check_groups(name: str, examples: Sequence[Example]) -> int:
 def summarise_tasks(
     examples: Sequence[Example], judged: Sequence[Judged], options: MetricOptions
 ) -> dict[str, dict[str, Summary]]:
-    """Task -> metric -> summary. (A task whose questions are of two kinds may have two metrics.)"""
-    found: dict[str, dict[str, Summary]] = defaultdict(dict)
+    """Task -> metric -> summary. A task with two kinds of questions can have two metrics."""
+    summaries: dict[str, dict[str, Summary]] = defaultdict(dict)
     for (task, name), rows in _parts(examples, options).items():
-        found[task][name] = summarise(name, [examples[row] for row in rows], [judged[row] for row in rows])
-    return dict(found)
+        summaries[task][name] = summarise(name, [examples[row] for row in rows], [judged[row] for row in rows])
+    return dict(summaries)
 
 
 def _parts(examples: Sequence[Example], options: MetricOptions) -> dict[tuple[str, str], list[int]]:
-    """Task and metric -> rows."""
+    """(Task, metric) -> row numbers."""
     rows = defaultdict(list)
     for row, example in enumerate(examples):
         rows[example.task, metric_name(example, options)].append(row)

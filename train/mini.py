@@ -1,4 +1,4 @@
-"""The embedded models before training: a small tokeniser, a processor, a config, as ordinary Hugging Face folders."""
+"""Writes the Hugging Face folders of the embedded models before training: tokeniser, processor and config."""
 
 import json
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from vlm_jax.data import pretraining, wordings, world
 from vlm_jax.prompts import P0_PROMPT
 
 VOCABULARY = 1024
-#: Longest prompt the embedded models take, in tokens.
+#: The longest prompt of the embedded models, in tokens.
 CONTEXT = 512
-#: Splits before every capital or digit inside a word, so that no learnt token holds two of them.
+#: Single capitals, digits and template names, at which words are split. No learnt token contains two of them.
 _ALONE = r"[A-Z](?![a-z])|\d|\{\w*\}"
 #: The decoder of every embedded model.
 _DECODER = {
@@ -27,12 +27,12 @@ _DECODER = {
     "attention_bias": False,
     "tie_word_embeddings": True,
 }
-#: Images as every embedded model sees them.
+#: The normalisation of images in every embedded model.
 _PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def corpus() -> list[str]:
-    """Text whose words deserve tokens of their own. Capitals and digits stay single: the world spells with them."""
+    """The text on which the tokenisers are trained: the miniworld's words and wordings."""
     kinds = [*wordings.FACTS.values(), *wordings.HINTS.values(), wordings.CHOICES]
     kinds += [wordings.FIELD, wordings.BAR, wordings.SIGN]
     lines = [template.replace("|", " ") for kind in kinds for template in (*kind.familiar, *kind.held_out)] * 30
@@ -43,8 +43,8 @@ def corpus() -> list[str]:
 
 
 def sentencepiece(specials: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a BPE with byte fallback, as Gemma and Llama have it: the special tokens come first,
-    then the 256 bytes, then pieces in which a space is "\u2581"."""
+    """Vocabulary and merges of a BPE with byte fallback, as in Gemma and Llama. The special tokens come first, then the
+    256 bytes, then pieces in which a space is "\u2581"."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     first = [*specials, *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -72,7 +72,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _write(folder: Path, tokenizer, images, template: str, config: dict, end: str) -> None:
-    """Everything of the folder but the weights."""
+    """Writes all files of a model's folder except the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     images.save_pretrained(folder)
@@ -228,7 +228,7 @@ def write_gemma3(folder: Path) -> None:
             **_DECODER,
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": 32,
-            # Two of eight layers see everything, the others 64 tokens: a prompt has about 100.
+            # A prompt has about 100 tokens. Two of the eight layers see all of them, the others only 64.
             "sliding_window": 64,
             "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
             "rope_parameters": {
@@ -281,7 +281,7 @@ def write_llava(folder: Path) -> None:
         model_max_length=CONTEXT,
         padding_side="left",
     )
-    # The whole image, squeezed to a square: a crop would cut answers off.
+    # The whole image is resized to a square, because a crop could remove the answer.
     images = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False, **_PIXELS)
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -320,7 +320,7 @@ def write_llava(folder: Path) -> None:
     _write(folder, tok, images, LLAVA_TEMPLATE, config, "</s>")
 
 
-#: Embedded model -> what writes its folder, all but the weights.
+#: Embedded model -> the function that writes its folder without the weights.
 WRITERS: dict[str, Callable[[Path], None]] = {
     "mini-qwen3-vl": write_qwen3_vl,
     "mini-gemma3": write_gemma3,

@@ -1,4 +1,4 @@
-"""LoRA adapters: made for a placement, counted, and kept as PEFT folders."""
+"""LoRA adapters: creates them for a placement, counts their parameters, saves and loads them as PEFT folders."""
 
 import json
 import math
@@ -24,7 +24,13 @@ from vlm_jax.sites import TEXT_LINEARS, null_slots
 
 
 def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropout: float, key: jax.Array) -> LoRA:
-    """An adapter on the placed modules and nowhere else, as PEFT initialises it: A Kaiming-uniform, B zero."""
+    """A new adapter on the modules ``names`` such as "L3-attn". A is Kaiming-uniform and B zero, as in PEFT.
+
+    Args:
+        r: the rank.
+        alpha: the output is scaled by ``alpha / r``.
+        key: random key for A.
+    """
     placed = _layers_by_linear(linears(check_names(names, model.config.text.num_hidden_layers)))
     weights = {}
     for i, (name, layers) in enumerate(placed.items()):
@@ -36,7 +42,7 @@ def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropo
 
 
 def adapter_parameters(model: Model, names: Iterable[str], r: int) -> int:
-    """Trainable parameters of rank-``r`` LoRA on these modules."""
+    """The number of trainable parameters of rank-``r`` LoRA on these modules."""
     names = check_names(names, model.config.text.num_hidden_layers)
     return sum(r * sum(_shape(model, name)) for _, name in linears(names))
 
@@ -47,9 +53,11 @@ def lowest_layer(lora: LoRA) -> int:
 
 
 def pad(lora: LoRA, model: Model, slots: int) -> LoRA:
-    """The same adapter with so many slots at every linear, whichever it is placed on: arrays of the same shapes, and so
-    the same compiled program, for every placement that needs no more. Slots that no layer uses hold zeros and get no
-    gradient."""
+    """The same adapter with ``slots`` slots at every linear of the decoder.
+
+    All placements that need no more slots then have arrays of the same shapes, so one compiled program trains them all.
+    Slots that no layer uses hold zeros and get no gradient.
+    """
     depth, r = model.config.text.num_hidden_layers, next(iter(lora.weights.values()))[0].shape[-1]
     weights, slot = {}, {}
     for name in (name for names in TEXT_LINEARS.values() for name in names):
@@ -74,8 +82,8 @@ def compact(lora: LoRA) -> LoRA:
 
 
 def merge(model: Model, lora: LoRA) -> Model:
-    """The model with the adapter folded into its kernels: the same function, as fast as the base model, and the
-    program that was compiled for the base model runs it."""
+    """The model with the adapter added to its kernels. It computes the same function at the speed of the base model,
+    and the base model's compiled program runs it."""
 
     def folded(path, kernel):
         site = leaf_name(path).replace("text.layers.", "text.").removesuffix(".kernel")
@@ -90,7 +98,7 @@ def merge(model: Model, lora: LoRA) -> Model:
 
 
 def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
-    """Writes a PEFT folder. ``target_modules`` are full module paths, so that only placed modules get adapters."""
+    """Writes a PEFT folder. Its ``target_modules`` are full paths, so that only the placed modules get adapters."""
     prefix = FAMILIES[model.config.family].layers
     tensors, paths = {}, []
     for site, (a, b) in lora.weights.items():
@@ -126,10 +134,10 @@ def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
 
 
 def load_peft(model: Model, folder: Path) -> LoRA:
-    """A PEFT folder's LoRA as an intervention.
+    """The LoRA of a PEFT folder as an intervention.
 
     Raises:
-        UserError: a folder that is no adapter, a module that this model lacks, a shape that does not fit.
+        UserError: for a folder without an adapter, a module that the model lacks, or a shape that does not fit.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -139,7 +147,7 @@ def load_peft(model: Model, folder: Path) -> LoRA:
             f"{folder} is not a readable PEFT folder ({error}): name one that holds adapter_config.json"
         ) from None
     if not isinstance(config, dict):
-        raise UserError(f"{folder}/adapter_config.json holds no JSON object: name a PEFT folder")
+        raise UserError(f"{folder}/adapter_config.json does not hold a JSON object: name a PEFT folder")
     if (
         config.get("peft_type") != "LORA"
         or config.get("use_rslora")
@@ -157,7 +165,7 @@ def load_peft(model: Model, folder: Path) -> LoRA:
     placed, halves = [], {}
     base = "base_model.model."
     for saved, tensor in tensors.items():
-        # Adapters made on older transformers carry the modules' older names.
+        # Adapters from older transformers have the modules' older names.
         name = base + FAMILIES[model.config.family].in_table(saved.removeprefix(base))
         layer, _, rest = name.removeprefix(start).partition(".")
         linear, _, half = rest.removesuffix(".weight").rpartition(".")
@@ -197,7 +205,7 @@ def load_peft(model: Model, folder: Path) -> LoRA:
 
 
 def _layers_by_linear(pairs: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
-    """Linear -> its layers, ascending."""
+    """Linear -> the numbers of its layers, ascending."""
     grouped = defaultdict(list)
     for layer, name in sorted(pairs):
         grouped[name].append(layer)
@@ -213,7 +221,7 @@ def _slots(model: Model, placed: dict[str, list[int]]) -> dict[str, jax.Array]:
 
 
 def _shape(model: Model, linear: str) -> tuple[int, int]:
-    """Inputs and outputs of a linear of the decoder's layers."""
+    """The numbers of inputs and outputs of a linear in the decoder's layers."""
     module = model.text.layers
     for part in linear.split("."):
         module = getattr(module, part)

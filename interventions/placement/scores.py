@@ -1,12 +1,12 @@
-"""Scores of modules that need gradients or activations: what placements other than P0's are chosen from.
+"""Scores of modules from gradients or activations, by which LoRA can be placed instead of by P0's trace.
 
-Every score is ``(L, 2)`` float64, last axis attention (q, k, v, o) and MLP (gate, up, down), higher is more important.
-A score registers itself by :func:`score`, and says there what it needs besides the model and the samples.
-``groups`` are what ``list(vlm_jax.prompts.batches(...))`` gives: the samples' rows and their encoded batch, whose last
-row is repeated where samples are few; repeats do not count. The answers are the gold ones, teacher-forced.
+Every score is ``(L, 2)`` float64; the last axis is attention (q, k, v, o) and MLP (gate, up, down). A higher score is
+a more important module. A score registers itself by :func:`score`, and says there what it needs besides the model and
+the samples. ``groups`` is ``list(vlm_jax.prompts.batches(...))``: row numbers and their encoded batch. A short batch
+repeats its last row, and the repeats do not count. The gold answers are teacher-forced.
 
-The gradients of a large model's weights fill as much memory as the model. Here a gradient is measured while the
-backward pass is in its layer (:class:`Gauge`), or is kept for some layers at a time.
+The gradients of all weights would need as much memory as the model. So a gradient is measured while the backward pass
+is in its layer (:class:`Gauge`), or the gradients of only some layers are kept at a time.
 """
 
 import functools
@@ -33,7 +33,7 @@ from vlm_jax.prompts import Batch
 from vlm_jax.runs.processes import fetch, progress
 from vlm_jax.sites import NO_TAPS, TEXT_LINEARS, Context, Intervention, Probe
 
-#: What the gradients of :func:`gradient_norm` that are kept at a time may take; a batch's own come on top.
+#: Bytes of the gradients that :func:`gradient_norm` keeps at a time. The gradients of one batch come on top.
 GRADIENT_BYTES = 2**32
 Groups = Sequence[tuple[Sequence[int], Batch]]
 #: ``(rows, batch) -> interventions`` that corrupt the batch.
@@ -79,7 +79,8 @@ def module_sizes(model: Model) -> np.ndarray:
 
 
 def weights(model: Model) -> np.ndarray:
-    """Weights of every module's linears ``(L, 2)``, without biases: what a score per parameter is divided by."""
+    """The number of weights of every module's linears ``(L, 2)``, without biases. Scores per parameter are divided by
+    it."""
     kernels = {name: kernel.size // len(kernel) for name, kernel in _kernels(model.text.layers).items()}
     row = [sum(kernels[site] for site in _LINEARS[module]) for module in MODULES]
     return np.tile(row, (model.config.text.num_hidden_layers, 1))
@@ -87,14 +88,14 @@ def weights(model: Model) -> np.ndarray:
 
 @score("gradient_norm")
 def gradient_norm(model: Model, groups: Groups, *, layers: int | None = None) -> np.ndarray:
-    """``sum ||dL/dW||_F^2`` over a module's linears W; L is the training loss, the mean cross-entropy of all gold
+    """``sum ||dL/dW||_F^2`` over a module's linears W. L is the training loss: the mean cross-entropy of all gold
     tokens and ends of turns.
 
-    The gradient is that of all samples together, not a mean of batches' norms, so batches do not matter.
+    The gradient is that of all samples together, so the result does not depend on the batches.
 
     Args:
-        layers: how many layers' gradients are kept at a time, each time with one pass over the samples; as many as fit
-            ``GRADIENT_BYTES`` where None.
+        layers: the number of layers whose gradients are kept at a time. Each such group of layers needs one pass over
+            the samples. None: as many as fit into ``GRADIENT_BYTES``.
     """
     depth = model.config.text.num_hidden_layers
     if layers is None:
@@ -112,8 +113,11 @@ def gradient_norm(model: Model, groups: Groups, *, layers: int | None = None) ->
 
 @score("fisher")
 def fisher(model: Model, groups: Groups) -> np.ndarray:
-    """``E_samples ||d log p(gold) / dW||_F^2``, summed over a module's linears: the trace of the empirical Fisher
-    information. ``log p(gold)`` is the sum over the gold answer's tokens (P0's T; without the end of the turn)."""
+    """The trace of the empirical Fisher information: the mean over samples of ``||d log p(gold) / dW||_F^2``, summed
+    over a module's linears W.
+
+    ``log p(gold)`` is the sum over the gold answer's tokens (P0's T), without the end of the turn.
+    """
 
     def each(rows, batch: Batch) -> jax.Array:
         return _fisher(model, batch.inputs, Gold.of(batch.inputs, batch.spans["answer"]))
@@ -122,13 +126,13 @@ def fisher(model: Model, groups: Groups) -> np.ndarray:
 
 
 def corrupter(model: Model, processor, examples: Sequence[Example], groups: Groups, options: TraceOptions) -> Corrupt:
-    """Corrupts as a causal trace of the examples with these options does in its first replicate: the same noise for
-    the same sample, the same sigma_E."""
+    """The corruption that a causal trace of the examples with these options uses in its first replicate: each sample
+    gets the same noise, and sigma_E is the same."""
     return Corrupter(model, processor, examples, survey(model, groups), options)
 
 
 class Attribution(NamedTuple):
-    """Per sample: ``p_clean, p_corrupt (B,)``, and ``ie (B, L, 2)``, the estimate of a causal trace's ``ie``."""
+    """For each sample: ``p_clean, p_corrupt (B,)``, and ``ie (B, L, 2)``, an estimate of a causal trace's ``ie``."""
 
     p_clean: Any
     p_corrupt: Any
@@ -137,11 +141,13 @@ class Attribution(NamedTuple):
 
 @score("attribution", "corruption")
 def attribution(model: Model, groups: Groups, corrupt: Corrupt) -> np.ndarray:
-    """Attribution patching (Nanda 2023): the mean over samples of the first-order estimate of P0's indirect effect,
-    the numerator of RR, for all modules in two forward passes and one backward pass.
+    """Attribution patching (Nanda 2023): the mean over samples of a first-order estimate of P0's indirect effect.
+
+    It needs two forward passes and one backward pass for all modules together. The indirect effect is the numerator
+    of RR.
 
     Args:
-        corrupt: what corrupts a batch: :func:`corrupter`, or a function that gives, say, ``(Noise(...),)``.
+        corrupt: :func:`corrupter`, or another function ``(rows, batch) -> interventions`` that corrupts a batch.
     """
 
     def each(rows, batch: Batch) -> jax.Array:
@@ -151,8 +157,12 @@ def attribution(model: Model, groups: Groups, corrupt: Corrupt) -> np.ndarray:
 
 
 def attribute(model: Model, inputs: Inputs, answer_mask, corrupt: tuple) -> Attribution:
-    """``(a_clean - a_corrupt) . dp/da`` at the corrupted run, summed over all tokens; a is a module's output and p the
-    geometric mean of the gold tokens' probabilities (P0, equation 1)."""
+    """``(a_clean - a_corrupt) . dp/da`` in the corrupted run, summed over all tokens. Here a is a module's output and p
+    the geometric mean of the gold tokens' probabilities (P0, equation 1).
+
+    Args:
+        answer_mask: ``(B, T)`` bool: the gold tokens.
+    """
     return _attribute(model, inputs, Gold.of(inputs, answer_mask), corrupt)
 
 
@@ -160,12 +170,15 @@ def attribute(model: Model, inputs: Inputs, answer_mask, corrupt: tuple) -> Attr
 def page(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
     """PAGE-style energy of a fresh adapter's gradient, ``||dL/dB||_F^2`` summed over a module's linears.
 
-    At initialisation B = 0, so A has no gradient and ``dL/dB = scale * A^T dL/dW`` (A as the rows ``x @ A`` are made):
-    over draws of A the expectation is ``scale^2 r / (3 in) ||dL/dW||^2``. L is the loss of :func:`gradient_norm`.
-    arXiv 2605.06183 is the source of the idea; this form of it is derived, not read there.
+    At initialisation B = 0, so A has no gradient and ``dL/dB = scale * A^T dL/dW``, with A in the orientation of
+    ``x @ A``. Its expectation over draws of A is ``scale^2 r / (3 in) ||dL/dW||^2``. L is the loss of
+    :func:`gradient_norm`. The idea is from arXiv 2605.06183; this formula was derived here and is not taken from there.
 
     Args:
-        lora: on all modules, as :func:`interventions.placement.adapters.init_lora` makes it.
+        lora: an adapter on all modules, from :func:`interventions.placement.adapters.init_lora`.
+
+    Raises:
+        UserError: if the adapter is not on all modules, or its B is not zero.
     """
     _check_everywhere(model, lora)
     if any(np.any(b) for _, b in lora.weights.values()):
@@ -179,11 +192,14 @@ def page(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
 
 @score("lora_drop", "trained adapter")
 def lora_drop(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
-    """The mean over real tokens of ``||scale * B A x||^2``, summed over a module's linears: how much a trained adapter
-    says (after LoRA-drop, arXiv 2402.07721; the square and the mean over tokens are our reading).
+    """The size of a trained adapter's outputs: the mean over real tokens of ``||scale * B A x||^2``, summed over a
+    module's linears (after LoRA-drop, arXiv 2402.07721; the square and the mean over tokens are our interpretation).
 
     Args:
-        lora: on all modules, trained; x is what its linears read in the adapted model.
+        lora: a trained adapter on all modules. x is the input of its linears in the adapted model.
+
+    Raises:
+        UserError: if the adapter is not on all modules.
     """
     _check_everywhere(model, lora)
     lora = lora.replace(dropout=0.0, key=None)
@@ -197,10 +213,10 @@ def lora_drop(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
 
 @score("talo")
 def talo(model: Model, groups: Groups) -> np.ndarray:
-    """What cutting a module costs in accuracy: minus P3's Delta of a task, for attentions and (ours) for MLPs.
+    """The accuracy that is lost by cutting a module: minus P3's Delta of a task. Cutting MLPs is our extension.
 
-    Right is forced-greedy: every gold token and the end of the turn is the likeliest token, as in
-    :mod:`interventions.talo`. Of few samples many modules cost the same.
+    An answer is correct if every gold token and the end of the turn are the likeliest tokens, as in
+    :mod:`interventions.talo`. With few samples many modules have the same score.
     """
     cuts = cut_grid(model.config.text.num_hidden_layers)
 
@@ -215,12 +231,13 @@ def talo(model: Model, groups: Groups) -> np.ndarray:
 
 @flax.struct.dataclass
 class Gauge(Intervention):
-    """Changes nothing; its gradient is a measurement. The "gradient" by ``zeros[site] (L, B)`` is, for every layer and
-    sample, what is measured of the true gradient ``g (B, T, D)`` at the site, while the backward pass is there:
+    """An intervention that changes no value and measures gradients.
 
-    without ``clean``, at a linear: ``||x^T g||_F^2``, the squared gradient of its weight for one sample;
-    with ``clean[site] (L, B, T, D)``: ``(clean - value) . g``, what putting the clean value in would change, to first
-    order.
+    Its "gradient" by ``zeros[site] (L, B)`` is, for every layer and sample, a number computed from the true gradient
+    ``g (B, T, D)`` at the site while the backward pass is there:
+
+    * without ``clean``, at a linear: ``||x^T g||_F^2``, the squared norm of its weight's gradient for one sample;
+    * with ``clean[site] (L, B, T, D)``: ``(clean - value) . g``, the first-order effect of the clean value.
     """
 
     zeros: dict[str, jax.Array]
@@ -254,8 +271,8 @@ _gauged.defvjp(_gauged_forward, _gauged_backward)
 
 
 def _weight_norm(x: jax.Array, g: jax.Array) -> jax.Array:
-    """``||x_b^T g_b||_F^2`` ``(B,)``, by the smaller of its two matrices: tokens by tokens, or the weight's gradient
-    itself, of one sample at a time."""
+    """``||x_b^T g_b||_F^2`` ``(B,)``, computed from the smaller of two matrices: tokens by tokens, or the weight's
+    gradient of one sample at a time."""
     inputs, outputs, tokens = x.shape[-1], g.shape[-1], x.shape[1]
     if tokens * (inputs + outputs) < inputs * outputs:
         return jnp.sum((x @ x.mT) * (g @ g.mT), (1, 2))
@@ -267,24 +284,25 @@ def _inner(difference: jax.Array, g: jax.Array) -> jax.Array:
 
 
 class _Listener(Intervention):
-    """A LoRA whose outputs' squared norms, over the tokens of ``mask (B, T)``, are noted while a layer is traced."""
+    """A LoRA that records the squared norms of its outputs over the tokens of ``mask (B, T)``, for one layer."""
 
     def __init__(self, lora: LoRA, mask: jax.Array):
         self.lora, self.mask, self.sites = lora, mask, lora.sites
-        self.heard: dict[str, jax.Array] = {}
+        self.norms: dict[str, jax.Array] = {}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         added = self.lora(site, jnp.zeros_like(value), ctx)
-        self.heard[site] = jnp.sum(added.astype(jnp.float32) ** 2 * self.mask[..., None])
+        self.norms[site] = jnp.sum(added.astype(jnp.float32) ** 2 * self.mask[..., None])
         return value + added
 
 
 def _through(text, span: tuple[int, int], x, window, deepstack, layers=None, listener=tuple):
-    """``x`` after the layers of a span, and what a listener to each heard; recomputed in a backward pass.
+    """``x`` after the layers of a span, and the norms that each layer's listener recorded. A backward pass recomputes
+    the layers.
 
     Args:
-        layers: copies of these layers, stacked, by which the result is to be differentiated. The model's own are read
-            one at a time where None: a slice of their stack would be a copy, too.
+        layers: stacked copies of these layers, by which the result can be differentiated. None reads the model's layers
+            one at a time, because a slice of their stack would be a copy.
     """
 
     def body(x, scanned):
@@ -293,13 +311,13 @@ def _through(text, span: tuple[int, int], x, window, deepstack, layers=None, lis
         listeners = listener()
         probe = Probe(listeners, NO_TAPS, Context(index))
         x, _ = layer(x, text.at(window, index), (), text.deepstack_at(deepstack, index), probe)
-        return x, [one.heard for one in listeners]
+        return x, [one.norms for one in listeners]
 
     return jax.lax.scan(jax.checkpoint(body), x, (layers, jnp.arange(*span)))
 
 
 def _scores(model: Model, inputs: Inputs, gold: Gold, interventions: tuple) -> Scores:
-    """The gold tokens' scores; a backward pass keeps the residual stream alone and recomputes each layer."""
+    """The gold tokens' scores. A backward pass keeps only the residual stream and recomputes each layer."""
     x, _ = model.hidden(inputs, interventions, remat=True)
     return gold(model, model.text.norm(x), 0)
 
@@ -329,8 +347,8 @@ def _attribute(model: Model, inputs: Inputs, gold: Gold, corrupt: tuple) -> Attr
         p = _scores(model, inputs, gold, (*corrupt, Gauge(zeros, clean))).probability
         return jnp.sum(p), p
 
-    found, p_corrupt = jax.grad(probability, has_aux=True)(_zeros(model, inputs, outputs))
-    return Attribution(p_clean, p_corrupt, jnp.stack([found[site].T for site in outputs], -1))
+    effects, p_corrupt = jax.grad(probability, has_aux=True)(_zeros(model, inputs, outputs))
+    return Attribution(p_clean, p_corrupt, jnp.stack([effects[site].T for site in outputs], -1))
 
 
 @functools.partial(jax.jit, static_argnames=("low", "high"), donate_argnums=0)
@@ -345,18 +363,18 @@ def _add_kernel_gradients(total: dict, model: Model, inputs: Inputs, gold: Gold,
         y, _ = _through(text, (high, model.config.text.num_hidden_layers), y, window, deepstack)
         return -jnp.sum(gold(model, text.norm(y), 0).logp)
 
-    found = _kernels(jax.grad(loss)(jax.tree.map(lambda a: a[low:high], text.layers)))
-    return {name: total[name] + found[name] for name in total}
+    gradients = _kernels(jax.grad(loss)(jax.tree.map(lambda a: a[low:high], text.layers)))
+    return {name: total[name] + gradients[name] for name in total}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _add_adapter_gradients(total: dict, model: Model, inputs: Inputs, gold: Gold, lora: LoRA) -> dict:
     def loss(b):
-        own = lora.replace(weights={site: (a, b[site]) for site, (a, _) in lora.weights.items()})
-        return -jnp.sum(_scores(model, inputs, gold, (own,)).logp)
+        adapter = lora.replace(weights={site: (a, b[site]) for site, (a, _) in lora.weights.items()})
+        return -jnp.sum(_scores(model, inputs, gold, (adapter,)).logp)
 
-    found = jax.grad(loss)({site: b for site, (_, b) in lora.weights.items()})
-    return {site: total[site] + found[site] for site in total}
+    gradients = jax.grad(loss)({site: b for site, (_, b) in lora.weights.items()})
+    return {site: total[site] + gradients[site] for site in total}
 
 
 @jax.jit
@@ -364,8 +382,8 @@ def _lora_outputs(model: Model, inputs: Inputs, mask, lora: LoRA) -> dict[str, j
     (x, deepstack), _ = model.embed(inputs)
     text, window = model.text, model.window(inputs)
     span = 0, model.config.text.num_hidden_layers
-    _, (heard,) = _through(text, span, x, window, deepstack, listener=lambda: (_Listener(lora, mask),))
-    return heard
+    _, (norms,) = _through(text, span, x, window, deepstack, listener=lambda: (_Listener(lora, mask),))
+    return norms
 
 
 def _kernels(layers) -> dict[str, jax.Array]:
@@ -380,7 +398,7 @@ def _square(gradient: jax.Array) -> jax.Array:
 
 
 def _by_module(linears: dict[str, jax.Array]) -> np.ndarray:
-    """Numbers of linears ``(L,)``, by site, summed into those of modules ``(L, 2)``."""
+    """Sums the linears' numbers, site -> ``(L,)``, to the modules' ``(L, 2)``."""
     return np.stack([sum(fetch(linears[s]).astype(np.float64) for s in _LINEARS[module]) for module in MODULES], -1)
 
 
@@ -391,7 +409,7 @@ def _check_everywhere(model: Model, lora: LoRA) -> None:
 
 
 def _mean(groups: Groups, label: str, each: Callable[[Sequence[int], Batch], jax.Array]) -> np.ndarray:
-    """The mean over samples of what ``each`` makes of a batch, ``(B, L, 2)``."""
+    """The mean over samples ``(L, 2)`` of the values ``(B, L, 2)`` that ``each`` computes for a batch."""
     total, count = 0.0, 0
     for rows, batch in progress(groups, desc=label, unit="batch"):
         values = fetch(each(rows, batch)).astype(np.float64)[: len(rows)]
@@ -400,7 +418,7 @@ def _mean(groups: Groups, label: str, each: Callable[[Sequence[int], Batch], jax
 
 
 def _golds(groups: Groups, label: str) -> Iterator[tuple[Batch, Gold]]:
-    """Each batch with what training has it say: the gold tokens and the ends of their turns; repeats say nothing."""
+    """Each batch with the tokens that training would score: gold tokens and ends of turns, but not those of repeats."""
     for rows, batch in progress(groups, desc=label, unit="batch"):
         gold = Gold.of(batch.inputs, batch.spans["answer"] | batch.spans["end"])
         real = np.arange(len(gold.valid)) < len(rows)
@@ -408,5 +426,5 @@ def _golds(groups: Groups, label: str) -> Iterator[tuple[Batch, Gold]]:
 
 
 def _tokens(groups: Groups) -> int:
-    """Gold tokens and ends of turns of all samples."""
+    """The number of gold tokens and ends of turns of all samples."""
     return sum(int((b.spans["answer"] | b.spans["end"])[: len(rows)].sum()) for rows, b in groups)

@@ -1,7 +1,7 @@
 """TaLo's choice of a layer, how far it can be trusted, and task-layer interaction vectors (P3), in plain NumPy.
 
-All of it works on a table of what the model gets right: ``base (N,)`` of N samples, and ``correct (L, N)`` with each of
-L layers cut, bool. No model is run, so a thousand probe sets or null draws cost next to nothing.
+Everything is computed from a table of correct answers: ``base (N,)`` bool for N samples, and ``correct (L, N)`` bool
+with each of L layers cut. No model is run, so thousands of probe sets or null draws take little time.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from vlm_jax.runs.ranges import Range, check_ranges
 
 Ties = Literal["first", "last", "more_samples", "median"]
 Similarity = Literal["pearson", "cosine"]
-#: The layer of a choice that leaves the model as it is.
+#: Stands for "no layer" in a choice that leaves the model unchanged.
 BASE = -1
 
 
@@ -51,48 +51,54 @@ class SelectOptions:
             )
 
     def layers(self, depth: int) -> np.ndarray:
-        """Those of ``depth`` layers that may be cut."""
+        """The numbers of the layers, out of ``depth``, that may be cut."""
         if depth == 1 and not self.layer_0:
             raise UserError("the model's only layer is layer 0, which is not tried: pass --layer-0")
         return np.arange(0 if self.layer_0 else 1, depth)
 
 
 class Choice(NamedTuple):
-    """A chosen layer (or ``BASE``), its gain in accuracy on the probe set, the indices of the pool and of the probe set
-    that decided, and how often that was drawn anew because no layer gained."""
+    """The result of :func:`select`."""
 
     layer: int
+    """The chosen layer, or ``BASE``."""
     gain: float
+    """Its gain in accuracy on the probe set."""
     pool: np.ndarray
+    """Sample numbers of the pool."""
     probe: np.ndarray
+    """Sample numbers of the last probe set, which decided."""
     rounds: int
+    """How often a new probe set was drawn because no layer had a gain."""
 
 
 def stratified(rng: np.random.Generator, among: np.ndarray, strata: np.ndarray, size: int) -> np.ndarray:
-    """``size`` of the indices ``among``, of each stratum ``strata[index]`` as large a share as it has there, rounded at
-    random; all of them where there are fewer."""
+    """A stratified random sample of ``size`` of the indices ``among``, or all of them if there are fewer.
+
+    Each stratum, given by ``strata[index]``, keeps its share; fractions are rounded at random.
+    """
     among = rng.permutation(among)
-    _, which, counts = np.unique(strata[among], return_inverse=True, return_counts=True)
+    _, stratum, counts = np.unique(strata[among], return_inverse=True, return_counts=True)
     rank = np.empty(len(among))
-    rank[np.argsort(which, kind="stable")] = np.concatenate([*map(np.arange, counts), []])
-    # Every stratum is spread evenly over [0, 1) with a random offset, and the first ``size`` places are taken.
-    return among[np.argsort((rank + rng.random(len(counts))[which]) / counts[which])[:size]]
+    rank[np.argsort(stratum, kind="stable")] = np.concatenate([*map(np.arange, counts), []])
+    # Every stratum is spread evenly over [0, 1) with a random offset; the ``size`` smallest positions are taken.
+    return among[np.argsort((rank + rng.random(len(counts))[stratum]) / counts[stratum])[:size]]
 
 
 def select(
-    base: np.ndarray, correct: np.ndarray, strata: np.ndarray, how: SelectOptions, rng: np.random.Generator
+    base: np.ndarray, correct: np.ndarray, strata: np.ndarray, options: SelectOptions, rng: np.random.Generator
 ) -> Choice:
     """One run of TaLo's procedure on the table ``base (N,)``, ``correct (L, N)`` with the strata ``(N,)``.
 
-    Evaluate its choice on the samples outside of its pool, none of which it looks at.
+    It uses only the samples of its pool, so its choice can be evaluated on the others (:func:`outside`).
 
     Raises:
-        UserError: for fewer than three times ``how.shot`` samples.
+        UserError: for fewer than three times ``options.shot`` samples.
     """
     count, delta = len(base), correct.astype(int) - base
-    how.check(count)
-    layers = how.layers(len(delta))
-    pool = stratified(rng, np.arange(count), strata, min(count // 3, 4 * how.shot))
+    options.check(count)
+    layers = options.layers(len(delta))
+    pool = stratified(rng, np.arange(count), strata, min(count // 3, 4 * options.shot))
     unused = pool
 
     def draw(size: int) -> np.ndarray:
@@ -101,54 +107,55 @@ def select(
         unused = np.setdiff1d(unused, drawn)
         return drawn
 
-    probe = draw(how.shot)
-    if base[probe].all() and len(unused):  # nothing to gain there
-        probe = draw(how.shot)
-    for rounds in range(how.rounds + 1):
+    probe = draw(options.shot)
+    if base[probe].all() and len(unused):  # no layer can have a gain on this probe set
+        probe = draw(options.shot)
+    for rounds in range(options.rounds + 1):
         gain = delta[layers][:, probe].sum(1)
         if gain.max() > 0:
             tied = layers[gain == gain.max()]
-            for extra in (how.shot // 2, how.shot // 4) if how.ties == "more_samples" else ():
+            for extra in (options.shot // 2, options.shot // 4) if options.ties == "more_samples" else ():
                 if len(tied) > 1:
                     probe = np.concatenate([probe, draw(extra)])
                     gain = delta[tied][:, probe].sum(1)
                     tied = tied[gain == gain.max()]
-            layer = tied[{"first": 0, "median": (len(tied) - 1) // 2}.get(how.ties, -1)]
+            layer = tied[{"first": 0, "median": (len(tied) - 1) // 2}.get(options.ties, -1)]
             return Choice(int(layer), float(delta[layer, probe].mean()), pool, probe, rounds)
-        if rounds == how.rounds or not len(unused):
+        if rounds == options.rounds or not len(unused):
             return Choice(BASE, 0.0, pool, probe, rounds)
-        probe = draw(how.shot + rounds + 1)
+        probe = draw(options.shot + rounds + 1)
     raise AssertionError("the last round returns")
 
 
 def outside(count: int, choice: Choice) -> np.ndarray:
-    """The eval set of a choice: the samples outside of its pool."""
+    """The eval set of a choice: the numbers of the samples outside its pool."""
     return np.setdiff1d(np.arange(count), choice.pool)
 
 
 def gains(base: np.ndarray, correct: np.ndarray, layer: int) -> np.ndarray:
-    """What cutting a layer gains on each sample ``(N,)``: 1, 0 or -1; nothing for ``BASE``."""
+    """The gain from cutting a layer on each sample ``(N,)``: 1, 0 or -1; 0 for ``BASE``."""
     return np.zeros(len(base)) if layer == BASE else correct[layer].astype(float) - base
 
 
 def assess(
-    base: np.ndarray, correct: np.ndarray, strata: np.ndarray, how: SelectOptions, draws: int, seed: int
+    base: np.ndarray, correct: np.ndarray, strata: np.ndarray, options: SelectOptions, draws: int, seed: int
 ) -> dict:
-    """How far the procedure can be trusted, over ``draws`` runs of it, each with a pool and probe sets of its own.
+    """How far the procedure can be trusted, from ``draws`` runs of it, each with its own pool and probe sets.
 
-    Every run is evaluated on a bootstrap resample of its own eval set, so the 95 % percentile intervals hold the chance
-    of the probe set and that of the eval set.
+    Every run is evaluated on a bootstrap resample of its own eval set. So the 95 % percentile intervals cover the
+    chance of the probe set and of the eval set.
 
     Returns:
-        ``probe_gain``: mean gain on the samples that chose; ``held_out``: mean and interval of the gain on those that
-        did not; ``random_layer``: the same of a random layer; ``over_random``: of the gain less what a random layer
-        is expected to; ``chosen``: how often each was (``base``: none); ``stability``: how often the most frequent.
+        ``probe_gain``: mean gain on the probe sets. ``held_out``: mean and interval of the gain on the eval sets.
+        ``random_layer``: the same for a random layer. ``over_random``: the gain on the eval sets minus the expected
+        gain of a random layer. ``chosen``: how often each layer was chosen (``base``: none). ``stability``: the share
+        of the most frequent choice.
     """
     rng = np.random.default_rng(seed)
     strata = np.unique(strata, return_inverse=True)[1]  # numbers sort faster than names
-    layers, runs = how.layers(len(correct)), []
+    layers, runs = options.layers(len(correct)), []
     for _ in range(draws):
-        choice = select(base, correct, strata, how, rng)
+        choice = select(base, correct, strata, options, rng)
         rest = rng.choice(outside(len(base), choice), len(base) - len(choice.pool))
         held = gains(base, correct, choice.layer)[rest].mean()
         others = correct[layers][:, rest].mean(1) - base[rest].mean()
@@ -166,15 +173,19 @@ def assess(
 
 
 def layer_name(layer: int) -> str:
+    """The name of a choice: "base" or, say, "L3"."""
     return "base" if layer == BASE else f"L{layer}"
 
 
 def permuted(base: np.ndarray, correct: np.ndarray, layers: np.ndarray, draws: int, seed: int) -> dict:
-    """Does any layer hurt? The permuted-label null, on all samples: in every sample the labels "base" and "cut" are
-    swapped or not, for all layers alike, and the best layer is sought again.
+    """Does any layer hurt the task? A permutation test on all samples.
 
-    The statistic is McNemar's, ``(gained - lost) / sqrt(gained + lost)``, at its largest over the layers, so ``p``
-    allows for the choice of the best of them.
+    In each draw the labels "base" and "cut" of every sample are swapped with probability 1/2, for all layers alike. The
+    statistic is the largest over the layers of McNemar's ``(gained - lost) / sqrt(gained + lost)``, so ``p`` accounts
+    for the choice of the best layer.
+
+    Returns:
+        The best ``layer``, how many samples it ``gained`` and ``lost``, its mean gain ``delta``, and ``p``.
     """
     delta = (correct.astype(float) - base)[layers]
     scale = np.sqrt(np.maximum((delta != 0).sum(1), 1))
@@ -201,7 +212,7 @@ def resampled_vectors(delta: np.ndarray, draws: int, rng: np.random.Generator) -
 
 
 def similarity(vectors: np.ndarray, kind: Similarity = "pearson") -> np.ndarray:
-    """``(T, T)`` correlations or cosines of the vectors ``(T, L)``; 0 with one that has no direction."""
+    """Correlations or cosines ``(T, T)`` of the vectors ``(T, L)``; 0 where a vector has length 0."""
     x = vectors - vectors.mean(1, keepdims=True) if kind == "pearson" else vectors
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     x = np.where(norm > 1e-9, x / np.maximum(norm, 1e-9), 0)
@@ -211,12 +222,12 @@ def similarity(vectors: np.ndarray, kind: Similarity = "pearson") -> np.ndarray:
 
 
 def tree(matrix: np.ndarray) -> np.ndarray:
-    """SciPy's linkage of tasks with the similarities ``(T, T)``: average linkage of 1 - similarity."""
+    """SciPy's linkage matrix of tasks with the similarities ``(T, T)``: average linkage of 1 - similarity."""
     return linkage(squareform(1 - matrix, checks=False), "average")
 
 
 def in_two(vectors: np.ndarray, kind: Similarity) -> np.ndarray:
-    """``(T, T)`` bool: which tasks are in the same half of the tree."""
+    """``(T, T)`` bool: whether two tasks are in the same one of the tree's two main branches."""
     if len(vectors) == 1:
         return np.ones((1, 1), bool)
     half = fcluster(tree(similarity(vectors, kind)), 2, "maxclust")
@@ -224,8 +235,11 @@ def in_two(vectors: np.ndarray, kind: Similarity) -> np.ndarray:
 
 
 def together(deltas: Sequence[np.ndarray], kind: Similarity, draws: int, seed: int) -> np.ndarray:
-    """How often two tasks are in the same half of the tree ``(T, T)`` when every task's samples ``delta (L, N)`` are
-    resampled."""
+    """The share of bootstrap resamples ``(T, T)`` in which two tasks are in the same main branch of the tree.
+
+    Args:
+        deltas: for each task the gains ``(L, N)`` of its samples, which are resampled.
+    """
     rng = np.random.default_rng(seed)
     vectors = np.stack([resampled_vectors(delta, draws, rng) for delta in deltas], 1)
     return np.mean([in_two(drawn, kind) for drawn in vectors], 0)

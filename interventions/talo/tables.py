@@ -1,4 +1,4 @@
-"""Which samples are right when a layer is cut: the one part of TaLo that runs the model (P3)."""
+"""The table of correct answers with each layer cut: the only part of TaLo (P3) that runs the model."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -19,17 +19,17 @@ from vlm_jax.prompts import batches
 from vlm_jax.runs.processes import fetch, progress
 
 Cut = Literal["attn", "mlp", "block", "uniform"]
-
-
-#: A sweep takes longer to compile than padding costs.
+#: Prompts are padded to multiples of this, because compiling a sweep for another shape takes longer than padding.
 _LENGTH_STEP = 32
 
 
 def layer_cut(depth: int, layer: int, cut: Cut) -> Gate | UniformAttention:
-    """Takes something of one decoder layer out, at every token, generated ones included.
+    """An intervention that cuts a part of one decoder layer, at every token, also at generated ones.
 
-    "attn": its attention adds nothing, as if q, k, v and o were zero (the paper's cut). "uniform": it attends evenly to
-    all it sees, as if q were zero. "mlp" and "block" (attention and MLP) are extensions of ours.
+    Args:
+        depth: the model's number of layers.
+        cut: "attn": the attention adds nothing, as if q, k, v and o were zero (the paper's cut). "uniform": attention
+            is uniform over the visible tokens, as if q were zero. "mlp", "block" (attention and MLP): our extensions.
     """
     if cut not in get_args(Cut):
         raise UserError(f"unknown cut {cut!r}: use one of {', '.join(get_args(Cut))}")
@@ -41,37 +41,45 @@ def layer_cut(depth: int, layer: int, cut: Cut) -> Gate | UniformAttention:
 def tabulate(
     model: Model, processor, examples: Sequence[Example], cut: Cut = "attn", *, batch: int = 32, label: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which examples the model answers, as it is ``base (N,)`` and with each layer cut ``correct (L, N)``, bool.
+    """Which examples are answered correctly: by the unchanged model ``base (N,)`` and with each layer cut
+    ``correct (L, N)``, bool.
 
-    Right is forced-greedy: at every token of the gold answer and of its turn's end, the likeliest token is that token,
-    so greedy decoding would write ``answers[0]`` to the letter and stop.
+    An answer is correct if the gold token is the likeliest at every token of the gold answer and of its turn's end.
+    Greedy decoding would then write exactly ``answers[0]`` and stop.
+
+    Args:
+        batch: rows of a batch.
+        label: label of the progress bar.
     """
     depth = model.config.text.num_hidden_layers
     cuts = [layer_cut(depth, layer, cut) for layer in range(depth)]
     groups = list(batches(examples, processor, model.config, batch, step=_LENGTH_STEP))
     golds = [Gold.of(encoded.inputs, encoded.spans["answer"] | encoded.spans["end"]) for _, encoded in groups]
-    asked = [(encoded.inputs, stack(cuts), gold) for (_, encoded), gold in zip(groups, golds, strict=True)]
-    costs = [estimate(model, *sweep) for sweep in asked]
-    right = np.zeros((1 + depth, len(examples)), bool)
+    sweeps = [(encoded.inputs, stack(cuts), gold) for (_, encoded), gold in zip(groups, golds, strict=True)]
+    costs = [estimate(model, *sweep) for sweep in sweeps]
+    answered = np.zeros((1 + depth, len(examples)), bool)
     bar = progress(total=len(examples), desc=f"cut {cut} {label}".strip(), unit="sample")
     with Announced(sum(costs[1:], costs[0])), bar:
-        for (rows, _), sweep in zip(groups, asked, strict=True):
+        for (rows, _), sweep in zip(groups, sweeps, strict=True):
             runs = fetch(sweep_runs(model, *sweep))
-            right[0, rows] = runs.base.correct[: len(rows)]
-            right[1:, rows] = runs.variants.correct[:, : len(rows)]
+            answered[0, rows] = runs.base.correct[: len(rows)]
+            answered[1:, rows] = runs.variants.correct[:, : len(rows)]
             bar.update(len(rows))
-    return right[0], right[1:]
+    return answered[0], answered[1:]
 
 
 def subtask(example: Example) -> str:
-    """An example's task, and its category within it where the task has any."""
+    """The name of an example's task, with the example's category if the task has categories."""
     return example.task if example.subtask is None else f"{example.task}: {example.subtask}"
 
 
 class TaskTable(NamedTuple):
-    """A task's samples and their table: ``base (N,)``, ``correct (L, N)``, and their sub-tasks ``strata (N,)``."""
+    """A task's samples and their table of correct answers."""
 
     examples: list[Example]
     base: np.ndarray
+    """``(N,)`` bool: by the unchanged model."""
     correct: np.ndarray
+    """``(L, N)`` bool: with each layer cut."""
     strata: np.ndarray
+    """``(N,)``: the samples' sub-tasks."""

@@ -60,7 +60,7 @@ def load_task(
     if name not in (*TASKS, *TASK_FAMILIES):
         if path.is_dir():
             task, opened = open_folder(path, split)
-            return loading.read_examples(opened, task, limit, options)
+            return loading.load_rows(opened, task, limit, options)
         raise UserError(
             f"unknown task {name!r}{nearest(name, task_names())} (or give the path of a .jsonl file or a folder)"
         )

@@ -43,11 +43,11 @@ def load_named(name: str, split: str, limit: int | None, options: DataOptions) -
         return [example for turn in zip(*members_examples, strict=True) for example in turn][:limit]
     if name not in DATASETS or split == ALL:
         spec, hub = _benchmark_split(name)
-        return read_examples(_opened(spec, hub, options.data_root, options.stream), name, limit, options)
+        return load_rows(_opened(spec, hub, options.data_root, options.stream), name, limit, options)
     return _read_split(DATASETS[name], split, limit, options)
 
 
-def read_examples(opened: Opened, task: str, limit: int | None, options: DataOptions) -> list[Example]:
+def load_rows(opened: Opened, task: str, limit: int | None, options: DataOptions) -> list[Example]:
     """The first ``limit`` rows that have an answer, as examples, in the dataset's order."""
     examples = list(itertools.islice(_examples(opened, opened.each(images=True), task, options), limit))
     if not examples:
