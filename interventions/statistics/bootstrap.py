@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 #: How many numbers one chunk of draws may hold; it bounds the memory.
 CHUNK_NUMBERS = 1_000_000
@@ -59,7 +60,7 @@ def percentiles(draws: np.ndarray) -> dict:
     return _as_json(Interval(draws.mean(0), *percentile_bounds(draws)))
 
 
-def mean_interval(values, seed: int = 0) -> dict:
+def mean_interval(values: ArrayLike, seed: int = 0) -> dict:
     """The mean of ``values (N, ...)`` over samples and its 95 % percentile bootstrap interval, as ``mean``, ``low`` and
     ``high`` for JSON. NaN values are left out."""
     values = np.asarray(values, float)

@@ -1,6 +1,7 @@
 """Compares two placements on the same held-out samples, and adjusts the p-values of several comparisons."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
@@ -8,7 +9,15 @@ from interventions.statistics.bootstrap import bootstrap_rows, percentile_bounds
 from vlm_jax.errors import UserError
 
 
-def paired(first, second, *, clusters=None, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> dict:
+def paired(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict:
     """Two placements' scores on the same held-out samples: is there a difference, and how large can it still be?
 
     Args:
@@ -86,7 +95,7 @@ def _resampled_means(values: np.ndarray, clusters, resamples: int, seed: int) ->
 _MCNEMAR = ("gained", "lost", "mcnemar_p")
 
 
-def mcnemar(first, second) -> dict:
+def mcnemar(first: ArrayLike, second: ArrayLike) -> dict:
     """McNemar's exact test of two placements' scores ``(N,)`` on the same samples.
 
     Returns:
@@ -106,7 +115,7 @@ def mcnemar(first, second) -> dict:
     return {"gained": gained, "lost": lost, "mcnemar_p": p}
 
 
-def _as_seeds_by_samples(first, second) -> tuple[np.ndarray, np.ndarray]:
+def _as_seeds_by_samples(first: ArrayLike, second: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Both as ``(S, N)``."""
     first, second = (np.atleast_2d(np.asarray(scores, float)) for scores in (first, second))
     if first.shape[1] != second.shape[1] or not first.size:
@@ -114,7 +123,7 @@ def _as_seeds_by_samples(first, second) -> tuple[np.ndarray, np.ndarray]:
     return first, second
 
 
-def holm(p) -> np.ndarray:
+def holm(p: ArrayLike) -> np.ndarray:
     """p-values ``(K,)`` adjusted by Holm (1979): the chance of any false finding among K tests stays below the level.
 
     To bound the share of false findings instead, use ``scipy.stats.false_discovery_control``.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from interventions.statistics.bootstrap import Interval, bootstrap_rows, percentile_bounds
 from interventions.statistics.restoration import EPS, STATISTICS, check_effects, estimate_draws, rr
@@ -13,7 +14,14 @@ Over = Literal["samples", "replicates", "both"]
 
 
 def rr_interval(
-    te, ie, over: Over = "samples", *, resamples: int = 2000, seed: int = 0, level: float = 0.95, **options
+    te: ArrayLike,
+    ie: ArrayLike,
+    over: Over = "samples",
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    **options,
 ) -> Interval:
     """RR ``(C,)`` of ``te (N, R)`` and ``ie (N, R, C)``, and its percentile bootstrap interval.
 
@@ -39,7 +47,9 @@ def rr_interval(
     return Interval(value, *percentile_bounds(draws, level))
 
 
-def rr_resamples(te, ie, over: Over = "samples", *, resamples: int = 2000, seed=0, **options) -> np.ndarray:
+def rr_resamples(
+    te: ArrayLike, ie: ArrayLike, over: Over = "samples", *, resamples: int = 2000, seed=0, **options
+) -> np.ndarray:
     """RR of bootstrap resamples ``(resamples, C)``; arguments as for :func:`rr_interval`. NaN where a resample has no
     sample with TE >= ``min_te``."""
     te, ie = check_effects(te, ie)
@@ -58,7 +68,9 @@ def rr_resamples(te, ie, over: Over = "samples", *, resamples: int = 2000, seed=
     return np.concatenate(chunks)
 
 
-def rr_summary(te, ie, cells: Sequence[str], *, resamples: int = 2000, seed: int = 0, **options) -> list[dict]:
+def rr_summary(
+    te: ArrayLike, ie: ArrayLike, cells: Sequence[str], *, resamples: int = 2000, seed: int = 0, **options
+) -> list[dict]:
     """A row for each cell and statistic: RR, its rank (1 is the highest) and its intervals.
 
     ``low`` and ``high`` are the interval over samples. With several replicates there are also ``replicates_low``,

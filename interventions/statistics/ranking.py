@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from interventions.statistics.bootstrap import percentiles
@@ -12,8 +13,8 @@ from vlm_jax.errors import UserError
 
 
 def rank_stability(
-    te,
-    ie,
+    te: ArrayLike,
+    ie: ArrayLike,
     *,
     sizes: Sequence[int] | None = None,
     top: Sequence[int] = (10,),

@@ -7,6 +7,7 @@ sample's TE and IE are means over its replicates.
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from interventions.statistics.bootstrap import sum_by_place
 from vlm_jax.errors import UserError
@@ -17,7 +18,9 @@ STATISTICS = ("mean_of_ratios", "ratio_of_means", "median")
 EPS = 1e-8
 
 
-def rr(te, ie, min_te: float = 0.01, eps: float = EPS, statistic: Statistic = "mean_of_ratios") -> np.ndarray:
+def rr(
+    te: ArrayLike, ie: ArrayLike, min_te: float = 0.01, eps: float = EPS, statistic: Statistic = "mean_of_ratios"
+) -> np.ndarray:
     """The restoration rate of every cell ``(C,)`` (P0, equation 4) of ``te (N, R)`` and ``ie (N, R, C)``.
 
     Args:
@@ -48,7 +51,7 @@ def normalised(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     return values / (values.max(axis, keepdims=True) + EPS)
 
 
-def check_effects(te, ie) -> tuple[np.ndarray, np.ndarray]:
+def check_effects(te: ArrayLike, ie: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64 arrays ``(N, R)`` and ``(N, R, C)``.
 
     Raises:
