@@ -8,7 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = {page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in PAGES}
+#: Page -> its blocks of Python, each with the output that the page shows for it ("It prints:"), or with "".
+BLOCKS = {
+    page.name: re.findall(r"```python\n(.*?)```(?:\n\nIt prints:\n\n```\n(.*?)```)?", page.read_text(), re.DOTALL)
+    for page in PAGES
+}
 PACKAGES = "vlm_jax|interventions|eval|train"
 FILE = rf"(?<![\w/.-])(?:{PACKAGES}|tests|docs|benchmarks|tpu_scripts|examples)/[\w./-]*\w"
 COMMAND = rf"python -m ((?:{PACKAGES})[\w.]*)"
@@ -20,10 +24,12 @@ def every_page(test):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, capsys):
     namespace: dict = {}
-    for block in BLOCKS[page]:
+    for block, output in BLOCKS[page]:
+        capsys.readouterr()
         exec(compile(block, page, "exec"), namespace)
+        assert not output or capsys.readouterr().out == output
     assert set(namespace) > {"__builtins__"}
 
 
@@ -58,6 +64,7 @@ def test_named_commands_exist(page):
 
 
 def test_patterns_find_what_they_should():
+    assert [bool(output) for _, output in BLOCKS["README.md"]] == [True]
     text = "`train/loop.py`, (tests/test_docs.py) but runs/eval/x.json; `python -m train.lora --k 2`; python -m pytest"
     assert re.findall(FILE, text) == ["train/loop.py", "tests/test_docs.py"]
     assert re.findall(COMMAND, text) == ["train.lora"]
