@@ -31,18 +31,18 @@ SHARD_BYTES = 2 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Peak memory and seconds of loading and tracing a checkpoint of a published size."""
+    """Measure peak memory and seconds of loading and tracing a checkpoint of a published size."""
 
     folder: Path = Path("runs/full-size")
     """Where the checkpoint is written (9 GB for Qwen3-VL-4B); deleted afterwards."""
     name: Literal["Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B"] = "Qwen3-VL-4B"
     """Published configuration."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision on load. On CPU, XLA widens bfloat16 weights to a second, float32 copy of them all."""
+    """Precision on load. On a CPU, XLA makes a second copy of all bfloat16 weights, in float32."""
     keep: bool = False
     """Do not delete the checkpoint."""
     stage: bool = False
-    """Only load and trace what is in the folder (this is how the benchmark calls itself)."""
+    """Only load and trace the checkpoint that is in the folder. The benchmark calls itself with it."""
 
 
 def write(args: Args) -> None:
@@ -80,7 +80,7 @@ def _flush(folder: Path, shards: list[dict], index: dict) -> None:
 
 
 class Peak:
-    """The most anonymous memory, in GiB, while the block runs: arrays, without the pages of mapped files."""
+    """Peak anonymous memory in GiB while the block runs: arrays, without the pages of mapped files."""
 
     def __enter__(self):
         self.gib, self.stop = 0.0, threading.Event()
@@ -141,7 +141,7 @@ def main(args: Args) -> None:
         write(args)
         total = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
         print(f"wrote {total / 1e9:.2f} GB in {time.perf_counter() - begun:.0f} s")
-        # In a process of its own, whose memory is that of loading and tracing alone.
+        # In a separate process, so that only loading and tracing count.
         stage = ["--folder", str(args.folder), "--dtype", args.dtype, "--stage"]
         subprocess.run([sys.executable, __file__, *stage], check=True)
     finally:

@@ -3,8 +3,8 @@
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/lora.py --json runs/lora_speed.json
 
 Both sides train the same adapters of a random Qwen3 text model on the same tokens, with gradient checkpointing (P0) and
-AdamW. They take turns, step by step, so that whatever else the machine does hits both; times are medians of the steps
-after the first. Memory is measured afterwards, each side in a process of its own.
+AdamW. They take turns, step by step, so that other work on the machine slows both alike. Times are medians of the steps
+after the first. Memory is measured afterwards, each side in a separate process.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Args:
     """Query heads; half as many key-value heads. Heads are 128 wide."""
     ffn: int = 3072
     vocabulary: int = 8192
-    """Small, because transformers computes every token's logits and this library the answer's alone."""
+    """Small, because transformers computes the logits of every token, this library only those of the answer."""
     batch: int = 4
     tokens: int = 300
     answer: int = 6
@@ -42,18 +42,18 @@ class Args:
     """Layers of the second placement, counted from the top."""
     r: int = 64
     dropout: float = 0.0
-    """Of LoRA's inputs; losses can be compared only without."""
+    """Dropout of LoRA's inputs. Losses can be compared only at 0."""
     remat: Literal["full", "some", "none"] = "some"
-    """What this library computes again in the backward pass (PEFT: whole layers)."""
+    """What this library recomputes in the backward pass (PEFT recomputes whole layers)."""
     epochs: int = 3
-    """Over how many epochs the frozen trunk is reused, where it is (P0: 3)."""
+    """Over how many epochs the frozen trunk is reused, for placements with a trunk (P0: 3)."""
     repeats: int = 5
     placements: tuple[Literal["all", "upper"], ...] = ("all", "upper")
     peers: tuple[Literal["peft", "peft-lean", "peft-bfloat16"], ...] = ("peft", "peft-lean", "peft-bfloat16")
-    """What to compare with: PEFT as it comes; PEFT told not to carry gradients below the adapters (by default its
-    gradient checkpointing asks for those of the embeddings); PEFT with bfloat16 weights."""
+    """What to compare with: PEFT with its defaults; PEFT without gradients below the adapters (by default its gradient
+    checkpointing computes those of the embeddings); PEFT with bfloat16 weights."""
     memory: bool = True
-    """Also measure the peak memory of each side, in processes of their own."""
+    """Also measure the peak memory of each side, in separate processes."""
     json: Path | None = None
     """Where to write the figures."""
 
@@ -133,7 +133,7 @@ class Ours:
         self.read()
 
     def read(self) -> None:
-        """The frozen trunk: needed once per example, or once per step where it is not reused."""
+        """Runs the frozen trunk: once per example, or once per step if it is not reused."""
         data = self.trunk.trunk(self.model, self.batch, self.lowest, size=self.size)
         self.data = self.jax.tree.map(lambda a: a[None], data)
 
@@ -144,7 +144,7 @@ class Ours:
 
 
 class Peft:
-    """The peer: PEFT on transformers, gradient checkpointing, torch's AdamW."""
+    """The other side: PEFT on transformers, gradient checkpointing, torch's AdamW."""
 
     def __init__(self, args: Args, folder: Path, placement: str, kind: str):
         import torch
@@ -167,7 +167,7 @@ class Peft:
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimiser, 1.0, 0.0, 1000)
 
     def read(self) -> None:
-        """Nothing is kept from step to step."""
+        """PEFT keeps nothing from step to step, so there is no trunk to run."""
 
     def step(self) -> float:
         out = self.model(input_ids=self.ids, labels=self.labels)
@@ -183,14 +183,14 @@ def make(args: Args, folder: Path, placement: str, side: str):
 
 
 def timed(call) -> tuple[float, float, float | None]:
-    """Seconds by the clock, and of all cores' work."""
+    """Wall-clock seconds, and CPU seconds of all cores."""
     begun, work = time.perf_counter(), time.process_time()
     value = call()
     return time.perf_counter() - begun, time.process_time() - work, value
 
 
 def compare(args: Args, folder: Path, placement: str) -> dict:
-    """Of every side: seconds of the trunk and of a step, taken in turns, and the losses."""
+    """For every side: seconds of the trunk and of a step, measured in turns, and the losses."""
     sides = {side: make(args, folder, placement, side) for side in ("ours", *args.peers)}
     rows: dict = {side: {"seconds": [], "trunk_seconds": [], "core_seconds": [], "losses": []} for side in sides}
     for side, it in sides.items():
@@ -211,7 +211,7 @@ def compare(args: Args, folder: Path, placement: str) -> dict:
 
 
 def peak(args: Args, folder: Path, placement: str, side: str) -> float:
-    """Most resident memory in GiB during three steps of one side, in a process of its own."""
+    """Peak resident memory in GiB during three steps of one side, in a separate process."""
     code = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import lora;"
         "args = lora.Args(**json.loads(sys.argv[2])); lora.watch(args, Path(sys.argv[3]), *sys.argv[4:])"
@@ -231,7 +231,7 @@ def watch(args: Args, folder: Path, placement: str, side: str) -> None:
     print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
 
 
-def report(args: Args, found: dict) -> str:
+def report(args: Args, results: dict) -> str:
     """The Markdown table."""
     count = args.batch * args.tokens
     lines = [
@@ -239,7 +239,7 @@ def report(args: Args, found: dict) -> str:
         "| core-seconds | peak memory (GiB) | loss differs by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for placement, rows in found.items():
+    for placement, rows in results.items():
         ours = rows["ours"]
         where = "all linears" if placement == "all" else f"the linears of the upper {args.upper} layers"
         whole = ours["trunk_seconds"] + ours["seconds"]
@@ -267,22 +267,24 @@ def machine() -> str:
 
 
 def main(args: Args) -> None:
-    found: dict = {}
+    results: dict = {}
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(args, folder)
         for placement in args.placements:
             write_adapter(args, folder, placement)
-            found[placement] = compare(args, folder, placement)
+            results[placement] = compare(args, folder, placement)
             if args.memory:
-                for side, row in found[placement].items():
+                for side, row in results[placement].items():
                     row["memory_gib"] = peak(args, folder, placement, side)
-            print(report(args, found), flush=True)
+            print(report(args, results), flush=True)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         options = json.loads(json.dumps(dataclasses.asdict(args), default=str))
-        args.json.write_text(json.dumps({"machine": machine(), "options": options, "found": found}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": machine(), "options": options, "results": results}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

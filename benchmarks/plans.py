@@ -1,8 +1,8 @@
-"""The planning table of docs/pods.md: real compilations for slices that are not here.
+"""The planning table of docs/pods.md: real compilations for slices, without a TPU.
 
     python benchmarks/plans.py --json runs/plans.jsonl
 
-Needs the extra tpu-aot. Takes a minute or two a row; rows that the file has are not compiled again.
+Needs the extra tpu-aot. Takes a minute or two per row; rows that are in the file already are not compiled again.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from train.plan import Args as PlanArgs
 from train.plan import compiled
 from vlm_jax.errors import UserError
 
-#: model -> slice -> mesh for traces and for training, and what LoRA recomputes: as few ways apart, and as little, as
-#: fits.
+#: model -> slice -> mesh for traces, mesh for training, and what LoRA recomputes. Each splits the model as little, and
+#: recomputes as little, as fits into memory.
 MESHES = {
     "Qwen3-VL-4B": {
         "v5e:2x4": ("data=4,tensor=2", "fsdp=4,tensor=2", "some"),
@@ -33,7 +33,7 @@ MESHES = {
         "v5p:2x2x4": ("data=16", "fsdp=16", "some"),
     },
     "Qwen2.5-VL-72B": {"v5p:4x4x4": ("data=8,tensor=8", None, None)},
-    # P4's own.
+    # P4's model.
     "LLaVA-1.5-7B": {"v5e:2x4": (None, "fsdp=8", None)},
 }
 
@@ -47,11 +47,11 @@ class Args:
     jobs: tuple[Literal["trace", "lora", "editors"], ...] = ("trace", "lora", "editors")
     """Which jobs; training steps compile for minutes."""
     batch: int = 16
-    """Samples of a batch, over all chips."""
+    """Samples per batch, over all chips."""
     length: int = 1024
     """Tokens of a prompt."""
     json: Path = Path("runs/plans.jsonl")
-    """Where findings are kept, a line each."""
+    """Where the results are kept, a JSON line each."""
 
 
 def rows(args: Args):
@@ -62,23 +62,23 @@ def rows(args: Args):
             if trace is not None and "trace" in args.jobs:
                 yield "trace", PlanArgs(model, "trace", topology, trace, **sizes)
             if remat is not None and "lora" in args.jobs:
-                how = {**sizes, "remat": remat}
-                yield f"LoRA, all modules, remat {remat}", PlanArgs(model, "lora", topology, training, **how)
-                yield f"LoRA, k = 10, remat {remat}", PlanArgs(model, "lora", topology, training, k=10, **how)
+                options = {**sizes, "remat": remat}
+                yield f"LoRA, all modules, remat {remat}", PlanArgs(model, "lora", topology, training, **options)
+                yield f"LoRA, k = 10, remat {remat}", PlanArgs(model, "lora", topology, training, k=10, **options)
             if training is not None and "editors" in args.jobs:
                 yield "editors", PlanArgs(model, "editors", topology, training, **sizes)
 
 
-def line(title: str, found: dict) -> str:
+def line(title: str, result: dict) -> str:
     """A row of the table."""
-    args, gib = found["args"], 2**30
-    moved = ", ".join(f"{kind} {times:,.0f}" for kind, (times, _) in found["collectives"].items())
-    name, seconds = max(found["bounds"].items(), key=lambda pair: pair[1])
-    memory = " + ".join(f"{found[name] / gib:.2f}" for name in ("arguments", "idle", "temporaries", "outputs"))
+    args, gib = result["args"], 2**30
+    moved = ", ".join(f"{kind} {times:,.0f}" for kind, (times, _) in result["collectives"].items())
+    name, seconds = max(result["bounds"].items(), key=lambda pair: pair[1])
+    memory = " + ".join(f"{result[name] / gib:.2f}" for name in ("arguments", "idle", "temporaries", "outputs"))
     cells = (
         *(args["model"], title, args["topology"], args["mesh"], memory),
-        f"{found['total'] / gib:.2f}{'' if found['fits'] else ' (does not fit)'}",
-        *(moved, f"{1e3 * seconds:,.0f} ({name})", f"{found['seconds']:.0f}"),
+        f"{result['total'] / gib:.2f}{'' if result['fits'] else ' (does not fit)'}",
+        *(moved, f"{1e3 * seconds:,.0f} ({name})", f"{result['seconds']:.0f}"),
     )
     return "| " + " | ".join(cells) + " |"
 
@@ -86,7 +86,7 @@ def line(title: str, found: dict) -> str:
 def main(args: Args) -> None:
     known = {}
     if args.json.is_file():
-        known = {json.dumps(found["args"]): found for found in map(json.loads, args.json.read_text().splitlines())}
+        known = {json.dumps(result["args"]): result for result in map(json.loads, args.json.read_text().splitlines())}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for title, plan in rows(args):

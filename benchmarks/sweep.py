@@ -3,8 +3,8 @@
     python benchmarks/sweep.py --figure docs/sweep_speed.png
 
 Both sides run in this process on the same random Qwen3-VL and the same noise: the sweep, and transformers with PyTorch
-forward hooks, both with the visual features already computed. The sweep's times are medians of several calls; the
-hooked grid of minutes is run once, whole, in float32, and for its first cells in bfloat16.
+forward hooks, both with the visual features already computed. The sweep's times are medians of several calls.
+The hooked grid takes minutes, so it runs once: all cells in float32, the first ones in bfloat16.
 """
 
 import dataclasses
@@ -50,11 +50,11 @@ class Args:
     """Question and answer tokens, of which 4 are the answer."""
     repeats: int = 5
     hooked_cells: int | None = None
-    """Run only so many cells with hooks and extrapolate; None: all of them."""
+    """Run only this many cells with hooks and extrapolate; None: all of them."""
     growth: bool = True
     """Also time the sweep at other numbers of image tokens, layers and variants."""
     figure: Path | None = None
-    """Where to draw the growth."""
+    """Where to draw how the time grows."""
 
 
 def build(args: Args) -> Qwen3VLForConditionalGeneration:
@@ -104,7 +104,7 @@ def prompt(args: Args, image_tokens: int) -> dict:
 
 
 class Sweep:
-    """The grid on one prompt, ready to be called; everything but the vision tower is inside of the call."""
+    """The grid on one prompt, as a function to call. The call computes everything except for the vision tower."""
 
     def __init__(self, model, arrays: dict, args: Args, variants=None):
         self.model, depth = model, model.config.text.num_hidden_layers
@@ -119,8 +119,8 @@ class Sweep:
         self.features = jax.jit(lambda model, inputs: model.features(inputs)[0])(model, self.inputs)
 
     def __call__(self):
-        how = {"base": self.base, "clean": (), "features": self.features}
-        return sweep_runs(self.model, self.inputs, self.variants, self.read, **how)
+        options = {"base": self.base, "clean": (), "features": self.features}
+        return sweep_runs(self.model, self.inputs, self.variants, self.read, **options)
 
     @property
     def cost(self):
@@ -128,7 +128,7 @@ class Sweep:
 
 
 class Hooked:
-    """The peer: transformers with forward hooks, one decoder pass a cell."""
+    """The other side: transformers with forward hooks, one decoder pass per cell."""
 
     def __init__(self, model, arrays: dict, sweep: Sweep, dtype=torch.float32):
         self.model, self.dtype = model.to(dtype), dtype
@@ -168,7 +168,7 @@ class Hooked:
         return float(logp.mean().exp())
 
     def cell(self, i: int) -> float:
-        """The corrupted run's probability with module ``i``'s clean output put in."""
+        """The probability in the corrupted run with the clean output of module ``i``."""
 
         def patch(module, args, out):
             return (self.outputs[i], *out[1:]) if isinstance(out, tuple) else self.outputs[i]
@@ -180,7 +180,7 @@ class Hooked:
 
 
 def seconds(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Of the first call, and the median of the next ones."""
+    """Seconds of the first call, and the median of the next ones."""
     times = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()
@@ -232,33 +232,33 @@ def compare(args: Args, model, hf) -> None:
 
 def growth(args: Args, model) -> dict[str, list[tuple[int, float]]]:
     """Median seconds of the sweep by image tokens, layers and variants; the others as in the comparison."""
-    found: dict[str, list[tuple[int, float]]] = {"image tokens": [], "layers": [], "variants": []}
+    timings: dict[str, list[tuple[int, float]]] = {"image tokens": [], "layers": [], "variants": []}
 
     def add(axis: str, at: int, sweep: Sweep) -> None:
-        found[axis].append((at, seconds(sweep, 2)[1]))
-        print(f"{axis} {at}: {found[axis][-1][1]:.2f} s", flush=True)
+        timings[axis].append((at, seconds(sweep, 2)[1]))
+        print(f"{axis} {at}: {timings[axis][-1][1]:.2f} s", flush=True)
 
     for tokens in (64, 256, 1024):
         add("image tokens", tokens, Sweep(model, prompt(args, tokens), args))
     for layers in (args.layers // 4, args.layers // 2):
         less = dataclasses.replace(args, layers=layers)
         add("layers", layers, Sweep(loaded(less)[1], prompt(args, args.image_tokens), less))
-    found["layers"].append((args.layers, found["image tokens"][-1][1]))
+    timings["layers"].append((args.layers, timings["image tokens"][-1][1]))
     heads, _ = patch_grid(("text.head_out",), args.layers, heads=args.heads)
     for count in (14, 56, 224, len(heads)):
         rows = np.linspace(0, len(heads) - 1, count).astype(int)
         add("variants", count, Sweep(model, prompt(args, args.image_tokens), args, heads.take(rows)))
-    return found
+    return timings
 
 
-def draw(path: Path, found: dict[str, list[tuple[int, float]]], cells: int) -> None:
+def draw(path: Path, timings: dict[str, list[tuple[int, float]]], cells: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(10, 3), layout="constrained")
-    for axis, (name, points) in zip(axes, found.items(), strict=True):
+    figure, axes = plt.subplots(1, len(timings), figsize=(10, 3), layout="constrained")
+    for axis, (name, points) in zip(axes, timings.items(), strict=True):
         x, y = zip(*points, strict=True)
         axis.plot(x, y, "o-")
         axis.set(xlabel=name, ylabel="seconds", ylim=(0, None), xlim=(0, None))
@@ -271,9 +271,9 @@ def main(args: Args) -> None:
     hf, model = loaded(args)
     compare(args, model, hf)
     if args.growth:
-        found = growth(args, model)
+        timings = growth(args, model)
         if args.figure is not None:
-            draw(args.figure, found, 2 * args.layers)
+            draw(args.figure, timings, 2 * args.layers)
 
 
 if __name__ == "__main__":

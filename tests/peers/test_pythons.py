@@ -10,7 +10,7 @@ from environments import ROOT, environment, install_library, interpreter, run
 pytestmark = pytest.mark.peers
 
 VERSIONS = ("3.11", "3.12", "3.13")
-TRACE = ("-m", "interventions.trace", "--task", "mini-okvqa", "--limit", "4", "--batch", "4")
+TRACE = ("-m", "interventions.trace", "--task", "mini-okvqa", "--limit", "4", "--trace-batch", "4")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
