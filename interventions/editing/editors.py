@@ -32,10 +32,11 @@ def init_editors(
     key: jax.Array,
 ) -> dict[str, LoReFT]:
     """P4's four editors by name (:data:`EDITOR_SITES`), initialised as in its code: R orthogonal, W and b as PyTorch
-    initialises a linear layer. So they change the model before they are trained.
+    initialises a linear layer. So new editors already change the model.
 
     Args:
-        visual_rank: of psi_V and psi_c; ``rank`` of psi_P and psi_S.
+        visual_rank: the rank of psi_V and psi_c.
+        rank: the rank of psi_P and psi_S.
         blocks, layers: which vision blocks and layers have an editor; None: all. (psi_P in the last layer has no effect
             on the answer, so it gets no gradient.)
 

@@ -15,7 +15,7 @@ from vlm_jax import UserError
 
 def layer_windows(depth: int, width: int = 1) -> np.ndarray:
     """``(L, L)`` bool: row l marks the ``width`` layers around l, cut off at the ends. With an even width, the window
-    has one more layer before l than behind it (ROME's windows of 10: [l - 5, l + 5))."""
+    has one more layer before l than after it (ROME's windows of 10: [l - 5, l + 5))."""
     if not 1 <= width <= depth:
         raise UserError(f"a window of {width} layers is not possible: choose 1 to {depth}")
     low = np.arange(depth)[:, None] - width // 2
@@ -43,7 +43,7 @@ def patch_grid(
     shape = (len(sites), depth, *(() if heads is None else (heads,)), *(() if tokens is None else (len(tokens),)))
     cells = np.indices(shape).reshape(len(shape), -1)  # (axes of the grid, N)
     in_window = layer_windows(depth, window)[cells[1]]  # (N, L)
-    # Slot 0 is the clean run's value; 1, the number of slots, is none.
+    # Slot 0 is the clean run's value. 1 is the number of slots, so it means no slot.
     slot = {
         site: jnp.asarray(~(in_window & (cells[0] == number)[:, None]), jnp.int32) for number, site in enumerate(sites)
     }

@@ -1,4 +1,4 @@
-"""Read-outs: what is kept of a run's last hidden state, so that only the scored positions are unembedded."""
+"""Read-outs: functions of a run's last hidden state. They unembed only the positions that are scored."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -13,9 +13,10 @@ from vlm_jax.prompts import positions
 
 
 class ReadOut(Protocol):
-    """What a sweep keeps of a run. A read-out is a flax dataclass, so that its arrays are arguments of the program.
+    """The part of a run that a sweep returns. A read-out is a flax dataclass, so that its arrays are arguments of the
+    program.
 
-    ``first``, a static field, is the first token that it looks at: a sweep shares no token behind it.
+    ``first``, a static field, is the index of the first token that it needs. A sweep shares only tokens before it.
     """
 
     first: int
@@ -62,7 +63,8 @@ class Scores(NamedTuple):
 
 @flax.struct.dataclass
 class Gold:
-    """Scores the gold tokens ``target (B, A)`` at ``index (B, A)``, where ``valid (B, A)``."""
+    """Scores the gold tokens ``target (B, A)`` at the positions ``index (B, A)``. Entries that are not ``valid (B, A)``
+    fill up rows with fewer tokens."""
 
     target: jax.Array
     index: jax.Array
@@ -71,10 +73,10 @@ class Gold:
 
     @classmethod
     def of(cls, inputs: Inputs, answer_mask) -> "Gold":
-        """The tokens that ``answer_mask (B, T)`` marks in ``inputs``.
+        """Scores the tokens that ``answer_mask (B, T)`` marks in ``inputs``.
 
         Raises:
-            UserError: if a row has no such token, or one that is the first of its row.
+            UserError: if a row has no such token, or if one of them is the first token of its row.
         """
         answer = np.asarray(answer_mask, bool)
         if not answer.any(1).all():
@@ -125,8 +127,8 @@ class LogitDifference:
 
     @classmethod
     def of(cls, inputs: Inputs, answer_mask, foils: Inputs) -> "LogitDifference":
-        """For prompts ``inputs`` and ``foils`` that differ in their answers alone; ``answer_mask (B, T)`` marks those
-        of ``inputs``.
+        """For prompts ``inputs`` and ``foils`` that differ only in their answers. ``answer_mask (B, T)`` marks the
+        answers in ``inputs``.
 
         Raises:
             UserError: if a foil equals the gold answer.

@@ -1,4 +1,4 @@
-"""Variants of a run: N interventions that differ in values alone, as one pytree, and where in a pass they act."""
+"""Variants of a run: N interventions that differ only in values, as one pytree, and where in a pass they act."""
 
 import dataclasses
 import functools
@@ -76,7 +76,7 @@ def stack(variants: Sequence[Any]) -> Variants:
     odd = [i for i in range(len(tuples)) if structures[i] != structures[0] or shapes[i] != shapes[0]]
     if odd:
         raise UserError(
-            f"variant {odd[0]} differs from variant 0 in more than values (kind, site, option, shape): sweep them apart"
+            f"variant {odd[0]} differs from variant 0 in more than values (kind, site, option, shape): use two sweeps"
         )
     columns = list(zip(*leaves, strict=True))  # per array, its values in all variants
     mapped = tuple(any(a is not column[0] for a in column) for column in columns)
@@ -158,7 +158,7 @@ def first_token(variants: Variants, length: int) -> int:
 
 
 def check_acts(variants: Variants) -> None:
-    """Refuses variants of which an intervention acts nowhere."""
+    """Refuses variants with an intervention that acts nowhere."""
 
     def acts(interventions):
         return jnp.array([_acts(i) for i in interventions], bool)

@@ -22,12 +22,12 @@ from vlm_jax.errors import UserError
 from vlm_jax.prompts import batches
 from vlm_jax.runs.processes import fetch, progress
 
-#: The default edges (queries:keys) to cut. P1 cuts the first two. Under the third no picture reaches the text at all.
+#: The default edges (queries:keys) to cut. P1 cuts the first two. With the third, no text reads the image.
 EDGES = ("text:image", "text:image_end", "text:image+image_end")
 #: Prompts are padded to multiples of this, because compiling generation for another shape takes longer than padding.
 _LENGTH_STEP = 64
-#: Why an output counts as no answer. The model ends at once; it writes no readable text; or its text is not one of the
-#: question's choices or, without choices, does not have the form (:func:`form`) of any gold answer of the task.
+#: Why an output is not a possible answer. The model ends at once; it writes no readable text; or its text is not one of
+#: the question's choices or, without choices, does not have the form (:func:`form`) of any gold answer of the task.
 FAILURES = ("end token only", "empty", "no possible answer")
 
 

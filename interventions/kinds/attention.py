@@ -17,23 +17,24 @@ MODES = ("post_softmax", "pre_softmax", "value_norm", "random_mass")
 
 @kind
 class AttentionKnockout(Intervention):
-    """Takes away attention between token groups: ``keep (L, G, G)``, by the query's and the key's group, is the share
-    of it that is left. ``groups (B, T)`` are the tokens' labels (:func:`interventions.kinds.groups.label`); generated
-    tokens are in the group ``new``.
+    """Removes attention between token groups. ``keep (L, G, G)`` is the share of the attention that is kept: by layer,
+    by the query's group and by the key's group. ``groups (B, T)`` are the tokens' labels
+    (:func:`interventions.kinds.groups.label`). Generated tokens belong to the group ``new``.
 
-    ``group_names`` names the G groups in the order of ``keep``'s axes and of the labels. It is saved with them, so a
-    file keeps its meaning when the library gets another group: :meth:`bound` and loading bring the table into today's
-    order, in which a group that the file does not know keeps its attention.
+    ``group_names`` names the G groups in the order of ``keep``'s axes and of the labels. The names are saved too, so a
+    file keeps its meaning when the library gets another group: :meth:`bound` and loading sort the table into the order
+    of :data:`interventions.kinds.groups.GROUPS`. A group that the file does not know keeps its attention.
 
     mode:
         post_softmax: the probabilities are multiplied by ``keep``, so they do not sum to 1 any more (P1, equations 3
             and 4).
-        pre_softmax: the keys are masked before the softmax, so the probabilities that are left sum to 1 (Geva et al.
-            2023). This equals post_softmax, renormalised.
+        pre_softmax: the keys are masked before the softmax, so the remaining probabilities sum to 1 (Geva et al. 2023).
+            This equals post_softmax, renormalised.
         value_norm: a control. Every key is read, but the head's output is scaled to the norm that it has under
-            post_softmax. It separates the effect of a smaller output from that of missing information.
-        random_mass: a control. The same mass of attention is taken from other keys, in a random order (``key``). The
-            last of them loses a part; if the others hold less than this mass, they lose all of it.
+            post_softmax. It separates the effect of a smaller output from the effect of missing information.
+        random_mass: a control. The same mass of attention is removed from other keys. They lose their attention one
+            after another, in a random order (by ``key``), until the mass is reached. If they hold less than this mass,
+            they lose all of it.
     """
 
     keep: jax.Array
@@ -55,7 +56,15 @@ class AttentionKnockout(Intervention):
         keep: float = 0.0,
         seed: int = 0,
     ) -> "AttentionKnockout":
-        """From the group ``query`` to the group ``key``, such as "text" and "image", in some layers (None: all)."""
+        """A knock-out of the attention from the queries of one token group to the keys of another.
+
+        Args:
+            depth: the model's number of layers.
+            query, key: token groups, such as "text" and "image".
+            layers: the layers in which attention is cut; None: all.
+            keep: the share of the attention that is kept.
+            seed: of the mode "random_mass".
+        """
         if mode not in MODES:
             raise UserError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
         block = np.zeros((len(GROUPS), len(GROUPS)), bool)
@@ -95,11 +104,11 @@ class AttentionKnockout(Intervention):
         return cls(**fields).in_order_of(GROUPS)
 
     def in_order_of(self, names: tuple[str, ...]) -> "AttentionKnockout":
-        """The same knock-out with ``keep`` and ``groups`` for these group names. Groups that it does not know keep
-        their attention.
+        """The same knock-out with ``keep`` and ``groups`` in the order of these group names. New groups keep their
+        attention.
 
         Raises:
-            UserError: if ``keep`` is not for the groups it names, or if one of them is not in ``names``.
+            UserError: if the shape of ``keep`` does not fit ``group_names``, or if one of them is not in ``names``.
         """
         known = self.group_names
         if np.shape(self.keep)[1:] != (len(known),) * 2 or len(set(known)) != len(known):
@@ -125,7 +134,7 @@ class AttentionKnockout(Intervention):
         groups, new = self.groups, self.group_names.index(self.new)
         queries = ctx.tokens(groups, value.shape[2], new)
         keys = ctx.keys(groups, value.shape[3], new)
-        # (B, S, G) by one-hot rather than by gathering (B, S, keys) entries one by one.
+        # A product with one-hot vectors, because gathering (B, S, keys) entries one by one is slow.
         rows = self.keep[ctx.layer][queries]
         keep = jnp.einsum("bsg,bkg->bsk", rows, jax.nn.one_hot(keys, rows.shape[-1], dtype=rows.dtype))[:, None]
         match self.mode:
@@ -141,10 +150,11 @@ class AttentionKnockout(Intervention):
         return self._without_mass(value, keep, keys, ctx.layer)
 
     def _without_mass(self, value: jax.Array, keep: jax.Array, keys: jax.Array, layer) -> jax.Array:
-        """The probabilities ``value (B, H, S, keys)`` after the mass that ``keep`` would take is taken from other keys
-        in a random order; ``keys (B, keys)`` are the keys' groups."""
+        """The probabilities ``value (B, H, S, keys)`` after as much mass as ``keep`` would remove is removed from other
+        keys, in a random order. ``keys (B, keys)`` are the keys' groups."""
         mass = (value * (1 - keep)).sum(-1, keepdims=True)
-        # One order for all rows, heads and queries. A key is known by its number in its row, so padding has no effect.
+        # One order for all rows, heads and queries. It depends on a key's number among the real tokens of its row, so
+        # padding has no effect.
         random = jax.random.fold_in(jax.random.wrap_key_data(self.key), layer)
         draw = jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(random, number)))
         number = jnp.cumsum(keys != self.group_names.index("padding"), 1)

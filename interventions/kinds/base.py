@@ -4,12 +4,13 @@ A kind is a small frozen pytree with the members of :class:`vlm_jax.sites.Interv
 
 *Which layers*: an array with one entry per layer. It is either a strength or an int32 **slot table** ``slot (L,)``. A
 slot table holds the number of the slot that each layer uses, or the number of slots where a layer uses none. So a layer
-that is not placed needs no array. At a site outside of the layers, a scalar takes the table's place.
+without a slot needs no array. At a site outside of the layers, the table is a scalar.
 
 *Which tokens of the prompt*: ``where (B, T)`` bool; or ``group``, the name of a token group, which
 :func:`interventions.kinds.groups.bind` looks up in every batch; or all tokens, if neither is given.
 
-*Generated tokens*: a kind without ``where`` and ``group`` acts on them too. Otherwise it does so only if ``new``.
+*Generated tokens*: a kind without ``where`` and ``group`` acts on them too. With one of these, it does so only if
+``new`` is set.
 
 docs/interventions.md ("A kind of your own") shows how to write one.
 """
@@ -44,11 +45,11 @@ def kind(cls: Kind) -> Kind:
     Fields are arrays, or dicts and tuples of them; static fields are :func:`option`.
 
     Raises:
-        UserError: for a class that is no intervention, or whose name another kind has. (The same class may be defined
-            again, as when a notebook's cell is run twice.)
+        UserError: for a class that is not an intervention, or if another kind has its name. (The same class may be
+            defined again, for example when a notebook's cell is run twice.)
     """
     if not issubclass(cls, Intervention):
-        raise UserError(f"{cls.__name__} is no intervention: derive it from vlm_jax.Intervention")
+        raise UserError(f"{cls.__name__} is not an intervention: derive it from vlm_jax.Intervention")
     other = KINDS.get(cls.__name__)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise UserError(f"the kind {cls.__name__!r} exists in {other.__module__} already: choose another name")
@@ -75,7 +76,8 @@ def slots(depth: int, layers: Iterable[int] | None) -> np.ndarray:
 
 
 def slot_at(slot: jax.Array, count: int, ctx: Context) -> tuple[jax.Array, jax.Array]:
-    """The slot that this layer uses (0 to ``count - 1`` in any case, so that it can index), and whether it uses one."""
+    """The slot that this layer uses, and whether it uses one. If not, the slot is ``count - 1``, so that it is still a
+    valid index."""
     slot = slot if ctx.layer is None else slot[ctx.layer]
     return jnp.minimum(slot, count - 1), slot < count
 
@@ -107,21 +109,21 @@ class OnTokens(Intervention):
         return self.where
 
     def bound(self, labels: np.ndarray):
-        """With ``where`` taken from the labels ``(B, T)`` of a batch, if it names a group."""
+        """A copy with ``where`` for a batch with these labels ``(B, T)``, if the intervention names a token group."""
         if self.group is None:
             return self
         if vision := sorted(site for site in self.sites if stage(site) is Stage.VISION):
-            raise UserError(f"{type(self).__name__} is on tokens of the prompt, which {vision[0]!r} does not have")
+            raise UserError(f"{type(self).__name__} acts on tokens of the prompt, but {vision[0]!r} has none of them")
         where = np.isin(labels, members(self.group))
         if not where.any():
-            raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}, of which this batch has none")
+            raise UserError(f"{type(self).__name__} acts on the tokens {self.group!r}, but this batch has none")
         return self.replace(where=where)
 
     def only(self, site: str, changed: jax.Array, value: jax.Array, ctx: Context) -> jax.Array:
         """``changed`` at the tokens that it acts on, ``value`` elsewhere."""
         if self.where is None:
             if self.group is not None:
-                raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}: bind it to a batch first")
+                raise UserError(f"{type(self).__name__} acts on the tokens {self.group!r}: bind it to a batch first")
             return changed
         marked = ctx.tokens(self.where, value.shape[token_axis(site)], self.new)
         return jnp.where(beside_tokens(marked, site, value.ndim), changed, value)

@@ -12,7 +12,8 @@ from vlm_jax.sites import Context, head_axis
 
 @kind
 class Gate(OnTokens):
-    """Scales the values at sites by ``scale[site] (L,)``; 0 cuts (TaLo's cut, P3, is 0 at one layer's attn_out)."""
+    """Scales the values at sites by ``scale[site] (L,)``. A scale of 0 cuts: TaLo's cut (P3) is 0 at one layer's
+    attn_out."""
 
     scale: dict[str, jax.Array]
 
@@ -38,7 +39,7 @@ class Gate(OnTokens):
 
 @kind
 class HeadGate(OnTokens):
-    """Scales what attention heads read (``head_out``, before the output projection) by ``scale (L, H)``."""
+    """Scales the outputs of attention heads (``head_out``, before the output projection) by ``scale (L, H)``."""
 
     scale: jax.Array
     site: str = option("text.head_out")

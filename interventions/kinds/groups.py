@@ -57,15 +57,15 @@ def bind(interventions: Sequence[Intervention], batch: Batch) -> tuple[Intervent
     """The interventions with their token groups looked up in a batch.
 
     Raises:
-        UserError: for a group of which the batch has no token.
+        UserError: if the batch has no token of a group.
     """
     labels = label(batch)
     return tuple(intervention.bound(labels) for intervention in interventions)
 
 
 def roles(batch: Batch) -> dict[str, np.ndarray]:
-    """ROME's roles, ``(B, T)`` bool each: the question's first, middle and last tokens, the token after it, the
-    further ones, and the last before the answer."""
+    """ROME's roles, ``(B, T)`` bool each: the question's first, middle and last tokens, the token after the
+    question, the tokens after that, and the last token before the answer."""
     question, stop = batch.spans["question"], _answer_begins(batch)[:, None]
     index = np.arange(question.shape[1])
     first = question & (index == question.argmax(1)[:, None])

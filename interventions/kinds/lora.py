@@ -37,7 +37,7 @@ class LoRA(Intervention):
             key = None if self.key is None else jax.random.fold_in(self.key, 0 if ctx.layer is None else ctx.layer)
             return low_rank(x, a[slot], b[slot], self.scale, site, key, self.dropout).astype(value.dtype)
 
-        if len(a) == np.size(self.slot[site]):  # nearly every layer has one: a branch costs more than it saves
+        if len(a) == np.size(self.slot[site]):  # as many slots as layers: a branch would cost more than it saves
             return value + jnp.where(used, delta(ctx.input), 0)
         return value + jax.lax.cond(used, delta, lambda x: jnp.zeros_like(value), ctx.input)
 
@@ -46,7 +46,7 @@ def low_rank(
     x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, site: str, key: jax.Array | None, rate: float
 ) -> jax.Array:
     """What LoRA adds at a linear: ``scale * dropout(x) @ a @ b``; ``x (B, T, in)``, ``a (in, r)``, ``b (r, out)``.
-    ``key`` is the layer's, from which every linear draws its own; None: no dropout."""
+    The dropout's key is derived from the layer's ``key`` and the site; None: no dropout."""
     if key is not None and rate:
         x = _drop(x, rate, jax.random.fold_in(key, _LINEARS.index(site)))
     flat = x.reshape(-1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Replaces values: by another run's (patching), or by a fixed vector."""
+"""Replaces values by those of another run (patching) or by a fixed vector."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ from vlm_jax.sites import Context, Intervention, token_axis
 class Patch(Intervention):
     """Replaces values by those of another run, the donor: causal patching (P0, section 2.2).
 
-    ``donor[site] (K, B, T', ...)`` holds K slots of values of the tokens from ``start`` on. A donor of None is one
-    slot, which a sweep fills with its clean run's value of the same layer. ``where (B, T)`` and ``heads (H,)``, both
-    bool, restrict the patch to some tokens and heads. Generated tokens are left alone.
+    ``donor[site] (K, B, T', ...)`` holds K slots of values of the tokens from ``start`` on. A donor of None counts as
+    one slot: a sweep fills it with the clean run's value of the same layer. ``where (B, T)`` and ``heads (H,)``, both
+    bool, restrict the patch to some tokens and heads. It does not change generated tokens.
     """
 
     donor: dict[str, jax.Array | None]
@@ -33,7 +33,7 @@ class Patch(Intervention):
         return frozenset(site for site, donor in self.donor.items() if donor is None)
 
     def filled(self, values: dict[str, jax.Array]) -> "Patch":
-        """With the missing donors taken from the values of every layer ``(L, B, T, ...)``."""
+        """A copy whose missing donors are these values of every layer, site -> ``(L, B, T, ...)``."""
         depths = {site: len(values[site]) for site in self.missing}
         slot = {site: jnp.where(self.slot[site] == 0, jnp.arange(n), n) for site, n in depths.items()}
         return self.replace(donor=self.donor | {site: values[site] for site in depths}, slot=self.slot | slot)
@@ -75,7 +75,7 @@ class Patch(Intervention):
 @kind
 class Replace(OnTokens):
     """Replaces values by a vector ``value (..., D)``, such as a mean image embedding (P2). At a site of the layers,
-    ``value`` has a leading axis of K slots and ``slot (L,)`` says which layer uses which."""
+    ``value`` has a leading axis of K slots, and ``slot (L,)`` is the slot that each layer uses."""
 
     value: jax.Array
     site: str = option("text.embeddings")

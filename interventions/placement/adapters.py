@@ -55,7 +55,7 @@ def lowest_layer(lora: LoRA) -> int:
 def pad(lora: LoRA, model: Model, slots: int) -> LoRA:
     """The same adapter with ``slots`` slots at every linear of the decoder.
 
-    All placements that need no more slots then have arrays of the same shapes, so one compiled program trains them all.
+    All placements with at most this many slots then have arrays of the same shapes, so one program trains them all.
     Slots that no layer uses hold zeros and get no gradient.
     """
     depth, r = model.config.text.num_hidden_layers, next(iter(lora.weights.values()))[0].shape[-1]
@@ -124,13 +124,13 @@ def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch) / folder.name
-        made.mkdir()
-        save_file(tensors, made / "adapter_model.safetensors", metadata={"format": "pt"})
-        (made / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        unfinished = Path(scratch) / folder.name
+        unfinished.mkdir()
+        save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+        (unfinished / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
-        made.rename(folder)
+        unfinished.rename(folder)
 
 
 def load_peft(model: Model, folder: Path) -> LoRA:
@@ -154,7 +154,7 @@ def load_peft(model: Model, folder: Path) -> LoRA:
         or config.get("rank_pattern")
         or config.get("alpha_pattern")
     ):
-        raise UserError(f"{folder}: only plain LoRA adapters of one rank are supported")
+        raise UserError(f"{folder}: only plain LoRA with one rank for all modules is supported")
     r, alpha = config.get("r"), config.get("lora_alpha")
     if not (isinstance(r, int) and r > 0 and isinstance(alpha, int | float)):
         raise UserError(
@@ -187,7 +187,7 @@ def load_peft(model: Model, folder: Path) -> LoRA:
     ]
     if missing or not placed:
         raise UserError(
-            f"{folder}: an adapter needs lora_A and lora_B of every module, some are missing ({', '.join(missing)})"
+            f"{folder}: lora_A and lora_B of every module are needed, some are missing ({', '.join(missing)}): save the adapter again"
         )
     placed = _layers_by_linear(set(placed))
     weights = {

@@ -1,5 +1,5 @@
-"""Where LoRA goes. A placement is a function from scores of modules to module names. It registers itself by
-:func:`placement`, which is also how a placement of one's own is added.
+"""Where LoRA goes. A placement is a function from scores of modules to module names. The decorator :func:`placement`
+registers it; use it for a placement of your own too.
 
 A module is named by layer and kind, "L3-attn" or "L7-mlp": attn = q, k, v, o; mlp = gate, up, down. Scores that need
 gradients or activations come from :mod:`interventions.placement.scores`, restoration rates from
@@ -37,11 +37,11 @@ class Scoring:
         """One score of one family ``(L, 2)``.
 
         Raises:
-            UserError: where it is not known, or not a number for every module.
+            UserError: if the score of this family is not known, or is not a finite number for every module.
         """
         known = self.scores.get(score, {})
         if family not in known:
-            has = f"is known of {' and '.join(sorted(known))} alone" if known else "was not computed"
+            has = f"is known only for {' and '.join(sorted(known))}" if known else "was not computed"
             raise UserError(f"score {score!r} {has}: score {family} too")
         values = np.asarray(known[family], float)
         if values.shape != (self.depth, 2) or not np.isfinite(values).all():
@@ -84,7 +84,7 @@ def placement(
     name: str, description: str, reference: str = "", *, needs: str | None = None, seeded: bool = False
 ) -> Callable[[Choose], Choose]:
     """Registers a function as the placement ``name``; the other arguments are those of :class:`Placement`. Studies name
-    the placements that they compare, so a new one changes none of them."""
+    the placements that they compare, so a new one does not change them."""
 
     def register(choose: Choose) -> Choose:
         assert name not in PLACEMENTS, f"there is a placement {name!r} already"
@@ -95,7 +95,7 @@ def placement(
 
 
 def top(score: np.ndarray, k: int) -> list[str]:
-    """The k modules of highest score ``(L, 2)``, best first; of equal ones the lower."""
+    """The k modules with the highest ``score (L, 2)``, best first; at equal scores, the lower module first."""
     return [module_names(len(score))[i] for i in np.argsort(-score.ravel(), kind="stable")[:k]]
 
 
@@ -149,8 +149,8 @@ def _random_stratified(scoring: Scoring, family: str, k: int, seed: int, target:
 
 
 def closest_subset(sizes: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
-    """A subset ``(M,)`` bool of the whole numbers ``sizes (M,)``: of the non-empty ones whose sum is nearest to
-    ``wanted``, each is equally likely."""
+    """A random subset ``(M,)`` bool of the whole numbers ``sizes (M,)``. It is drawn uniformly from the non-empty
+    subsets whose sum is nearest to ``wanted``."""
     unit = int(np.gcd.reduce(sizes))
     sizes = (np.asarray(sizes) // unit).astype(int)
     # ways[i][s]: how many subsets of the first i have the sum s.
@@ -188,7 +188,7 @@ def _task_diff(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     known = sorted(scoring.scores.get("rr", {}))
     if len(known) != 2 or family not in known:
         has = " and ".join(known) or "no family"
-        raise UserError(f"task_diff for {family} compares two families, but rr is known of {has}: trace two of them")
+        raise UserError(f"task_diff for {family} compares two families, but rr is known for {has}: trace two of them")
     other = next(name for name in known if name != family)
     return task_diff(scoring.of("rr", family), scoring.of("rr", other), k)
 
@@ -248,10 +248,10 @@ def choose_modules(name: str, scoring: Scoring, family: str, k: int, seed: int =
     """The modules that a placement chooses for a task family.
 
     Args:
-        k: how many; "all", "random_matched" and files choose as many as they do.
+        k: the number of modules to choose; "all", "random_matched" and files may choose another number.
 
     Raises:
-        UserError: an unknown name, a k that cannot be, or a score or family that the scoring run lacks.
+        UserError: for an unknown name, a k outside 1 to 2 L, or a score or family that ``scoring`` lacks.
     """
     return find_placement(name).choose(scoring, family, check_k(k, scoring.depth), seed)
 
@@ -279,10 +279,11 @@ def read_names(path: Path, depth: int) -> list[str]:
 
 
 def read_trace(folder: Path, fingerprint: str) -> np.ndarray:
-    """RR ``(L, 2)`` of a trace's run folder, by the statistic that it was asked for.
+    """RR ``(L, 2)`` of a trace's run folder, by the ``--statistic`` of that trace.
 
     Args:
-        fingerprint: of the model that LoRA is placed in (:func:`vlm_jax.checkpoints.fingerprint.fingerprint`).
+        fingerprint: the fingerprint of the model in which LoRA is placed
+            (:func:`vlm_jax.checkpoints.fingerprint.fingerprint`).
 
     Raises:
         UserError: if the folder holds no finished trace, or one of another model.
@@ -298,5 +299,5 @@ def read_trace(folder: Path, fingerprint: str) -> np.ndarray:
     rates = summary["rr"]
     names = module_names(len(rates) // 2)
     if sorted(rates) != sorted(names):
-        raise UserError(f"{folder}/summary.json names other modules than a decoder has: trace again")
+        raise UserError(f"{folder}/summary.json does not hold one RR per module: trace modules, not heads or groups")
     return np.array([rates[name] for name in names]).reshape(-1, 2)

@@ -1,8 +1,8 @@
-"""Scores of modules from gradients or activations, by which LoRA can be placed instead of by P0's trace.
+"""Scores of modules from gradients or activations. LoRA can be placed by them instead of by P0's trace.
 
 Every score is ``(L, 2)`` float64; the last axis is attention (q, k, v, o) and MLP (gate, up, down). A higher score is
-a more important module. A score registers itself by :func:`score`, and says there what it needs besides the model and
-the samples. ``groups`` is ``list(vlm_jax.prompts.batches(...))``: row numbers and their encoded batch. A short batch
+a more important module. The decorator :func:`score` registers a score, with what it needs besides the model and the
+samples. ``groups`` is ``list(vlm_jax.prompts.batches(...))``: row numbers and their encoded batch. A short batch
 repeats its last row, and the repeats do not count. The gold answers are teacher-forced.
 
 The gradients of all weights would need as much memory as the model. So a gradient is measured while the backward pass
@@ -45,8 +45,8 @@ Need = Literal["corruption", "fresh adapter", "trained adapter"]
 class ModuleScore(NamedTuple):
     """A score of modules: ``compute(model, groups, *needed) -> (L, 2)``.
 
-    needs: what comes behind the model and the samples. "corruption": a function that corrupts a batch as the trace does
-    (:func:`corrupter`). "fresh adapter", "trained adapter": a LoRA on all modules, untrained or trained.
+    needs: the arguments after the model and the samples. "corruption": a function that corrupts a batch as the trace
+    does (:func:`corrupter`). "fresh adapter", "trained adapter": a LoRA on all modules, untrained or trained.
     """
 
     compute: Callable[..., np.ndarray]
@@ -79,8 +79,8 @@ def module_sizes(model: Model) -> np.ndarray:
 
 
 def weights(model: Model) -> np.ndarray:
-    """The number of weights of every module's linears ``(L, 2)``, without biases. Scores per parameter are divided by
-    it."""
+    """The number of weights of every module's linears ``(L, 2)``, without biases. A score divided by it is a score per
+    parameter."""
     kernels = {name: kernel.size // len(kernel) for name, kernel in _kernels(model.text.layers).items()}
     row = [sum(kernels[site] for site in _LINEARS[module]) for module in MODULES]
     return np.tile(row, (model.config.text.num_hidden_layers, 1))
@@ -91,7 +91,7 @@ def gradient_norm(model: Model, groups: Groups, *, layers: int | None = None) ->
     """``sum ||dL/dW||_F^2`` over a module's linears W. L is the training loss: the mean cross-entropy of all gold
     tokens and ends of turns.
 
-    The gradient is that of all samples together, so the result does not depend on the batches.
+    The gradient is summed over all samples before it is squared, so the result does not depend on the batches.
 
     Args:
         layers: the number of layers whose gradients are kept at a time. Each such group of layers needs one pass over
@@ -182,7 +182,7 @@ def page(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
     """
     _check_everywhere(model, lora)
     if any(np.any(b) for _, b in lora.weights.values()):
-        raise UserError("page scores a fresh adapter, but this one's B is not zero: make it with init_lora")
+        raise UserError("page needs a fresh adapter, but B of this one is not zero: make one with init_lora")
     lora = lora.replace(dropout=0.0, key=None)
     total = {site: jnp.zeros(b.shape, jnp.float32) for site, (_, b) in lora.weights.items()}
     for batch, gold in _golds(groups, "PAGE"):
@@ -233,8 +233,8 @@ def talo(model: Model, groups: Groups) -> np.ndarray:
 class Gauge(Intervention):
     """An intervention that changes no value and measures gradients.
 
-    Its "gradient" by ``zeros[site] (L, B)`` is, for every layer and sample, a number computed from the true gradient
-    ``g (B, T, D)`` at the site while the backward pass is there:
+    Its "gradient" with respect to ``zeros[site] (L, B)`` is one number for every layer and sample. The backward pass
+    computes it from the true gradient ``g (B, T, D)`` at the site:
 
     * without ``clean``, at a linear: ``||x^T g||_F^2``, the squared norm of its weight's gradient for one sample;
     * with ``clean[site] (L, B, T, D)``: ``(clean - value) . g``, the first-order effect of the clean value.
@@ -301,8 +301,8 @@ def _through(text, span: tuple[int, int], x, window, deepstack, layers=None, lis
     the layers.
 
     Args:
-        layers: stacked copies of these layers, by which the result can be differentiated. None reads the model's layers
-            one at a time, because a slice of their stack would be a copy.
+        layers: stacked copies of these layers, if the result is to be differentiated by them. None: the model's layers,
+            read one at a time, because a slice of their stack would be a copy.
     """
 
     def body(x, scanned):
@@ -353,7 +353,8 @@ def _attribute(model: Model, inputs: Inputs, gold: Gold, corrupt: tuple) -> Attr
 
 @functools.partial(jax.jit, static_argnames=("low", "high"), donate_argnums=0)
 def _add_kernel_gradients(total: dict, model: Model, inputs: Inputs, gold: Gold, *, low: int, high: int) -> dict:
-    """``total`` plus the gradients of the gold tokens' summed cross-entropy by the kernels of layers low to high."""
+    """``total`` plus the gradients of the gold tokens' summed cross-entropy with respect to the kernels of layers low
+    to high."""
     text, window = model.text, model.window(inputs)
     (x, deepstack), _ = model.embed(inputs)
     x, _ = _through(text, (0, low), x, window, deepstack)

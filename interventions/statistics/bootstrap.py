@@ -20,7 +20,7 @@ class Interval(NamedTuple):
 def bootstrap_rows(count: int, draws: int, seed, width: int = 1) -> Iterator[np.ndarray]:
     """Row numbers drawn with replacement, ``(draws, count)`` in total, in chunks of draws.
 
-    The random stream is that of ``scipy.stats.bootstrap`` with ``rng=seed``. It does not depend on the chunks.
+    The random numbers are those of ``scipy.stats.bootstrap`` with ``rng=seed``. They do not depend on the chunks.
 
     Args:
         count: number of rows to draw from, and to draw.
@@ -38,8 +38,8 @@ def chunk_sizes(draws: int, width: int) -> Iterator[int]:
 
 
 def sum_by_place(places: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
-    """Sums ``(b, size)`` of the weights ``(b, n)`` at the places ``(b, n, R)``. Each of a weight's R places gets an
-    equal share of it."""
+    """Sums ``(b, size)`` of the weights ``(b, n)`` by their places ``(b, n, R)``, which are below ``size``. A weight is
+    split equally between its R places."""
     draws, _, share = places.shape
     rows = np.arange(draws)[:, None, None] * size
     shared = np.broadcast_to(weights[..., None] / share, places.shape)

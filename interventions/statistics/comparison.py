@@ -9,7 +9,7 @@ from vlm_jax.errors import UserError
 
 
 def paired(first, second, *, clusters=None, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> dict:
-    """Two placements' scores on the same held-out samples: is there a difference, and how large can it still be?
+    """The difference of two placements' mean scores on the same held-out samples, with its interval and p-value.
 
     Args:
         first, second: scores ``(N,)``, or ``(S, N)`` of S training seeds; S may differ between the two.
@@ -98,7 +98,7 @@ def mcnemar(first, second) -> dict:
     """
     first, second = _as_seeds_by_samples(first, second)
     if len(first) > 1 or len(second) > 1:
-        raise ValueError(f"scores of {len(first)} and {len(second)} seeds: McNemar's test is of one each")
+        raise ValueError(f"scores of {len(first)} and {len(second)} seeds: McNemar's test needs one seed of each")
     if not np.isin([first, second], (0, 1)).all():
         return dict.fromkeys(_MCNEMAR)
     gained, lost = int((first > second).sum()), int((first < second).sum())

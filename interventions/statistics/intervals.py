@@ -29,7 +29,7 @@ def rr_interval(
         options: min_te, eps and statistic, as for :func:`rr`.
 
     Raises:
-        UserError: as :func:`rr`; also for "replicates" where there is only one.
+        UserError: as :func:`rr`; also for "replicates" if there is only one.
     """
     te, ie = check_effects(te, ie)
     value = rr(te, ie, **options)
@@ -45,7 +45,7 @@ def rr_resamples(te, ie, over: Over = "samples", *, resamples: int = 2000, seed=
     te, ie = check_effects(te, ie)
     count, replicates = te.shape
     if over == "replicates" and replicates == 1:
-        raise UserError("one replicate says nothing about the chance of the corruption: trace with --replicates 2")
+        raise UserError("one replicate does not show how much corruptions vary: trace with --replicates 2")
     options = {"min_te": 0.01, "eps": EPS, "statistic": "mean_of_ratios"} | options
     # A second stream, so that the drawn samples do not depend on R.
     replicate_rng = np.random.default_rng([seed, 1])

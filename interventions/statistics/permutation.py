@@ -30,7 +30,8 @@ class Difference(NamedTuple):
     p: np.ndarray
     """p-value of the permutation test, two-sided."""
     q: np.ndarray
-    """p adjusted for C tests (Benjamini and Hochberg). Of the cells with q < .05, 5 % are expected to be false."""
+    """p adjusted for C tests (Benjamini and Hochberg). At most 5 % of the cells with q < .05 are expected to be
+    false."""
 
 
 def permutation_test(
@@ -66,8 +67,8 @@ def permutation_test(
     size, samples = len(groups[0][0]), np.arange(len(te))
 
     def difference(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For orders ``(b, N)`` of the samples, of which the first ``size`` form the first group: the difference
-        ``(b, C)`` and the test statistic ``(b, C)``."""
+        """The difference ``(b, C)`` and the test statistic ``(b, C)`` for orders ``(b, N)`` of the samples. The first
+        ``size`` samples of an order form the first group."""
         halves = order[:, :size], order[:, size:]
         if statistic == "median":
             one, other = (estimate_draws(te, ie, half, **options) for half in halves)

@@ -60,7 +60,9 @@ def check_effects(te, ie) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"te is {te.shape} and ie {ie.shape}: they must be (N, R) and (N, R, C)")
     bad = ~(np.isfinite(te).all(1) & np.isfinite(ie).all((1, 2)))
     if bad.any():
-        raise UserError(f"TE or IE of sample {int(bad.argmax())} is not a finite number: leave {bad.sum()} such out")
+        raise UserError(
+            f"TE or IE of sample {int(bad.argmax())} is not a finite number: leave out {bad.sum()} such samples"
+        )
     return te, ie
 
 

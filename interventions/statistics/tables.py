@@ -29,8 +29,8 @@ _EFFECTS = pa.schema(
 
 
 def write_effects(path: Path, tasks: Mapping[str, Traced], eps: float = EPS) -> None:
-    """Writes a Parquet file of one row per task, sample, replicate and cell. ``rr = ie / (te + eps)`` is of that
-    replicate alone; samples with a small TE have a row too."""
+    """Writes a Parquet file of one row per task, sample, replicate and cell. ``rr = ie / (te + eps)`` uses only
+    that replicate. Samples with a small TE have a row too."""
     with pq.ParquetWriter(path, _EFFECTS, compression="zstd") as writer:
         for task, traced in tasks.items():
             count, replicates, cells = traced.ie.shape

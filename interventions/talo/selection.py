@@ -1,4 +1,4 @@
-"""TaLo's choice of a layer, how far it can be trusted, and task-layer interaction vectors (P3), in plain NumPy.
+"""TaLo's choice of a layer, how reliable it is, and task-layer interaction vectors (P3), in plain NumPy.
 
 Everything is computed from a table of correct answers: ``base (N,)`` bool for N samples, and ``correct (L, N)`` bool
 with each of L layers cut. No model is run, so thousands of probe sets or null draws take little time.
@@ -29,13 +29,13 @@ class SelectOptions:
     shot: Annotated[int, Range(least=1)] = 10
     """How many samples a layer is chosen on (the probe set). They come from a pool of up to 4 times as many."""
     ties: Ties = "first"
-    """Which of several layers to take that gain equally: the first, the last or the middle one (median).
+    """Which layer to take if several gain equally: the first, the last or the middle one (median).
     more_samples: score them on more samples of the pool, half and then a quarter as many as --shot, then take the last
     (the older released script)."""
     layer_0: bool = False
     """Whether layer 0 may be cut too. The released code never tries it."""
     rounds: Annotated[int, Range(least=0)] = 5
-    """How often a new, larger probe set is drawn where no layer gains. After that the model is left as it is."""
+    """How often a new, larger probe set is drawn if no layer gains. After that the model is left as it is."""
 
     def check(self, count: int) -> None:
         """Checks the options for a task of ``count`` samples.
@@ -81,7 +81,8 @@ def stratified(rng: np.random.Generator, among: np.ndarray, strata: np.ndarray, 
     _, stratum, counts = np.unique(strata[among], return_inverse=True, return_counts=True)
     rank = np.empty(len(among))
     rank[np.argsort(stratum, kind="stable")] = np.concatenate([*map(np.arange, counts), []])
-    # Every stratum is spread evenly over [0, 1) with a random offset; the ``size`` smallest positions are taken.
+    # The members of every stratum get evenly spaced positions in [0, 1) with a random offset. The ``size`` smallest
+    # positions are taken.
     return among[np.argsort((rank + rng.random(len(counts))[stratum]) / counts[stratum])[:size]]
 
 
@@ -140,9 +141,9 @@ def gains(base: np.ndarray, correct: np.ndarray, layer: int) -> np.ndarray:
 def assess(
     base: np.ndarray, correct: np.ndarray, strata: np.ndarray, options: SelectOptions, draws: int, seed: int
 ) -> dict:
-    """How far the procedure can be trusted, from ``draws`` runs of it, each with its own pool and probe sets.
+    """How reliable the procedure is, from ``draws`` runs of it, each with a pool and probe sets of its own.
 
-    Every run is evaluated on a bootstrap resample of its own eval set. So the 95 % percentile intervals cover the
+    Every run is evaluated on a bootstrap resample of its eval set. So the 95 % percentile intervals cover the
     chance of the probe set and of the eval set.
 
     Returns:
@@ -185,7 +186,7 @@ def permuted(base: np.ndarray, correct: np.ndarray, layers: np.ndarray, draws: i
     for the choice of the best layer.
 
     Returns:
-        The best ``layer``, how many samples it ``gained`` and ``lost``, its mean gain ``delta``, and ``p``.
+        The best ``layer``, the number of samples that it ``gained`` and ``lost``, its mean gain ``delta``, and ``p``.
     """
     delta = (correct.astype(float) - base)[layers]
     scale = np.sqrt(np.maximum((delta != 0).sum(1), 1))

@@ -24,7 +24,7 @@ _LENGTH_STEP = 32
 
 
 def layer_cut(depth: int, layer: int, cut: Cut) -> Gate | UniformAttention:
-    """An intervention that cuts a part of one decoder layer, at every token, also at generated ones.
+    """An intervention that cuts a part of one decoder layer, at every token, including generated ones.
 
     Args:
         depth: the model's number of layers.

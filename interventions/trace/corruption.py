@@ -34,7 +34,8 @@ _BLUR = 1 / 16
 
 @flax.struct.dataclass
 class Survey:
-    """Statistics of a whole task that corruptions need; None where no sample has an image or there is no DeepStack."""
+    """Statistics of a whole task that corruptions need; A field is None if no sample has an image, or if the model
+    has no DeepStack."""
 
     sigma: dict[str, float]
     """Standard deviation of the embeddings: over all ``sequence`` tokens (P0's sigma_E), over the ``question`` tokens,
@@ -48,7 +49,7 @@ class Survey:
 
 
 class Moments:
-    """Accumulates the mean and the standard deviation over the first axis of arrays that come one after another."""
+    """Accumulates the mean and the standard deviation over the first axis of arrays that are added one by one."""
 
     def __init__(self):
         self.count, self.total, self.square = 0, 0.0, 0.0
@@ -65,8 +66,8 @@ class Moments:
     def joined(self) -> "Moments":
         """The moments of the rows of all processes.
 
-        The processes of a team add the same rows. All teams have equally many processes, so mean and standard deviation
-        are still right.
+        The processes of a team add the same rows. All teams have the same number of processes, so mean and standard
+        deviation are still right.
         """
         merged = Moments()
         for count, *sums in gathered([self.count, *(np.asarray(part).tolist() for part in self._sums)]):
@@ -80,7 +81,7 @@ class Moments:
         return self.total / self.count if self.count else None
 
     def std(self, axis: int | None = None) -> np.ndarray | None:
-        """The standard deviation over all axes, or over all but the rows' ``axis``; None if no row was added."""
+        """The standard deviation over all axes, or over all axes except ``axis`` of a row; None if no row was added."""
         if not self.count:
             return None
         reduced = tuple(i for i in range(np.ndim(self.total)) if i != axis)
@@ -161,7 +162,7 @@ class Case:
         """The embeddings with other images in place of the prompts' images."""
         batch = self.again(images=images)
         if not np.array_equal(batch.inputs.input_ids, self.batch.inputs.input_ids):
-            raise UserError("a corrupted image takes other places in the prompt: trace with images of one size")
+            raise UserError("a corrupted image has another number of tokens: trace with images of one size")
         return embed(self.model, batch.inputs)
 
 
@@ -214,7 +215,7 @@ def mean_image(case: Case) -> Embedded:
 
 
 def swapped_image(case: Case) -> Embedded:
-    """Another sample's images, resized to this one's (after NOTICE, Golovanevsky et al. 2025)."""
+    """Another sample's images, in the sizes of those that they replace (after NOTICE, Golovanevsky et al. 2025)."""
     pairs = zip(case.examples, case.counterparts, strict=True)
     return case.with_images(
         [[b.images[i % len(b.images)].resize(a.size) for i, a in enumerate(e.images)] for e, b in pairs]
@@ -283,12 +284,13 @@ def counterpart(
 ) -> Example:
     """The example with which an example is swapped.
 
-    Its gold answer is wrong for this example, so that the swap can change the answer, and it is not the ``same``. Each
-    replicate has another counterpart, as long as there are enough. The order of the examples does not matter: they are
-    sorted by a digest of the seed and the two ids.
+    Its gold answer is wrong for this example, so that the swap can change the answer. Each replicate has another
+    counterpart, as long as there are enough. The order of the examples does not matter: they are sorted by a digest of
+    the seed and the two ids.
 
     Args:
         row: the number of the example to be swapped.
+        same: whether two examples are equal in the swapped part. Such an example is no counterpart.
 
     Raises:
         UserError: if there is no such example.
@@ -304,7 +306,7 @@ def counterpart(
     if not candidates:
         part = {_same_question: ", another question", _same_image: ", another image"}.get(same, "")
         raise UserError(
-            f"example {example.id!r} finds no other with another answer than {example.answers[0]!r}{part}: "
+            f"example {example.id!r} has no counterpart with another answer than {example.answers[0]!r}{part}: "
             "trace more samples"
         )
     return candidates[replicate % len(candidates)]

@@ -46,7 +46,7 @@ def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
     te, rate_options = traced.te, {"min_te": options.min_te, "eps": options.eps}
     rows = statistics.rr_summary(te, traced.ie, traced.cells, seed=options.seed, **rate_options)
     chosen = [row for row in rows if row["statistic"] == options.statistic]
-    if not chosen:  # the statistic does not exist: this call raises the error with the reason
+    if not chosen:  # the statistic is not defined for this task: this call raises the error with the reason
         statistics.rr(te, traced.ie, statistic=options.statistic, **rate_options)
     ranked = sorted(chosen, key=lambda row: row["rank"])
     try:

@@ -305,7 +305,7 @@ def test_a_trace_of_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="lacks rr or fingerprint"):
         read_trace(tmp_path, "abc")
     write.write_text(json.dumps({"rr": {"L0-attn": 1, "L0-head3": 2}, "fingerprint": "abc"}))
-    with pytest.raises(UserError, match="other modules"):
+    with pytest.raises(UserError, match="one RR per module"):
         read_trace(tmp_path, "abc")
     write.unlink()
     with pytest.raises(UserError, match=r"summary\.json"):
