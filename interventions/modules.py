@@ -32,9 +32,15 @@ def cell_names(depth: int, *, heads: int | None = None, groups: Sequence[str] = 
 
 
 def split_cell(cell: str) -> tuple[int, str]:
-    """The layer and the kind of a cell: ``(3, "attn@question")`` of "L3-attn@question"."""
-    layer, kind = re.fullmatch(r"L(\d+)-(.+)", cell).groups()
-    return int(layer), kind
+    """The layer and the kind of a cell: ``(3, "attn@question")`` of "L3-attn@question".
+
+    Raises:
+        UserError: for a string that is not the name of a cell.
+    """
+    match = re.fullmatch(r"L(\d+)-(.+)", cell)
+    if match is None:
+        raise UserError(f"{cell!r} is not the name of a cell: write its layer and module, such as L3-attn")
+    return int(match[1]), match[2]
 
 
 def folder_name(names: Sequence[str], depth: int) -> str:

@@ -53,13 +53,18 @@ def _described(number: int, intervention: Intervention, tensors: dict[str, np.nd
     if KINDS.get(name) is not type(intervention):
         raise UserError(f"a {name} cannot be saved: register its class with @interventions.kinds.base.kind")
     options, arrays = {}, {}
-    for field in dataclasses.fields(intervention):
+    for field in _fields(intervention):
         value = getattr(intervention, field.name)
         if _is_option(field):
             options[field.name] = value
         elif value is not None:
             arrays[field.name] = _pack(value, f"{number}.{field.name}", tensors)
     return {"kind": name, "options": options, "arrays": arrays}
+
+
+def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
+    """The fields of an intervention: every kind is a dataclass, though the base class is not."""
+    return dataclasses.fields(kind)
 
 
 def _is_option(field: dataclasses.Field) -> bool:
@@ -125,7 +130,7 @@ def describe(intervention: Intervention) -> str:
     """One line: the kind, where it acts, its options and its hash."""
     tables = {site: np.atleast_1d(np.asarray(table)) for site, table in intervention.active().items()}
     parts = [_site_and_layers(site, tables.get(site)) for site in sorted(intervention.sites)]
-    for field in filter(_is_option, dataclasses.fields(intervention)):
+    for field in filter(_is_option, _fields(intervention)):
         value = getattr(intervention, field.name)
         if value and isinstance(value, str | int | float):
             parts.append(f"{field.name}={value}")

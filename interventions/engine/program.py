@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int
 
 from interventions.engine.entry import behind_prefix, embedded, entered
 from interventions.engine.read import ReadOut, Runs
 from interventions.engine.variants import PerVariant, Variants, first_layers
 from vlm_jax import Inputs, Model
 from vlm_jax.model import Embedded
-from vlm_jax.nn.decoder import Decoder, Layer, Window
+from vlm_jax.nn.decoder import Decoder, KeyValues, Layer, Window
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, token_axis
+from vlm_jax.typing import Array, ArrayLike
 from vlm_jax.vision.blocks import Features
 
 
@@ -33,7 +35,7 @@ class Fixed(NamedTuple):
     lead: tuple
     base: tuple
     variants: Variants
-    first_layer: jax.Array
+    first_layer: Int[Array, "variants"]
     lead_entry: Embedded
     base_entry: Embedded
     variant_entry: Embedded | None
@@ -42,12 +44,12 @@ class Fixed(NamedTuple):
 
 
 class States(NamedTuple):
-    """The residual streams between two layers: of the lead run ``(B, T, D)``; of the base run ``(B, S, D)``, None if it
-    is the lead run; and of the variants ``(N, B, S, D)``. A variant's state is not defined before its first layer."""
+    """The residual streams between two layers: of the lead run; of the base run, None if it is the lead run; and of the
+    variants. A variant's state is not defined before its first layer."""
 
-    lead: jax.Array
-    base: jax.Array | None
-    variants: jax.Array
+    lead: Float[Array, "batch length width"]
+    base: Float[Array, "batch tokens width"] | None
+    variants: Float[Array, "variants batch tokens width"]
 
 
 @functools.partial(jax.jit, static_argnames=("start", "chunk", "mesh"))
@@ -117,7 +119,7 @@ def _run(order, model, inputs, clean, base, variants, read, features, first, *, 
         chunk=chunk,
     )
     states = _through_layers(fixed, depth, has_clean=clean is not None)
-    base_state = states.lead[:, start:] if clean is None else states.base
+    base_state = states.lead[:, start:] if states.base is None else states.base
     # A variant that acts only behind the layers has not begun yet, so it equals the base run.
     begun = (fixed.first_layer < depth)[:, None, None, None]
     variant_states = jnp.where(begun, states.variants, base_state)
@@ -133,7 +135,7 @@ def _run(order, model, inputs, clean, base, variants, read, features, first, *, 
     of_lead = read_out(states.lead[:, start:], lead)
     if clean is None:
         return Runs(of_variants, of_lead, None)
-    return Runs(of_variants, read_out(states.base, base), of_lead)
+    return Runs(of_variants, read_out(base_state, base), of_lead)
 
 
 def _through_layers(fixed: Fixed, depth: int, has_clean: bool) -> States:
@@ -165,10 +167,10 @@ def _through_layer(fixed: Fixed, states: States, scanned: tuple[Layer, jax.Array
 
 
 def _lead_step(
-    fixed: Fixed, layer: Layer, index: jax.Array, x: jax.Array
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], dict[str, jax.Array]]:
-    """The lead run's output ``(B, T, D)``; the prefix's keys and values ``(B, start, G, head_dim)``, as segments of the
-    other runs' past; and the values that patches without a donor take, site -> ``(B, S, ...)``."""
+    fixed: Fixed, layer: Layer, index: Int[ArrayLike, ""], x: Float[ArrayLike, "batch length width"]
+) -> tuple[Float[Array, "batch length width"], list[KeyValues], dict[str, Any]]:
+    """The lead run's output; the prefix's keys and values, as segments of the other runs' past; and the values that
+    patches without a donor take, site -> ``(B, S, ...)``."""
     probe = Probe(fixed.lead, dict.fromkeys(fixed.variants.missing, Tap()), Context(index))
     deepstack = fixed.text.deepstack_at(fixed.lead_entry.deepstack, index)
     x, (k, v) = layer(x, fixed.text.at(fixed.whole_window, index), (), deepstack, probe)
@@ -180,8 +182,14 @@ def _lead_step(
     return x, past, donors
 
 
-def _base_step(fixed: Fixed, layer: Layer, index: jax.Array, x: jax.Array, past: list) -> jax.Array:
-    """The base run's output ``(B, S, D)``. It is needed only if the lead run is the clean run."""
+def _base_step(
+    fixed: Fixed,
+    layer: Layer,
+    index: Int[ArrayLike, ""],
+    x: Float[ArrayLike, "batch tokens width"],
+    past: list[KeyValues],
+) -> Float[Array, "batch tokens width"]:
+    """The base run's output. It is needed only if the lead run is the clean run."""
     probe = Probe(fixed.base, NO_TAPS, Context(index, start=fixed.start))
     deepstack = fixed.text.deepstack_at(fixed.base_entry.deepstack, index)
     return layer(x, fixed.text.at(fixed.window, index), past, deepstack, probe)[0]
@@ -190,17 +198,17 @@ def _base_step(fixed: Fixed, layer: Layer, index: jax.Array, x: jax.Array, past:
 def _chunk_step(
     fixed: Fixed,
     layer: Layer,
-    index: jax.Array,
-    at: jax.Array,
-    states: jax.Array,
-    before: jax.Array,
+    index: Int[ArrayLike, ""],
+    at: Int[ArrayLike, ""],
+    states: Float[ArrayLike, "variants batch tokens width"],
+    before: Float[ArrayLike, "batch tokens width"],
     window: Window,
-    past: list,
+    past: list[KeyValues],
     donors: dict[str, Any],
-) -> jax.Array:
-    """The variants' states ``(N, B, S, D)`` after one chunk of them, from index ``at`` on, went through the layer.
+) -> Float[Array, "variants batch tokens width"]:
+    """The variants' states after one chunk of them, from index ``at`` on, went through the layer.
 
-    ``before (B, S, D)`` is the base run's state, which a variant has before its first layer. ``window`` is for the rows
+    ``before`` is the base run's state, which a variant has before its first layer. ``window`` is for the rows
     of a chunk.
     """
     chunk = fixed.chunk
@@ -222,10 +230,9 @@ def _chunk_step(
 
 def _chunk_deepstack(fixed: Fixed, index: jax.Array, at: jax.Array) -> jax.Array | None:
     """The DeepStack tensor that is added to the rows of a chunk after this layer, ``(B * chunk, S, D)``."""
-    if fixed.base_entry.deepstack is None:
-        return None
     if fixed.variant_entry is None or fixed.variant_entry.deepstack is None:
-        return jnp.repeat(fixed.text.deepstack_at(fixed.base_entry.deepstack, index), fixed.chunk, 0)
+        deepstack = fixed.text.deepstack_at(fixed.base_entry.deepstack, index)
+        return None if deepstack is None else jnp.repeat(deepstack, fixed.chunk, 0)
     of_chunk = jax.lax.dynamic_slice_in_dim(fixed.variant_entry.deepstack, at, fixed.chunk)
     by_sample = of_chunk.transpose(1, 2, 0, 3, 4)  # (K, B, chunk, S, D)
     rows = by_sample.reshape(len(by_sample), -1, *by_sample.shape[3:])

@@ -9,6 +9,7 @@ sets of variants), :mod:`.prefix` and :mod:`.chunks` (what is shared, how much i
 :mod:`.program` (the computation), :mod:`.naive` (its oracle), :mod:`.generation` and :mod:`.cost`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ def sweep_runs(
     _check(model, inputs, variants, base, clean, engine)
     longest = shared_prefix(model, inputs, variants, read, base, clean)
     start = longest if start is None else possible_prefix(model, inputs, min(start, longest))
-    read = read.replace(first=0)  # a static field: another value would compile another program
+    read = dataclasses.replace(read, first=0)  # a static field: another value would compile another program
     if engine == "naive":
         return naive_program(model, inputs, clean, base, variants, read)
     chunk = chunk_of(inputs, start) if chunk is None else chunk

@@ -9,10 +9,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from vlm_jax import UserError
 from vlm_jax.runs.processes import fetch
 from vlm_jax.sites import NO_TAPS, Context, Intervention, Probe, Stage, stage
+from vlm_jax.typing import Array
 
 
 @flax.struct.dataclass
@@ -113,8 +115,8 @@ class PerVariant(Intervention):
         return mapped(self.interventions, by_variant(value), input, values_read).reshape(value.shape)
 
 
-def first_layers(variants: Variants, depth: int) -> jax.Array:
-    """The layer in which each variant first acts ``(N,)``: 0 where it changes what enters the layers, ``depth`` where
+def first_layers(variants: Variants, depth: int) -> Int[Array, "variants"]:
+    """The layer in which each variant first acts: 0 where it changes what enters the layers, ``depth`` where
     it acts behind them."""
 
     def first(interventions):

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -93,7 +93,7 @@ def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
     for names, option in zip((*chosen, args.modes), ("edges", "window-edges", "modes"), strict=True):
         if not names or len(set(names)) < len(names):
             raise UserError(f"--{option} is {' '.join(names) or 'empty'}: name at least one, and none twice")
-    return tuple(map(list, chosen))
+    return list(chosen[0]), list(chosen[1])
 
 
 def _report(task: str, results: dict) -> None:
@@ -124,8 +124,8 @@ def main(args: Args) -> None:
     run, model, processor = start(args, examples, data)
     edges, window_edges = edges_of(args, FAMILIES[model.config.family].chat.image_end is not None)
     in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
-    batching = {"size": args.batch, "seed": args.seed}
-    to_generate = batching | {
+    batching: dict[str, Any] = {"size": args.batch, "seed": args.seed}
+    to_generate: dict[str, Any] = batching | {
         "modes": args.modes,
         "layers": [None, *in_windows] if args.answers == "windows" else [None],
         "max_new_tokens": args.max_new_tokens,

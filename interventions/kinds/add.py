@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, UInt32
 
 from interventions.kinds.base import OnTokens, kind, option, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, token_axis
+from vlm_jax.typing import ArrayLike
 
 
 @kind
@@ -16,9 +18,9 @@ class Noise(OnTokens):
     batch. It needs ``where`` or ``group``. It does not change generated tokens.
     """
 
-    key: jax.Array
-    scale: jax.Array
-    site: str = option("text.embeddings")
+    key: UInt32[ArrayLike, "batch 2"]
+    scale: Float[ArrayLike, "batch"]
+    site: str = option(default="text.embeddings")
 
     @property
     def sites(self) -> frozenset[str]:
@@ -44,9 +46,9 @@ class Add(OnTokens):
     the tokens of the prompt, which does not change generated tokens. At a site of the layers, ``value`` has a leading
     axis of K slots, and ``slot (L,)`` is the slot that each layer uses."""
 
-    value: jax.Array
-    site: str = option("text.embeddings")
-    slot: jax.Array | None = None
+    value: Float[ArrayLike, "..."]
+    site: str = option(default="text.embeddings")
+    slot: Int[ArrayLike, "layers"] | None = None
 
     @property
     def sites(self) -> frozenset[str]:

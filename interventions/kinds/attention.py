@@ -6,11 +6,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, UInt32
 
 from interventions.kinds.base import OnTokens, kind, layer_table, option
 from interventions.kinds.groups import GROUPS, members
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.sites import Context, Intervention
+from vlm_jax.typing import Array, ArrayLike
 
 MODES = ("post_softmax", "pre_softmax", "value_norm", "random_mass")
 
@@ -37,12 +39,12 @@ class AttentionKnockout(Intervention):
             they lose all of it.
     """
 
-    keep: jax.Array
-    groups: jax.Array | None = None
-    key: jax.Array | None = None
-    mode: str = option("post_softmax")
-    new: str = option("answer")
-    group_names: tuple[str, ...] = option(GROUPS)
+    keep: Float[ArrayLike, "layers groups groups"]
+    groups: Int[ArrayLike, "batch tokens"] | None = None
+    key: UInt32[ArrayLike, "2"] | None = None
+    mode: str = option(default="post_softmax")
+    new: str = option(default="answer")
+    group_names: tuple[str, ...] = option(default=GROUPS)
 
     @classmethod
     def between(
@@ -80,9 +82,10 @@ class AttentionKnockout(Intervention):
         return frozenset({"text.attn_scores" if self.mode == "pre_softmax" else "text.attn_probs"})
 
     def active(self) -> dict[str, jax.Array]:
-        return dict.fromkeys(self.sites, (self.keep != 1).any((1, 2)))
+        cuts: Any = (self.keep != 1).any((1, 2))
+        return dict.fromkeys(self.sites, cuts)
 
-    def tokens(self) -> jax.Array | None:
+    def tokens(self) -> Bool[Array, "batch tokens"] | None:
         if self.groups is None:
             return None
         groups, length = jnp.asarray(self.groups), self.groups.shape[1]
@@ -91,7 +94,7 @@ class AttentionKnockout(Intervention):
         cut = (jnp.asarray(self.keep) != 1).any(0)[groups]  # (B, T, G)
         return (cut & (first_key[:, None] <= jnp.arange(length)[:, None])).any(-1)  # no token sees a later one
 
-    def bound(self, labels: np.ndarray) -> "AttentionKnockout":
+    def bound(self, labels: Int[ArrayLike, "batch tokens"]) -> "AttentionKnockout":
         return self.in_order_of(GROUPS).replace(groups=labels)
 
     @classmethod
@@ -149,9 +152,17 @@ class AttentionKnockout(Intervention):
                 return value * ratio.transpose(0, 2, 1)[..., None]
         return self._without_mass(value, keep, keys, ctx.layer)
 
-    def _without_mass(self, value: jax.Array, keep: jax.Array, keys: jax.Array, layer) -> jax.Array:
-        """The probabilities ``value (B, H, S, keys)`` after as much mass as ``keep`` would remove is removed from other
-        keys, in a random order. ``keys (B, keys)`` are the keys' groups."""
+    def _without_mass(
+        self,
+        value: Float[Array, "batch heads queries keys"],
+        keep: Float[Array, "batch 1 queries keys"],
+        keys: Int[Array, "batch keys"],
+        layer: Int[ArrayLike, ""] | int,
+    ) -> Float[Array, "batch heads queries keys"]:
+        """The probabilities ``value`` after as much mass as ``keep`` would remove is removed from other
+        keys, in a random order. ``keys`` are the keys' groups."""
+        if self.key is None:
+            raise UserError("AttentionKnockout has no key for random_mass: make it with AttentionKnockout.between")
         mass = (value * (1 - keep)).sum(-1, keepdims=True)
         # One order for all rows, heads and queries. It depends on a key's number among the real tokens of its row, so
         # padding has no effect.
@@ -170,8 +181,8 @@ class UniformAttention(OnTokens):
     """Makes attention uniform over the visible keys in layers whose ``strength (L,)`` is 1 (P3, TaLo's other cut). The
     scores are scaled by ``1 - strength``; at 1 this equals zeroing q_proj."""
 
-    strength: jax.Array
-    site: str = option("text.attn_scores")
+    strength: Float[ArrayLike, "layers"]
+    site: str = option(default="text.attn_scores")
 
     @property
     def sites(self) -> frozenset[str]:

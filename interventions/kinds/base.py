@@ -22,10 +22,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 from interventions.kinds.groups import members
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, Intervention, Stage, head_axis, stage, token_axis
+from vlm_jax.typing import ArrayLike
 
 Kind = TypeVar("Kind", bound=type[Intervention])
 #: Name in files -> kind; :func:`kind` fills it.
@@ -33,11 +35,14 @@ KINDS: dict[str, type[Intervention]] = {}
 
 
 def option(default: Any = None) -> Any:
-    """A static field: part of the compiled program, saved as JSON."""
+    """A static field: part of the compiled program, saved as JSON.
+
+    Name the argument, ``option(default=...)``: type checkers see a positional one as no default.
+    """
     return flax.struct.field(pytree_node=False, default=default)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(flax.struct.field, option))
+@dataclass_transform(field_specifiers=(flax.struct.field, option))
 def kind(cls: Kind) -> Kind:
     """Class decorator: turns a subclass of :class:`vlm_jax.Intervention` into a frozen dataclass and pytree, and
     registers it under its name, so that it can be saved and loaded.
@@ -53,11 +58,14 @@ def kind(cls: Kind) -> Kind:
     other = KINDS.get(cls.__name__)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise UserError(f"the kind {cls.__name__!r} exists in {other.__module__} already: choose another name")
-    KINDS[cls.__name__] = flax.struct.dataclass(cls)
-    return KINDS[cls.__name__]
+    registered = flax.struct.dataclass(cls)
+    KINDS[cls.__name__] = registered
+    return registered
 
 
-def layer_table(depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float = 0.0) -> np.ndarray:
+def layer_table(
+    depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float = 0.0
+) -> Float[np.ndarray, "layers"]:
     """``(depth,)`` float32: ``on`` at the layers (None: all), ``off`` elsewhere.
 
     Raises:
@@ -69,7 +77,7 @@ def layer_table(depth: int, layers: Iterable[int] | None, on: float = 1.0, off: 
     return np.where(np.isin(np.arange(depth), list(layers)), on, off).astype(np.float32)
 
 
-def slots(depth: int, layers: Iterable[int] | None) -> np.ndarray:
+def slots(depth: int, layers: Iterable[int] | None) -> Int[np.ndarray, "layers"]:
     """The slot table ``(depth,)`` in which the layers (None: all), ascending, use slots 0, 1, ..."""
     used = layer_table(depth, layers) > 0
     return np.where(used, np.cumsum(used) - 1, used.sum()).astype(np.int32)
@@ -82,7 +90,7 @@ def slot_at(slot: jax.Array, count: int, ctx: Context) -> tuple[jax.Array, jax.A
     return jnp.minimum(slot, count - 1), slot < count
 
 
-def beside_tokens(tokens: jax.Array, site: str, ndim: int) -> jax.Array:
+def beside_tokens(tokens: Bool[ArrayLike, "batch tokens"], site: str, ndim: int) -> jax.Array:
     """``tokens (B, S)`` in the shape that broadcasts against a value with ``ndim`` axes at the site."""
     axis = token_axis(site)
     shape = [1] * ndim
@@ -90,7 +98,7 @@ def beside_tokens(tokens: jax.Array, site: str, ndim: int) -> jax.Array:
     return tokens.reshape(shape)
 
 
-def beside_heads(heads: jax.Array, site: str, ndim: int) -> jax.Array:
+def beside_heads(heads: Shaped[ArrayLike, "heads"], site: str, ndim: int) -> jax.Array:
     """``heads (H,)`` in the shape that broadcasts against a value with ``ndim`` axes at the site."""
     shape = [1] * ndim
     shape[head_axis(site)] = -1
@@ -101,14 +109,14 @@ def beside_heads(heads: jax.Array, site: str, ndim: int) -> jax.Array:
 class OnTokens(Intervention):
     """The base of kinds that can act on some of the tokens: they return ``self.only(site, changed, value, ctx)``."""
 
-    where: jax.Array | None = None
-    group: str | None = option()
-    new: bool = option(False)
+    where: Bool[ArrayLike, "batch tokens"] | None = None
+    group: str | None = option(default=None)
+    new: bool = option(default=False)
 
     def tokens(self) -> jax.Array | None:
         return self.where
 
-    def bound(self, labels: np.ndarray):
+    def bound(self, labels: Int[ArrayLike, "batch tokens"]) -> Intervention:
         """A copy with ``where`` for a batch with these labels ``(B, T)``, if the intervention names a token group."""
         if self.group is None:
             return self

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from interventions.kinds.base import OnTokens, beside_heads, beside_tokens, kind, option, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, Intervention, token_axis
+from vlm_jax.typing import ArrayLike
 
 
 @kind
@@ -17,11 +19,11 @@ class Patch(Intervention):
     bool, restrict the patch to some tokens and heads. It does not change generated tokens.
     """
 
-    donor: dict[str, jax.Array | None]
-    slot: dict[str, jax.Array]
-    where: jax.Array | None = None
-    heads: jax.Array | None = None
-    start: int = option(0)
+    donor: dict[str, Float[ArrayLike, "slots batch ..."] | None]
+    slot: dict[str, Int[ArrayLike, "*layers"]]
+    where: Bool[ArrayLike, "batch tokens"] | None = None
+    heads: Bool[ArrayLike, "heads"] | None = None
+    start: int = option(default=0)
 
     @property
     def sites(self) -> frozenset[str]:
@@ -43,7 +45,8 @@ class Patch(Intervention):
         return {site: (slot < self._count(site)) & any_head for site, slot in self.slot.items()}
 
     def _count(self, site: str) -> int:
-        return 1 if self.donor[site] is None else len(self.donor[site])
+        donor = self.donor[site]
+        return 1 if donor is None else len(donor)
 
     def tokens(self) -> jax.Array | None:
         return self.where
@@ -77,9 +80,9 @@ class Replace(OnTokens):
     """Replaces values by a vector ``value (..., D)``, such as a mean image embedding (P2). At a site of the layers,
     ``value`` has a leading axis of K slots, and ``slot (L,)`` is the slot that each layer uses."""
 
-    value: jax.Array
-    site: str = option("text.embeddings")
-    slot: jax.Array | None = None
+    value: Float[ArrayLike, "..."]
+    site: str = option(default="text.embeddings")
+    slot: Int[ArrayLike, "layers"] | None = None
 
     @property
     def sites(self) -> frozenset[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +24,7 @@ from vlm_jax.families import FAMILIES
 from vlm_jax.sites import TEXT_LINEARS, null_slots
 
 
-def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropout: float, key: jax.Array) -> LoRA:
+def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropout: float, key: PRNGKeyArray) -> LoRA:
     """A new adapter on the modules ``names`` such as "L3-attn". A is Kaiming-uniform and B zero, as in PEFT.
 
     Args:
@@ -187,15 +188,14 @@ def load_peft(model: Model, folder: Path) -> LoRA:
     ]
     if missing or not placed:
         raise UserError(
-            f"{folder}: lora_A and lora_B of every module are needed, some are missing ({', '.join(missing)}): save the adapter again"
+            f"{folder}: lora_A and lora_B of every module are needed, some are missing ({', '.join(missing)})"
         )
     placed = _layers_by_linear(set(placed))
-    weights = {
-        f"text.{name}": tuple(
-            jnp.stack([halves[layer, name, half] for layer in layers]) for half in ("lora_A", "lora_B")
-        )
-        for name, layers in placed.items()
-    }
+
+    def stacked(linear: str, half: str) -> jax.Array:
+        return jnp.stack([halves[layer, linear, half] for layer in placed[linear]])
+
+    weights = {f"text.{name}": (stacked(name, "lora_A"), stacked(name, "lora_B")) for name in placed}
     return LoRA(
         weights,
         _slots(model, placed),

@@ -1,6 +1,9 @@
 """Compares two placements on the same held-out samples, and adjusts the p-values of several comparisons."""
 
+from typing import Any
+
 import numpy as np
+from jaxtyping import Float
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
@@ -70,8 +73,10 @@ def paired(first, second, *, clusters=None, resamples: int = 10_000, seed: int =
     return result | (mcnemar(first[0], second[0]) if one_seed_each else dict.fromkeys(_MCNEMAR))
 
 
-def _resampled_means(values: np.ndarray, clusters, resamples: int, seed: int) -> np.ndarray:
-    """Means ``(resamples,)`` of bootstrap resamples of the samples ``(N,)``, or of their clusters."""
+def _resampled_means(
+    values: Float[np.ndarray, "samples"], clusters: Any, resamples: int, seed: int
+) -> Float[np.ndarray, "resamples"]:
+    """Means of bootstrap resamples of the samples, or of their clusters."""
     count = len(values)
     sums, sizes = values, np.ones(count)
     if clusters is not None:
@@ -106,15 +111,17 @@ def mcnemar(first, second) -> dict:
     return {"gained": gained, "lost": lost, "mcnemar_p": p}
 
 
-def _as_seeds_by_samples(first, second) -> tuple[np.ndarray, np.ndarray]:
-    """Both as ``(S, N)``."""
+def _as_seeds_by_samples(
+    first: Any, second: Any
+) -> tuple[Float[np.ndarray, "_seeds samples"], Float[np.ndarray, "_seeds samples"]]:
+    """Both as arrays by seed and sample."""
     first, second = (np.atleast_2d(np.asarray(scores, float)) for scores in (first, second))
     if first.shape[1] != second.shape[1] or not first.size:
         raise UserError(f"the two have {first.shape[1]} and {second.shape[1]} samples: compare them on the same ones")
     return first, second
 
 
-def holm(p) -> np.ndarray:
+def holm(p: Any) -> Float[np.ndarray, "tests"]:
     """p-values ``(K,)`` adjusted by Holm (1979): the chance of any false finding among K tests stays below the level.
 
     To bound the share of false findings instead, use ``scipy.stats.false_discovery_control``.

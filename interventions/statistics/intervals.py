@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from interventions.statistics.bootstrap import Interval, bootstrap_rows, percentile_bounds
 from interventions.statistics.restoration import EPS, STATISTICS, check_effects, estimate_draws, rr
@@ -39,8 +40,10 @@ def rr_interval(
     return Interval(value, *percentile_bounds(draws, level))
 
 
-def rr_resamples(te, ie, over: Over = "samples", *, resamples: int = 2000, seed=0, **options) -> np.ndarray:
-    """RR of bootstrap resamples ``(resamples, C)``; arguments as for :func:`rr_interval`. NaN where a resample has no
+def rr_resamples(
+    te, ie, over: Over = "samples", *, resamples: int = 2000, seed: int | Sequence[int] = 0, **options
+) -> Float[np.ndarray, "resamples cells"]:
+    """RR of bootstrap resamples; arguments as for :func:`rr_interval`. NaN where a resample has no
     sample with TE >= ``min_te``."""
     te, ie = check_effects(te, ie)
     count, replicates = te.shape
@@ -68,9 +71,9 @@ def rr_summary(te, ie, cells: Sequence[str], *, resamples: int = 2000, seed: int
         options: min_te and eps, as for :func:`rr`.
     """
     te, ie = check_effects(te, ie)
-    columns = {"samples": ("low", "high")}
+    columns: dict[Over, tuple[str, str]] = {"samples": ("low", "high")}
     if te.shape[1] > 1:
-        columns |= {over: (f"{over}_low", f"{over}_high") for over in ("replicates", "both")}
+        columns |= {"replicates": ("replicates_low", "replicates_high"), "both": ("both_low", "both_high")}
     rows = []
     for statistic in STATISTICS:
         if statistic == "ratio_of_means" and te.mean() <= 0:

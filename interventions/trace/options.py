@@ -7,7 +7,7 @@ import tyro
 
 from interventions.engine.grids import layer_windows
 from interventions.kinds.groups import members
-from interventions.trace.corruption import CORRUPTIONS
+from interventions.trace.corruption import CORRUPTIONS, CorruptionName
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.runs.ranges import Range, check_ranges
 
@@ -16,7 +16,7 @@ from vlm_jax.runs.ranges import Range, check_ranges
 class TraceOptions:
     """How a task is traced. The defaults are P0's, or ours for options that P0 does not mention."""
 
-    corruption: Literal[tuple(CORRUPTIONS)] = "question_noise"
+    corruption: CorruptionName = "question_noise"
     """How the prompt is corrupted. Noise on the embeddings of the question (P0) or of the image, DeepStack included;
     the question or the image of another sample; the mean image embedding; blurred pixels."""
     noise_scale: Annotated[float, Range(above=0)] = 2.0

@@ -3,9 +3,11 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from interventions.engine.grids import patch_grid
 from interventions.engine.prefix import PREFIX_BUCKET
@@ -27,6 +29,7 @@ from vlm_jax.config import Config
 from vlm_jax.data import Example
 from vlm_jax.data.metrics import LETTERS, normalise
 from vlm_jax.errors import UserError
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches, encode
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
@@ -35,7 +38,12 @@ from vlm_jax.runs.processes import apart, fetch, progress
 
 
 def trace_examples(
-    model: Model, processor, examples: list[Example], options: TraceOptions, label: str, log: Log | None = None
+    model: Model,
+    processor: Processor,
+    examples: list[Example],
+    options: TraceOptions,
+    label: str,
+    log: Log | None = None,
 ) -> TaskTrace:
     """Traces every example.
 
@@ -141,14 +149,14 @@ def _short(value: np.float32) -> float:
     return float(str(np.float32(value)))
 
 
-def measured(scores, metric: str) -> np.ndarray:
-    """A run's read-out in the metric's units, ``(..., B)``."""
+def measured(scores: Any, metric: str) -> Float[np.ndarray, "*variants batch"]:
+    """A run's read-out in the metric's units."""
     match metric:
         case "probability":
             return fetch(scores.probability)
         case "log_probability":
             return fetch(scores.log_probability)
-        case "logit_difference":
+        case _:  # logit_difference: the read-out itself
             return fetch(scores)
 
 
@@ -171,7 +179,7 @@ def foil(examples: Sequence[Example], row: int) -> str:
     return wrong[0] if wrong else counterpart(examples, row).answers[0]
 
 
-def answered(model: Model, processor, examples: list[Example], size: int) -> list[Example]:
+def answered(model: Model, processor: Processor, examples: list[Example], size: int) -> list[Example]:
     """The examples whose gold answer greedy decoding would write."""
     right = np.zeros(len(examples), bool)
     for rows, batch in batches(examples, processor, model.config, size, align=PREFIX_BUCKET):
@@ -207,7 +215,13 @@ def cells_of(config: Config, options: TraceOptions) -> list[str]:
 
 
 def trace_task(
-    run: Run, folder: str, model: Model, processor, task: str, examples: list[Example], options: TraceOptions
+    run: Run,
+    folder: str,
+    model: Model,
+    processor: Processor,
+    task: str,
+    examples: list[Example],
+    options: TraceOptions,
 ) -> dict:
     """Traces a task into ``folder`` of a run and returns its summary. If an earlier session finished the trace, it only
     reads the summary.

@@ -239,7 +239,7 @@ def test_unknown_names(name, message):
         ({"scores": {"rr": {"knowledge": RR["knowledge"]}}}, "task_diff", "knowledge", "compares two families"),
         ({"scores": {"rr": {"knowledge": RR["knowledge"]}}}, "task_diff", "perception", "compares two families"),
         ({"scores": {"rr": {**RR, "third": RR["knowledge"]}}}, "task_diff", "knowledge", "two families.*third"),
-        ({"scores": {"fisher": {"knowledge": RR["knowledge"]}}}, "fisher", "perception", "of knowledge alone"),
+        ({"scores": {"fisher": {"knowledge": RR["knowledge"]}}}, "fisher", "perception", "known only for knowledge"),
         ({"scores": {"fisher": {"knowledge": np.full((DEPTH, 2), np.nan)}}}, "fisher", "knowledge", "NaN"),
         ({"scores": {"fisher": {"knowledge": np.zeros((3, 2))}}}, "fisher", "knowledge", "4 x 2 modules"),
     ],
