@@ -1,5 +1,5 @@
-"""The modules of a decoder, "L3-attn" and "L7-mlp": their names and their linears. Such names are written and parsed in
-this file alone."""
+"""The modules of a decoder, "L3-attn" and "L7-mlp": their names and their linears. Only this
+file writes and parses such names."""
 
 import hashlib
 import re
@@ -19,17 +19,28 @@ def module_names(depth: int) -> list[str]:
 
 
 def cell_names(depth: int, *, heads: int | None = None, groups: Sequence[str] = ()) -> list[str]:
-    """The cells of a trace, layer by layer: the modules, or ``L0-H0, L0-H1, ...`` for so many attention ``heads``. Of
-    several token groups each has a cell of its own: ``L0-attn@question, L0-attn@last, ...``."""
+    """The names of a trace's cells, layer by layer.
+
+    Args:
+        heads: the number of attention heads, if the cells are heads: ``L0-H0, L0-H1, ...``. None: they are modules.
+        groups: token groups. If there are several, a cell is one group of a module or head:
+            ``L0-attn@question, L0-attn@last, ...``.
+    """
     kinds = MODULES if heads is None else [f"H{head}" for head in range(heads)]
     endings = [f"@{group}" for group in groups] if len(groups) > 1 else [""]
     return [f"L{layer}-{kind}{ending}" for layer in range(depth) for kind in kinds for ending in endings]
 
 
 def split_cell(cell: str) -> tuple[int, str]:
-    """The layer and the kind of a cell: ``(3, "attn@question")`` of "L3-attn@question"."""
-    layer, kind = re.fullmatch(r"L(\d+)-(.+)", cell).groups()
-    return int(layer), kind
+    """The layer and the kind of a cell: ``(3, "attn@question")`` of "L3-attn@question".
+
+    Raises:
+        UserError: for a string that is not the name of a cell.
+    """
+    match = re.fullmatch(r"L(\d+)-(.+)", cell)
+    if match is None:
+        raise UserError(f"{cell!r} is not the name of a cell: write its layer and module, such as L3-attn")
+    return int(match[1]), match[2]
 
 
 def folder_name(names: Sequence[str], depth: int) -> str:
@@ -54,10 +65,10 @@ def default_k(depth: int) -> int:
 
 
 def check_k(k: int, depth: int) -> int:
-    """``k``, if a model with ``depth`` layers has so many modules.
+    """Returns ``k``.
 
     Raises:
-        UserError: otherwise.
+        UserError: if ``k`` is below 1 or above the number of modules of a model with ``depth`` layers.
     """
     if not 1 <= k <= 2 * depth:
         raise UserError(f"k is {k}, but the model has {2 * depth} modules: choose 1 to {2 * depth}")
@@ -68,7 +79,7 @@ def check_names(names: Iterable[str], depth: int) -> list[str]:
     """The names as a list.
 
     Raises:
-        UserError: for a name that is no module of a model with ``depth`` layers, or that comes twice.
+        UserError: for a name that is not a module of a model with ``depth`` layers, or that appears twice.
     """
     names, known = list(names), module_names(depth)
     for name in names:

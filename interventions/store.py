@@ -33,7 +33,7 @@ def save_interventions(path: str | Path, interventions: Sequence[Intervention]) 
 
 
 def digest(interventions: Sequence[Intervention]) -> str:
-    """A hash of what the interventions do: of kinds, options and arrays."""
+    """A hash of the kinds, options and arrays of the interventions."""
     return hashlib.sha256(_file(*_packed(interventions))).hexdigest()[:12]
 
 
@@ -53,13 +53,18 @@ def _described(number: int, intervention: Intervention, tensors: dict[str, np.nd
     if KINDS.get(name) is not type(intervention):
         raise UserError(f"a {name} cannot be saved: register its class with @interventions.kinds.base.kind")
     options, arrays = {}, {}
-    for field in dataclasses.fields(intervention):
+    for field in _fields(intervention):
         value = getattr(intervention, field.name)
         if _is_option(field):
             options[field.name] = value
         elif value is not None:
             arrays[field.name] = _pack(value, f"{number}.{field.name}", tensors)
     return {"kind": name, "options": options, "arrays": arrays}
+
+
+def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
+    """The fields of an intervention: every kind is a dataclass, though the base class is not."""
+    return dataclasses.fields(kind)
 
 
 def _is_option(field: dataclasses.Field) -> bool:
@@ -83,7 +88,7 @@ def load_interventions(path: str | Path) -> tuple[Intervention, ...]:
     """The interventions of a file.
 
     Raises:
-        UserError: a file that is no safetensors file, holds a kind that is not registered, or lacks an array.
+        UserError: for a file that is not a safetensors file, holds a kind that is not registered, or lacks an array.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -114,7 +119,7 @@ def _unpack(entry: dict, tensors: dict[str, np.ndarray]) -> Intervention:
             return {key: arrays(part) for key, part in layout.items()}
         return tuple(arrays(part) for part in layout) if isinstance(layout, list) else tensors[layout]
 
-    # JSON has lists alone, but static fields are hashed.
+    # JSON turns tuples into lists, but static fields must be hashable.
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["options"].items()}
     intervention = KINDS[name].restored(options | {key: arrays(layout) for key, layout in entry["arrays"].items()})
     intervention.sites  # noqa: B018  refuses options that the kind does not know
@@ -124,8 +129,8 @@ def _unpack(entry: dict, tensors: dict[str, np.ndarray]) -> Intervention:
 def describe(intervention: Intervention) -> str:
     """One line: the kind, where it acts, its options and its hash."""
     tables = {site: np.atleast_1d(np.asarray(table)) for site, table in intervention.active().items()}
-    parts = [_place(site, tables.get(site)) for site in sorted(intervention.sites)]
-    for field in filter(_is_option, dataclasses.fields(intervention)):
+    parts = [_site_and_layers(site, tables.get(site)) for site in sorted(intervention.sites)]
+    for field in filter(_is_option, _fields(intervention)):
         value = getattr(intervention, field.name)
         if value and isinstance(value, str | int | float):
             parts.append(f"{field.name}={value}")
@@ -133,8 +138,9 @@ def describe(intervention: Intervention) -> str:
     return f"{type(intervention).__name__}({'; '.join(parts)}) {size:,} numbers #{digest((intervention,))}"
 
 
-def _place(site: str, table: np.ndarray | None) -> str:
-    """A site, and in which of its layers something happens: ``text.attn_out L3,4``; None or all: just the site."""
+def _site_and_layers(site: str, table: np.ndarray | None) -> str:
+    """A site and the layers that are True in its ``table (L,)``: ``text.attn_out L3,4``. If the table is None or True
+    everywhere, just the site."""
     if table is None or table.all():
         return site
     layers = np.flatnonzero(table)

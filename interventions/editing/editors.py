@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from interventions.kinds.base import layer_table, slots
 from interventions.kinds.loreft import LoReFT
@@ -29,13 +30,14 @@ def init_editors(
     rank: int = 4,
     blocks: Iterable[int] | None = None,
     layers: Iterable[int] | None = None,
-    key: jax.Array,
+    key: PRNGKeyArray,
 ) -> dict[str, LoReFT]:
     """P4's four editors by name (:data:`EDITOR_SITES`), initialised as in its code: R orthogonal, W and b as PyTorch
-    initialises a linear layer. So they change the model before they are trained.
+    initialises a linear layer. So new editors already change the model.
 
     Args:
-        visual_rank: of psi_V and psi_c; ``rank`` of psi_P and psi_S.
+        visual_rank: the rank of psi_V and psi_c.
+        rank: the rank of psi_P and psi_S.
         blocks, layers: which vision blocks and layers have an editor; None: all. (psi_P in the last layer has no effect
             on the answer, so it gets no gradient.)
 
@@ -43,12 +45,13 @@ def init_editors(
         UserError: for a model without a vision tower, for a block or layer that it lacks, or for a rank below 1 or
             above the width.
     """
-    if model.visual is None:
+    vision = model.config.vision
+    if vision is None:
         raise UserError("the model has no vision tower to edit: choose a vision-language model")
     depths, width = model.depths, model.config.text.hidden_size
     keys = jax.random.split(key, len(EDITOR_SITES))
     return {
-        "visual": _editor("visual", model.config.vision.hidden_size, visual_rank, keys[0], depths["visual"], blocks),
+        "visual": _editor("visual", vision.hidden_size, visual_rank, keys[0], depths["visual"], blocks),
         "cross": _editor("cross", width, visual_rank, keys[1]),
         "prefix": _editor("prefix", width, rank, keys[2], depths["text"], layers),
         "suffix": _editor("suffix", width, rank, keys[3], depths["text"], layers),
@@ -56,7 +59,7 @@ def init_editors(
 
 
 def _editor(
-    name: str, width: int, rank: int, key: jax.Array, depth: int | None = None, layers: Iterable[int] | None = None
+    name: str, width: int, rank: int, key: PRNGKeyArray, depth: int | None = None, layers: Iterable[int] | None = None
 ) -> LoReFT:
     if not 0 < rank <= width:
         raise UserError(f"the rank of the {name} editor is {rank}: give 1 to {width}")

@@ -9,13 +9,16 @@ from vlm_jax.mesh.sharding import shards
 #: variant is carried along before its first layer. An accelerator needs more rows.
 CHUNK_TOKENS = {"cpu": 192}
 _ACCELERATOR_TOKENS = 8192
-#: What the states of the variants that are swept at once may take.
+#: Bytes that the states of the variants in one sweep may take.
 LIVE_BYTES = 2**30
 
 
 def chunk_of(inputs: Inputs, start: int, backend: str | None = None) -> int:
-    """How many variants of the tokens from ``start`` on to work on together; ``backend`` as JAX names it (None: this
-    machine's)."""
+    """How many variants to work on together, each with the tokens from ``start`` on.
+
+    Args:
+        backend: JAX's name of the backend; None: this machine's.
+    """
     batch, length = inputs.input_ids.shape
     tokens = CHUNK_TOKENS.get(backend or jax.default_backend(), _ACCELERATOR_TOKENS) * shards("batch", batch)
     return max(1, tokens // (batch * (length - start)))

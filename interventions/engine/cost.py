@@ -1,4 +1,4 @@
-"""What a sweep costs: printed before a long one, and compared with the time that it took."""
+"""The cost of a sweep. It is printed before a long sweep, and compared with the measured time after it."""
 
 import dataclasses
 import time
@@ -20,8 +20,10 @@ _LONG = 1e11
 class Cost:
     """The cost of a sweep, without the vision tower.
 
-    token_layers: tokens x layers that are run. flops: of the necessary matmuls, prompt runs and unembedding included.
-    bytes: of the variants' states that are held at once. naive_flops: of one whole forward pass for each variant.
+    token_layers: tokens times layers that are computed.
+    flops: of the necessary matmuls, including the runs of whole prompts and the unembedding.
+    bytes: of the variants' states that are held at once.
+    naive_flops: of one whole forward pass for each variant.
     """
 
     token_layers: int
@@ -38,14 +40,14 @@ class Cost:
         )
 
     def __str__(self) -> str:
-        less = self.naive_flops / self.flops
+        saving = self.naive_flops / self.flops
         return (
-            f"{self.token_layers:,} token-layers, {self.flops / 1e9:,.1f} GFLOP ({less:.1f} times less than a pass per "
-            f"variant), {self.bytes / 2**20:,.1f} MiB of live variants"
+            f"{self.token_layers:,} token-layers, {self.flops / 1e9:,.1f} GFLOP ({saving:.1f} times less than a pass "
+            f"per variant), {self.bytes / 2**20:,.1f} MiB of live variants"
         )
 
     def measured(self, seconds: float) -> str:
-        """What the sweep reached, given the time that it took."""
+        """The time that the sweep took, and its speed, as text."""
         return f"{seconds:.1f} s, {self.flops / seconds / 1e9:,.1f} GFLOP/s of necessary work"
 
 

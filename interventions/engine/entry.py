@@ -1,4 +1,4 @@
-"""What enters the layers: in a run, behind the shared prefix, and in every variant."""
+"""The inputs of layer 0: in a run, behind the shared prefix, and in every variant."""
 
 import jax
 import jax.numpy as jnp

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from interventions.engine.chunks import chunk_of
 from interventions.engine.entry import behind_prefix, embedded, entered
@@ -15,6 +16,7 @@ from interventions.engine.variants import Variants, check_acts, first_token, sta
 from vlm_jax import Inputs, Model
 from vlm_jax.generate import Decoding, continued, decoding
 from vlm_jax.sites import check
+from vlm_jax.typing import Array
 
 
 def generate_variants(
@@ -26,8 +28,8 @@ def generate_variants(
     base: Sequence[Any] = (),
     steps: Literal["all", "prefill"] = "all",
     chunk: int | None = None,
-) -> jax.Array:
-    """Greedy answers of every variant, ``(N, B, max_new_tokens)``: :func:`vlm_jax.generate` for N variants that share
+) -> Int[Array, "variants batch new_tokens"]:
+    """Greedy answers of every variant, of ``max_new_tokens`` tokens: :func:`vlm_jax.generate` for N variants that share
     one copy of the prefix's keys and values.
 
     Args:

@@ -1,21 +1,22 @@
 """Grids of variants: a patch or a cut in every layer, head, window of layers or token group, as one batch."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from interventions.engine.variants import Variants
 from interventions.kinds.gates import Gate, HeadGate
 from interventions.kinds.patch import Patch
 from vlm_jax import UserError
+from vlm_jax.typing import ArrayLike
 
 
-def layer_windows(depth: int, width: int = 1) -> np.ndarray:
-    """``(L, L)`` bool: row l marks the ``width`` layers around l, cut off at the ends. With an even width, the window
-    has one more layer before l than behind it (ROME's windows of 10: [l - 5, l + 5))."""
+def layer_windows(depth: int, width: int = 1) -> Bool[np.ndarray, "layers layers"]:
+    """Windows of layers: row l marks the ``width`` layers around l, cut off at the ends. With an even width, the window
+    has one more layer before l than after it (ROME's windows of 10: [l - 5, l + 5))."""
     if not 1 <= width <= depth:
         raise UserError(f"a window of {width} layers is not possible: choose 1 to {depth}")
     low = np.arange(depth)[:, None] - width // 2
@@ -28,14 +29,14 @@ def patch_grid(
     *,
     window: int = 1,
     heads: int | None = None,
-    tokens: Sequence[Any] | None = None,
+    tokens: Sequence[Bool[ArrayLike, "batch tokens"]] | None = None,
 ) -> tuple[Variants, tuple[int, ...]]:
     """A patch of the clean run's values for every site, layer, head and token group.
 
     Args:
         window: how many layers around each layer a variant patches.
         heads: patch each of this many heads by itself (sites that have heads); None: all at once.
-        tokens: masks ``(B, T)``, each patched by itself; None: all tokens at once.
+        tokens: masks, each patched by itself; None: all tokens at once.
 
     Returns:
         The variants, and the shape of their grid: ``(sites, L)``, then heads, then token groups where given.
@@ -43,7 +44,7 @@ def patch_grid(
     shape = (len(sites), depth, *(() if heads is None else (heads,)), *(() if tokens is None else (len(tokens),)))
     cells = np.indices(shape).reshape(len(shape), -1)  # (axes of the grid, N)
     in_window = layer_windows(depth, window)[cells[1]]  # (N, L)
-    # Slot 0 is the clean run's value; 1, the number of slots, is none.
+    # Slot 0 is the clean run's value. 1 is the number of slots, so it means no slot.
     slot = {
         site: jnp.asarray(~(in_window & (cells[0] == number)[:, None]), jnp.int32) for number, site in enumerate(sites)
     }

@@ -1,6 +1,7 @@
 """The shared prefix: how many tokens are the same in all runs of a sweep, and so are computed once."""
 
 import numpy as np
+from jaxtyping import Bool
 
 from interventions.engine.read import ReadOut
 from interventions.engine.variants import Variants, first_token, stack
@@ -28,9 +29,9 @@ def possible_prefix(model: Model, inputs: Inputs, start: int) -> int:
     return start
 
 
-def outside_images(is_image: np.ndarray, start: int) -> int:
-    """The nearest index at or before ``start`` that is not inside an image of ``is_image (B, T)``: an image's tokens
-    see each other, so a prefix may not end between them."""
+def outside_images(is_image: Bool[np.ndarray, "batch tokens"], start: int) -> int:
+    """The nearest index at or before ``start`` that is not inside an image. The tokens of an image see each other, so a
+    prefix must not end between them."""
     while start and (is_image[:, start - 1] & is_image[:, start]).any():
         start -= 1
     return start

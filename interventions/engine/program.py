@@ -7,24 +7,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int
 
 from interventions.engine.entry import behind_prefix, embedded, entered
 from interventions.engine.read import ReadOut, Runs
 from interventions.engine.variants import PerVariant, Variants, first_layers
 from vlm_jax import Inputs, Model
 from vlm_jax.model import Embedded
-from vlm_jax.nn.decoder import Decoder, Layer, Window
+from vlm_jax.nn.decoder import Decoder, KeyValues, Layer, Window
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, token_axis
+from vlm_jax.typing import Array, ArrayLike
 from vlm_jax.vision.blocks import Features
 
 
 class Fixed(NamedTuple):
-    """What is the same in every layer: T tokens in all, of which S lie behind the shared prefix of ``start`` tokens; N
-    variants, ordered by their first layers.
+    """The arguments of every layer's step. A prompt has T tokens: ``start`` in the shared prefix and S behind it. The N
+    variants are ordered by the layers in which they first act, ``first_layer (N,)``.
 
-    ``lead`` and ``base`` are interventions. The lead run computes whole prompts, and so the prefix: it is the clean
-    run, or, without a clean run, the base run. ``first_layer (N,)`` is that of each variant. ``lead_entry``
-    ``(B, T, D)``, ``base_entry (B, S, D)`` and ``variant_entry (N, B, S, D)`` (None: as ``base_entry``) enter layer 0.
+    ``lead`` and ``base`` are the interventions of two runs. The lead run is the clean run if there is one, else the
+    base run. It computes whole prompts, and so the prefix. ``lead_entry (B, T, D)``, ``base_entry (B, S, D)`` and
+    ``variant_entry (N, B, S, D)`` are the inputs of layer 0; if the last is None, it equals ``base_entry``.
     """
 
     text: Decoder
@@ -33,7 +35,7 @@ class Fixed(NamedTuple):
     lead: tuple
     base: tuple
     variants: Variants
-    first_layer: jax.Array
+    first_layer: Int[Array, "variants"]
     lead_entry: Embedded
     base_entry: Embedded
     variant_entry: Embedded | None
@@ -42,12 +44,12 @@ class Fixed(NamedTuple):
 
 
 class States(NamedTuple):
-    """The residual streams between two layers: of the lead run ``(B, T, D)``; of the base run ``(B, S, D)``, None if it
-    is the lead run; of the variants ``(N, B, S, D)``, which mean nothing before a variant's first layer."""
+    """The residual streams between two layers: of the lead run; of the base run, None if it is the lead run; and of the
+    variants. A variant's state is not defined before its first layer."""
 
-    lead: jax.Array
-    base: jax.Array | None
-    variants: jax.Array
+    lead: Float[Array, "batch length width"]
+    base: Float[Array, "batch tokens width"] | None
+    variants: Float[Array, "variants batch tokens width"]
 
 
 @functools.partial(jax.jit, static_argnames=("start", "chunk", "mesh"))
@@ -65,16 +67,17 @@ def sweep_program(
     mesh: jax.sharding.Mesh | None,
 ) -> Runs:
     """The read-outs of N variants, of the base run and of the clean run. The arguments are those of
-    :func:`interventions.engine.sweep.sweep_runs`, with ``start`` and ``chunk`` settled."""
+    :func:`interventions.engine.sweep.sweep_runs`, with ``start`` and ``chunk`` given as numbers."""
     count, depth = len(variants), model.config.text.num_hidden_layers
     if features is None:
         features, _ = model.features(inputs)
     first = first_layers(variants, depth)
     devices = 1 if mesh is None else mesh.devices.shape[0]
     chunk = min(chunk, -(-count // devices))
-    # In the order of first layers, the variants that are alive in a layer fill the first few chunks. -1 fills the last.
+    # In the order of first layers, the variants that are alive in a layer fill the first few chunks. Entries of -1 fill
+    # up the last chunk.
     order = jnp.pad(jnp.argsort(first), (0, -count % (chunk * devices)), constant_values=-1)
-    # Devices take turns in this order, so that each has its share of long and short runs.
+    # The variants are dealt to the devices in turn, so that every device gets long and short runs.
     order = order.reshape(-1, devices).T.reshape(-1)
     run = functools.partial(_run, start=start, chunk=chunk)
     args = (model, inputs, clean, base, variants, read, features, first)
@@ -94,7 +97,7 @@ def sweep_program(
 
 
 def _run(order, model, inputs, clean, base, variants, read, features, first, *, start: int, chunk: int) -> Runs:
-    """The read-outs, of the variants in ``order``, an index of a variant or -1 for none."""
+    """The read-outs. ``order`` holds the indices of the variants to run; entries of -1 are no variants."""
     text, depth = model.text, model.config.text.num_hidden_layers
     lead = base if clean is None else clean
     lead_entry = embedded(model, inputs, lead, features)
@@ -108,7 +111,7 @@ def _run(order, model, inputs, clean, base, variants, read, features, first, *, 
         lead=lead,
         base=base,
         variants=ordered,
-        first_layer=jnp.where(order < 0, depth + 1, first[rows]),  # what is no variant never begins
+        first_layer=jnp.where(order < 0, depth + 1, first[rows]),  # an entry of -1 never begins
         lead_entry=lead_entry,
         base_entry=base_entry,
         variant_entry=entered(model, inputs, base, ordered, base_entry, features, start),
@@ -116,8 +119,8 @@ def _run(order, model, inputs, clean, base, variants, read, features, first, *, 
         chunk=chunk,
     )
     states = _through_layers(fixed, depth, has_clean=clean is not None)
-    base_state = states.lead[:, start:] if clean is None else states.base
-    # A variant that acts behind the layers has not begun yet.
+    base_state = states.lead[:, start:] if states.base is None else states.base
+    # A variant that acts only behind the layers has not begun yet, so it equals the base run.
     begun = (fixed.first_layer < depth)[:, None, None, None]
     variant_states = jnp.where(begun, states.variants, base_state)
 
@@ -132,7 +135,7 @@ def _run(order, model, inputs, clean, base, variants, read, features, first, *, 
     of_lead = read_out(states.lead[:, start:], lead)
     if clean is None:
         return Runs(of_variants, of_lead, None)
-    return Runs(of_variants, read_out(states.base, base), of_lead)
+    return Runs(of_variants, read_out(base_state, base), of_lead)
 
 
 def _through_layers(fixed: Fixed, depth: int, has_clean: bool) -> States:
@@ -164,10 +167,10 @@ def _through_layer(fixed: Fixed, states: States, scanned: tuple[Layer, jax.Array
 
 
 def _lead_step(
-    fixed: Fixed, layer: Layer, index: jax.Array, x: jax.Array
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], dict[str, jax.Array]]:
-    """The lead run's output ``(B, T, D)``; the prefix's keys and values ``(B, start, G, head_dim)``, as segments of the
-    other runs' past; and the values that patches without a donor take, site -> ``(B, S, ...)``."""
+    fixed: Fixed, layer: Layer, index: Int[ArrayLike, ""], x: Float[ArrayLike, "batch length width"]
+) -> tuple[Float[Array, "batch length width"], list[KeyValues], dict[str, Any]]:
+    """The lead run's output; the prefix's keys and values, as segments of the other runs' past; and the values that
+    patches without a donor take, site -> ``(B, S, ...)``."""
     probe = Probe(fixed.lead, dict.fromkeys(fixed.variants.missing, Tap()), Context(index))
     deepstack = fixed.text.deepstack_at(fixed.lead_entry.deepstack, index)
     x, (k, v) = layer(x, fixed.text.at(fixed.whole_window, index), (), deepstack, probe)
@@ -179,8 +182,14 @@ def _lead_step(
     return x, past, donors
 
 
-def _base_step(fixed: Fixed, layer: Layer, index: jax.Array, x: jax.Array, past: list) -> jax.Array:
-    """The base run's output ``(B, S, D)``, where the clean run leads."""
+def _base_step(
+    fixed: Fixed,
+    layer: Layer,
+    index: Int[ArrayLike, ""],
+    x: Float[ArrayLike, "batch tokens width"],
+    past: list[KeyValues],
+) -> Float[Array, "batch tokens width"]:
+    """The base run's output. It is needed only if the lead run is the clean run."""
     probe = Probe(fixed.base, NO_TAPS, Context(index, start=fixed.start))
     deepstack = fixed.text.deepstack_at(fixed.base_entry.deepstack, index)
     return layer(x, fixed.text.at(fixed.window, index), past, deepstack, probe)[0]
@@ -189,22 +198,23 @@ def _base_step(fixed: Fixed, layer: Layer, index: jax.Array, x: jax.Array, past:
 def _chunk_step(
     fixed: Fixed,
     layer: Layer,
-    index: jax.Array,
-    at: jax.Array,
-    states: jax.Array,
-    before: jax.Array,
+    index: Int[ArrayLike, ""],
+    at: Int[ArrayLike, ""],
+    states: Float[ArrayLike, "variants batch tokens width"],
+    before: Float[ArrayLike, "batch tokens width"],
     window: Window,
-    past: list,
+    past: list[KeyValues],
     donors: dict[str, Any],
-) -> jax.Array:
-    """The variants' states ``(N, B, S, D)`` after those from ``at`` on, a chunk of them, went through the layer.
+) -> Float[Array, "variants batch tokens width"]:
+    """The variants' states after one chunk of them, from index ``at`` on, went through the layer.
 
-    ``before (B, S, D)`` is the base run's state, from which a variant begins; ``window`` is for a chunk's rows.
+    ``before`` is the base run's state, which a variant has before its first layer. ``window`` is for the rows
+    of a chunk.
     """
     chunk = fixed.chunk
     x = jax.lax.dynamic_slice_in_dim(states, at, chunk)
     begins = jax.lax.dynamic_slice_in_dim(fixed.first_layer, at, chunk) == index
-    if fixed.variant_entry is not None:  # layer 0 reads what the variants made of the embeddings
+    if fixed.variant_entry is not None:  # in layer 0, variants have embeddings that differ from the base run's
         begins = begins & (index > 0)
     x = jnp.where(begins[:, None, None, None], before, x)
     deepstack = _chunk_deepstack(fixed, index, at)
@@ -219,11 +229,10 @@ def _chunk_step(
 
 
 def _chunk_deepstack(fixed: Fixed, index: jax.Array, at: jax.Array) -> jax.Array | None:
-    """What DeepStack adds to the rows of a chunk after this layer, ``(B * chunk, S, D)``."""
-    if fixed.base_entry.deepstack is None:
-        return None
+    """The DeepStack tensor that is added to the rows of a chunk after this layer, ``(B * chunk, S, D)``."""
     if fixed.variant_entry is None or fixed.variant_entry.deepstack is None:
-        return jnp.repeat(fixed.text.deepstack_at(fixed.base_entry.deepstack, index), fixed.chunk, 0)
+        deepstack = fixed.text.deepstack_at(fixed.base_entry.deepstack, index)
+        return None if deepstack is None else jnp.repeat(deepstack, fixed.chunk, 0)
     of_chunk = jax.lax.dynamic_slice_in_dim(fixed.variant_entry.deepstack, at, fixed.chunk)
     by_sample = of_chunk.transpose(1, 2, 0, 3, 4)  # (K, B, chunk, S, D)
     rows = by_sample.reshape(len(by_sample), -1, *by_sample.shape[3:])

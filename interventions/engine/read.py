@@ -1,30 +1,32 @@
-"""Read-outs: what is kept of a run's last hidden state, so that only the scored positions are unembedded."""
+"""Read-outs: functions of a run's last hidden state. They unembed only the positions that are scored."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from vlm_jax import Inputs, Model, UserError
 from vlm_jax.inputs import bucket
 from vlm_jax.prompts import positions
+from vlm_jax.typing import Array, ArrayLike
 
 
 class ReadOut(Protocol):
-    """What a sweep keeps of a run. A read-out is a flax dataclass, so that its arrays are arguments of the program.
+    """The part of a run that a sweep returns. A read-out is a flax dataclass, so that its arrays are arguments of the
+    program.
 
-    ``first``, a static field, is the first token that it looks at: a sweep shares no token behind it.
+    ``first``, a static field, is the index of the first token that it needs. A sweep shares only tokens before it.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     first: int
 
-    def __call__(self, model: Model, x: jax.Array, start: int) -> Any:
-        """Any pytree of arrays, from ``x (B, S, D)`` after the final norm; ``start``: the index of its first token in
-        the sequence."""
-
-    def replace(self, **changes: Any) -> "ReadOut": ...
+    def __call__(self, model: Model, x: Float[ArrayLike, "batch tokens width"], start: int) -> Any:
+        """Any pytree of arrays, from the last hidden state ``x`` after the final norm. ``start`` is the index of its
+        first token in the sequence."""
 
 
 class Runs(NamedTuple):
@@ -37,44 +39,45 @@ class Runs(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The scores of gold tokens, ``(..., B, A)`` each: log-probabilities ``logp``; ``hit``, whether a token is the
-    likeliest one; ``valid``, which entries are tokens at all. The other entries are 0."""
+    """The scores of gold tokens: log-probabilities ``logp``; ``hit``, whether a token is the likeliest one; ``valid``,
+    which entries are tokens at all. The other entries are 0. In a sweep, the first axis is the variants."""
 
-    logp: jax.Array
-    hit: jax.Array
-    valid: jax.Array
+    logp: Float[ArrayLike, "*variants batch answers"]
+    hit: Bool[ArrayLike, "*variants batch answers"]
+    valid: Bool[ArrayLike, "*variants batch answers"]
 
     @property
-    def log_probability(self) -> jax.Array:
-        """The mean of the gold tokens' log-probabilities ``(..., B)``."""
+    def log_probability(self) -> Float[ArrayLike, "*variants batch"]:
+        """The mean of the gold tokens' log-probabilities."""
         return jnp.sum(self.logp, -1) / jnp.sum(self.valid, -1)
 
     @property
-    def probability(self) -> jax.Array:
-        """The geometric mean of the gold tokens' probabilities ``(..., B)`` (P0, equation 1)."""
+    def probability(self) -> Float[ArrayLike, "*variants batch"]:
+        """The geometric mean of the gold tokens' probabilities (P0, equation 1)."""
         return jnp.exp(self.log_probability)
 
     @property
-    def correct(self) -> jax.Array:
-        """Whether greedy decoding would write just these tokens ``(..., B)``."""
+    def correct(self) -> Bool[ArrayLike, "*variants batch"]:
+        """Whether greedy decoding would write just these tokens."""
         return (self.hit | ~self.valid).all(-1)
 
 
 @flax.struct.dataclass
 class Gold:
-    """Scores the gold tokens ``target (B, A)`` at ``index (B, A)``, where ``valid (B, A)``."""
+    """Scores the gold tokens ``target`` at the positions ``index``. Entries that are not ``valid`` fill up rows with
+    fewer tokens."""
 
-    target: jax.Array
-    index: jax.Array
-    valid: jax.Array
+    target: Int[ArrayLike, "batch answers"]
+    index: Int[ArrayLike, "batch answers"]
+    valid: Bool[ArrayLike, "batch answers"]
     first: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, inputs: Inputs, answer_mask) -> "Gold":
-        """The tokens that ``answer_mask (B, T)`` marks in ``inputs``.
+    def of(cls, inputs: Inputs, answer_mask: Bool[ArrayLike, "batch tokens"]) -> "Gold":
+        """Scores the tokens that ``answer_mask`` marks in ``inputs``.
 
         Raises:
-            UserError: if a row has no such token, or one that is the first of its row.
+            UserError: if a row has no such token, or if one of them is the first token of its row.
         """
         answer = np.asarray(answer_mask, bool)
         if not answer.any(1).all():
@@ -87,7 +90,7 @@ class Gold:
         target = np.take_along_axis(np.asarray(inputs.input_ids), index, 1)
         return cls(target, index, valid, int(index[valid].min() - 1) // 8 * 8)
 
-    def __call__(self, model: Model, x: jax.Array, start: int) -> Scores:
+    def __call__(self, model: Model, x: Float[ArrayLike, "batch tokens width"], start: int) -> Scores:
         # Without the maximum, unused entries of ``index`` would lie outside of ``x``.
         before = jnp.maximum(jnp.asarray(self.index) - 1 - start, 0)
         logits = model.text.logits(jnp.take_along_axis(x, before[..., None], 1)).astype(jnp.float32)
@@ -98,9 +101,9 @@ class Gold:
 
 @flax.struct.dataclass
 class Logits:
-    """The logits ``(B, V)`` of the last token of every prompt; ``index (B,)`` is where it is."""
+    """The logits of the last token of every prompt; ``index`` is its position."""
 
-    index: jax.Array
+    index: Int[ArrayLike, "batch"]
     first: int = flax.struct.field(pytree_node=False)
 
     @classmethod
@@ -109,24 +112,26 @@ class Logits:
         index = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
         return cls(index, int(index.min()) // 8 * 8)
 
-    def __call__(self, model: Model, x: jax.Array, start: int) -> jax.Array:
+    def __call__(
+        self, model: Model, x: Float[ArrayLike, "batch tokens width"], start: int
+    ) -> Float[Array, "batch vocab"]:
         return model.text.logits(x[jnp.arange(len(x)), jnp.asarray(self.index) - start])
 
 
 @flax.struct.dataclass
 class LogitDifference:
-    """How much likelier the gold answer is than a foil: the difference of their tokens' logits ``(B,)`` at the first
-    token in which the two answers differ (Zhang and Nanda 2024)."""
+    """How much likelier the gold answer is than a foil: the difference of their tokens' logits at the first token
+    in which the two answers differ (Zhang and Nanda 2024)."""
 
-    gold: jax.Array
-    foil: jax.Array
-    index: jax.Array
+    gold: Int[ArrayLike, "batch"]
+    foil: Int[ArrayLike, "batch"]
+    index: Int[ArrayLike, "batch"]
     first: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, inputs: Inputs, answer_mask, foils: Inputs) -> "LogitDifference":
-        """For prompts ``inputs`` and ``foils`` that differ in their answers alone; ``answer_mask (B, T)`` marks those
-        of ``inputs``.
+    def of(cls, inputs: Inputs, answer_mask: Bool[ArrayLike, "batch tokens"], foils: Inputs) -> "LogitDifference":
+        """For prompts ``inputs`` and ``foils`` that differ only in their answers. ``answer_mask`` marks the
+        answers in ``inputs``.
 
         Raises:
             UserError: if a foil equals the gold answer.
@@ -141,7 +146,7 @@ class LogitDifference:
         rows = np.arange(len(index))
         return cls(gold[rows, index], foil[rows, index], index, int(index.min() - 1) // 8 * 8)
 
-    def __call__(self, model: Model, x: jax.Array, start: int) -> jax.Array:
+    def __call__(self, model: Model, x: Float[ArrayLike, "batch tokens width"], start: int) -> Float[Array, "batch"]:
         rows = jnp.arange(len(x))
         logits = model.text.logits(x[rows, jnp.asarray(self.index) - 1 - start]).astype(jnp.float32)
         return logits[rows, self.gold] - logits[rows, self.foil]

@@ -9,6 +9,7 @@ sets of variants), :mod:`.prefix` and :mod:`.chunks` (what is shared, how much i
 :mod:`.program` (the computation), :mod:`.naive` (its oracle), :mod:`.generation` and :mod:`.cost`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,8 +29,8 @@ from vlm_jax.vision.blocks import Features
 
 
 def sweep(model: Model, inputs: Inputs, variants: Variants | Sequence[Any], read: ReadOut, **options: Any) -> Any:
-    """What ``read`` makes of every variant of a base run, with a leading axis of N: :func:`sweep_runs` without the
-    read-outs of the other runs."""
+    """The read-outs of N variants of a base run, with a leading axis of N: :func:`sweep_runs` without the read-outs of
+    the other runs."""
     return sweep_runs(model, inputs, variants, read, **options).variants
 
 
@@ -54,8 +55,9 @@ def sweep_runs(
         variants: :class:`Variants`, or a list to be stacked. They may differ in layers, heads, tokens and strengths.
         read: see :mod:`interventions.engine.read`.
         base: interventions of every variant, applied before the variant's own.
-        clean: interventions of a clean run, () for none: it supplies the values of patches without a donor. Causal
-            tracing has the noise in ``base`` ("denoise"); with the noise in ``clean`` instead, patches spread it.
+        clean: interventions of a clean run, which supplies the values of patches without a donor; () for a clean run
+            without interventions, None for no clean run. Causal tracing has the noise in ``base``, and patches remove
+            it ("denoise"). With the noise in ``clean``, patches bring it into a base run without noise.
         engine: "sweep", or "naive": the whole model for every variant (the oracle).
         start: share at most this many tokens; None: as many as possible.
         chunk: how many variants are worked on together.
@@ -64,14 +66,14 @@ def sweep_runs(
             ``inputs``.
 
     Raises:
-        UserError: a variant that acts nowhere, or variants that differ in more than values.
+        UserError: for a variant that acts nowhere, or for variants that differ in more than values.
     """
     variants = variants if isinstance(variants, Variants) else stack(variants)
     base, clean = tuple(base), None if clean is None else tuple(clean)
     _check(model, inputs, variants, base, clean, engine)
     longest = shared_prefix(model, inputs, variants, read, base, clean)
     start = longest if start is None else possible_prefix(model, inputs, min(start, longest))
-    read = read.replace(first=0)  # it is static, and programs may not depend on it any further
+    read = dataclasses.replace(read, first=0)  # a static field: another value would compile another program
     if engine == "naive":
         return naive_program(model, inputs, clean, base, variants, read)
     chunk = chunk_of(inputs, start) if chunk is None else chunk
@@ -89,7 +91,7 @@ def sweep_runs(
 
 
 def _check(model: Model, inputs: Inputs, variants: Variants, base: tuple, clean: tuple | None, engine: str) -> None:
-    """Refuses an unknown engine, interventions that act nowhere, and patches whose donor is nowhere."""
+    """Refuses an unknown engine, interventions that act nowhere, and patches that have no donor."""
     if engine not in ("sweep", "naive"):
         raise UserError(f"unknown engine {engine!r}: use 'sweep' or 'naive'")
     interventions = (*base, *variants.take(0).interventions, *(clean or ()))
@@ -99,4 +101,4 @@ def _check(model: Model, inputs: Inputs, variants: Variants, base: tuple, clean:
     if missing and clean is None:
         raise UserError(f"Patch has no donor at {missing[0]!r}: give its values, or clean=() to take the clean run's")
     if outside := [site for site in missing if stage(site) is not Stage.LAYERS]:
-        raise UserError(f"a clean run supplies no {outside[0]!r}: give the donor's values")
+        raise UserError(f"a clean run has no values at {outside[0]!r}: give the donor's values")

@@ -1,4 +1,4 @@
-"""Variants of a run: N interventions that differ in values alone, as one pytree, and where in a pass they act."""
+"""Variants of a run: N interventions that differ only in values, as one pytree, and where in a pass they act."""
 
 import dataclasses
 import functools
@@ -9,10 +9,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from vlm_jax import UserError
 from vlm_jax.runs.processes import fetch
 from vlm_jax.sites import NO_TAPS, Context, Intervention, Probe, Stage, stage
+from vlm_jax.typing import Array
 
 
 @flax.struct.dataclass
@@ -76,7 +78,7 @@ def stack(variants: Sequence[Any]) -> Variants:
     odd = [i for i in range(len(tuples)) if structures[i] != structures[0] or shapes[i] != shapes[0]]
     if odd:
         raise UserError(
-            f"variant {odd[0]} differs from variant 0 in more than values (kind, site, option, shape): sweep them apart"
+            f"variant {odd[0]} differs from variant 0 in more than values (kind, site, option, shape): use two sweeps"
         )
     columns = list(zip(*leaves, strict=True))  # per array, its values in all variants
     mapped = tuple(any(a is not column[0] for a in column) for column in columns)
@@ -113,8 +115,8 @@ class PerVariant(Intervention):
         return mapped(self.interventions, by_variant(value), input, values_read).reshape(value.shape)
 
 
-def first_layers(variants: Variants, depth: int) -> jax.Array:
-    """The layer in which each variant first acts ``(N,)``: 0 where it changes what enters the layers, ``depth`` where
+def first_layers(variants: Variants, depth: int) -> Int[Array, "variants"]:
+    """The layer in which each variant first acts: 0 where it changes what enters the layers, ``depth`` where
     it acts behind them."""
 
     def first(interventions):
@@ -158,7 +160,7 @@ def first_token(variants: Variants, length: int) -> int:
 
 
 def check_acts(variants: Variants) -> None:
-    """Refuses variants of which an intervention acts nowhere."""
+    """Refuses variants with an intervention that acts nowhere."""
 
     def acts(interventions):
         return jnp.array([_acts(i) for i in interventions], bool)

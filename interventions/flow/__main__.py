@@ -1,4 +1,4 @@
-"""P1: what text reads of the image, and what becomes of answers when it cannot (section 3, equations 1-4).
+"""P1: what the text reads from the image, and how answers change when it cannot (section 3, equations 1-4).
 
 python -m interventions.flow --task mini-okvqa mini-docvqa --limit 48 --out runs/flow
 """
@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -28,7 +28,8 @@ from vlm_jax.runs.startup import load_tasks, start
 
 @dataclasses.dataclass(frozen=True)
 class Args(DataOptions, ModelOptions):
-    """Measure how visual information flows to text: attention, knock-outs of it, and in which layers they hurt (P1)."""
+    """Measure how visual information flows to text (P1): the attention to the image, answers with parts of the
+    attention cut, and the layers in which cuts matter."""
 
     task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ("mini-okvqa", "mini-docvqa")
     """Tasks: names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
@@ -36,15 +37,16 @@ class Args(DataOptions, ModelOptions):
     """How many samples of each task to use."""
     edges: tuple[str, ...] | None = None
     """Which attention is cut while answers are generated, as QUERIES:KEYS. Both are token groups, several joined by +.
-    By default text:image, and where the model has an end-of-image token text:image_end and text:image+image_end."""
+    By default text:image and, if the model has an end-of-image token, text:image_end and text:image+image_end."""
     modes: tuple[Literal["post_softmax", "pre_softmax", "random_mass", "value_norm"], ...] = (
         "post_softmax",
         "pre_softmax",
         "random_mass",
         "value_norm",
     )
-    """How attention is cut. post_softmax: set to 0 and the rest renormalised (P1's equations 3 and 4); pre_softmax:
-    scores masked (Geva et al. 2023); random_mass and value_norm: controls. Windows use the first mode."""
+    """How attention is cut. post_softmax: probabilities set to 0, the others unchanged (P1's equations 3 and 4);
+    pre_softmax: scores masked, so that the other probabilities sum to 1 (Geva et al. 2023); random_mass and value_norm:
+    controls. Windows use the first mode."""
     answers: Literal["all", "windows"] = "all"
     """Generate answers with edges cut in all layers at once, or also in every window of layers."""
     window: int = 3
@@ -63,15 +65,15 @@ class Args(DataOptions, ModelOptions):
 
 
 def check_images(examples: Iterable[Example]) -> None:
-    """Refuses an example that has no image, since there is no attention to one."""
+    """Refuses an example that has no image, because there is no attention to measure."""
     for example in examples:
         if not example.images:
             raise UserError(f"example {example.id!r} has no image for its text to read: leave it out")
 
 
 def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
-    """The edges that answers are generated without, and those that are cut in windows. The defaults that need an
-    end-of-image token are left out for a model that has none.
+    """The edges that are cut while answers are generated, and those that are cut in windows. Defaults that need an
+    end-of-image token are left out if the model has none.
 
     Args:
         image_end: whether the model has an end-of-image token.
@@ -91,7 +93,7 @@ def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
     for names, option in zip((*chosen, args.modes), ("edges", "window-edges", "modes"), strict=True):
         if not names or len(set(names)) < len(names):
             raise UserError(f"--{option} is {' '.join(names) or 'empty'}: name at least one, and none twice")
-    return tuple(map(list, chosen))
+    return list(chosen[0]), list(chosen[1])
 
 
 def _report(task: str, results: dict) -> None:
@@ -122,8 +124,8 @@ def main(args: Args) -> None:
     run, model, processor = start(args, examples, data)
     edges, window_edges = edges_of(args, FAMILIES[model.config.family].chat.image_end is not None)
     in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
-    how = {"size": args.batch, "seed": args.seed}
-    to_generate = how | {
+    batching: dict[str, Any] = {"size": args.batch, "seed": args.seed}
+    to_generate: dict[str, Any] = batching | {
         "modes": args.modes,
         "layers": [None, *in_windows] if args.answers == "windows" else [None],
         "max_new_tokens": args.max_new_tokens,
@@ -147,7 +149,7 @@ def main(args: Args) -> None:
             **run.once(
                 f"{task}/windows.npz",
                 lambda on=on, task=task: window_effects(
-                    *on, window_edges, args.window, mode=args.modes[0], name=task, **how
+                    *on, window_edges, args.window, mode=args.modes[0], name=task, **batching
                 )._asdict(),
                 Artifact("arrays", f"{task}: p(gold) with edges cut in windows of layers", WINDOWS),
             )
@@ -160,7 +162,7 @@ def main(args: Args) -> None:
         }
         _report(task, results[task])
     parts = {
-        part: {task: found[part] for task, found in results.items()} for part in ("attention", "answers", "windows")
+        part: {task: result[part] for task, result in results.items()} for part in ("attention", "answers", "windows")
     }
     received = {task: summarise_received(reading) for task, reading in readings.items()}
     for name, draw, title, shown in (

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from interventions.engine.cost import Announced, estimate
 from interventions.engine.generation import generate_variants
@@ -19,15 +20,16 @@ from vlm_jax import Model, generate
 from vlm_jax.data import Example
 from vlm_jax.data.metrics import exact_match, normalise
 from vlm_jax.errors import UserError
+from vlm_jax.processor import Processor, Tokenizer
 from vlm_jax.prompts import batches
 from vlm_jax.runs.processes import fetch, progress
 
-#: The default edges (queries:keys) to cut. P1 cuts the first two. Under the third no picture reaches the text at all.
+#: The default edges (queries:keys) to cut. P1 cuts the first two. With the third, no text reads the image.
 EDGES = ("text:image", "text:image_end", "text:image+image_end")
 #: Prompts are padded to multiples of this, because compiling generation for another shape takes longer than padding.
 _LENGTH_STEP = 64
-#: Why an output counts as no answer. The model ends at once; it writes no readable text; or its text is not one of the
-#: question's choices or, without choices, does not have the form (:func:`form`) of any gold answer of the task.
+#: Why an output is not a possible answer. The model ends at once; it writes no readable text; or its text is not one of
+#: the question's choices or, without choices, does not have the form (:func:`form`) of any gold answer of the task.
 FAILURES = ("end token only", "empty", "no possible answer")
 
 
@@ -40,7 +42,8 @@ def edge(name: str) -> tuple[str, str]:
     query, colon, key = name.partition(":")
     if not colon:
         raise UserError(f"{name!r} is not a pair of token groups: write queries:keys, such as text:image")
-    members(query), members(key)
+    for group in (query, key):
+        members(group)  # raises for an unknown group
     return query, key
 
 
@@ -61,7 +64,7 @@ def window_layers(depth: int, width: int) -> list[list[int]]:
 
 def knocked_out_answers(
     model: Model,
-    processor,
+    processor: Processor,
     examples: list[Example],
     edges: Sequence[str] = EDGES,
     *,
@@ -106,12 +109,18 @@ def knocked_out_answers(
     return [record for row in range(len(examples)) for record in records[row]]
 
 
-def judged(example: Example, tokens: np.ndarray, tokenizer, ends: Iterable[int], forms: set[str]) -> dict:
+def judged(
+    example: Example,
+    tokens: Int[np.ndarray, "tokens"],
+    tokenizer: Tokenizer,
+    ends: Iterable[int],
+    forms: set[str],
+) -> dict:
     """A generated answer: its text (``output``; ``raw`` with special tokens), whether it is ``correct``, and its
     ``failure``, one of :data:`FAILURES` or None.
 
     Args:
-        tokens: ``(T,)``, the generated tokens.
+        tokens: the generated tokens.
         ends: the tokens that end an answer.
         forms: the forms of the task's gold answers.
     """
@@ -138,17 +147,17 @@ def form(text: str) -> str:
 class Effect(NamedTuple):
     """p(gold) (P0, equation 1) of each sample."""
 
-    base: np.ndarray
-    """``(B,)``: of the unchanged model."""
-    window: np.ndarray
-    """``(B, E, L)``: with each edge cut in the window of layers around each layer."""
-    whole: np.ndarray
-    """``(B, E)``: with each edge cut in all layers."""
+    base: Float[np.ndarray, "samples"]
+    """With the unchanged model."""
+    window: Float[np.ndarray, "samples edges layers"]
+    """With each edge cut in the window of layers around each layer."""
+    whole: Float[np.ndarray, "samples edges"]
+    """With each edge cut in all layers."""
 
 
 def window_effects(
     model: Model,
-    processor,
+    processor: Processor,
     examples: list[Example],
     edges: Sequence[str],
     width: int = 1,

@@ -1,18 +1,21 @@
 """The attention of the text after the image (P1, section 3.1): equations 1 and 2, and the curves of figures 2 and 3."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from interventions.kinds.groups import GROUPS, label, members
 from vlm_jax import Inputs, Model, Tap
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches, positions
 from vlm_jax.runs.processes import fetch, progress
+from vlm_jax.typing import Array, ArrayLike
 
 _IMAGE, _IMAGE_END = GROUPS.index("image"), GROUPS.index("image_end")
 
@@ -20,39 +23,39 @@ _IMAGE, _IMAGE_END = GROUPS.index("image"), GROUPS.index("image_end")
 class Reading(NamedTuple):
     """The attention of the text after the image. T is the set of its tokens; probabilities are summed over i in T."""
 
-    mass: np.ndarray
-    """``(B, L, H, G)``: the attention to each of :data:`GROUPS`, f of equation 1 by layer and head. Its sum over groups
+    mass: Float[np.ndarray, "samples layers heads groups"]
+    """The attention to each of :data:`GROUPS`, f of equation 1 by layer and head. Its sum over groups
     is |T|."""
-    tokens: np.ndarray
-    """``(B, G)``: the number of tokens of each group."""
-    received: np.ndarray
-    """``(B, L, N)``: the attention to each image token, mean over heads; NaN where a sample has fewer than N."""
+    tokens: Int[np.ndarray, "samples groups"]
+    """The number of tokens of each group."""
+    received: Float[np.ndarray, "samples layers image_tokens"]
+    """The attention to each image token, mean over heads; NaN where a sample has fewer tokens."""
 
-    def share(self, group: str) -> np.ndarray:
-        """The share ``(B, L, H)`` of the text's attention that goes to a group: equation 1 divided by |T|."""
+    def share(self, group: str) -> Float[np.ndarray, "samples layers heads"]:
+        """The share of the text's attention that goes to a group: equation 1 divided by |T|."""
         text = self.tokens[:, members("text")].sum(1)
         return self.mass[..., members(group)].sum(-1) / text[:, None, None]
 
-    def ratio(self) -> np.ndarray:
-        """Equation 2, ``(B, L)``, from sums over heads: attention to the image, divided by attention to the image and
+    def ratio(self) -> Float[np.ndarray, "samples layers"]:
+        """Equation 2, from sums over heads: attention to the image, divided by attention to the image and
         the end of the image."""
         image, end = self.mass[..., _IMAGE].sum(-1), self.mass[..., _IMAGE_END].sum(-1)
         with np.errstate(invalid="ignore"):  # a layer with a sliding window may see neither
             return image / (image + end)
 
-    def uniform(self) -> np.ndarray:
-        """The value of equation 2 ``(B,)`` if all tokens of image and end of image get equal attention."""
+    def uniform(self) -> Float[np.ndarray, "samples"]:
+        """The value of equation 2 if all tokens of image and end of image get equal attention."""
         return self.tokens[:, _IMAGE] / (self.tokens[:, _IMAGE] + self.tokens[:, _IMAGE_END])
 
-    def cumulative(self, grid: np.ndarray) -> np.ndarray:
-        """The share ``(B, L, len(grid))`` of the image's attention that goes to its most attended tokens, where
+    def cumulative(self, grid: Float[np.ndarray, "points"]) -> Float[np.ndarray, "samples layers points"]:
+        """The share of the image's attention that goes to its most attended tokens, where
         ``grid`` is the share of image tokens (figures 2 and 3)."""
         return np.array(
             [[np.interp(grid, *_curve(layer)) for layer in sample] for sample in self.received], self.received.dtype
         )
 
-    def needed(self, part: float) -> np.ndarray:
-        """The smallest share ``(B, L)`` of the image tokens that together get ``part`` of the image's attention."""
+    def needed(self, part: float) -> Float[np.ndarray, "samples layers"]:
+        """The smallest share of the image tokens that together get ``part`` of the image's attention."""
 
         def smallest(tokens, attention):
             return np.nan if np.isnan(attention).any() else tokens[np.argmax(attention >= part)]
@@ -89,13 +92,17 @@ def text_attention(model: Model, batch: Batch) -> Reading:
 
 
 @jax.jit
-def _summed(model: Model, inputs: Inputs, text: jax.Array) -> jax.Array:
-    """The attention probabilities, summed over the queries that ``text (B, T)`` marks: ``(L, B, H, T)``."""
+def _summed(
+    model: Model, inputs: Inputs, text: Bool[ArrayLike, "batch tokens"]
+) -> Float[Array, "layers batch heads tokens"]:
+    """The attention probabilities, summed over the queries that ``text`` marks."""
     tap = Tap(reduce=lambda probs: jnp.einsum("bhst,bs->bht", probs, text.astype(probs.dtype)))
     return model(inputs, taps={"text.attn_probs": tap}).taps["text.attn_probs"]
 
 
-def read_examples(model: Model, processor, examples: list[Example], size: int = 16, name: str = "") -> Reading:
+def read_examples(
+    model: Model, processor: Processor, examples: list[Example], size: int = 16, name: str = ""
+) -> Reading:
     """:func:`text_attention` of every example's prompt, without an answer."""
     readings: dict[int, tuple] = {}
     for rows, batch in encoded(model, processor, examples, size, f"attention {name}", with_answer=False):
@@ -106,7 +113,9 @@ def read_examples(model: Model, processor, examples: list[Example], size: int = 
     return Reading(*map(np.stack, (mass, tokens, padded)))
 
 
-def encoded(model: Model, processor, examples, size: int, name: str, **options) -> Iterator[tuple[list[int], Batch]]:
+def encoded(
+    model: Model, processor: Processor, examples: Sequence[Example], size: int, name: str, **options: Any
+) -> Iterator[tuple[list[int], Batch]]:
     """:func:`vlm_jax.prompts.batches` with a progress bar that is labelled ``name``."""
     with progress(total=len(examples), desc=name.strip(), unit="sample", leave=False) as bar:
         for rows, batch in batches(examples, processor, model.config, size, **options):

@@ -25,9 +25,9 @@ def summarise_received(reading: Reading) -> dict:
     """How the image's attention is spread over its tokens, by layer, as means over samples (figures 2 and 3).
 
     Returns:
-        ``grid (101,)``, shares of the image tokens, most attended first; ``curves (L, 101)``, what share of the image's
-        attention they hold; ``needed``: for 80 and 90 %, the least share of the tokens that holds so much, ``mean`` and
-        standard ``deviation (L,)`` over samples.
+        ``grid (101,)``: shares of the image tokens, the most attended tokens first. ``curves (L, 101)``: the share of
+        the image's attention that these tokens get. ``needed``: the smallest share of the tokens that gets 80 and 90 %
+        of the attention, as ``mean (L,)`` and standard ``deviation (L,)`` over samples.
     """
     grid = np.linspace(0, 1, 101)
     needed = {percent: reading.needed(percent / 100) for percent in (80, 90)}

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, UInt32
 
 from interventions.kinds.base import OnTokens, kind, option, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, token_axis
+from vlm_jax.typing import ArrayLike
 
 
 @kind
@@ -13,12 +15,12 @@ class Noise(OnTokens):
     """Adds Gaussian noise of standard deviation ``scale (B,)`` at a site outside of the layers (P0, equation 5).
 
     ``key (B, 2)`` uint32 is :func:`jax.random.key_data` of one key per row, so a row's noise does not depend on its
-    batch. It needs ``where`` or ``group``. Generated tokens are left alone.
+    batch. It needs ``where`` or ``group``. It does not change generated tokens.
     """
 
-    key: jax.Array
-    scale: jax.Array
-    site: str = option("text.embeddings")
+    key: UInt32[ArrayLike, "batch 2"]
+    scale: Float[ArrayLike, "batch"]
+    site: str = option(default="text.embeddings")
 
     @property
     def sites(self) -> frozenset[str]:
@@ -40,13 +42,13 @@ class Noise(OnTokens):
 
 @kind
 class Add(OnTokens):
-    """Adds ``value`` at one site. It is a vector ``(..., D)`` for every token (steering); or an array
-    ``(B, T, ..., D)`` for the tokens of the prompt, which leaves generated tokens alone. At a site of the layers,
-    ``value`` has a leading axis of K slots and ``slot (L,)`` says which layer uses which."""
+    """Adds ``value`` at one site: a vector ``(..., D)`` at every token (steering), or an array ``(B, T, ..., D)`` at
+    the tokens of the prompt, which does not change generated tokens. At a site of the layers, ``value`` has a leading
+    axis of K slots, and ``slot (L,)`` is the slot that each layer uses."""
 
-    value: jax.Array
-    site: str = option("text.embeddings")
-    slot: jax.Array | None = None
+    value: Float[ArrayLike, "..."]
+    site: str = option(default="text.embeddings")
+    slot: Int[ArrayLike, "layers"] | None = None
 
     @property
     def sites(self) -> frozenset[str]:
@@ -60,7 +62,7 @@ class Add(OnTokens):
         if self.where is not None or added.ndim < 3:
             return self.where
         changed = (added != 0).any(tuple(set(range(1, added.ndim)) - {token_axis(self.site)}))
-        return changed | ~changed.any()  # an array of zeros is there to be differentiated, so it acts on all tokens
+        return changed | ~changed.any()  # gradients are taken at an array of zeros, so it acts on all tokens
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         added, used = self.value, True

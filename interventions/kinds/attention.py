@@ -6,42 +6,45 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, UInt32
 
 from interventions.kinds.base import OnTokens, kind, layer_table, option
 from interventions.kinds.groups import GROUPS, members
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.sites import Context, Intervention
+from vlm_jax.typing import Array, ArrayLike
 
 MODES = ("post_softmax", "pre_softmax", "value_norm", "random_mass")
 
 
 @kind
 class AttentionKnockout(Intervention):
-    """Takes away attention between token groups: ``keep (L, G, G)``, by the query's and the key's group, is the share
-    of it that is left. ``groups (B, T)`` are the tokens' labels (:func:`interventions.kinds.groups.label`); generated
-    tokens are in the group ``new``.
+    """Removes attention between token groups. ``keep (L, G, G)`` is the share of the attention that is kept: by layer,
+    by the query's group and by the key's group. ``groups (B, T)`` are the tokens' labels
+    (:func:`interventions.kinds.groups.label`). Generated tokens belong to the group ``new``.
 
-    ``group_names`` names the G groups in the order of ``keep``'s axes and of the labels. It is saved with them, so a
-    file keeps its meaning when the library gets another group: :meth:`bound` and loading bring the table into today's
-    order, in which a group that the file does not know keeps its attention.
+    ``group_names`` names the G groups in the order of ``keep``'s axes and of the labels. The names are saved too, so a
+    file keeps its meaning when the library gets another group: :meth:`bound` and loading sort the table into the order
+    of :data:`interventions.kinds.groups.GROUPS`. A group that the file does not know keeps its attention.
 
     mode:
         post_softmax: the probabilities are multiplied by ``keep``, so they do not sum to 1 any more (P1, equations 3
             and 4).
-        pre_softmax: the keys are masked before the softmax, so the probabilities that are left sum to 1 (Geva et al.
-            2023). This equals post_softmax, renormalised.
+        pre_softmax: the keys are masked before the softmax, so the remaining probabilities sum to 1 (Geva et al. 2023).
+            This equals post_softmax, renormalised.
         value_norm: a control. Every key is read, but the head's output is scaled to the norm that it has under
-            post_softmax. It separates the effect of a smaller output from that of missing information.
-        random_mass: a control. The same mass of attention is taken from other keys, in a random order (``key``). The
-            last of them loses a part; if the others hold less than this mass, they lose all of it.
+            post_softmax. It separates the effect of a smaller output from the effect of missing information.
+        random_mass: a control. The same mass of attention is removed from other keys. They lose their attention one
+            after another, in a random order (by ``key``), until the mass is reached. If they hold less than this mass,
+            they lose all of it.
     """
 
-    keep: jax.Array
-    groups: jax.Array | None = None
-    key: jax.Array | None = None
-    mode: str = option("post_softmax")
-    new: str = option("answer")
-    group_names: tuple[str, ...] = option(GROUPS)
+    keep: Float[ArrayLike, "layers groups groups"]
+    groups: Int[ArrayLike, "batch tokens"] | None = None
+    key: UInt32[ArrayLike, "2"] | None = None
+    mode: str = option(default="post_softmax")
+    new: str = option(default="answer")
+    group_names: tuple[str, ...] = option(default=GROUPS)
 
     @classmethod
     def between(
@@ -55,7 +58,15 @@ class AttentionKnockout(Intervention):
         keep: float = 0.0,
         seed: int = 0,
     ) -> "AttentionKnockout":
-        """From the group ``query`` to the group ``key``, such as "text" and "image", in some layers (None: all)."""
+        """A knock-out of the attention from the queries of one token group to the keys of another.
+
+        Args:
+            depth: the model's number of layers.
+            query, key: token groups, such as "text" and "image".
+            layers: the layers in which attention is cut; None: all.
+            keep: the share of the attention that is kept.
+            seed: of the mode "random_mass".
+        """
         if mode not in MODES:
             raise UserError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
         block = np.zeros((len(GROUPS), len(GROUPS)), bool)
@@ -71,9 +82,10 @@ class AttentionKnockout(Intervention):
         return frozenset({"text.attn_scores" if self.mode == "pre_softmax" else "text.attn_probs"})
 
     def active(self) -> dict[str, jax.Array]:
-        return dict.fromkeys(self.sites, (self.keep != 1).any((1, 2)))
+        cuts: Any = (self.keep != 1).any((1, 2))
+        return dict.fromkeys(self.sites, cuts)
 
-    def tokens(self) -> jax.Array | None:
+    def tokens(self) -> Bool[Array, "batch tokens"] | None:
         if self.groups is None:
             return None
         groups, length = jnp.asarray(self.groups), self.groups.shape[1]
@@ -82,7 +94,7 @@ class AttentionKnockout(Intervention):
         cut = (jnp.asarray(self.keep) != 1).any(0)[groups]  # (B, T, G)
         return (cut & (first_key[:, None] <= jnp.arange(length)[:, None])).any(-1)  # no token sees a later one
 
-    def bound(self, labels: np.ndarray) -> "AttentionKnockout":
+    def bound(self, labels: Int[ArrayLike, "batch tokens"]) -> "AttentionKnockout":
         return self.in_order_of(GROUPS).replace(groups=labels)
 
     @classmethod
@@ -95,11 +107,11 @@ class AttentionKnockout(Intervention):
         return cls(**fields).in_order_of(GROUPS)
 
     def in_order_of(self, names: tuple[str, ...]) -> "AttentionKnockout":
-        """The same knock-out with ``keep`` and ``groups`` for these group names. Groups that it does not know keep
-        their attention.
+        """The same knock-out with ``keep`` and ``groups`` in the order of these group names. New groups keep their
+        attention.
 
         Raises:
-            UserError: if ``keep`` is not for the groups it names, or if one of them is not in ``names``.
+            UserError: if the shape of ``keep`` does not fit ``group_names``, or if one of them is not in ``names``.
         """
         known = self.group_names
         if np.shape(self.keep)[1:] != (len(known),) * 2 or len(set(known)) != len(known):
@@ -125,7 +137,7 @@ class AttentionKnockout(Intervention):
         groups, new = self.groups, self.group_names.index(self.new)
         queries = ctx.tokens(groups, value.shape[2], new)
         keys = ctx.keys(groups, value.shape[3], new)
-        # (B, S, G) by one-hot rather than by gathering (B, S, keys) entries one by one.
+        # A product with one-hot vectors, because gathering (B, S, keys) entries one by one is slow.
         rows = self.keep[ctx.layer][queries]
         keep = jnp.einsum("bsg,bkg->bsk", rows, jax.nn.one_hot(keys, rows.shape[-1], dtype=rows.dtype))[:, None]
         match self.mode:
@@ -140,11 +152,20 @@ class AttentionKnockout(Intervention):
                 return value * ratio.transpose(0, 2, 1)[..., None]
         return self._without_mass(value, keep, keys, ctx.layer)
 
-    def _without_mass(self, value: jax.Array, keep: jax.Array, keys: jax.Array, layer) -> jax.Array:
-        """The probabilities ``value (B, H, S, keys)`` after the mass that ``keep`` would take is taken from other keys
-        in a random order; ``keys (B, keys)`` are the keys' groups."""
+    def _without_mass(
+        self,
+        value: Float[Array, "batch heads queries keys"],
+        keep: Float[Array, "batch 1 queries keys"],
+        keys: Int[Array, "batch keys"],
+        layer: Int[ArrayLike, ""] | int,
+    ) -> Float[Array, "batch heads queries keys"]:
+        """The probabilities ``value`` after as much mass as ``keep`` would remove is removed from other
+        keys, in a random order. ``keys`` are the keys' groups."""
+        if self.key is None:
+            raise UserError("AttentionKnockout has no key for random_mass: make it with AttentionKnockout.between")
         mass = (value * (1 - keep)).sum(-1, keepdims=True)
-        # One order for all rows, heads and queries. A key is known by its number in its row, so padding has no effect.
+        # One order for all rows, heads and queries. It depends on a key's number among the real tokens of its row, so
+        # padding has no effect.
         random = jax.random.fold_in(jax.random.wrap_key_data(self.key), layer)
         draw = jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(random, number)))
         number = jnp.cumsum(keys != self.group_names.index("padding"), 1)
@@ -160,8 +181,8 @@ class UniformAttention(OnTokens):
     """Makes attention uniform over the visible keys in layers whose ``strength (L,)`` is 1 (P3, TaLo's other cut). The
     scores are scaled by ``1 - strength``; at 1 this equals zeroing q_proj."""
 
-    strength: jax.Array
-    site: str = option("text.attn_scores")
+    strength: Float[ArrayLike, "layers"]
+    site: str = option(default="text.attn_scores")
 
     @property
     def sites(self) -> frozenset[str]:

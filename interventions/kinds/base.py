@@ -4,12 +4,13 @@ A kind is a small frozen pytree with the members of :class:`vlm_jax.sites.Interv
 
 *Which layers*: an array with one entry per layer. It is either a strength or an int32 **slot table** ``slot (L,)``. A
 slot table holds the number of the slot that each layer uses, or the number of slots where a layer uses none. So a layer
-that is not placed needs no array. At a site outside of the layers, a scalar takes the table's place.
+without a slot needs no array. At a site outside of the layers, the table is a scalar.
 
 *Which tokens of the prompt*: ``where (B, T)`` bool; or ``group``, the name of a token group, which
 :func:`interventions.kinds.groups.bind` looks up in every batch; or all tokens, if neither is given.
 
-*Generated tokens*: a kind without ``where`` and ``group`` acts on them too. Otherwise it does so only if ``new``.
+*Generated tokens*: a kind without ``where`` and ``group`` acts on them too. With one of these, it does so only if
+``new`` is set.
 
 docs/interventions.md ("A kind of your own") shows how to write one.
 """
@@ -21,10 +22,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 from interventions.kinds.groups import members
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, Intervention, Stage, head_axis, stage, token_axis
+from vlm_jax.typing import ArrayLike
 
 Kind = TypeVar("Kind", bound=type[Intervention])
 #: Name in files -> kind; :func:`kind` fills it.
@@ -32,11 +35,14 @@ KINDS: dict[str, type[Intervention]] = {}
 
 
 def option(default: Any = None) -> Any:
-    """A static field: part of the compiled program, saved as JSON."""
+    """A static field: part of the compiled program, saved as JSON.
+
+    Name the argument, ``option(default=...)``: type checkers see a positional one as no default.
+    """
     return flax.struct.field(pytree_node=False, default=default)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(flax.struct.field, option))
+@dataclass_transform(field_specifiers=(flax.struct.field, option))
 def kind(cls: Kind) -> Kind:
     """Class decorator: turns a subclass of :class:`vlm_jax.Intervention` into a frozen dataclass and pytree, and
     registers it under its name, so that it can be saved and loaded.
@@ -44,19 +50,22 @@ def kind(cls: Kind) -> Kind:
     Fields are arrays, or dicts and tuples of them; static fields are :func:`option`.
 
     Raises:
-        UserError: for a class that is no intervention, or whose name another kind has. (The same class may be defined
-            again, as when a notebook's cell is run twice.)
+        UserError: for a class that is not an intervention, or if another kind has its name. (The same class may be
+            defined again, for example when a notebook's cell is run twice.)
     """
     if not issubclass(cls, Intervention):
-        raise UserError(f"{cls.__name__} is no intervention: derive it from vlm_jax.Intervention")
+        raise UserError(f"{cls.__name__} is not an intervention: derive it from vlm_jax.Intervention")
     other = KINDS.get(cls.__name__)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise UserError(f"the kind {cls.__name__!r} exists in {other.__module__} already: choose another name")
-    KINDS[cls.__name__] = flax.struct.dataclass(cls)
-    return KINDS[cls.__name__]
+    registered = flax.struct.dataclass(cls)
+    KINDS[cls.__name__] = registered
+    return registered
 
 
-def layer_table(depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float = 0.0) -> np.ndarray:
+def layer_table(
+    depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float = 0.0
+) -> Float[np.ndarray, "layers"]:
     """``(depth,)`` float32: ``on`` at the layers (None: all), ``off`` elsewhere.
 
     Raises:
@@ -68,19 +77,20 @@ def layer_table(depth: int, layers: Iterable[int] | None, on: float = 1.0, off: 
     return np.where(np.isin(np.arange(depth), list(layers)), on, off).astype(np.float32)
 
 
-def slots(depth: int, layers: Iterable[int] | None) -> np.ndarray:
+def slots(depth: int, layers: Iterable[int] | None) -> Int[np.ndarray, "layers"]:
     """The slot table ``(depth,)`` in which the layers (None: all), ascending, use slots 0, 1, ..."""
     used = layer_table(depth, layers) > 0
     return np.where(used, np.cumsum(used) - 1, used.sum()).astype(np.int32)
 
 
 def slot_at(slot: jax.Array, count: int, ctx: Context) -> tuple[jax.Array, jax.Array]:
-    """The slot that this layer uses (0 to ``count - 1`` in any case, so that it can index), and whether it uses one."""
+    """The slot that this layer uses, and whether it uses one. If not, the slot is ``count - 1``, so that it is still a
+    valid index."""
     slot = slot if ctx.layer is None else slot[ctx.layer]
     return jnp.minimum(slot, count - 1), slot < count
 
 
-def beside_tokens(tokens: jax.Array, site: str, ndim: int) -> jax.Array:
+def beside_tokens(tokens: Bool[ArrayLike, "batch tokens"], site: str, ndim: int) -> jax.Array:
     """``tokens (B, S)`` in the shape that broadcasts against a value with ``ndim`` axes at the site."""
     axis = token_axis(site)
     shape = [1] * ndim
@@ -88,7 +98,7 @@ def beside_tokens(tokens: jax.Array, site: str, ndim: int) -> jax.Array:
     return tokens.reshape(shape)
 
 
-def beside_heads(heads: jax.Array, site: str, ndim: int) -> jax.Array:
+def beside_heads(heads: Shaped[ArrayLike, "heads"], site: str, ndim: int) -> jax.Array:
     """``heads (H,)`` in the shape that broadcasts against a value with ``ndim`` axes at the site."""
     shape = [1] * ndim
     shape[head_axis(site)] = -1
@@ -99,29 +109,29 @@ def beside_heads(heads: jax.Array, site: str, ndim: int) -> jax.Array:
 class OnTokens(Intervention):
     """The base of kinds that can act on some of the tokens: they return ``self.only(site, changed, value, ctx)``."""
 
-    where: jax.Array | None = None
-    group: str | None = option()
-    new: bool = option(False)
+    where: Bool[ArrayLike, "batch tokens"] | None = None
+    group: str | None = option(default=None)
+    new: bool = option(default=False)
 
     def tokens(self) -> jax.Array | None:
         return self.where
 
-    def bound(self, labels: np.ndarray):
-        """With ``where`` taken from the labels ``(B, T)`` of a batch, if it names a group."""
+    def bound(self, labels: Int[ArrayLike, "batch tokens"]) -> Intervention:
+        """A copy with ``where`` for a batch with these labels ``(B, T)``, if the intervention names a token group."""
         if self.group is None:
             return self
         if vision := sorted(site for site in self.sites if stage(site) is Stage.VISION):
-            raise UserError(f"{type(self).__name__} is on tokens of the prompt, which {vision[0]!r} does not have")
+            raise UserError(f"{type(self).__name__} acts on tokens of the prompt, but {vision[0]!r} has none of them")
         where = np.isin(labels, members(self.group))
         if not where.any():
-            raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}, of which this batch has none")
+            raise UserError(f"{type(self).__name__} acts on the tokens {self.group!r}, but this batch has none")
         return self.replace(where=where)
 
     def only(self, site: str, changed: jax.Array, value: jax.Array, ctx: Context) -> jax.Array:
         """``changed`` at the tokens that it acts on, ``value`` elsewhere."""
         if self.where is None:
             if self.group is not None:
-                raise UserError(f"{type(self).__name__} is on the tokens {self.group!r}: bind it to a batch first")
+                raise UserError(f"{type(self).__name__} acts on the tokens {self.group!r}: bind it to a batch first")
             return changed
         marked = ctx.tokens(self.where, value.shape[token_axis(site)], self.new)
         return jnp.where(beside_tokens(marked, site, value.ndim), changed, value)

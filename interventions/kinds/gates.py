@@ -4,17 +4,20 @@ from collections.abc import Iterable
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from interventions.kinds.base import OnTokens, beside_heads, kind, layer_table, option
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, head_axis
+from vlm_jax.typing import ArrayLike
 
 
 @kind
 class Gate(OnTokens):
-    """Scales the values at sites by ``scale[site] (L,)``; 0 cuts (TaLo's cut, P3, is 0 at one layer's attn_out)."""
+    """Scales the values at sites by ``scale[site] (L,)``. A scale of 0 cuts: TaLo's cut (P3) is 0 at one layer's
+    attn_out."""
 
-    scale: dict[str, jax.Array]
+    scale: dict[str, Float[ArrayLike, "*layers"]]
 
     @classmethod
     def cut(
@@ -38,10 +41,10 @@ class Gate(OnTokens):
 
 @kind
 class HeadGate(OnTokens):
-    """Scales what attention heads read (``head_out``, before the output projection) by ``scale (L, H)``."""
+    """Scales the outputs of attention heads (``head_out``, before the output projection) by ``scale (L, H)``."""
 
-    scale: jax.Array
-    site: str = option("text.head_out")
+    scale: Float[ArrayLike, "layers heads"]
+    site: str = option(default="text.head_out")
 
     @classmethod
     def cut(cls, depth: int, count: int, heads: Iterable[tuple[int, int]], scale: float = 0.0) -> "HeadGate":

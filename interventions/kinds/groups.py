@@ -4,6 +4,7 @@ knocked out."""
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int, Int32
 
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.prompts import Batch
@@ -34,8 +35,8 @@ def members(group: str) -> list[int]:
     return sorted(labels)
 
 
-def label(batch: Batch) -> np.ndarray:
-    """The group of every token of an encoded batch, ``(B, T)`` int32, as an index into :data:`GROUPS`."""
+def label(batch: Batch) -> Int32[np.ndarray, "batch tokens"]:
+    """The group of every token of an encoded batch, as an index into :data:`GROUPS`."""
     mask, spans = np.asarray(batch.inputs.attention_mask), batch.spans
     # In a row without an image, "after" begins at the question.
     marks = np.where(spans["image"].any(1, keepdims=True), spans["image"], spans["question"])
@@ -47,8 +48,8 @@ def label(batch: Batch) -> np.ndarray:
     return np.where(mask, labels, GROUPS.index("padding")).astype(np.int32)
 
 
-def _answer_begins(batch: Batch) -> np.ndarray:
-    """The index of the answer's first token ``(B,)``; in a row without an answer, the index after its last token."""
+def _answer_begins(batch: Batch) -> Int[np.ndarray, "batch"]:
+    """The index of the answer's first token; in a row without an answer, the index after its last token."""
     answer, mask = batch.spans["answer"], np.asarray(batch.inputs.attention_mask)
     return np.where(answer.any(1), answer.argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1))
 
@@ -57,15 +58,15 @@ def bind(interventions: Sequence[Intervention], batch: Batch) -> tuple[Intervent
     """The interventions with their token groups looked up in a batch.
 
     Raises:
-        UserError: for a group of which the batch has no token.
+        UserError: if the batch has no token of a group.
     """
     labels = label(batch)
     return tuple(intervention.bound(labels) for intervention in interventions)
 
 
-def roles(batch: Batch) -> dict[str, np.ndarray]:
-    """ROME's roles, ``(B, T)`` bool each: the question's first, middle and last tokens, the token after it, the
-    further ones, and the last before the answer."""
+def roles(batch: Batch) -> dict[str, Bool[np.ndarray, "batch tokens"]]:
+    """The tokens of ROME's roles: the question's first, middle and last tokens, the token after the
+    question, the tokens after that, and the last token before the answer."""
     question, stop = batch.spans["question"], _answer_begins(batch)[:, None]
     index = np.arange(question.shape[1])
     first = question & (index == question.argmax(1)[:, None])

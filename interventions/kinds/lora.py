@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from interventions.kinds.base import kind, option, slot_at
 from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
+from vlm_jax.typing import Array, ArrayLike
 
 
 @kind
@@ -16,11 +18,11 @@ class LoRA(Intervention):
     dropout, as in PEFT.
     """
 
-    weights: dict[str, tuple[jax.Array, jax.Array]]
-    slot: dict[str, jax.Array]
-    scale: jax.Array
-    key: jax.Array | None = None
-    dropout: float = option(0.0)
+    weights: dict[str, tuple[Float[ArrayLike, "slots inputs rank"], Float[ArrayLike, "slots rank outputs"]]]
+    slot: dict[str, Int[ArrayLike, "layers"]]
+    scale: Float[ArrayLike, ""]
+    key: PRNGKeyArray | None = None
+    dropout: float = option(default=0.0)
 
     @property
     def sites(self) -> frozenset[str]:
@@ -37,16 +39,26 @@ class LoRA(Intervention):
             key = None if self.key is None else jax.random.fold_in(self.key, 0 if ctx.layer is None else ctx.layer)
             return low_rank(x, a[slot], b[slot], self.scale, site, key, self.dropout).astype(value.dtype)
 
-        if len(a) == np.size(self.slot[site]):  # nearly every layer has one: a branch costs more than it saves
+        if len(a) == np.size(self.slot[site]):  # as many slots as layers: a branch would cost more than it saves
             return value + jnp.where(used, delta(ctx.input), 0)
         return value + jax.lax.cond(used, delta, lambda x: jnp.zeros_like(value), ctx.input)
 
 
 def low_rank(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, site: str, key: jax.Array | None, rate: float
-) -> jax.Array:
-    """What LoRA adds at a linear: ``scale * dropout(x) @ a @ b``; ``x (B, T, in)``, ``a (in, r)``, ``b (r, out)``.
-    ``key`` is the layer's, from which every linear draws its own; None: no dropout."""
+    x: Float[ArrayLike, "*rows inputs"],
+    a: Float[ArrayLike, "inputs rank"],
+    b: Float[ArrayLike, "rank outputs"],
+    scale: Float[ArrayLike, ""],
+    site: str,
+    key: PRNGKeyArray | None,
+    rate: float,
+) -> Float[Array, "*rows outputs"]:
+    """The output that LoRA adds to a linear's output: ``scale * dropout(x) @ a @ b``.
+
+    Args:
+        key: the layer's key, from which the key of the dropout at this ``site`` is derived; None: no dropout.
+        rate: the probability that dropout sets a number to 0.
+    """
     if key is not None and rate:
         x = _drop(x, rate, jax.random.fold_in(key, _LINEARS.index(site)))
     flat = x.reshape(-1, x.shape[-1])

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from interventions.kinds.base import OnTokens, kind, slot_at
 from vlm_jax.sites import Context
+from vlm_jax.typing import ArrayLike
 
 
 @kind
@@ -15,8 +17,13 @@ class LoReFT(OnTokens):
     R, its signs fixed, so that U stays orthonormal through training.
     """
 
-    weights: dict[str, tuple[jax.Array, jax.Array, jax.Array]]
-    slot: dict[str, jax.Array]
+    weights: dict[
+        str,
+        tuple[
+            Float[ArrayLike, "slots width rank"], Float[ArrayLike, "slots width rank"], Float[ArrayLike, "slots rank"]
+        ],
+    ]
+    slot: dict[str, Int[ArrayLike, "*layers"]]
 
     @property
     def sites(self) -> frozenset[str]:

@@ -1,27 +1,29 @@
-"""Replaces values: by another run's (patching), or by a fixed vector."""
+"""Replaces values by those of another run (patching) or by a fixed vector."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from interventions.kinds.base import OnTokens, beside_heads, beside_tokens, kind, option, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, Intervention, token_axis
+from vlm_jax.typing import ArrayLike
 
 
 @kind
 class Patch(Intervention):
     """Replaces values by those of another run, the donor: causal patching (P0, section 2.2).
 
-    ``donor[site] (K, B, T', ...)`` holds K slots of values of the tokens from ``start`` on. A donor of None is one
-    slot, which a sweep fills with its clean run's value of the same layer. ``where (B, T)`` and ``heads (H,)``, both
-    bool, restrict the patch to some tokens and heads. Generated tokens are left alone.
+    ``donor[site] (K, B, T', ...)`` holds K slots of values of the tokens from ``start`` on. A donor of None counts as
+    one slot: a sweep fills it with the clean run's value of the same layer. ``where (B, T)`` and ``heads (H,)``, both
+    bool, restrict the patch to some tokens and heads. It does not change generated tokens.
     """
 
-    donor: dict[str, jax.Array | None]
-    slot: dict[str, jax.Array]
-    where: jax.Array | None = None
-    heads: jax.Array | None = None
-    start: int = option(0)
+    donor: dict[str, Float[ArrayLike, "slots batch ..."] | None]
+    slot: dict[str, Int[ArrayLike, "*layers"]]
+    where: Bool[ArrayLike, "batch tokens"] | None = None
+    heads: Bool[ArrayLike, "heads"] | None = None
+    start: int = option(default=0)
 
     @property
     def sites(self) -> frozenset[str]:
@@ -33,7 +35,7 @@ class Patch(Intervention):
         return frozenset(site for site, donor in self.donor.items() if donor is None)
 
     def filled(self, values: dict[str, jax.Array]) -> "Patch":
-        """With the missing donors taken from the values of every layer ``(L, B, T, ...)``."""
+        """A copy whose missing donors are these values of every layer, site -> ``(L, B, T, ...)``."""
         depths = {site: len(values[site]) for site in self.missing}
         slot = {site: jnp.where(self.slot[site] == 0, jnp.arange(n), n) for site, n in depths.items()}
         return self.replace(donor=self.donor | {site: values[site] for site in depths}, slot=self.slot | slot)
@@ -43,7 +45,8 @@ class Patch(Intervention):
         return {site: (slot < self._count(site)) & any_head for site, slot in self.slot.items()}
 
     def _count(self, site: str) -> int:
-        return 1 if self.donor[site] is None else len(self.donor[site])
+        donor = self.donor[site]
+        return 1 if donor is None else len(donor)
 
     def tokens(self) -> jax.Array | None:
         return self.where
@@ -75,11 +78,11 @@ class Patch(Intervention):
 @kind
 class Replace(OnTokens):
     """Replaces values by a vector ``value (..., D)``, such as a mean image embedding (P2). At a site of the layers,
-    ``value`` has a leading axis of K slots and ``slot (L,)`` says which layer uses which."""
+    ``value`` has a leading axis of K slots, and ``slot (L,)`` is the slot that each layer uses."""
 
-    value: jax.Array
-    site: str = option("text.embeddings")
-    slot: jax.Array | None = None
+    value: Float[ArrayLike, "..."]
+    site: str = option(default="text.embeddings")
+    slot: Int[ArrayLike, "layers"] | None = None
 
     @property
     def sites(self) -> frozenset[str]:

@@ -1,24 +1,28 @@
 """Removes directions from values."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from interventions.kinds.base import OnTokens, kind, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context
+from vlm_jax.typing import ArrayLike
 
 
 @kind
 class ProjectOut(OnTokens):
     """Removes directions: ``y - (y V^T) V`` with K slots of R orthonormal rows ``directions (K, R, D)`` (P2)."""
 
-    directions: jax.Array
-    slot: dict[str, jax.Array]
+    directions: Float[ArrayLike, "slots rank width"]
+    slot: dict[str, Int[ArrayLike, "*layers"]]
 
     @classmethod
-    def of(cls, vectors: np.ndarray, slot: dict[str, jax.Array], **tokens) -> "ProjectOut":
-        """From any vectors ``(K, R, D)``: each slot removes the span of its R vectors."""
+    def of(cls, vectors: Float[ArrayLike, "slots rank width"], slot: dict[str, Any], **tokens: Any) -> "ProjectOut":
+        """From any vectors: each slot removes the span of its R vectors."""
         _, singular, rows = np.linalg.svd(np.asarray(vectors, np.float64), full_matrices=False)
         is_direction = singular > 1e-6 * singular.max(-1, keepdims=True)
         if not is_direction.any(-1).all():

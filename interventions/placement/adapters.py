@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +24,7 @@ from vlm_jax.families import FAMILIES
 from vlm_jax.sites import TEXT_LINEARS, null_slots
 
 
-def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropout: float, key: jax.Array) -> LoRA:
+def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropout: float, key: PRNGKeyArray) -> LoRA:
     """A new adapter on the modules ``names`` such as "L3-attn". A is Kaiming-uniform and B zero, as in PEFT.
 
     Args:
@@ -55,7 +56,7 @@ def lowest_layer(lora: LoRA) -> int:
 def pad(lora: LoRA, model: Model, slots: int) -> LoRA:
     """The same adapter with ``slots`` slots at every linear of the decoder.
 
-    All placements that need no more slots then have arrays of the same shapes, so one compiled program trains them all.
+    All placements with at most this many slots then have arrays of the same shapes, so one program trains them all.
     Slots that no layer uses hold zeros and get no gradient.
     """
     depth, r = model.config.text.num_hidden_layers, next(iter(lora.weights.values()))[0].shape[-1]
@@ -124,13 +125,13 @@ def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch) / folder.name
-        made.mkdir()
-        save_file(tensors, made / "adapter_model.safetensors", metadata={"format": "pt"})
-        (made / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        unfinished = Path(scratch) / folder.name
+        unfinished.mkdir()
+        save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+        (unfinished / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
-        made.rename(folder)
+        unfinished.rename(folder)
 
 
 def load_peft(model: Model, folder: Path) -> LoRA:
@@ -154,7 +155,7 @@ def load_peft(model: Model, folder: Path) -> LoRA:
         or config.get("rank_pattern")
         or config.get("alpha_pattern")
     ):
-        raise UserError(f"{folder}: only plain LoRA adapters of one rank are supported")
+        raise UserError(f"{folder}: only plain LoRA with one rank for all modules is supported")
     r, alpha = config.get("r"), config.get("lora_alpha")
     if not (isinstance(r, int) and r > 0 and isinstance(alpha, int | float)):
         raise UserError(
@@ -187,15 +188,14 @@ def load_peft(model: Model, folder: Path) -> LoRA:
     ]
     if missing or not placed:
         raise UserError(
-            f"{folder}: an adapter needs lora_A and lora_B of every module, some are missing ({', '.join(missing)})"
+            f"{folder}: lora_A and lora_B of every module are needed, some are missing ({', '.join(missing)})"
         )
     placed = _layers_by_linear(set(placed))
-    weights = {
-        f"text.{name}": tuple(
-            jnp.stack([halves[layer, name, half] for layer in layers]) for half in ("lora_A", "lora_B")
-        )
-        for name, layers in placed.items()
-    }
+
+    def stacked(linear: str, half: str) -> jax.Array:
+        return jnp.stack([halves[layer, linear, half] for layer in placed[linear]])
+
+    weights = {f"text.{name}": (stacked(name, "lora_A"), stacked(name, "lora_B")) for name in placed}
     return LoRA(
         weights,
         _slots(model, placed),

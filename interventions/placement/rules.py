@@ -1,5 +1,5 @@
-"""Where LoRA goes. A placement is a function from scores of modules to module names. It registers itself by
-:func:`placement`, which is also how a placement of one's own is added.
+"""Where LoRA goes. A placement is a function from scores of modules to module names. The decorator :func:`placement`
+registers it; use it for a placement of your own too.
 
 A module is named by layer and kind, "L3-attn" or "L7-mlp": attn = q, k, v, o; mlp = gate, up, down. Scores that need
 gradients or activations come from :mod:`interventions.placement.scores`, restoration rates from
@@ -11,8 +11,10 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Num
 
 from interventions.modules import MODULES, check_k, check_names, module_names
 from interventions.statistics import normalised
@@ -24,24 +26,24 @@ from vlm_jax.files import read_json
 class Scoring:
     """What placements are chosen from.
 
-    parameters ``(L, 2)``: LoRA parameters of every module at rank 1 (:func:`.scores.module_sizes`).
-    scores: score -> task family -> ``(L, 2)``, last axis attention, MLP; higher is more important. ``scores["rr"]`` are
+    parameters: LoRA parameters of every module, attention and MLP, at rank 1 (:func:`.scores.module_sizes`).
+    scores: score -> task family -> the score of every module; higher is more important. ``scores["rr"]`` are
     restoration rates (``RR_mean``).
     """
 
     depth: int
-    parameters: np.ndarray
-    scores: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    parameters: Int[np.ndarray, "layers 2"]
+    scores: Mapping[str, Mapping[str, Float[np.ndarray, "layers 2"]]] = dataclasses.field(default_factory=dict)
 
-    def of(self, score: str, family: str) -> np.ndarray:
-        """One score of one family ``(L, 2)``.
+    def of(self, score: str, family: str) -> Float[np.ndarray, "layers 2"]:
+        """One score of one family.
 
         Raises:
-            UserError: where it is not known, or not a number for every module.
+            UserError: if the score of this family is not known, or is not a finite number for every module.
         """
         known = self.scores.get(score, {})
         if family not in known:
-            has = f"is known of {' and '.join(sorted(known))} alone" if known else "was not computed"
+            has = f"is known only for {' and '.join(sorted(known))}" if known else "was not computed"
             raise UserError(f"score {score!r} {has}: score {family} too")
         values = np.asarray(known[family], float)
         if values.shape != (self.depth, 2) or not np.isfinite(values).all():
@@ -59,6 +61,7 @@ class Scoring:
 
 #: ``(scoring, family, k, seed) -> names``
 Choose = Callable[["Scoring", str, int, int], list[str]]
+Chooser = TypeVar("Chooser", bound=Choose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +85,11 @@ PLACEMENTS: dict[str, Placement] = {}
 
 def placement(
     name: str, description: str, reference: str = "", *, needs: str | None = None, seeded: bool = False
-) -> Callable[[Choose], Choose]:
+) -> Callable[[Chooser], Chooser]:
     """Registers a function as the placement ``name``; the other arguments are those of :class:`Placement`. Studies name
-    the placements that they compare, so a new one changes none of them."""
+    the placements that they compare, so a new one does not change them."""
 
-    def register(choose: Choose) -> Choose:
+    def register(choose: Chooser) -> Chooser:
         assert name not in PLACEMENTS, f"there is a placement {name!r} already"
         PLACEMENTS[name] = Placement(choose, description, reference, needs, seeded)
         return choose
@@ -94,16 +97,16 @@ def placement(
     return register
 
 
-def top(score: np.ndarray, k: int) -> list[str]:
-    """The k modules of highest score ``(L, 2)``, best first; of equal ones the lower."""
+def top(score: Num[np.ndarray, "layers 2"], k: int) -> list[str]:
+    """The k modules with the highest score, best first; at equal scores, the lower module first."""
     return [module_names(len(score))[i] for i in np.argsort(-score.ravel(), kind="stable")[:k]]
 
 
-#: Top-k-shared: the k modules of highest ``rr_mean (L, 2)``.
+#: Top-k-shared: the k modules with the highest mean RR.
 shared = top
 
 
-def task_diff(rr_mean: np.ndarray, other: np.ndarray, k: int) -> list[str]:
+def task_diff(rr_mean: Num[np.ndarray, "layers 2"], other: Num[np.ndarray, "layers 2"], k: int) -> list[str]:
     """The k modules where the normalised RR of this task family exceeds the other's most (Top-k-task-diff)."""
     return top(normalised(rr_mean) - normalised(other), k)
 
@@ -148,9 +151,11 @@ def _random_stratified(scoring: Scoring, family: str, k: int, seed: int, target:
     return [name for name in names if name in drawn]
 
 
-def closest_subset(sizes: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
-    """A subset ``(M,)`` bool of the whole numbers ``sizes (M,)``: of the non-empty ones whose sum is nearest to
-    ``wanted``, each is equally likely."""
+def closest_subset(
+    sizes: Int[np.ndarray, "modules"], wanted: int, rng: np.random.Generator
+) -> Bool[np.ndarray, "modules"]:
+    """A random subset of the whole numbers ``sizes``. It is drawn uniformly from the non-empty
+    subsets whose sum is nearest to ``wanted``."""
     unit = int(np.gcd.reduce(sizes))
     sizes = (np.asarray(sizes) // unit).astype(int)
     # ways[i][s]: how many subsets of the first i have the sum s.
@@ -188,7 +193,7 @@ def _task_diff(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     known = sorted(scoring.scores.get("rr", {}))
     if len(known) != 2 or family not in known:
         has = " and ".join(known) or "no family"
-        raise UserError(f"task_diff for {family} compares two families, but rr is known of {has}: trace two of them")
+        raise UserError(f"task_diff for {family} compares two families, but rr is known for {has}: trace two of them")
     other = next(name for name in known if name != family)
     return task_diff(scoring.of("rr", family), scoring.of("rr", other), k)
 
@@ -221,7 +226,7 @@ def _last(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
 
 
 #: Controls that imitate another placement: "random_matched:fisher" imitates fisher.
-IMITATIONS = ("random_matched", "random_stratified")
+IMITATIONS = {"random_matched": _random_matched, "random_stratified": _random_stratified}
 
 
 def find_placement(name: str) -> Placement:
@@ -235,7 +240,7 @@ def find_placement(name: str) -> Placement:
     if target and base in IMITATIONS:
         control = PLACEMENTS[base]
         description = control.description.replace("task_diff", target)
-        choose = functools.partial(control.choose, target=target)
+        choose = functools.partial(IMITATIONS[base], target=target)
         return dataclasses.replace(control, choose=choose, description=description, needs=find_placement(target).needs)
     if name in PLACEMENTS:
         return PLACEMENTS[name]
@@ -248,10 +253,10 @@ def choose_modules(name: str, scoring: Scoring, family: str, k: int, seed: int =
     """The modules that a placement chooses for a task family.
 
     Args:
-        k: how many; "all", "random_matched" and files choose as many as they do.
+        k: the number of modules to choose; "all", "random_matched" and files may choose another number.
 
     Raises:
-        UserError: an unknown name, a k that cannot be, or a score or family that the scoring run lacks.
+        UserError: for an unknown name, a k outside 1 to 2 L, or a score or family that ``scoring`` lacks.
     """
     return find_placement(name).choose(scoring, family, check_k(k, scoring.depth), seed)
 
@@ -278,11 +283,12 @@ def read_names(path: Path, depth: int) -> list[str]:
     return check_names(names, depth)
 
 
-def read_trace(folder: Path, fingerprint: str) -> np.ndarray:
-    """RR ``(L, 2)`` of a trace's run folder, by the statistic that it was asked for.
+def read_trace(folder: Path, fingerprint: str) -> Num[np.ndarray, "layers 2"]:
+    """RR of every module, attention and MLP, of a trace's run folder, by the ``--statistic`` of that trace.
 
     Args:
-        fingerprint: of the model that LoRA is placed in (:func:`vlm_jax.checkpoints.fingerprint.fingerprint`).
+        fingerprint: the fingerprint of the model in which LoRA is placed
+            (:func:`vlm_jax.checkpoints.fingerprint.fingerprint`).
 
     Raises:
         UserError: if the folder holds no finished trace, or one of another model.
@@ -298,5 +304,5 @@ def read_trace(folder: Path, fingerprint: str) -> np.ndarray:
     rates = summary["rr"]
     names = module_names(len(rates) // 2)
     if sorted(rates) != sorted(names):
-        raise UserError(f"{folder}/summary.json names other modules than a decoder has: trace again")
+        raise UserError(f"{folder}/summary.json does not hold one RR per module: trace modules, not heads or groups")
     return np.array([rates[name] for name in names]).reshape(-1, 2)

@@ -1,8 +1,8 @@
-"""Scores of modules from gradients or activations, by which LoRA can be placed instead of by P0's trace.
+"""Scores of modules from gradients or activations. LoRA can be placed by them instead of by P0's trace.
 
 Every score is ``(L, 2)`` float64; the last axis is attention (q, k, v, o) and MLP (gate, up, down). A higher score is
-a more important module. A score registers itself by :func:`score`, and says there what it needs besides the model and
-the samples. ``groups`` is ``list(vlm_jax.prompts.batches(...))``: row numbers and their encoded batch. A short batch
+a more important module. The decorator :func:`score` registers a score, with what it needs besides the model and the
+samples. ``groups`` is ``list(vlm_jax.prompts.batches(...))``: row numbers and their encoded batch. A short batch
 repeats its last row, and the repeats do not count. The gold answers are teacher-forced.
 
 The gradients of all weights would need as much memory as the model. So a gradient is measured while the backward pass
@@ -11,12 +11,13 @@ is in its layer (:class:`Gauge`), or the gradients of only some layers are kept 
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Float64, Int
 
 from interventions.engine.grids import cut_grid
 from interventions.engine.read import Gold, Scores
@@ -29,9 +30,12 @@ from interventions.trace.options import TraceOptions
 from vlm_jax import Inputs, Model, UserError
 from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.data import Example
+from vlm_jax.nn.decoder import Decoder, Layer, Window
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch
 from vlm_jax.runs.processes import fetch, progress
 from vlm_jax.sites import NO_TAPS, TEXT_LINEARS, Context, Intervention, Probe
+from vlm_jax.typing import Array, ArrayLike
 
 #: Bytes of the gradients that :func:`gradient_norm` keeps at a time. The gradients of one batch come on top.
 GRADIENT_BYTES = 2**32
@@ -39,14 +43,17 @@ Groups = Sequence[tuple[Sequence[int], Batch]]
 #: ``(rows, batch) -> interventions`` that corrupt the batch.
 Corrupt = Callable[[Sequence[int], Batch], tuple]
 
+#: A score of every module, attention and MLP.
+ModuleScores = Float64[np.ndarray, "layers 2"]
+
 Need = Literal["corruption", "fresh adapter", "trained adapter"]
 
 
 class ModuleScore(NamedTuple):
     """A score of modules: ``compute(model, groups, *needed) -> (L, 2)``.
 
-    needs: what comes behind the model and the samples. "corruption": a function that corrupts a batch as the trace does
-    (:func:`corrupter`). "fresh adapter", "trained adapter": a LoRA on all modules, untrained or trained.
+    needs: the arguments after the model and the samples. "corruption": a function that corrupts a batch as the trace
+    does (:func:`corrupter`). "fresh adapter", "trained adapter": a LoRA on all modules, untrained or trained.
     """
 
     compute: Callable[..., np.ndarray]
@@ -72,26 +79,26 @@ _OUTPUTS = {module: f"text.{module}_out" for module in MODULES}
 _LINEARS = {module: [f"text.{name}" for name in TEXT_LINEARS[module]] for module in MODULES}
 
 
-def module_sizes(model: Model) -> np.ndarray:
-    """LoRA parameters of every module at rank 1 ``(L, 2)``: inputs plus outputs of its linears."""
+def module_sizes(model: Model) -> Int[np.ndarray, "layers 2"]:
+    """LoRA parameters of every module at rank 1: inputs plus outputs of its linears."""
     names = module_names(model.config.text.num_hidden_layers)
     return np.array([adapter_parameters(model, [name], 1) for name in names]).reshape(-1, 2)
 
 
-def weights(model: Model) -> np.ndarray:
-    """The number of weights of every module's linears ``(L, 2)``, without biases. Scores per parameter are divided by
-    it."""
+def weights(model: Model) -> Int[np.ndarray, "layers 2"]:
+    """The number of weights of every module's linears, without biases. A score divided by it is a score per
+    parameter."""
     kernels = {name: kernel.size // len(kernel) for name, kernel in _kernels(model.text.layers).items()}
     row = [sum(kernels[site] for site in _LINEARS[module]) for module in MODULES]
     return np.tile(row, (model.config.text.num_hidden_layers, 1))
 
 
 @score("gradient_norm")
-def gradient_norm(model: Model, groups: Groups, *, layers: int | None = None) -> np.ndarray:
+def gradient_norm(model: Model, groups: Groups, *, layers: int | None = None) -> ModuleScores:
     """``sum ||dL/dW||_F^2`` over a module's linears W. L is the training loss: the mean cross-entropy of all gold
     tokens and ends of turns.
 
-    The gradient is that of all samples together, so the result does not depend on the batches.
+    The gradient is summed over all samples before it is squared, so the result does not depend on the batches.
 
     Args:
         layers: the number of layers whose gradients are kept at a time. Each such group of layers needs one pass over
@@ -112,7 +119,7 @@ def gradient_norm(model: Model, groups: Groups, *, layers: int | None = None) ->
 
 
 @score("fisher")
-def fisher(model: Model, groups: Groups) -> np.ndarray:
+def fisher(model: Model, groups: Groups) -> ModuleScores:
     """The trace of the empirical Fisher information: the mean over samples of ``||d log p(gold) / dW||_F^2``, summed
     over a module's linears W.
 
@@ -125,22 +132,24 @@ def fisher(model: Model, groups: Groups) -> np.ndarray:
     return _mean(groups, "Fisher", each)
 
 
-def corrupter(model: Model, processor, examples: Sequence[Example], groups: Groups, options: TraceOptions) -> Corrupt:
+def corrupter(
+    model: Model, processor: Processor, examples: Sequence[Example], groups: Groups, options: TraceOptions
+) -> Corrupt:
     """The corruption that a causal trace of the examples with these options uses in its first replicate: each sample
     gets the same noise, and sigma_E is the same."""
     return Corrupter(model, processor, examples, survey(model, groups), options)
 
 
 class Attribution(NamedTuple):
-    """For each sample: ``p_clean, p_corrupt (B,)``, and ``ie (B, L, 2)``, an estimate of a causal trace's ``ie``."""
+    """For each sample: p(gold) of the clean and the corrupted run, and an estimate of a causal trace's ``ie``."""
 
-    p_clean: Any
-    p_corrupt: Any
-    ie: Any
+    p_clean: Float[Array, "batch"]
+    p_corrupt: Float[Array, "batch"]
+    ie: Float[Array, "batch layers 2"]
 
 
 @score("attribution", "corruption")
-def attribution(model: Model, groups: Groups, corrupt: Corrupt) -> np.ndarray:
+def attribution(model: Model, groups: Groups, corrupt: Corrupt) -> ModuleScores:
     """Attribution patching (Nanda 2023): the mean over samples of a first-order estimate of P0's indirect effect.
 
     It needs two forward passes and one backward pass for all modules together. The indirect effect is the numerator
@@ -156,18 +165,20 @@ def attribution(model: Model, groups: Groups, corrupt: Corrupt) -> np.ndarray:
     return _mean(groups, "attribution", each)
 
 
-def attribute(model: Model, inputs: Inputs, answer_mask, corrupt: tuple) -> Attribution:
+def attribute(
+    model: Model, inputs: Inputs, answer_mask: Bool[ArrayLike, "batch tokens"], corrupt: tuple
+) -> Attribution:
     """``(a_clean - a_corrupt) . dp/da`` in the corrupted run, summed over all tokens. Here a is a module's output and p
     the geometric mean of the gold tokens' probabilities (P0, equation 1).
 
     Args:
-        answer_mask: ``(B, T)`` bool: the gold tokens.
+        answer_mask: the gold tokens.
     """
     return _attribute(model, inputs, Gold.of(inputs, answer_mask), corrupt)
 
 
 @score("page", "fresh adapter")
-def page(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
+def page(model: Model, groups: Groups, lora: LoRA) -> ModuleScores:
     """PAGE-style energy of a fresh adapter's gradient, ``||dL/dB||_F^2`` summed over a module's linears.
 
     At initialisation B = 0, so A has no gradient and ``dL/dB = scale * A^T dL/dW``, with A in the orientation of
@@ -182,7 +193,7 @@ def page(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
     """
     _check_everywhere(model, lora)
     if any(np.any(b) for _, b in lora.weights.values()):
-        raise UserError("page scores a fresh adapter, but this one's B is not zero: make it with init_lora")
+        raise UserError("page needs a fresh adapter, but B of this one is not zero: make one with init_lora")
     lora = lora.replace(dropout=0.0, key=None)
     total = {site: jnp.zeros(b.shape, jnp.float32) for site, (_, b) in lora.weights.items()}
     for batch, gold in _golds(groups, "PAGE"):
@@ -191,7 +202,7 @@ def page(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
 
 
 @score("lora_drop", "trained adapter")
-def lora_drop(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
+def lora_drop(model: Model, groups: Groups, lora: LoRA) -> ModuleScores:
     """The size of a trained adapter's outputs: the mean over real tokens of ``||scale * B A x||^2``, summed over a
     module's linears (after LoRA-drop, arXiv 2402.07721; the square and the mean over tokens are our interpretation).
 
@@ -203,7 +214,7 @@ def lora_drop(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
     """
     _check_everywhere(model, lora)
     lora = lora.replace(dropout=0.0, key=None)
-    total, count = 0.0, 0
+    total, count = np.zeros(()), 0
     for rows, batch in progress(groups, desc="LoRA-drop", unit="batch"):
         mask = np.array(batch.inputs.attention_mask)
         mask[len(rows) :] = False
@@ -212,7 +223,7 @@ def lora_drop(model: Model, groups: Groups, lora: LoRA) -> np.ndarray:
 
 
 @score("talo")
-def talo(model: Model, groups: Groups) -> np.ndarray:
+def talo(model: Model, groups: Groups) -> ModuleScores:
     """The accuracy that is lost by cutting a module: minus P3's Delta of a task. Cutting MLPs is our extension.
 
     An answer is correct if every gold token and the end of the turn are the likeliest tokens, as in
@@ -233,15 +244,15 @@ def talo(model: Model, groups: Groups) -> np.ndarray:
 class Gauge(Intervention):
     """An intervention that changes no value and measures gradients.
 
-    Its "gradient" by ``zeros[site] (L, B)`` is, for every layer and sample, a number computed from the true gradient
-    ``g (B, T, D)`` at the site while the backward pass is there:
+    Its "gradient" with respect to ``zeros[site] (L, B)`` is one number for every layer and sample. The backward pass
+    computes it from the true gradient ``g (B, T, D)`` at the site:
 
     * without ``clean``, at a linear: ``||x^T g||_F^2``, the squared norm of its weight's gradient for one sample;
     * with ``clean[site] (L, B, T, D)``: ``(clean - value) . g``, the first-order effect of the clean value.
     """
 
-    zeros: dict[str, jax.Array]
-    clean: dict[str, jax.Array] | None = None
+    zeros: dict[str, Float[ArrayLike, "layers batch"]]
+    clean: dict[str, Float[ArrayLike, "layers batch tokens width"]] | None = None
 
     @property
     def sites(self) -> frozenset[str]:
@@ -270,9 +281,11 @@ def _gauged_backward(measure, beside, g):
 _gauged.defvjp(_gauged_forward, _gauged_backward)
 
 
-def _weight_norm(x: jax.Array, g: jax.Array) -> jax.Array:
-    """``||x_b^T g_b||_F^2`` ``(B,)``, computed from the smaller of two matrices: tokens by tokens, or the weight's
-    gradient of one sample at a time."""
+def _weight_norm(
+    x: Float[ArrayLike, "batch tokens inputs"], g: Float[ArrayLike, "batch tokens outputs"]
+) -> Float[Array, "batch"]:
+    """``||x_b^T g_b||_F^2`` for every sample b, computed from the smaller of two matrices: tokens by tokens, or
+    the weight's gradient of one sample at a time."""
     inputs, outputs, tokens = x.shape[-1], g.shape[-1], x.shape[1]
     if tokens * (inputs + outputs) < inputs * outputs:
         return jnp.sum((x @ x.mT) * (g @ g.mT), (1, 2))
@@ -296,13 +309,21 @@ class _Listener(Intervention):
         return value + added
 
 
-def _through(text, span: tuple[int, int], x, window, deepstack, layers=None, listener=tuple):
+def _through(
+    text: Decoder,
+    span: tuple[int, int],
+    x: Float[ArrayLike, "batch tokens width"],
+    window: Window,
+    deepstack: Float[ArrayLike, "levels batch tokens width"] | None,
+    layers: Layer | None = None,
+    listener: Callable[[], tuple["_Listener", ...]] = tuple,
+) -> tuple[Float[Array, "batch tokens width"], list[dict[str, jax.Array]]]:
     """``x`` after the layers of a span, and the norms that each layer's listener recorded. A backward pass recomputes
     the layers.
 
     Args:
-        layers: stacked copies of these layers, by which the result can be differentiated. None reads the model's layers
-            one at a time, because a slice of their stack would be a copy.
+        layers: stacked copies of these layers, if the result is to be differentiated by them. None: the model's layers,
+            read one at a time, because a slice of their stack would be a copy.
     """
 
     def body(x, scanned):
@@ -353,7 +374,8 @@ def _attribute(model: Model, inputs: Inputs, gold: Gold, corrupt: tuple) -> Attr
 
 @functools.partial(jax.jit, static_argnames=("low", "high"), donate_argnums=0)
 def _add_kernel_gradients(total: dict, model: Model, inputs: Inputs, gold: Gold, *, low: int, high: int) -> dict:
-    """``total`` plus the gradients of the gold tokens' summed cross-entropy by the kernels of layers low to high."""
+    """``total`` plus the gradients of the gold tokens' summed cross-entropy with respect to the kernels of layers low
+    to high."""
     text, window = model.text, model.window(inputs)
     (x, deepstack), _ = model.embed(inputs)
     x, _ = _through(text, (0, low), x, window, deepstack)
@@ -392,13 +414,13 @@ def _kernels(layers) -> dict[str, jax.Array]:
     return {f"text.{name.removesuffix('.kernel')}": leaf for name, leaf in leaves.items() if name.endswith(".kernel")}
 
 
-def _square(gradient: jax.Array) -> jax.Array:
-    """``||.||_F^2`` of every layer's matrix ``(L, n, m) -> (L,)``."""
+def _square(gradient: Float[Array, "layers inputs outputs"]) -> Float[Array, "layers"]:
+    """``||.||_F^2`` of every layer's matrix."""
     return jnp.sum(gradient.astype(jnp.float32) ** 2, (1, 2))
 
 
-def _by_module(linears: dict[str, jax.Array]) -> np.ndarray:
-    """Sums the linears' numbers, site -> ``(L,)``, to the modules' ``(L, 2)``."""
+def _by_module(linears: dict[str, jax.Array]) -> ModuleScores:
+    """Sums the linears' numbers, site -> ``(L,)``, by module."""
     return np.stack([sum(fetch(linears[s]).astype(np.float64) for s in _LINEARS[module]) for module in MODULES], -1)
 
 
@@ -408,9 +430,9 @@ def _check_everywhere(model: Model, lora: LoRA) -> None:
         raise UserError("the adapter leaves modules out: score one that is placed on all of them (LLM-all)")
 
 
-def _mean(groups: Groups, label: str, each: Callable[[Sequence[int], Batch], jax.Array]) -> np.ndarray:
-    """The mean over samples ``(L, 2)`` of the values ``(B, L, 2)`` that ``each`` computes for a batch."""
-    total, count = 0.0, 0
+def _mean(groups: Groups, label: str, each: Callable[[Sequence[int], Batch], jax.Array]) -> ModuleScores:
+    """The mean over samples of the values ``(B, L, 2)`` that ``each`` computes for a batch."""
+    total, count = np.zeros(()), 0
     for rows, batch in progress(groups, desc=label, unit="batch"):
         values = fetch(each(rows, batch)).astype(np.float64)[: len(rows)]
         total, count = total + values.sum(0), count + len(rows)

@@ -1,9 +1,10 @@
 """The bootstrap: rows drawn with replacement, percentile intervals, and the interval of a mean."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 #: How many numbers one chunk of draws may hold; it bounds the memory.
@@ -13,15 +14,17 @@ CHUNK_NUMBERS = 1_000_000
 class Interval(NamedTuple):
     """An estimate and the bounds of its interval: three arrays of the same shape."""
 
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    value: Float[np.ndarray, "*shape"]
+    low: Float[np.ndarray, "*shape"]
+    high: Float[np.ndarray, "*shape"]
 
 
-def bootstrap_rows(count: int, draws: int, seed, width: int = 1) -> Iterator[np.ndarray]:
+def bootstrap_rows(
+    count: int, draws: int, seed: int | Sequence[int], width: int = 1
+) -> Iterator[Int[np.ndarray, "draws count"]]:
     """Row numbers drawn with replacement, ``(draws, count)`` in total, in chunks of draws.
 
-    The random stream is that of ``scipy.stats.bootstrap`` with ``rng=seed``. It does not depend on the chunks.
+    The random numbers are those of ``scipy.stats.bootstrap`` with ``rng=seed``. They do not depend on the chunks.
 
     Args:
         count: number of rows to draw from, and to draw.
@@ -38,9 +41,11 @@ def chunk_sizes(draws: int, width: int) -> Iterator[int]:
     yield from (min(size, draws - done) for done in range(0, draws, size))
 
 
-def sum_by_place(places: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
-    """Sums ``(b, size)`` of the weights ``(b, n)`` at the places ``(b, n, R)``. Each of a weight's R places gets an
-    equal share of it."""
+def sum_by_place(
+    places: Int[np.ndarray, "_draws _samples replicates"], weights: Float[np.ndarray, "draws samples"], size: int
+) -> Float[np.ndarray, "draws size"]:
+    """Sums of the weights by their places, which are below ``size``. A weight is
+    split equally between its R places."""
     draws, _, share = places.shape
     rows = np.arange(draws)[:, None, None] * size
     shared = np.broadcast_to(weights[..., None] / share, places.shape)

@@ -1,6 +1,9 @@
 """Compares two placements on the same held-out samples, and adjusts the p-values of several comparisons."""
 
+from typing import Any
+
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
@@ -18,7 +21,7 @@ def paired(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict:
-    """Two placements' scores on the same held-out samples: is there a difference, and how large can it still be?
+    """The difference of two placements' mean scores on the same held-out samples, with its interval and p-value.
 
     Args:
         first, second: scores ``(N,)``, or ``(S, N)`` of S training seeds; S may differ between the two.
@@ -79,8 +82,10 @@ def paired(
     return result | (mcnemar(first[0], second[0]) if one_seed_each else dict.fromkeys(_MCNEMAR))
 
 
-def _resampled_means(values: np.ndarray, clusters, resamples: int, seed: int) -> np.ndarray:
-    """Means ``(resamples,)`` of bootstrap resamples of the samples ``(N,)``, or of their clusters."""
+def _resampled_means(
+    values: Float[np.ndarray, "samples"], clusters: Any, resamples: int, seed: int
+) -> Float[np.ndarray, "resamples"]:
+    """Means of bootstrap resamples of the samples, or of their clusters."""
     count = len(values)
     sums, sizes = values, np.ones(count)
     if clusters is not None:
@@ -107,7 +112,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> dict:
     """
     first, second = _as_seeds_by_samples(first, second)
     if len(first) > 1 or len(second) > 1:
-        raise ValueError(f"scores of {len(first)} and {len(second)} seeds: McNemar's test is of one each")
+        raise ValueError(f"scores of {len(first)} and {len(second)} seeds: McNemar's test needs one seed of each")
     if not np.isin([first, second], (0, 1)).all():
         return dict.fromkeys(_MCNEMAR)
     gained, lost = int((first > second).sum()), int((first < second).sum())
@@ -115,15 +120,17 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> dict:
     return {"gained": gained, "lost": lost, "mcnemar_p": p}
 
 
-def _as_seeds_by_samples(first: ArrayLike, second: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both as ``(S, N)``."""
+def _as_seeds_by_samples(
+    first: ArrayLike, second: ArrayLike
+) -> tuple[Float[np.ndarray, "_seeds samples"], Float[np.ndarray, "_seeds samples"]]:
+    """Both as arrays by seed and sample."""
     first, second = (np.atleast_2d(np.asarray(scores, float)) for scores in (first, second))
     if first.shape[1] != second.shape[1] or not first.size:
         raise UserError(f"the two have {first.shape[1]} and {second.shape[1]} samples: compare them on the same ones")
     return first, second
 
 
-def holm(p: ArrayLike) -> np.ndarray:
+def holm(p: ArrayLike) -> Float[np.ndarray, "tests"]:
     """p-values ``(K,)`` adjusted by Holm (1979): the chance of any false finding among K tests stays below the level.
 
     To bound the share of false findings instead, use ``scipy.stats.false_discovery_control``.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from interventions.statistics.bootstrap import Interval, bootstrap_rows, percentile_bounds
@@ -37,7 +38,7 @@ def rr_interval(
         options: min_te, eps and statistic, as for :func:`rr`.
 
     Raises:
-        UserError: as :func:`rr`; also for "replicates" where there is only one.
+        UserError: as :func:`rr`; also for "replicates" if there is only one.
     """
     te, ie = check_effects(te, ie)
     value = rr(te, ie, **options)
@@ -48,14 +49,20 @@ def rr_interval(
 
 
 def rr_resamples(
-    te: ArrayLike, ie: ArrayLike, over: Over = "samples", *, resamples: int = 2000, seed=0, **options
-) -> np.ndarray:
-    """RR of bootstrap resamples ``(resamples, C)``; arguments as for :func:`rr_interval`. NaN where a resample has no
+    te: ArrayLike,
+    ie: ArrayLike,
+    over: Over = "samples",
+    *,
+    resamples: int = 2000,
+    seed: int | Sequence[int] = 0,
+    **options,
+) -> Float[np.ndarray, "resamples cells"]:
+    """RR of bootstrap resamples; arguments as for :func:`rr_interval`. NaN where a resample has no
     sample with TE >= ``min_te``."""
     te, ie = check_effects(te, ie)
     count, replicates = te.shape
     if over == "replicates" and replicates == 1:
-        raise UserError("one replicate says nothing about the chance of the corruption: trace with --replicates 2")
+        raise UserError("one replicate does not show how much corruptions vary: trace with --replicates 2")
     options = {"min_te": 0.01, "eps": EPS, "statistic": "mean_of_ratios"} | options
     # A second stream, so that the drawn samples do not depend on R.
     replicate_rng = np.random.default_rng([seed, 1])
@@ -80,9 +87,9 @@ def rr_summary(
         options: min_te and eps, as for :func:`rr`.
     """
     te, ie = check_effects(te, ie)
-    columns = {"samples": ("low", "high")}
+    columns: dict[Over, tuple[str, str]] = {"samples": ("low", "high")}
     if te.shape[1] > 1:
-        columns |= {over: (f"{over}_low", f"{over}_high") for over in ("replicates", "both")}
+        columns |= {"replicates": ("replicates_low", "replicates_high"), "both": ("both_low", "both_high")}
     rows = []
     for statistic in STATISTICS:
         if statistic == "ratio_of_means" and te.mean() <= 0:

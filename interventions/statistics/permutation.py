@@ -1,8 +1,9 @@
 """Does a cell's restoration rate differ between two groups of samples, such as knowledge and perception?"""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from scipy.stats import false_discovery_control
 
 from interventions.statistics.bootstrap import chunk_sizes, percentile_bounds
@@ -20,17 +21,18 @@ from vlm_jax.errors import UserError
 
 
 class Difference(NamedTuple):
-    """The difference of two groups' RR for each cell, ``(C,)`` each."""
+    """The difference of two groups' RR for each cell."""
 
-    value: np.ndarray
+    value: Float[np.ndarray, "cells"]
     """The first group's RR minus the second's."""
-    low: np.ndarray
-    high: np.ndarray
+    low: Float[np.ndarray, "cells"]
+    high: Float[np.ndarray, "cells"]
     """Bounds of the 95 % bootstrap interval over samples."""
-    p: np.ndarray
+    p: Float[np.ndarray, "cells"]
     """p-value of the permutation test, two-sided."""
-    q: np.ndarray
-    """p adjusted for C tests (Benjamini and Hochberg). Of the cells with q < .05, 5 % are expected to be false."""
+    q: Float[np.ndarray, "cells"]
+    """p adjusted for C tests (Benjamini and Hochberg). At most 5 % of the cells with q < .05 are expected to be
+    false."""
 
 
 def permutation_test(
@@ -60,14 +62,14 @@ def permutation_test(
     Raises:
         UserError: as :func:`rr`; also if ``normalise`` is set and no RR of a group is positive.
     """
-    options = {"min_te": min_te, "eps": eps, "statistic": statistic}
-    groups = [_scaled_means(*group, normalise, options) for group in (first, second)]
+    options: dict[str, Any] = {"min_te": min_te, "eps": eps, "statistic": statistic}
+    groups = [_scaled_means(te, ie, normalise, options) for te, ie in (first, second)]
     te, ie = map(np.concatenate, zip(*groups, strict=True))
     size, samples = len(groups[0][0]), np.arange(len(te))
 
     def difference(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For orders ``(b, N)`` of the samples, of which the first ``size`` form the first group: the difference
-        ``(b, C)`` and the test statistic ``(b, C)``."""
+        """The difference ``(b, C)`` and the test statistic ``(b, C)`` for orders ``(b, N)`` of the samples. The first
+        ``size`` samples of an order form the first group."""
         halves = order[:, :size], order[:, size:]
         if statistic == "median":
             one, other = (estimate_draws(te, ie, half, **options) for half in halves)
@@ -94,8 +96,10 @@ def permutation_test(
     return Difference(value, *percentile_bounds(draws), p, false_discovery_control(p))
 
 
-def _scaled_means(te, ie, normalise: bool, options: dict) -> tuple[np.ndarray, np.ndarray]:
-    """A group's TE ``(N, 1)`` and IE ``(N, 1, C)``, means over replicates; with ``normalise``, IE is divided by the
+def _scaled_means(
+    te, ie, normalise: bool, options: dict[str, Any]
+) -> tuple[Float[np.ndarray, "samples 1"], Float[np.ndarray, "samples 1 cells"]]:
+    """A group's TE and IE, means over replicates; with ``normalise``, IE is divided by the
     group's largest RR."""
     te, ie = check_effects(te, ie)
     largest = rr(te, ie, **options).max()

@@ -4,9 +4,10 @@ A traced task is ``te (N, R)`` and ``ie (N, R, C)``: N samples, R paired replica
 sample's TE and IE are means over its replicates.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float64, Int
 from numpy.typing import ArrayLike
 
 from interventions.statistics.bootstrap import sum_by_place
@@ -14,14 +15,16 @@ from vlm_jax.errors import UserError
 
 Statistic = Literal["mean_of_ratios", "ratio_of_means", "median"]
 STATISTICS = ("mean_of_ratios", "ratio_of_means", "median")
+#: A restoration rate for every cell.
+CellRates = Float[np.ndarray, "cells"]
 #: The constant of equations 4 and 7. The paper prints "e^{-8}", which is read as 1e-8 here.
 EPS = 1e-8
 
 
 def rr(
     te: ArrayLike, ie: ArrayLike, min_te: float = 0.01, eps: float = EPS, statistic: Statistic = "mean_of_ratios"
-) -> np.ndarray:
-    """The restoration rate of every cell ``(C,)`` (P0, equation 4) of ``te (N, R)`` and ``ie (N, R, C)``.
+) -> CellRates:
+    """The restoration rate of every cell (P0, equation 4) of ``te (N, R)`` and ``ie (N, R, C)``.
 
     Args:
         min_te: samples with a lower TE are left out of "mean_of_ratios" and "median".
@@ -51,8 +54,10 @@ def normalised(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     return values / (values.max(axis, keepdims=True) + EPS)
 
 
-def check_effects(te: ArrayLike, ie: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 arrays ``(N, R)`` and ``(N, R, C)``.
+def check_effects(
+    te: ArrayLike, ie: ArrayLike
+) -> tuple[Float64[np.ndarray, "samples replicates"], Float64[np.ndarray, "samples replicates cells"]]:
+    """Both as float64 arrays.
 
     Raises:
         ValueError: for other shapes.
@@ -63,25 +68,37 @@ def check_effects(te: ArrayLike, ie: ArrayLike) -> tuple[np.ndarray, np.ndarray]
         raise ValueError(f"te is {te.shape} and ie {ie.shape}: they must be (N, R) and (N, R, C)")
     bad = ~(np.isfinite(te).all(1) & np.isfinite(ie).all((1, 2)))
     if bad.any():
-        raise UserError(f"TE or IE of sample {int(bad.argmax())} is not a finite number: leave {bad.sum()} such out")
+        raise UserError(
+            f"TE or IE of sample {int(bad.argmax())} is not a finite number: leave out {bad.sum()} such samples"
+        )
     return te, ie
 
 
 class DrawWeights(NamedTuple):
     """The parts of the estimates of b draws of n samples. An estimate is ``sum(numerator * IE) / sum(denominator)``."""
 
-    effects: np.ndarray  # (places, C): IE of every sample and replicate
-    places: np.ndarray  # (b, n, R): the rows of ``effects`` that belong to each drawn sample
-    numerator: np.ndarray  # (b, n)
-    denominator: np.ndarray  # (b, n)
+    effects: Float[np.ndarray, "places cells"]
+    """IE of every sample and replicate."""
+    places: Int[np.ndarray, "draws drawn replicates"]
+    """The rows of ``effects`` that belong to each drawn sample."""
+    numerator: Float[np.ndarray, "draws drawn"]
+    denominator: Float[np.ndarray, "draws drawn"]
 
 
-def draw_weights(te, ie, samples, replicates, min_te, eps, statistic) -> DrawWeights:
+def draw_weights(
+    te: Float[np.ndarray, "samples replicates"],
+    ie: Float[np.ndarray, "samples replicates cells"],
+    samples: Int[np.ndarray, "draws drawn"],
+    replicates: Int[np.ndarray, "draws drawn replicates"] | None,
+    min_te: float,
+    eps: float,
+    statistic: Statistic,
+) -> DrawWeights:
     """The weights of draws of samples.
 
     Args:
-        samples: ``(b, n)``, the numbers of the drawn samples.
-        replicates: ``(b, n, R)``, the replicates drawn for each of them; None for all that a sample has.
+        samples: the numbers of the drawn samples.
+        replicates: the replicates drawn for each of them; None for all that a sample has.
     """
     if replicates is None:
         te, ie = te.mean(1, keepdims=True), ie.mean(1, keepdims=True)
@@ -96,8 +113,17 @@ def draw_weights(te, ie, samples, replicates, min_te, eps, statistic) -> DrawWei
     return DrawWeights(ie.reshape(te.size, -1), places, numerator, denominator)
 
 
-def estimate_draws(te, ie, samples, replicates=None, *, min_te, eps, statistic) -> np.ndarray:
-    """RR ``(b, C)`` of draws of samples, which are given as for :func:`draw_weights`. NaN where no drawn sample has
+def estimate_draws(
+    te: Float[np.ndarray, "samples replicates"],
+    ie: Float[np.ndarray, "samples replicates cells"],
+    samples: Int[np.ndarray, "draws drawn"],
+    replicates: Int[np.ndarray, "draws drawn replicates"] | None = None,
+    *,
+    min_te: float,
+    eps: float,
+    statistic: Statistic,
+) -> Float[np.ndarray, "draws cells"]:
+    """RR of draws of samples, which are given as for :func:`draw_weights`. NaN where no drawn sample has
     TE >= ``min_te``."""
     effects, places, numerator, denominator = draw_weights(te, ie, samples, replicates, min_te, eps, statistic)
     if statistic == "median":
@@ -111,8 +137,14 @@ def estimate_draws(te, ie, samples, replicates=None, *, min_te, eps, statistic) 
         return sum_by_place(places, numerator, len(effects)) @ effects / denominator.sum(1)[:, None]
 
 
-def estimate_with_variance(te, ie, samples, normalise: bool, **options) -> tuple[np.ndarray, np.ndarray]:
-    """RR ``(b, C)`` of draws of samples ``(b, n)``, and its squared standard error to first order ``(b, C)``.
+def estimate_with_variance(
+    te: Float[np.ndarray, "samples replicates"],
+    ie: Float[np.ndarray, "samples replicates cells"],
+    samples: Int[np.ndarray, "draws drawn"],
+    normalise: bool,
+    **options: Any,
+) -> tuple[Float[np.ndarray, "draws cells"], Float[np.ndarray, "draws cells"]]:
+    """RR of draws of samples, and its squared standard error to first order.
 
     One sample moves an estimate by ``(numerator * IE - estimate * denominator) / sum(denominator)``. It moves a
     normalised estimate by ``(its move - the normalised estimate * the move of the largest) / the largest estimate``.

@@ -7,19 +7,26 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
 
 from interventions.statistics.restoration import EPS
 
 
 class Traced(Protocol):
-    """A traced task: ``p_clean (N,)``, ``p_corrupt`` and ``te (N, R)``, ``ie (N, R, C)``."""
+    """A traced task: the parts of :class:`interventions.trace.result.TaskTrace` that the table needs."""
 
-    ids: Sequence[str]
-    cells: Sequence[str]
-    p_clean: np.ndarray
-    p_corrupt: np.ndarray
-    te: np.ndarray
-    ie: np.ndarray
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def cells(self) -> Sequence[str]: ...
+    @property
+    def p_clean(self) -> Float[np.ndarray, "samples"]: ...
+    @property
+    def p_corrupt(self) -> Float[np.ndarray, "samples replicates"]: ...
+    @property
+    def te(self) -> Float[np.ndarray, "samples replicates"]: ...
+    @property
+    def ie(self) -> Float[np.ndarray, "samples replicates cells"]: ...
 
 
 _EFFECTS = pa.schema(
@@ -29,8 +36,8 @@ _EFFECTS = pa.schema(
 
 
 def write_effects(path: Path, tasks: Mapping[str, Traced], eps: float = EPS) -> None:
-    """Writes a Parquet file of one row per task, sample, replicate and cell. ``rr = ie / (te + eps)`` is of that
-    replicate alone; samples with a small TE have a row too."""
+    """Writes a Parquet file of one row per task, sample, replicate and cell. ``rr = ie / (te + eps)`` uses only
+    that replicate. Samples with a small TE have a row too."""
     with pq.ParquetWriter(path, _EFFECTS, compression="zstd") as writer:
         for task, traced in tasks.items():
             count, replicates, cells = traced.ie.shape

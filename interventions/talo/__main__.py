@@ -2,8 +2,8 @@
 
 python -m interventions.talo --task mini-okvqa mini-docvqa --out runs/talo
 
-The model is asked once, by :func:`tabulate`, which samples are right under every cut; the rest is
-:mod:`interventions.talo.selection` on that table.
+The model runs once, in :func:`tabulate`, which makes a table of the samples that are right under every cut. All else
+is computed from that table by :mod:`interventions.talo.selection`.
 """
 
 import itertools
@@ -35,7 +35,7 @@ def check_sizes(tasks: dict[str, list[Example]], args: Args) -> None:
 
 
 def show(results: dict, args: Args) -> None:
-    """Prints two tables: what was chosen and what it gained, and how far such a choice can be trusted."""
+    """Prints two tables: the chosen layers and their gains, and how reliable such choices are."""
 
     def span(part: dict) -> str:
         return f"{part['mean']:+.3f} [{part['low']:+.3f}, {part['high']:+.3f}]"
@@ -91,8 +91,8 @@ def main(args: Args) -> None:
     run.save_json("results.json", content, Artifact("metrics", "Chosen layers and their gains", RESULTS))
     show(results, args)
     for half in halves:
-        how_often = f"in {half['together']:.2f} of resamples or more" if len(half["names"]) > 1 else "the only one"
-        print(f"alike ({args.similarity}; {how_often}): {', '.join(half['names'])}")
+        stability = f"in {half['together']:.2f} of resamples or more" if len(half["names"]) > 1 else "the only one"
+        print(f"alike ({args.similarity}; {stability}): {', '.join(half['names'])}")
     print(f"written to {args.out}")
 
 

@@ -5,8 +5,8 @@ from vlm_jax.runs.artifacts import Schema
 TABLE = Schema(
     "talo_table",
     {
-        "base": "(N,), whether every sample is right as the model is",
-        "correct": "(L, N), whether it is right with a layer cut",
+        "base": "(N,), whether the unchanged model is right, for every sample",
+        "correct": "(L, N), whether it is right with each layer cut",
     },
 )
 SAMPLES = Schema(
@@ -14,11 +14,11 @@ SAMPLES = Schema(
     {
         "task": "the task",
         "id": "the sample",
-        "subtask": "task, and the category within it where there is one",
+        "subtask": "the task, and the category within it if there is one",
         "question": "the question",
         "answer": "the gold answer",
-        "used": "what for: probe, pool (drawn but not in the best probe set) or eval",
-        "base": "whether it is right as the model is",
+        "used": "probe (the set that decided), pool (drawn for choosing, but not in that set) or eval",
+        "base": "whether the unchanged model is right",
         "cut": "(L,), whether it is right with each layer cut",
     },
 )
@@ -28,9 +28,9 @@ VECTORS = Schema(
         "names": "(T,), tasks or sub-tasks",
         "delta": "(T, L), interaction vectors: change in accuracy when a layer is cut",
         "low": "(T, L), lower bound of the 95 % interval over samples",
-        "high": "(T, L), upper bound of it",
-        "similarity": "(T, T), of the vectors",
-        "together": "(T, T), in what share of resamples two tasks are in the same half of the tree",
+        "high": "(T, L), upper bound of this interval",
+        "similarity": "(T, T), similarity of the vectors",
+        "together": "(T, T), the share of resamples in which two tasks are in the same half of the tree",
     },
 )
 RESULTS = Schema(
@@ -38,6 +38,6 @@ RESULTS = Schema(
     {
         "metric": "how a sample is judged",
         "tasks.TASK": "the chosen layer, its gain on the probe and the eval set, and controls",
-        "halves": "the two halves of the tree: names, and how often their least alike pair is together",
+        "halves": "the two halves of the tree: names, and the share of resamples with their least stable pair together",
     },
 )

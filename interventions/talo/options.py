@@ -29,7 +29,7 @@ class Args(SelectOptions, DataOptions, ModelOptions):
     split: str = "eval"
     """Which split of a named task to use: trace, train, eval or test."""
     limit: int | None = 240
-    """How many samples of each task to use. Up to a third serve to choose a layer, the others to evaluate it."""
+    """How many samples of each task to use. Up to a third are used to choose a layer, the others to evaluate it."""
     by: Literal["task", "subtask"] = "task"
     """Compare the interaction vectors of tasks, or of their subtasks (the categories of a dataset)."""
     similarity: Similarity = "pearson"

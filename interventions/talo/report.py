@@ -1,4 +1,4 @@
-"""What TaLo's tables say: the choice for every task, and how alike the tasks are."""
+"""The results that follow from TaLo's tables: the choice for every task, and how similar the tasks are."""
 
 import numpy as np
 
@@ -67,8 +67,12 @@ def records(task: TaskTable, choice: Choice) -> list[dict]:
 
 
 def compare(run: Run, tasks: dict[str, TaskTable], args: Args) -> list[dict]:
-    """Saves and draws the interaction vectors, and returns the two halves of their tree: the tasks or sub-tasks, and
-    how often, of resamples, the two of them that part most easily are in the same half."""
+    """Saves and draws the interaction vectors, and returns the two halves of their tree.
+
+    Returns:
+        For each half, ``names``: its tasks or sub-tasks. ``together``: the smallest share, over pairs of them, of
+        resamples in which the pair is in the same half.
+    """
     from interventions.figures.base import save_figure
     from interventions.figures.talo import interactions
 
@@ -79,7 +83,7 @@ def compare(run: Run, tasks: dict[str, TaskTable], args: Args) -> list[dict]:
             deltas[str(about)] = (task.correct.astype(float) - task.base)[:, rows]
     names, rng = list(deltas), np.random.default_rng(args.seed)
     vectors = np.stack([delta.mean(1) for delta in deltas.values()])
-    # Layer 0, which every task needs, would make all of them alike.
+    # Every task needs layer 0, so it would make all tasks similar.
     tried = args.layers(vectors.shape[1])
     low, high = np.percentile([resampled_vectors(d, args.draws, rng) for d in deltas.values()], [2.5, 97.5], axis=1)
     alike = similarity(vectors[:, tried], args.similarity)
@@ -91,7 +95,7 @@ def compare(run: Run, tasks: dict[str, TaskTable], args: Args) -> list[dict]:
         run,
         "tasks",
         interactions,
-        "Change in accuracy when a layer is cut, and how alike the tasks are",
+        "Change in accuracy when a layer is cut, and how similar the tasks are",
         names=names,
         vectors=vectors,
         sure=(low > 0) | (high < 0),

@@ -1,4 +1,4 @@
-"""TaLo's choice of a layer, how far it can be trusted, and task-layer interaction vectors (P3), in plain NumPy.
+"""TaLo's choice of a layer, how reliable it is, and task-layer interaction vectors (P3), in plain NumPy.
 
 Everything is computed from a table of correct answers: ``base (N,)`` bool for N samples, and ``correct (L, N)`` bool
 with each of L layers cut. No model is run, so thousands of probe sets or null draws take little time.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
@@ -29,13 +30,13 @@ class SelectOptions:
     shot: Annotated[int, Range(least=1)] = 10
     """How many samples a layer is chosen on (the probe set). They come from a pool of up to 4 times as many."""
     ties: Ties = "first"
-    """Which of several layers to take that gain equally: the first, the last or the middle one (median).
+    """Which layer to take if several gain equally: the first, the last or the middle one (median).
     more_samples: score them on more samples of the pool, half and then a quarter as many as --shot, then take the last
     (the older released script)."""
     layer_0: bool = False
     """Whether layer 0 may be cut too. The released code never tries it."""
     rounds: Annotated[int, Range(least=0)] = 5
-    """How often a new, larger probe set is drawn where no layer gains. After that the model is left as it is."""
+    """How often a new, larger probe set is drawn if no layer gains. After that the model is left as it is."""
 
     def check(self, count: int) -> None:
         """Checks the options for a task of ``count`` samples.
@@ -50,7 +51,7 @@ class SelectOptions:
                 f"give at least {3 * self.shot}, or lower --shot"
             )
 
-    def layers(self, depth: int) -> np.ndarray:
+    def layers(self, depth: int) -> Int[np.ndarray, "tried"]:
         """The numbers of the layers, out of ``depth``, that may be cut."""
         if depth == 1 and not self.layer_0:
             raise UserError("the model's only layer is layer 0, which is not tried: pass --layer-0")
@@ -64,15 +65,17 @@ class Choice(NamedTuple):
     """The chosen layer, or ``BASE``."""
     gain: float
     """Its gain in accuracy on the probe set."""
-    pool: np.ndarray
+    pool: Int[np.ndarray, "pool"]
     """Sample numbers of the pool."""
-    probe: np.ndarray
+    probe: Int[np.ndarray, "probe"]
     """Sample numbers of the last probe set, which decided."""
     rounds: int
     """How often a new probe set was drawn because no layer had a gain."""
 
 
-def stratified(rng: np.random.Generator, among: np.ndarray, strata: np.ndarray, size: int) -> np.ndarray:
+def stratified(
+    rng: np.random.Generator, among: Int[np.ndarray, "pool"], strata: Shaped[np.ndarray, "samples"], size: int
+) -> Int[np.ndarray, "drawn"]:
     """A stratified random sample of ``size`` of the indices ``among``, or all of them if there are fewer.
 
     Each stratum, given by ``strata[index]``, keeps its share; fractions are rounded at random.
@@ -81,14 +84,19 @@ def stratified(rng: np.random.Generator, among: np.ndarray, strata: np.ndarray, 
     _, stratum, counts = np.unique(strata[among], return_inverse=True, return_counts=True)
     rank = np.empty(len(among))
     rank[np.argsort(stratum, kind="stable")] = np.concatenate([*map(np.arange, counts), []])
-    # Every stratum is spread evenly over [0, 1) with a random offset; the ``size`` smallest positions are taken.
+    # The members of every stratum get evenly spaced positions in [0, 1) with a random offset. The ``size`` smallest
+    # positions are taken.
     return among[np.argsort((rank + rng.random(len(counts))[stratum]) / counts[stratum])[:size]]
 
 
 def select(
-    base: np.ndarray, correct: np.ndarray, strata: np.ndarray, options: SelectOptions, rng: np.random.Generator
+    base: Bool[np.ndarray, "samples"],
+    correct: Bool[np.ndarray, "layers samples"],
+    strata: Shaped[np.ndarray, "samples"],
+    options: SelectOptions,
+    rng: np.random.Generator,
 ) -> Choice:
-    """One run of TaLo's procedure on the table ``base (N,)``, ``correct (L, N)`` with the strata ``(N,)``.
+    """One run of TaLo's procedure on a table of correct answers, whose samples are in ``strata``.
 
     It uses only the samples of its pool, so its choice can be evaluated on the others (:func:`outside`).
 
@@ -127,22 +135,29 @@ def select(
     raise AssertionError("the last round returns")
 
 
-def outside(count: int, choice: Choice) -> np.ndarray:
+def outside(count: int, choice: Choice) -> Int[np.ndarray, "evaluated"]:
     """The eval set of a choice: the numbers of the samples outside its pool."""
     return np.setdiff1d(np.arange(count), choice.pool)
 
 
-def gains(base: np.ndarray, correct: np.ndarray, layer: int) -> np.ndarray:
-    """The gain from cutting a layer on each sample ``(N,)``: 1, 0 or -1; 0 for ``BASE``."""
+def gains(
+    base: Bool[np.ndarray, "samples"], correct: Bool[np.ndarray, "layers samples"], layer: int
+) -> Float[np.ndarray, "samples"]:
+    """The gain from cutting a layer on each sample: 1, 0 or -1; 0 for ``BASE``."""
     return np.zeros(len(base)) if layer == BASE else correct[layer].astype(float) - base
 
 
 def assess(
-    base: np.ndarray, correct: np.ndarray, strata: np.ndarray, options: SelectOptions, draws: int, seed: int
+    base: Bool[np.ndarray, "samples"],
+    correct: Bool[np.ndarray, "layers samples"],
+    strata: Shaped[np.ndarray, "samples"],
+    options: SelectOptions,
+    draws: int,
+    seed: int,
 ) -> dict:
-    """How far the procedure can be trusted, from ``draws`` runs of it, each with its own pool and probe sets.
+    """How reliable the procedure is, from ``draws`` runs of it, each with a pool and probe sets of its own.
 
-    Every run is evaluated on a bootstrap resample of its own eval set. So the 95 % percentile intervals cover the
+    Every run is evaluated on a bootstrap resample of its eval set. So the 95 % percentile intervals cover the
     chance of the probe set and of the eval set.
 
     Returns:
@@ -177,7 +192,13 @@ def layer_name(layer: int) -> str:
     return "base" if layer == BASE else f"L{layer}"
 
 
-def permuted(base: np.ndarray, correct: np.ndarray, layers: np.ndarray, draws: int, seed: int) -> dict:
+def permuted(
+    base: Bool[np.ndarray, "samples"],
+    correct: Bool[np.ndarray, "layers samples"],
+    layers: Int[np.ndarray, "tried"],
+    draws: int,
+    seed: int,
+) -> dict:
     """Does any layer hurt the task? A permutation test on all samples.
 
     In each draw the labels "base" and "cut" of every sample are swapped with probability 1/2, for all layers alike. The
@@ -185,7 +206,7 @@ def permuted(base: np.ndarray, correct: np.ndarray, layers: np.ndarray, draws: i
     for the choice of the best layer.
 
     Returns:
-        The best ``layer``, how many samples it ``gained`` and ``lost``, its mean gain ``delta``, and ``p``.
+        The best ``layer``, the number of samples that it ``gained`` and ``lost``, its mean gain ``delta``, and ``p``.
     """
     delta = (correct.astype(float) - base)[layers]
     scale = np.sqrt(np.maximum((delta != 0).sum(1), 1))
@@ -205,14 +226,18 @@ def permuted(base: np.ndarray, correct: np.ndarray, layers: np.ndarray, draws: i
 # Task-layer interaction vectors.
 
 
-def resampled_vectors(delta: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Interaction vectors ``(draws, L)`` of bootstrap resamples of the samples of ``delta (L, N)``."""
+def resampled_vectors(
+    delta: Float[np.ndarray, "layers samples"], draws: int, rng: np.random.Generator
+) -> Float[np.ndarray, "draws layers"]:
+    """Interaction vectors of bootstrap resamples of the samples of ``delta``."""
     count = delta.shape[1]
     return rng.multinomial(count, np.full(count, 1 / count), draws) @ delta.T / count
 
 
-def similarity(vectors: np.ndarray, kind: Similarity = "pearson") -> np.ndarray:
-    """Correlations or cosines ``(T, T)`` of the vectors ``(T, L)``; 0 where a vector has length 0."""
+def similarity(
+    vectors: Float[np.ndarray, "tasks layers"], kind: Similarity = "pearson"
+) -> Float[np.ndarray, "tasks tasks"]:
+    """Correlations or cosines of the vectors; 0 where a vector has length 0."""
     x = vectors - vectors.mean(1, keepdims=True) if kind == "pearson" else vectors
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     x = np.where(norm > 1e-9, x / np.maximum(norm, 1e-9), 0)
@@ -221,24 +246,26 @@ def similarity(vectors: np.ndarray, kind: Similarity = "pearson") -> np.ndarray:
     return matrix
 
 
-def tree(matrix: np.ndarray) -> np.ndarray:
-    """SciPy's linkage matrix of tasks with the similarities ``(T, T)``: average linkage of 1 - similarity."""
+def tree(matrix: Float[np.ndarray, "tasks tasks"]) -> Float[np.ndarray, "merges 4"]:
+    """SciPy's linkage matrix of tasks with these similarities: average linkage of 1 - similarity."""
     return linkage(squareform(1 - matrix, checks=False), "average")
 
 
-def in_two(vectors: np.ndarray, kind: Similarity) -> np.ndarray:
-    """``(T, T)`` bool: whether two tasks are in the same one of the tree's two main branches."""
+def in_two(vectors: Float[np.ndarray, "tasks layers"], kind: Similarity) -> Bool[np.ndarray, "tasks tasks"]:
+    """Whether two tasks are in the same one of the tree's two main branches."""
     if len(vectors) == 1:
         return np.ones((1, 1), bool)
     half = fcluster(tree(similarity(vectors, kind)), 2, "maxclust")
     return half[:, None] == half
 
 
-def together(deltas: Sequence[np.ndarray], kind: Similarity, draws: int, seed: int) -> np.ndarray:
-    """The share of bootstrap resamples ``(T, T)`` in which two tasks are in the same main branch of the tree.
+def together(
+    deltas: Sequence[Float[np.ndarray, "layers _samples"]], kind: Similarity, draws: int, seed: int
+) -> Float[np.ndarray, "tasks tasks"]:
+    """The share of bootstrap resamples in which two tasks are in the same main branch of the tree.
 
     Args:
-        deltas: for each task the gains ``(L, N)`` of its samples, which are resampled.
+        deltas: for each task the gains of its samples, which are resampled.
     """
     rng = np.random.default_rng(seed)
     vectors = np.stack([resampled_vectors(delta, draws, rng) for delta in deltas], 1)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+from jaxtyping import Bool, Shaped
 
 from interventions.engine.cost import Announced, estimate
 from interventions.engine.read import Gold
@@ -15,6 +16,7 @@ from interventions.kinds.gates import Gate
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import batches
 from vlm_jax.runs.processes import fetch, progress
 
@@ -24,7 +26,7 @@ _LENGTH_STEP = 32
 
 
 def layer_cut(depth: int, layer: int, cut: Cut) -> Gate | UniformAttention:
-    """An intervention that cuts a part of one decoder layer, at every token, also at generated ones.
+    """An intervention that cuts a part of one decoder layer, at every token, including generated ones.
 
     Args:
         depth: the model's number of layers.
@@ -39,10 +41,15 @@ def layer_cut(depth: int, layer: int, cut: Cut) -> Gate | UniformAttention:
 
 
 def tabulate(
-    model: Model, processor, examples: Sequence[Example], cut: Cut = "attn", *, batch: int = 32, label: str = ""
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which examples are answered correctly: by the unchanged model ``base (N,)`` and with each layer cut
-    ``correct (L, N)``, bool.
+    model: Model,
+    processor: Processor,
+    examples: Sequence[Example],
+    cut: Cut = "attn",
+    *,
+    batch: int = 32,
+    label: str = "",
+) -> tuple[Bool[np.ndarray, "samples"], Bool[np.ndarray, "layers samples"]]:
+    """Which examples are answered correctly: by the unchanged model (``base``) and with each layer cut (``correct``).
 
     An answer is correct if the gold token is the likeliest at every token of the gold answer and of its turn's end.
     Greedy decoding would then write exactly ``answers[0]`` and stop.
@@ -77,9 +84,9 @@ class TaskTable(NamedTuple):
     """A task's samples and their table of correct answers."""
 
     examples: list[Example]
-    base: np.ndarray
-    """``(N,)`` bool: by the unchanged model."""
-    correct: np.ndarray
-    """``(L, N)`` bool: with each layer cut."""
-    strata: np.ndarray
-    """``(N,)``: the samples' sub-tasks."""
+    base: Bool[np.ndarray, "samples"]
+    """By the unchanged model."""
+    correct: Bool[np.ndarray, "layers samples"]
+    """With each layer cut."""
+    strata: Shaped[np.ndarray, "samples"]
+    """The samples' sub-tasks."""

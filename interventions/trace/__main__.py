@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from interventions.trace.options import TraceOptions
-from interventions.trace.tracing import forced, trace_task
+from interventions.trace.tracing import trace_task, with_gold_first
 from vlm_jax import Model
 from vlm_jax.data import load_task, source, task_label
 from vlm_jax.data.options import DataOptions
@@ -33,7 +33,7 @@ class Args(TraceOptions, DataOptions, ModelOptions):
 @command
 def main(args: Args) -> None:
     loaded = load_task(args.task, split="trace", limit=args.limit, options=args)
-    examples = [forced(example, args.gold) for example in loaded]
+    examples = [with_gold_first(example, args.gold) for example in loaded]
     data = source(args.task, split="trace", options=args)
 
     def check(model: Model) -> None:

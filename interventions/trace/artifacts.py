@@ -10,7 +10,7 @@ SAMPLES = Schema(
         "correct": "whether greedy decoding of the clean prompt writes the gold answer",
         "p_clean": "the metric of the clean run, such as the probability of the gold answer",
         "p_corrupt": "(R,), the metric of every replicate's corrupted run",
-        "ie": "(R, C), indirect effects: metric with a cell restored, less p_corrupt; cells in the order of summary rr",
+        "ie": "(R, C), indirect effects: metric with a cell restored, minus p_corrupt; cells as in the summary's rr",
     },
 )
 SUMMARY = Schema(
@@ -18,10 +18,10 @@ SUMMARY = Schema(
     {
         "task": "what was traced",
         "fingerprint": "the model",
-        "samples": "how many samples",
+        "samples": "the number of samples",
         "replicates": "corruptions of every sample",
         "te_not_positive": "samples with a total effect (TE = p_clean - p_corrupt) of at most 0",
-        "excluded_by_min_te": "samples whose TE is below --min-te, which no rate counts",
+        "excluded_by_min_te": "samples whose TE is below --min-te: mean_of_ratios and median leave them out",
         "correct": "share of samples that greedy decoding answers correctly",
         "p_clean": "mean over samples",
         "p_corrupt": "mean over samples and replicates",
@@ -29,8 +29,8 @@ SUMMARY = Schema(
         "statistic": "the statistic of rr and ranking",
         "ranking": "cells, the most restoring first",
         "rr": "cell -> restoration rate",
-        "tasks": "task -> cell -> restoration rate, of the samples of that task alone",
-        "stability": "per sample size, how alike the rankings of two disjoint halves are",
+        "tasks": "task -> cell -> restoration rate, from the samples of that task only",
+        "stability": "per sample size, how similar the rankings of two disjoint sets of samples are",
         "cells": "the rows of summary.parquet",
     },
 )
@@ -38,15 +38,15 @@ CELLS = Schema(
     "trace_cells",
     {
         "cell": "layer and module, head or token group, such as L3-attn",
-        "statistic": "how the rate is taken over samples",
+        "statistic": "how the rate sums up the samples",
         "rr": "restoration rate",
         "rank": "1 is the highest rate",
         "low": "lower bound of the 95 % interval over samples",
-        "high": "upper bound of it",
-        "replicates_low": "lower bound over replicates, where there are several",
-        "replicates_high": "upper bound of it",
-        "both_low": "lower bound over samples and replicates, where there are several replicates",
-        "both_high": "upper bound of it",
+        "high": "upper bound of this interval",
+        "replicates_low": "lower bound of the interval over replicates, if there are several",
+        "replicates_high": "upper bound of this interval",
+        "both_low": "lower bound of the interval over samples and replicates, if there are several replicates",
+        "both_high": "upper bound of this interval",
     },
 )
 EFFECTS = Schema(
@@ -59,7 +59,7 @@ EFFECTS = Schema(
         "p_clean": "the metric of the clean run",
         "p_corrupt": "the metric of the corrupted run",
         "te": "total effect: p_clean - p_corrupt",
-        "ie": "indirect effect: metric with the cell restored, less p_corrupt",
+        "ie": "indirect effect: metric with the cell restored, minus p_corrupt",
         "rr": "ie / (te + eps) of this sample and replicate",
     },
 )

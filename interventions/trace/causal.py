@@ -1,10 +1,11 @@
 """Causal tracing of one batch (P0, section 2.2, equations 1-6), as a function of arrays."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from interventions.engine.grids import patch_grid
 from interventions.engine.read import Gold
@@ -14,28 +15,29 @@ from interventions.modules import MODULE_SITES
 from interventions.trace.corruption import embed
 from vlm_jax import Inputs, Model
 from vlm_jax.errors import UserError
+from vlm_jax.typing import Array, ArrayLike
 
 
 class Trace(NamedTuple):
-    """Results for each sample: ``p_clean, p_corrupt, te (B,)`` and ``ie, rr (B, L, 2)``; the last axis is attention,
-    MLP."""
+    """The probability of each sample's gold answer in the clean and the corrupted run, the total effect ``te`` of the
+    corruption; and for each module, attention and MLP, the indirect effect ``ie`` and the restoration rate ``rr``."""
 
-    p_clean: Any
-    p_corrupt: Any
-    te: Any
-    ie: Any
-    rr: Any
+    p_clean: Float[Array, "batch"]
+    p_corrupt: Float[Array, "batch"]
+    te: Float[Array, "batch"]
+    ie: Float[Array, "batch layers 2"]
+    rr: Float[Array, "batch layers 2"]
 
 
 def causal_trace(
     model: Model,
     inputs: Inputs,
-    question_mask,
-    answer_mask,
+    question_mask: Bool[ArrayLike, "batch tokens"],
+    answer_mask: Bool[ArrayLike, "batch tokens"],
     *,
-    noise=None,
+    noise: Float[ArrayLike, "batch tokens width"] | None = None,
     noise_scale: float = 2.0,
-    key: jax.Array | None = None,
+    key: PRNGKeyArray | None = None,
     engine: Literal["sweep", "naive"] = "sweep",
     eps: float = 1e-8,
 ) -> Trace:
@@ -45,9 +47,9 @@ def causal_trace(
     patched at all positions into the corrupted run.
 
     Args:
-        question_mask: ``(B, T)`` bool: the tokens that get noise.
-        answer_mask: ``(B, T)`` bool: the gold tokens in ``inputs``.
-        noise: ``(B, T, D)``, added at the question tokens. None draws it with ``key`` from
+        question_mask: the tokens that get noise.
+        answer_mask: the gold tokens in ``inputs``.
+        noise: added at the question tokens. None draws it with ``key`` from
             N(0, (noise_scale * sigma_E)^2), where sigma_E is the standard deviation of the embeddings of real tokens.
         engine: "sweep" computes shared tokens and layers once; "naive" runs the whole model for every cell and is the
             reference in tests.
@@ -64,10 +66,12 @@ def causal_trace(
         embedded = embed(model, inputs)
         sigma = embedding_std(embedded.x, inputs.attention_mask)
         key = jax.random.key(0) if key is None else key
-        noise = noise_scale * sigma * jax.random.normal(key, embedded.x.shape)
-    noise = jnp.where(question[..., None], noise, 0)
+        added = noise_scale * sigma * jax.random.normal(key, embedded.x.shape)
+    else:
+        added = noise
+    added = jnp.where(question[..., None], added, 0)
     variants, shape = patch_grid(MODULE_SITES, model.config.text.num_hidden_layers)
-    runs = sweep_runs(model, inputs, variants, gold, base=(Add(noise),), clean=(), engine=engine)
+    runs = sweep_runs(model, inputs, variants, gold, base=(Add(added),), clean=(), engine=engine)
     p_clean, p_corrupt = runs.clean.probability, runs.base.probability
     p_patch = runs.variants.probability.reshape(*shape, -1).transpose(2, 1, 0)
     te = p_clean - p_corrupt
@@ -76,6 +80,6 @@ def causal_trace(
 
 
 @jax.jit
-def embedding_std(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """sigma_E: the standard deviation over all elements of ``x (B, T, D)`` at real tokens."""
+def embedding_std(x: Float[ArrayLike, "batch tokens width"], mask: Bool[ArrayLike, "batch tokens"]) -> Float[Array, ""]:
+    """sigma_E: the standard deviation over all elements of ``x`` at real tokens."""
     return jnp.std(x.astype(jnp.float32), where=jnp.broadcast_to(mask[..., None], x.shape))

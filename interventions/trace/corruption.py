@@ -11,12 +11,13 @@ import hashlib
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, Key
 from PIL import ImageFilter
 
 from interventions.kinds.add import Add
@@ -25,8 +26,10 @@ from vlm_jax.data import Example
 from vlm_jax.data.metrics import normalise
 from vlm_jax.errors import UserError
 from vlm_jax.model import Embedded
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, encode
 from vlm_jax.runs.processes import fetch, gathered
+from vlm_jax.typing import Array, ArrayLike
 
 #: The radius of ``blurred_image``'s blur, as a share of the image's longer side.
 _BLUR = 1 / 16
@@ -34,27 +37,28 @@ _BLUR = 1 / 16
 
 @flax.struct.dataclass
 class Survey:
-    """Statistics of a whole task that corruptions need; None where no sample has an image or there is no DeepStack."""
+    """Statistics of a whole task that corruptions need; A field is None if no sample has an image, or if the model
+    has no DeepStack."""
 
     sigma: dict[str, float]
     """Standard deviation of the embeddings: over all ``sequence`` tokens (P0's sigma_E), over the ``question`` tokens,
     and over the ``vocabulary``."""
-    deepstack_sigma: np.ndarray | None
-    """``(K,)``: standard deviation of each DeepStack tensor."""
-    mean_image: np.ndarray | None
-    """``(D,)``: the mean embedding of image tokens."""
-    mean_deepstack: np.ndarray | None
-    """``(K, D)``: the mean row of each DeepStack tensor at image tokens."""
+    deepstack_sigma: Float[np.ndarray, "levels"] | None
+    """Standard deviation of each DeepStack tensor."""
+    mean_image: Float[np.ndarray, "width"] | None
+    """The mean embedding of image tokens."""
+    mean_deepstack: Float[np.ndarray, "levels width"] | None
+    """The mean row of each DeepStack tensor at image tokens."""
 
 
 class Moments:
-    """Accumulates the mean and the standard deviation over the first axis of arrays that come one after another."""
+    """Accumulates the mean and the standard deviation over the first axis of arrays that are added one by one."""
 
     def __init__(self):
-        self.count, self.total, self.square = 0, 0.0, 0.0
+        self.count, self.total, self.square = 0, np.zeros(()), np.zeros(())
 
-    def add(self, x: np.ndarray) -> None:
-        """Adds the rows of ``x (n, ...)``."""
+    def add(self, x: Float[np.ndarray, "rows ..."]) -> None:
+        """Adds the rows of ``x``."""
         x = np.asarray(x, np.float64)
         self.count, self.total, self.square = self.count + len(x), self.total + x.sum(0), self.square + (x**2).sum(0)
 
@@ -65,8 +69,8 @@ class Moments:
     def joined(self) -> "Moments":
         """The moments of the rows of all processes.
 
-        The processes of a team add the same rows. All teams have equally many processes, so mean and standard deviation
-        are still right.
+        The processes of a team add the same rows. All teams have the same number of processes, so mean and standard
+        deviation are still right.
         """
         merged = Moments()
         for count, *sums in gathered([self.count, *(np.asarray(part).tolist() for part in self._sums)]):
@@ -76,13 +80,12 @@ class Moments:
         return merged
 
     @property
-    def mean(self) -> np.ndarray | None:
-        return self.total / self.count if self.count else None
+    def mean(self) -> np.ndarray:
+        """The mean row. There must be one."""
+        return self.total / self.count
 
-    def std(self, axis: int | None = None) -> np.ndarray | None:
-        """The standard deviation over all axes, or over all but the rows' ``axis``; None if no row was added."""
-        if not self.count:
-            return None
+    def std(self, axis: int | None = None) -> np.ndarray:
+        """The standard deviation over all axes, or over all axes except ``axis`` of a row. There must be a row."""
         reduced = tuple(i for i in range(np.ndim(self.total)) if i != axis)
         mean = (self.total / self.count).mean(reduced)
         return np.sqrt((self.square / self.count).mean(reduced) - mean**2)
@@ -120,7 +123,12 @@ class Surveyor:
             "question": float(question.std()),
             "vocabulary": float(jnp.std(table)) * self.model.config.text.embed_scale,
         }
-        return Survey(sigma, deepstack.std(0), image.mean, deepstack.mean)
+        return Survey(
+            sigma,
+            deepstack_sigma=deepstack.std(0) if deepstack.count else None,
+            mean_image=image.mean if image.count else None,
+            mean_deepstack=deepstack.mean if deepstack.count else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Case:
     """One batch to corrupt."""
 
     model: Model
-    processor: object
+    processor: Processor
     examples: Sequence[Example]
     """One for each row."""
     counterparts: Sequence[Example]
@@ -137,7 +145,7 @@ class Case:
     """The encoded examples."""
     embedded: Embedded
     """Their clean embeddings."""
-    keys: jax.Array
+    keys: Key[Array, "batch"]
     """One random key for each row."""
     survey: Survey
     scale: float
@@ -145,8 +153,8 @@ class Case:
     sigma: float
     """sigma_E."""
 
-    def noise(self, stream: int = 0) -> jax.Array:
-        """Independent N(0, 1) numbers ``(B, T, D)``; another ``stream`` gives other numbers."""
+    def noise(self, stream: int = 0) -> Float[Array, "batch tokens width"]:
+        """Independent N(0, 1) numbers; another ``stream`` gives other numbers."""
         return normal(self.keys, *self.embedded.x.shape[1:], stream)
 
     def again(self, **changed) -> Batch:
@@ -161,13 +169,15 @@ class Case:
         """The embeddings with other images in place of the prompts' images."""
         batch = self.again(images=images)
         if not np.array_equal(batch.inputs.input_ids, self.batch.inputs.input_ids):
-            raise UserError("a corrupted image takes other places in the prompt: trace with images of one size")
+            raise UserError("a corrupted image has another number of tokens: trace with images of one size")
         return embed(self.model, batch.inputs)
 
 
 @jax.jit(static_argnames=("length", "width"))
-def normal(keys: jax.Array, length: int, width: int, stream: int = 0) -> jax.Array:
-    """N(0, 1) numbers ``(B, length, width)``. A token's numbers depend only on its row's key, its position and the
+def normal(
+    keys: Key[Array, "batch"], length: int, width: int, stream: Int[ArrayLike, ""] | int = 0
+) -> Float[Array, "batch tokens width"]:
+    """N(0, 1) numbers. A token's numbers depend only on its row's key, its position and the
     stream."""
 
     def token(key, position):
@@ -179,7 +189,7 @@ def normal(keys: jax.Array, length: int, width: int, stream: int = 0) -> jax.Arr
     return jax.vmap(sample)(keys)
 
 
-def sample_key(seed: int, name: str, replicate: int) -> jax.Array:
+def sample_key(seed: int, name: str, replicate: int) -> Key[Array, ""]:
     """The key of one replicate of the sample with this id."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), replicate)
 
@@ -214,7 +224,7 @@ def mean_image(case: Case) -> Embedded:
 
 
 def swapped_image(case: Case) -> Embedded:
-    """Another sample's images, resized to this one's (after NOTICE, Golovanevsky et al. 2025)."""
+    """Another sample's images, in the sizes of those that they replace (after NOTICE, Golovanevsky et al. 2025)."""
     pairs = zip(case.examples, case.counterparts, strict=True)
     return case.with_images(
         [[b.images[i % len(b.images)].resize(a.size) for i, a in enumerate(e.images)] for e, b in pairs]
@@ -264,7 +274,7 @@ class Corruption(NamedTuple):
     """For a swap: whether two examples are equal in the swapped part, so that a swap would change nothing."""
 
 
-CORRUPTIONS = {
+CORRUPTIONS: dict[str, Corruption] = {
     "question_noise": Corruption(question_noise, True, False),
     "swapped_question": Corruption(swapped_question, True, False, _same_question),
     "image_noise": Corruption(image_noise, True, True),
@@ -272,6 +282,12 @@ CORRUPTIONS = {
     "swapped_image": Corruption(swapped_image, True, True, _same_image),
     "blurred_image": Corruption(blurred_image, False, True),
 }
+
+#: The name of a corruption. Static checkers see any string, because they cannot read the table.
+if TYPE_CHECKING:
+    CorruptionName = str
+else:
+    CorruptionName = Literal[tuple(CORRUPTIONS)]
 
 
 def counterpart(
@@ -283,12 +299,13 @@ def counterpart(
 ) -> Example:
     """The example with which an example is swapped.
 
-    Its gold answer is wrong for this example, so that the swap can change the answer, and it is not the ``same``. Each
-    replicate has another counterpart, as long as there are enough. The order of the examples does not matter: they are
-    sorted by a digest of the seed and the two ids.
+    Its gold answer is wrong for this example, so that the swap can change the answer. Each replicate has another
+    counterpart, as long as there are enough. The order of the examples does not matter: they are sorted by a digest of
+    the seed and the two ids.
 
     Args:
         row: the number of the example to be swapped.
+        same: whether two examples are equal in the swapped part. Such an example is no counterpart.
 
     Raises:
         UserError: if there is no such example.
@@ -302,9 +319,10 @@ def counterpart(
     others = (e for e in sorted(examples, key=digest) if normalise(e.answers[0]) not in right_answers)
     candidates = list(itertools.islice((e for e in others if same is None or not same(example, e)), replicate + 1))
     if not candidates:
-        part = {_same_question: ", another question", _same_image: ", another image"}.get(same, "")
+        parts: dict[Any, str] = {_same_question: ", another question", _same_image: ", another image"}
+        part = parts.get(same, "")
         raise UserError(
-            f"example {example.id!r} finds no other with another answer than {example.answers[0]!r}{part}: "
+            f"example {example.id!r} has no counterpart with another answer than {example.answers[0]!r}{part}: "
             "trace more samples"
         )
     return candidates[replicate % len(candidates)]
@@ -313,7 +331,7 @@ def counterpart(
 def as_interventions(model: Model, clean: Embedded, corrupt: Embedded) -> tuple[Add, ...]:
     """Interventions that add the difference from the clean to the corrupted embeddings, and to DeepStack's tensors."""
     interventions = [Add(corrupt.x - clean.x)]
-    if clean.deepstack is not None and corrupt.deepstack is not clean.deepstack:
+    if clean.deepstack is not None and corrupt.deepstack is not None and corrupt.deepstack is not clean.deepstack:
         depth, count = model.config.text.num_hidden_layers, len(clean.deepstack)
         slot = jnp.minimum(jnp.arange(depth), count).astype(jnp.int32)
         interventions.append(Add(corrupt.deepstack - clean.deepstack, site="text.deepstack", slot=slot))
@@ -330,7 +348,7 @@ class Corrupter:
     """
 
     model: Model
-    processor: object
+    processor: Processor
     examples: Sequence[Example]
     survey: Survey
     options: Any

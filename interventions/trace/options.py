@@ -7,44 +7,44 @@ import tyro
 
 from interventions.engine.grids import layer_windows
 from interventions.kinds.groups import members
-from interventions.trace.corruption import CORRUPTIONS
+from interventions.trace.corruption import CORRUPTIONS, CorruptionName
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.runs.ranges import Range, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceOptions:
-    """How a task is traced. The defaults are P0's; where P0 does not say, they are ours."""
+    """How a task is traced. The defaults are P0's, or ours for options that P0 does not mention."""
 
-    corruption: Literal[tuple(CORRUPTIONS)] = "question_noise"
+    corruption: CorruptionName = "question_noise"
     """How the prompt is corrupted. Noise on the embeddings of the question (P0) or of the image, DeepStack included;
     the question or the image of another sample; the mean image embedding; blurred pixels."""
     noise_scale: Annotated[float, Range(above=0)] = 2.0
     """How strong the noise is: its standard deviation is noise_scale * sigma_E (s in P0's equation 5)."""
     sigma: Literal["sequence", "question", "vocabulary"] = "sequence"
-    """What sigma_E is the standard deviation of: the embeddings of all tokens of the task's prompts (P0), of their
-    question tokens, or the whole embedding table. DeepStack's noise has sigmas of its own."""
+    """The embeddings whose standard deviation is sigma_E: those of all tokens of the task's prompts (P0), those of
+    their question tokens, or the whole embedding table. The sigmas of DeepStack's noise are measured separately."""
     replicates: Annotated[int, Range(least=1)] = 1
     """How often every sample is corrupted, each time with other noise. All cells see the same noise."""
     positions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP [GROUP ...]")] = ("all",)
     """The tokens that a patch restores: all (P0), or token groups such as question, last, image, answer. Each group is
-    patched on its own."""
+    patched separately."""
     window: int = 1
     """How many neighbouring layers a patch restores at once (P0: 1; ROME: 10)."""
     heads: bool = False
-    """Patch every attention head on its own, instead of the outputs of attention and MLP."""
+    """Patch every attention head separately, instead of the outputs of attention and MLP."""
     metric: Annotated[
         Literal["probability", "log_probability", "logit_difference"], tyro.conf.arg(name="trace-metric")
     ] = "probability"
-    """What TE and IE are differences of. The geometric mean probability of the gold tokens (P0); their mean
+    """The metric whose differences are TE and IE: the geometric mean probability of the gold tokens (P0); their mean
     log-probability; or the logit of the gold answer minus the logit of a wrong one, where the two first differ."""
     gold: Literal["commonest", "shortest", "longest"] = "commonest"
-    """Which answer is scored where a sample has several. commonest: the one that most annotators gave, or else the
-    first."""
+    """Which of a sample's answers is scored. commonest: the one that most annotators gave, or else the first."""
     correct_only: bool = False
-    """Trace only samples whose gold tokens greedy decoding would write, whatever it would write after them."""
+    """Trace only samples whose gold tokens greedy decoding would write. What it would write after them does not
+    matter."""
     min_te: float = 0.01
-    """Leave samples out of RR whose TE is below this, in the metric's units: dividing by a tiny TE only adds noise."""
+    """Samples whose TE is below this, in the metric's units, do not count in RR: dividing by a tiny TE adds noise."""
     eps: Annotated[float, Range(least=0)] = 1e-8
     """Added to TE before IE is divided by it (epsilon in P0's equation 4)."""
     statistic: Literal["mean_of_ratios", "ratio_of_means", "median"] = "mean_of_ratios"
@@ -52,7 +52,7 @@ class TraceOptions:
     batch: Annotated[int, Range(least=1), tyro.conf.arg(name="trace-batch")] = 16
     """Samples that are traced at once. Larger batches are faster and need more memory; results do not change."""
     seed: Annotated[int, Range(least=0), tyro.conf.arg(name="trace-seed")] = 0
-    """Seed of the noise and of the swaps. What a sample gets does not depend on its batch."""
+    """Seed of the noise and of the swaps. A sample's noise and swap do not depend on its batch."""
 
     def check(self, depth: int) -> None:
         """Checks the options for a model with ``depth`` layers.
@@ -72,13 +72,15 @@ class TraceOptions:
             members(group)
         layer_windows(depth, self.window)
         if self.replicates > 1 and not CORRUPTIONS[self.corruption].random:
-            raise UserError(f"--corruption {self.corruption} leaves nothing to chance: drop --replicates")
+            raise UserError(
+                f"--corruption {self.corruption} is not random, so replicates would be equal: drop --replicates"
+            )
 
     def check_modules(self) -> None:
-        """Checks that the cells are modules, which placing LoRA by them needs.
+        """Checks that the cells are modules, because LoRA is placed in modules.
 
         Raises:
-            UserError: otherwise.
+            UserError: if the cells are heads or token groups.
         """
         if self.heads or len(self.positions) > 1:
             raise UserError("placing LoRA needs one RR for each module: drop --heads, give one group of --positions")

@@ -1,8 +1,9 @@
 """The result of tracing a task: restoration rates, their intervals and their ranking."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from interventions import statistics
 from interventions.modules import PAPER_SHARE, module_names
@@ -11,7 +12,7 @@ from vlm_jax.errors import UserError
 
 
 class TaskTrace(NamedTuple):
-    """The trace of a task as NumPy arrays of N samples, R replicates of the corruption and C cells."""
+    """The trace of a task: NumPy arrays by sample, replicate of the corruption and cell."""
 
     ids: list[str]
     """The samples' ids."""
@@ -19,20 +20,20 @@ class TaskTrace(NamedTuple):
     """The samples' tasks."""
     cells: list[str]
     """The names of the cells."""
-    p_clean: np.ndarray
-    """``(N,)``: the metric of the clean run, by default p(gold)."""
-    p_corrupt: np.ndarray
-    """``(N, R)``: the metric of the corrupted run."""
-    ie: np.ndarray
-    """``(N, R, C)``: the indirect effect of restoring each cell, in the metric's units (P0, equation 3)."""
-    correct: np.ndarray
-    """``(N,)`` bool: whether greedy decoding writes the gold answer."""
+    p_clean: Float[np.ndarray, "samples"]
+    """The metric of the clean run, by default p(gold)."""
+    p_corrupt: Float[np.ndarray, "samples replicates"]
+    """The metric of the corrupted run."""
+    ie: Float[np.ndarray, "samples replicates cells"]
+    """The indirect effect of restoring each cell, in the metric's units (P0, equation 3)."""
+    correct: Bool[np.ndarray, "samples"]
+    """Whether greedy decoding writes the gold answer."""
     sigma: float
     """sigma_E, the standard deviation of the embeddings, which scales the noise."""
 
     @property
-    def te(self) -> np.ndarray:
-        """The total effect of the corruption ``(N, R)`` (P0, equation 2)."""
+    def te(self) -> Float[np.ndarray, "samples replicates"]:
+        """The total effect of the corruption (P0, equation 2)."""
         return self.p_clean[:, None] - self.p_corrupt
 
 
@@ -43,10 +44,11 @@ def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
     Raises:
         UserError: as :func:`interventions.statistics.rr`.
     """
-    te, rate_options = traced.te, {"min_te": options.min_te, "eps": options.eps}
+    te = traced.te
+    rate_options: dict[str, Any] = {"min_te": options.min_te, "eps": options.eps}
     rows = statistics.rr_summary(te, traced.ie, traced.cells, seed=options.seed, **rate_options)
     chosen = [row for row in rows if row["statistic"] == options.statistic]
-    if not chosen:  # the statistic does not exist: this call raises the error with the reason
+    if not chosen:  # the statistic is not defined for this task: this call raises the error with the reason
         statistics.rr(te, traced.ie, statistic=options.statistic, **rate_options)
     ranked = sorted(chosen, key=lambda row: row["rank"])
     try:
@@ -76,7 +78,7 @@ def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
 def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, float]:
     """RR of every cell in one task of a family; empty if the task has no sample with TE >= min_te."""
     in_task = np.array(traced.tasks) == task
-    rate_options = {"min_te": options.min_te, "eps": options.eps, "statistic": options.statistic}
+    rate_options: dict[str, Any] = {"min_te": options.min_te, "eps": options.eps, "statistic": options.statistic}
     try:
         rates = statistics.rr(traced.te[in_task], traced.ie[in_task], **rate_options)
     except UserError:
@@ -90,8 +92,8 @@ def bounds(summary: dict) -> statistics.Interval:
     return statistics.Interval(*(np.array([row[name] for row in rows]) for name in ("rr", "low", "high")))
 
 
-def by_module(summary: dict) -> np.ndarray:
-    """RR ``(L, 2)`` of a summary by layer and module; the last axis is attention, MLP."""
+def by_module(summary: dict) -> Float[np.ndarray, "layers 2"]:
+    """RR of a summary by layer and module; the last axis is attention, MLP."""
     rates = summary["rr"]
     depth = len(rates) // 2
     return np.array([rates[name] for name in module_names(depth)]).reshape(depth, 2)

@@ -3,9 +3,11 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from interventions.engine.grids import patch_grid
 from interventions.engine.prefix import PREFIX_BUCKET
@@ -27,6 +29,7 @@ from vlm_jax.config import Config
 from vlm_jax.data import Example
 from vlm_jax.data.metrics import LETTERS, normalise
 from vlm_jax.errors import UserError
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches, encode
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
@@ -35,34 +38,39 @@ from vlm_jax.runs.processes import apart, fetch, progress
 
 
 def trace_examples(
-    model: Model, processor, examples: list[Example], options: TraceOptions, label: str, log: Log | None = None
+    model: Model,
+    processor: Processor,
+    examples: list[Example],
+    options: TraceOptions,
+    label: str,
+    log: Log | None = None,
 ) -> TaskTrace:
     """Traces every example.
 
     Args:
-        log: where results go as they come, and where those of an earlier session are.
+        log: the file of the samples' records. New ones are appended; those of an earlier session are read from it.
     """
     options.check(model.config.text.num_hidden_layers)
-    examples = [forced(example, options.gold) for example in examples]
+    examples = [with_gold_first(example, options.gold) for example in examples]
     if options.correct_only:
         examples = answered(model, processor, examples, options.batch)
     log, ids = Log() if log is None else log, [example.id for example in examples]
     with apart(model) as (team, model):
-        own = team.own(len(examples))
+        team_rows = team.own(len(examples))
 
         def groups() -> Iterator[tuple[list[int], Batch]]:
-            mine = [examples[row] for row in own]
-            for rows, batch in batches(mine, processor, model.config, options.batch, align=PREFIX_BUCKET):
-                yield [own[row] for row in rows], batch
+            team_examples = [examples[row] for row in team_rows]
+            for rows, batch in batches(team_examples, processor, model.config, options.batch, align=PREFIX_BUCKET):
+                yield [team_rows[row] for row in rows], batch
 
-        found = survey(model, groups())
-        if CORRUPTIONS[options.corruption].visual and found.mean_image is None:
+        task_survey = survey(model, groups())
+        if CORRUPTIONS[options.corruption].visual and task_survey.mean_image is None:
             raise UserError(
                 f"--corruption {options.corruption} needs images, and no sample has one: corrupt the question"
             )
-        corrupt = Corrupter(model, processor, examples, found, options)
+        corrupt = Corrupter(model, processor, examples, task_survey, options)
         part = log.part(team, ids)
-        with progress(total=len(own), desc=f"trace {label}", unit="sample") as bar:
+        with progress(total=len(team_rows), desc=f"trace {label}", unit="sample") as bar:
             for rows, batch in part.missing(groups(), ids):
                 bar.update(len(part.records) - bar.n)
                 part.append(trace_batch(corrupt, rows, batch))
@@ -75,14 +83,18 @@ def trace_examples(
         [example.id for example in examples],
         [example.task for example in examples],
         cells_of(model.config, options),
-        sigma=found.sigma[options.sigma],
+        sigma=task_survey.sigma[options.sigma],
         **columns,
     )
 
 
 def trace_batch(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> list[dict]:
-    """One record a sample of a batch, whose examples are those of ``rows``: ``id, correct, p_clean, p_corrupt (R,)``
-    and ``ie (R, C)`` as JSON has them."""
+    """The records of a batch, one per sample, ready for JSON: ``id``, ``task``, ``correct``, ``p_clean``,
+    ``p_corrupt (R,)`` and ``ie (R, C)``.
+
+    Args:
+        rows: the numbers of the batch's examples.
+    """
     model, options = corrupt.model, corrupt.options
     examples = [corrupt.examples[row] for row in rows]
     read = gold = Gold.of(batch.inputs, batch.spans["answer"])
@@ -137,37 +149,37 @@ def _short(value: np.float32) -> float:
     return float(str(np.float32(value)))
 
 
-def measured(scores, metric: str) -> np.ndarray:
-    """What a run's read-out is in the metric's units, ``(..., B)``."""
+def measured(scores: Any, metric: str) -> Float[np.ndarray, "*variants batch"]:
+    """A run's read-out in the metric's units."""
     match metric:
         case "probability":
             return fetch(scores.probability)
         case "log_probability":
             return fetch(scores.log_probability)
-        case "logit_difference":
+        case _:  # logit_difference: the read-out itself
             return fetch(scores)
 
 
-def forced(example: Example, rule: str) -> Example:
-    """The example with the gold string of a rule in front."""
-    if rule == "commonest":  # as they come
+def with_gold_first(example: Example, rule: str) -> Example:
+    """The example with the answer that ``rule`` (``--gold``) chooses in first place. The first answer is scored."""
+    if rule == "commonest":  # answers come in this order
         return example
     answers = sorted(example.answers, key=len, reverse=rule == "longest")
     return dataclasses.replace(example, answers=tuple(answers))
 
 
 def foil(examples: Sequence[Example], row: int) -> str:
-    """A wrong answer to compare with: another choice, or where there is none the answer of another sample."""
+    """A wrong answer to compare with: another choice or, if there is none, the answer of another sample."""
     example = examples[row]
     right = {normalise(answer) for answer in example.answers}
     choices, gold = example.choices or (), example.gold
     if choices and gold is not None and example.answers[0] not in choices and example.answers[0] in set(LETTERS):
-        choices = LETTERS[: len(choices)]  # which the question asks for
+        choices = LETTERS[: len(choices)]  # the question asks for a letter
     wrong = [choice for i, choice in enumerate(choices) if i != gold and normalise(choice) not in right]
     return wrong[0] if wrong else counterpart(examples, row).answers[0]
 
 
-def answered(model: Model, processor, examples: list[Example], size: int) -> list[Example]:
+def answered(model: Model, processor: Processor, examples: list[Example], size: int) -> list[Example]:
     """The examples whose gold answer greedy decoding would write."""
     right = np.zeros(len(examples), bool)
     for rows, batch in batches(examples, processor, model.config, size, align=PREFIX_BUCKET):
@@ -175,12 +187,13 @@ def answered(model: Model, processor, examples: list[Example], size: int) -> lis
         right[rows] = fetch(_scores(model, batch.inputs, gold).correct)[: len(rows)]
     kept = [example for example, keep in zip(examples, right, strict=True) if keep]
     if not kept:
-        raise UserError("the model answers no sample rightly: drop --correct-only or choose other samples")
+        raise UserError("the model answers no sample correctly: drop --correct-only or choose other samples")
     return kept
 
 
 def grid(config: Config, options: TraceOptions, batch: Batch) -> tuple[Variants, tuple[int, ...]]:
-    """The patches of a batch, and the shape of their grid: sites, layers, then heads and token groups if any."""
+    """The patches of a batch, and the shape of their grid: sites, layers, then heads and token groups if there are
+    any."""
     tokens = None
     if options.positions != ("all",):
         labels = label(batch)
@@ -202,11 +215,20 @@ def cells_of(config: Config, options: TraceOptions) -> list[str]:
 
 
 def trace_task(
-    run: Run, folder: str, model: Model, processor, task: str, examples: list[Example], options: TraceOptions
+    run: Run,
+    folder: str,
+    model: Model,
+    processor: Processor,
+    task: str,
+    examples: list[Example],
+    options: TraceOptions,
 ) -> dict:
-    """The summary of a task that is traced into ``folder`` of a run, now or in an earlier session, with its files:
-    ``samples.jsonl`` as results come; ``summary.json``, ``summary.parquet``, ``trace.parquet`` and figures with their
-    data."""
+    """Traces a task into ``folder`` of a run and returns its summary. If an earlier session finished the trace, it only
+    reads the summary.
+
+    It writes ``samples.jsonl`` batch by batch; then ``summary.json``, ``summary.parquet``, ``trace.parquet``, and
+    figures with their data.
+    """
 
     def make() -> dict:
         begun = time.perf_counter()

@@ -3,6 +3,7 @@
 import pytest
 
 from interventions.modules import cell_names, folder_name, linears, module_names, split_cell
+from vlm_jax import UserError
 
 
 @pytest.mark.parametrize("heads", [None, 3])
@@ -17,6 +18,12 @@ def test_names_are_parsed_as_they_are_written(heads, groups):
 def test_modules_come_layer_by_layer():
     assert module_names(2) == ["L0-attn", "L0-mlp", "L1-attn", "L1-mlp"]
     assert split_cell("L12-mlp") == (12, "mlp")
+
+
+@pytest.mark.parametrize("name", ["mlp", "L3", "L3-", "layer3-mlp"])
+def test_a_string_that_is_not_a_cell_is_refused(name):
+    with pytest.raises(UserError, match=f"'{name}' is not the name of a cell"):
+        split_cell(name)
 
 
 def test_linears_of_modules():

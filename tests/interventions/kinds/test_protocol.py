@@ -211,6 +211,7 @@ REFUSED = {
     "no token": (lambda case: cut(where=np.zeros_like(case.some)), "no token"),
     "unbound group": (lambda case: cut(group="image"), "bind"),
     "unbound knock-out": (lambda case: between("post_softmax"), "bind"),
+    "random mass without a key": (lambda case: case.bound(between("random_mass").replace(key=None)), "has no key"),
     "noise without tokens": (lambda case: Noise(np.zeros((3, 2), np.uint32), np.ones(3, np.float32)), "tokens"),
 }
 

@@ -239,7 +239,7 @@ def test_unknown_names(name, message):
         ({"scores": {"rr": {"knowledge": RR["knowledge"]}}}, "task_diff", "knowledge", "compares two families"),
         ({"scores": {"rr": {"knowledge": RR["knowledge"]}}}, "task_diff", "perception", "compares two families"),
         ({"scores": {"rr": {**RR, "third": RR["knowledge"]}}}, "task_diff", "knowledge", "two families.*third"),
-        ({"scores": {"fisher": {"knowledge": RR["knowledge"]}}}, "fisher", "perception", "of knowledge alone"),
+        ({"scores": {"fisher": {"knowledge": RR["knowledge"]}}}, "fisher", "perception", "known only for knowledge"),
         ({"scores": {"fisher": {"knowledge": np.full((DEPTH, 2), np.nan)}}}, "fisher", "knowledge", "NaN"),
         ({"scores": {"fisher": {"knowledge": np.zeros((3, 2))}}}, "fisher", "knowledge", "4 x 2 modules"),
     ],
@@ -305,7 +305,7 @@ def test_a_trace_of_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="lacks rr or fingerprint"):
         read_trace(tmp_path, "abc")
     write.write_text(json.dumps({"rr": {"L0-attn": 1, "L0-head3": 2}, "fingerprint": "abc"}))
-    with pytest.raises(UserError, match="other modules"):
+    with pytest.raises(UserError, match="one RR per module"):
         read_trace(tmp_path, "abc")
     write.unlink()
     with pytest.raises(UserError, match=r"summary\.json"):

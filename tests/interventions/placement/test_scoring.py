@@ -258,7 +258,7 @@ def test_adapters_that_cannot_be_scored(cases):
     for score in (scoring.page, scoring.lora_drop):
         with pytest.raises(UserError, match="leaves modules out"):
             score(case.model, case.groups, some)
-    with pytest.raises(UserError, match="B is not zero"):
+    with pytest.raises(UserError, match="B of this one is not zero"):
         scoring.page(case.model, case.groups, adapter(case.model, spread=0.1))
 
 

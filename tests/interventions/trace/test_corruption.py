@@ -306,7 +306,7 @@ def test_counterparts_are_no_right_answer_and_something_to_swap():
         example("same", "cat", "q2"),
         example("right", "Kitten", "q3"),
     ]
-    with pytest.raises(UserError, match=r"'own' finds no other with another answer than 'Cat\.'"):
+    with pytest.raises(UserError, match=r"'own' has no counterpart with another answer than 'Cat\.'"):
         counterpart(examples, 0)
     examples += [example("asked", "dog", "q")]
     assert counterpart(examples, 0).id == "asked"

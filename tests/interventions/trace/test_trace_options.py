@@ -24,7 +24,7 @@ from interventions.kinds.groups import label, members
 from interventions.trace.corruption import Corrupter, Survey, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, summarise
-from interventions.trace.tracing import cells_of, foil, forced, trace_batch, trace_examples
+from interventions.trace.tracing import cells_of, foil, trace_batch, trace_examples, with_gold_first
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import Batch, batches, encode
@@ -264,15 +264,15 @@ def test_correct_only_keeps_what_generation_says(task):
     first = task.trace()[3]
     assert first.tolist() == [right[number] for number in (1, 3, 6, 7)]
     wrong = [dataclasses.replace(e, answers=("7000",)) for e in examples[:4]]
-    with pytest.raises(UserError, match="answers no sample rightly"):
+    with pytest.raises(UserError, match="answers no sample correctly"):
         trace_examples(task.model, task.processor, wrong, TraceOptions(correct_only=True, batch=4), "test")
 
 
 def test_which_gold_answer():
     example = Example("e", (), "?", ("big cat", "cat", "a big cat", "big cat", "dog"))
-    golds = {rule: forced(example, rule).answers[0] for rule in ("commonest", "shortest", "longest")}
+    golds = {rule: with_gold_first(example, rule).answers[0] for rule in ("commonest", "shortest", "longest")}
     assert golds == {"commonest": "big cat", "shortest": "cat", "longest": "a big cat"}
-    assert sorted(forced(example, "longest").answers) == sorted(example.answers)
+    assert sorted(with_gold_first(example, "longest").answers) == sorted(example.answers)
 
 
 def test_the_gold_answer_is_what_is_forced(task):
@@ -297,7 +297,7 @@ def test_the_gold_answer_is_what_is_forced(task):
         ({"statistic": "mean_ratios"}, "unknown statistic.*'mean_of_ratios'"),
         ({"batch": 0}, "--trace-batch is 0: give at least 1"),
         ({"replicates": 0}, "--replicates is 0"),
-        ({"replicates": 2, "corruption": "mean_image"}, "mean_image leaves nothing to chance"),
+        ({"replicates": 2, "corruption": "mean_image"}, "mean_image is not random"),
         ({"replicates": 2, "corruption": "blurred_image"}, "drop --replicates"),
         ({"seed": -1}, "--trace-seed is -1"),
         ({"eps": -1e-8}, "--eps is -1e-08"),
