@@ -48,7 +48,7 @@ def trace_examples(
         examples = answered(model, processor, examples, options.batch)
     log, ids = Log() if log is None else log, [example.id for example in examples]
     with apart(model) as (team, model):
-        own = team.own(len(examples))
+        own = team.rows(len(examples))
 
         def groups() -> Iterator[tuple[list[int], Batch]]:
             mine = [examples[row] for row in own]

@@ -16,6 +16,7 @@ import interventions.talo.artifacts
 import interventions.trace.artifacts
 import train.artifacts
 import train.study.artifacts
+from eval.judging import MetricOptions
 from vlm_jax.errors import UserError
 from vlm_jax.runs.artifacts import TYPES, Artifact, Schema, is_internal, with_artifact
 from vlm_jax.runs.command import command
@@ -182,18 +183,23 @@ def test_a_folder_is_made_once(folder):
 # Commands
 
 COMMAND = """
+import dataclasses
 import sys
 from pathlib import Path
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
 
+@dataclasses.dataclass(frozen=True)
+class Args:
+    out: str
+
 @command
 def main(args):
-    Run.open(Path(args["out"]), args).save_json("results.json", 1, Artifact("metrics", "A result"))
+    Run.open(Path(args.out), args).save_json("results.json", 1, Artifact("metrics", "A result"))
 
 if __name__ == "__main__":
-    main({"out": sys.argv[1]})
+    main(Args(sys.argv[1]))
 """
 
 
@@ -221,9 +227,10 @@ def test_the_command_is_the_same_started_or_imported(room, folder, monkeypatch, 
         out = folder / name
         started(name, out, monkeypatch)
         assert json.loads((out / "config.json").read_text())["command"] == name
-        importlib.import_module(module).main({"out": str(out)})  # resumes
+        imported = importlib.import_module(module)
+        imported.main(imported.Args(str(out)))  # resumes
     with pytest.raises(SystemExit):
-        sys.modules["room.other"].main({"out": str(folder / "room")})
+        imported.main(imported.Args(str(folder / "room")))
     error = capsys.readouterr().err
     assert f"{folder / 'room'} holds a run of room, not of room.other: choose another --out or delete it" in error
     with pytest.raises(UserError, match="holds a run of room, not of a program without a command"):
@@ -236,5 +243,5 @@ def test_a_command_that_fails_is_running_no_longer(folder):
         raise UserError("no")
 
     with pytest.raises(SystemExit):
-        failing({})
+        failing(MetricOptions())
     assert Run.open(folder, {}).config["command"] is None
