@@ -195,7 +195,7 @@ def _judge_choice(example: Example, prediction: str, _: MetricOptions) -> Judged
     return Judged(float(choice == gold), None if choice is None else LETTERS[choice], {"strict": float(right)})
 
 
-#: Choices of which only the letters are known; a question may have up to eight.
+#: Stand-ins for choices whose letters are known but not their texts. A question may have up to eight choices.
 _UNKNOWN_CHOICES = ("",) * 8
 
 

@@ -122,21 +122,21 @@ def check_options(args: Args) -> None:
             other.
     """
     if len(args.families) != 2 or len(set(args.families)) != 2:
-        raise UserError(f"--families names {len(set(args.families))} families: task_diff tells two apart, name two")
+        raise UserError(f"--families names {len(set(args.families))} families, but a study compares two: name two")
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names):
-        raise UserError("--models names two models alike: give folders of different names")
+        raise UserError("--models has two folders of the same name: rename one, because results are stored by name")
     for name in ("seeds", "random_seeds"):
         seeds = getattr(args, name)
         if not seeds or len(set(seeds)) < len(seeds):
-            raise UserError(f"--{name.replace('_', '-')} must be different numbers, at least one")
+            raise UserError(f"--{name.replace('_', '-')} needs at least one number, and none twice: correct it")
     for name in ("models", "placements", "k", "corruptions"):
         values = getattr(args, name)
         if len(set(values)) < len(values):
-            raise UserError(f"--{name} names one twice: name each once, repeats are no new evidence")
+            raise UserError(f"--{name} has a value twice: give each value once")
     for name in args.placements:
         find_placement(name)
     args.tracing.check_modules()
     for kind in args.corruptions:
         if kind == args.tracing.corruption:
-            raise UserError(f"--corruptions names {kind}, which --corruption names already: leave it out")
+            raise UserError(f"--corruptions has {kind}, which --corruption already names: leave it out")

@@ -18,7 +18,7 @@ _DATA = (".md", ".parquet", ".json", ".jsonl", ".csv", ".arrow", ".yaml")
 
 
 class Opened(NamedTuple):
-    """One of a dataset's splits on the hub, opened, and where it was found."""
+    """An opened split of a dataset, and its location."""
 
     spec: DatasetSpec
     split: str

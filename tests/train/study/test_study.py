@@ -68,7 +68,7 @@ def test_default_k_is_the_papers_share():
     [
         ({"families": ("knowledge",)}, "two"),
         ({"families": ("knowledge", "knowledge")}, "two"),
-        ({"models": ("a/mini", "b/mini")}, "alike"),
+        ({"models": ("a/mini", "b/mini")}, "two folders of the same name"),
         ({"seeds": ()}, "--seeds"),
         ({"random_seeds": (1, 1)}, "--random-seeds"),
         ({"placements": ("task_dif",)}, "task_diff"),
