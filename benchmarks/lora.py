@@ -111,7 +111,7 @@ class Ours:
         import vlm_jax
         from interventions.placement.adapters import load_peft
         from train import trunk
-        from train.objective import adamw, linear
+        from train.objective import adamw, linear_decay
         from train.step import Step, update
         from train.subsets import partitioned, split
         from vlm_jax.prompts import Batch
@@ -125,10 +125,10 @@ class Ours:
         self.batch = Batch(vlm_jax.Inputs.from_hf(model.config, input_ids=ids), {"answer": answer, "end": answer}, 0)
         self.model, self.size = model, args.batch
         params = trunk.prepared(model, lora, len(modules(args, placement)), args.remat)
-        transforms = dict.fromkeys(trunk.LABELS, adamw(linear(2e-4, 1000)))
-        self.program = Step(trunk.loss, partitioned(transforms, trunk.label))
+        transforms = dict.fromkeys(trunk.ADAPTER_LABELS, adamw(linear_decay(2e-4, 1000)))
+        self.program = Step(trunk.adapter_loss, partitioned(transforms, trunk.adapter_label))
         self.lowest = params.lowest
-        trained, self.rest = split(params, trunk.label)
+        trained, self.rest = split(params, trunk.adapter_label)
         self.state = self.program.begin(trained)
         self.read()
 

@@ -1,4 +1,4 @@
-"""Accuracy of a model on a task: as it is, with a LoRA adapter, or under a saved intervention.
+"""Accuracy of a model on a task: without changes, with a LoRA adapter, or under a saved intervention.
 
 python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
 """
@@ -11,7 +11,7 @@ import tyro
 
 from eval.artifacts import LMMS_EVAL_SAMPLES, RESULTS
 from eval.evaluation import AnswerOptions, Scored, answer_and_score
-from eval.judging import METRICS, MetricOptions, check
+from eval.judging import METRICS, MetricOptions, check_metric
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
 from interventions.placement.adapters import load_peft, merge
 from interventions.store import describe, digest, load_interventions
@@ -27,27 +27,34 @@ from vlm_jax.runs.startup import start
 
 @dataclasses.dataclass(frozen=True)
 class Args(AnswerOptions, MetricOptions, DataOptions, ModelOptions):
-    """Score a model's greedy answers to P0's prompt, by exact match or as the task's own benchmark does."""
+    """Let a model answer the questions of a task, and score the answers.
+
+    The prompt and the default metric (exact match) are those of P0, the first paper in README.md. With --metric task,
+    answers are scored as the task's benchmark scores them.
+    """
 
     task: str = "mini-okvqa"
-    """The task to score: a name, a family (knowledge, perception, p0-knowledge ...), a JSONL file or a folder."""
+    """The task to score: a task's name (docs/data.md lists them), a family of tasks (knowledge, perception,
+    p0-knowledge ...), a JSONL file or a folder."""
     adapter: Path | None = None
-    """PEFT folder of a LoRA adapter, which is merged into the model."""
+    """Folder of a LoRA adapter in PEFT's format. It is merged into the model before the questions are answered."""
     intervention: Path | None = None
-    """File of saved interventions to evaluate under, such as a layer cut that interventions.talo selected."""
+    """File of saved interventions. They act on the model while it answers. An example is the layer cut that
+    interventions.talo writes, which switches layers off."""
     steps: Literal["all", "prefill"] = "all"
-    """Whether interventions also act on generated tokens (all), or on the prompt only (prefill)."""
+    """Where interventions act. all: on the prompt and on generated tokens; prefill: on the prompt only."""
     split: str = "test"
-    """Which split of a named task to use: trace, train, eval or test; or all, which is every row that a public
-    dataset's benchmark scores."""
+    """Which part of a named task to use: trace, train, eval or test. For a public dataset, all gives every row that its
+    benchmark scores."""
     limit: int | None = 300
-    """How many samples to evaluate."""
+    """Largest number of samples to evaluate; None for all of them."""
     out: Path = Path("runs/accuracy")
-    """Run folder: results.json, samples.jsonl, and samples_TASK.jsonl in lmms-eval's shape."""
+    """Folder for the results: results.json, samples.jsonl, and samples_TASK.jsonl in the format of lmms-eval. A stopped
+    run with the same options continues there."""
 
 
 def show(task: str, scores: Scored) -> None:
-    """Prints every task's headline, and the mean score over all of them."""
+    """Prints the main value of every task's metrics, and the mean score over all samples."""
     for name, parts in scores.summaries.items():
         for metric, summary in parts.items():
             headline = METRICS[metric].headline
@@ -61,12 +68,12 @@ def show(task: str, scores: Scored) -> None:
 
 
 def metric_options(args: Args) -> dict:
-    """The choices that P0 does not specify."""
+    """The options that change scores and that P0 does not specify."""
     return {"normalisation": args.normalisation, "multi_gold": args.multi_gold, "choices": args.choices}
 
 
 def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]]) -> dict:
-    """The keys of lmms-eval's results, for :func:`main`."""
+    """The part of ``results.json`` that has lmms-eval's keys."""
     whole = args.limit is None or sum(map(len, samples.values())) < args.limit
     names = ("dtype", "min_pixels", "max_pixels", "adapter", "intervention", "steps")
     model_args = {"pretrained": args.model} | {name: getattr(args, name) for name in names}
@@ -92,10 +99,10 @@ def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]
 @command
 def main(args: Args) -> None:
     examples = load_task(args.task, split=args.split, limit=args.limit, options=args)
-    check(examples, args)
+    check_metric(examples, args)
     data = source(args.task, split=args.split, options=args)
     run, model, processor = start(args, examples, data, with_answer=False)
-    if args.adapter is not None:  # merged into the model, so it acts on every token, whatever --steps says
+    if args.adapter is not None:  # once merged, an adapter acts on every token; --steps does not change that
         model = merge(model, load_peft(model, args.adapter))
         run.pin("adapter", digests(args.adapter))
     interventions = () if args.intervention is None else load_interventions(args.intervention)

@@ -6,43 +6,40 @@ SAMPLES = Schema(
     "scored_samples",
     {
         "id": "the sample",
-        "task": "the task it belongs to",
+        "task": "the sample's task",
         "family": "the task's family, such as knowledge",
         "question": "the question",
         "answers": "the gold answers",
         "prediction": "what the model wrote",
-        "correct": "whether the score is the full one",
+        "correct": "whether the score is 1",
         "metric": "the metric of the score",
         "score": "from 0 to 1",
-        "read": "what the metric read out of the prediction",
+        "read": "the answer that the metric recognised in the prediction",
     },
 )
+_ACCURACY = {
+    "accuracy": "mean score",
+    "stderr": "its standard error",
+    "samples": "number of samples",
+    "tasks": "task -> its accuracy, stderr and samples, and all values that its metrics report",
+}
 SCORE = Schema(
     "score",
     {
-        "accuracy": "mean score",
-        "stderr": "its standard error",
-        "samples": "how many samples",
-        "tasks": "task -> the same, and every value of the task's metrics",
-    },
-)
-KEPT_SCORE = Schema(
-    "kept_score",
-    {
-        **SCORE.fields,
-        "scores": "of every sample, in the order of samples.jsonl",
-        "clusters": "of every sample, a number that samples of the same image share",
+        **_ACCURACY,
+        "scores": "score of every sample, in the order of samples.jsonl",
+        "clusters": "number of every sample's cluster: samples that show the same image share it",
     },
 )
 RESULTS = Schema(
     "accuracy_results",
     {
-        **SCORE.fields,
-        "task": "what was asked for",
-        "metric": "the metric, or that each task has its own",
+        **_ACCURACY,
+        "task": "value of --task",
+        "metric": "the metric; task if each task has another",
         "metric_options": "normalisation, several gold answers, choices",
-        "compiled_shapes": "how many shapes of batches were compiled",
-        "interventions": "a hash of the interventions that acted",
+        "compiled_shapes": "number of batch shapes for which generation was compiled",
+        "interventions": "hash of the interventions that acted on the model",
         **dict.fromkeys(
             ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config", "task_hashes"),
             "as in lmms-eval's results",
@@ -57,7 +54,7 @@ LMMS_EVAL_SAMPLES = Schema(
         "target": "the first gold answer",
         "input": "the prompt",
         "resps": "what the model wrote",
-        "filtered_resps": "what the metric read out of it",
+        "filtered_resps": "the answer that the metric recognised in it",
         "doc_hash": "a hash of the sample, its images included",
         "METRIC": "the score, and the metric's other values as METRIC_NAME",
     },

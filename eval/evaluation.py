@@ -1,4 +1,4 @@
-"""Answers of a model and their scores: answer, score, keep."""
+"""Answers questions with a model, scores the answers and writes both to a run folder."""
 
 import dataclasses
 import time
@@ -7,11 +7,12 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 import vlm_jax
-from eval.artifacts import KEPT_SCORE, SAMPLES
+from eval.artifacts import SAMPLES, SCORE
 from eval.judging import Judged, MetricOptions, Summary, clusters_of, judge, mean, metric_name, summarise_tasks
 from interventions.kinds.groups import bind
 from vlm_jax import Model
 from vlm_jax.data import Example
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import P0_PROMPT, batches, shape_of
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
@@ -19,22 +20,24 @@ from vlm_jax.runs.log import Log
 from vlm_jax.runs.processes import apart, fetch, gathered, progress
 from vlm_jax.runs.ranges import Range
 
-#: Generation takes longer to compile than padding costs, so prompts of nearly any length share a shape.
+#: Prompts are padded to a multiple of this many tokens. Padding costs less time than compiling generation for more
+#: lengths.
 _LENGTH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class AnswerOptions:
-    """How answers are generated: greedily."""
+    """How answers are generated. Decoding is greedy: each token is the most probable one."""
 
     batch: Annotated[int, Range(least=1), tyro.conf.arg(name="answer-batch")] = 64
-    """Samples that are answered at once. Larger batches are faster and need more memory."""
+    """Questions that are answered together. Larger batches are faster and need more memory."""
     max_new_tokens: Annotated[int, Range(least=1)] = 12
-    """Longest answer, in tokens."""
+    """Largest number of tokens in an answer. Longer answers are cut off."""
 
 
 class Answers(NamedTuple):
-    """The model's greedy answers, in the order of the examples, and how many shapes were compiled for them."""
+    """A model's greedy answers in the order of the examples, and the number of shapes of their batches. Generation is
+    compiled once for each shape."""
 
     texts: list[str]
     compiled_shapes: int
@@ -42,7 +45,7 @@ class Answers(NamedTuple):
 
 def answer(
     model: Model,
-    processor,
+    processor: Processor,
     examples: list[Example],
     interventions=(),
     *,
@@ -53,19 +56,20 @@ def answer(
     prompt: str = P0_PROMPT,
     log: Log | None = None,
 ) -> Answers:
-    """Greedy answers to a prompt, under interventions or without. Interventions that name token groups are bound to
-    every batch.
+    """Generates the answer to each example, with or without interventions. Interventions that name token groups are
+    bound to every batch (:func:`interventions.bind`).
 
     Args:
         batch, max_new_tokens: see :class:`AnswerOptions`.
-        steps: whether interventions also act on generated tokens, or on the prompt only.
+        steps: "all" if interventions also act on generated tokens, "prefill" if they act on the prompt only.
         label: the title of the progress bar.
-        log: where answers go as they come, and where those of an earlier session are.
+        prompt: the user's message, in which ``{QUESTION}`` stands for the question.
+        log: the file to which each batch's answers are written. Answers that it already holds are not generated again.
     """
     log, ids = Log() if log is None else log, [example.id for example in examples]
     shapes: set = set()
     with apart(model, interventions) as (team, model, interventions):
-        team_rows = team.own(len(examples))
+        team_rows = team.rows(len(examples))
 
         def groups():
             selected = [examples[row] for row in team_rows]
@@ -90,20 +94,25 @@ def answer(
 
 
 class Scored(NamedTuple):
-    """The scores of some answers: in all and per task, one by one, and as the metrics report them."""
+    """The scores of some answers."""
 
     results: dict
+    """The mean score (``accuracy``) with its standard error, over all answers and of each task. A task's ``metrics``
+    are the values that its metrics report."""
     records: list[dict]
+    """One for each answer, with its score. ``correct`` is true if the score is 1."""
     judged: list[Judged]
+    """One for each answer."""
     summaries: dict[str, dict[str, Summary]]
+    """Task -> metric -> what the metric reports."""
 
 
-def scored(examples: list[Example], answers: list[str], options: MetricOptions = MetricOptions()) -> Scored:  # noqa: B008
-    """Scores answers by a metric (P0's exact match by default), or each by its task's own.
-
-    ``results``: the mean score (``accuracy``) with its standard error, in all and per task, where ``metrics`` has the
-    metric's own values. ``records``: a sample each; ``correct`` says whether the score is the full one.
-    """
+def score_answers(
+    examples: list[Example],
+    answers: list[str],
+    options: MetricOptions = MetricOptions(),  # noqa: B008 (frozen)
+) -> Scored:
+    """Scores the answers to some examples with one metric (P0's exact match by default), or with each task's metric."""
     judged = judge(examples, answers, options)
     summaries = summarise_tasks(examples, judged, options)
     records = [
@@ -137,7 +146,7 @@ def scored(examples: list[Example], answers: list[str], options: MetricOptions =
 
 
 class Evaluation(NamedTuple):
-    """The answers to some examples and their scores."""
+    """The answers to some examples, and the scores of these answers."""
 
     answers: Answers
     scored: Scored
@@ -147,7 +156,7 @@ def answer_and_score(
     run: Run,
     folder: str,
     model: Model,
-    processor,
+    processor: Processor,
     examples: list[Example],
     metric: MetricOptions,
     answering: AnswerOptions,
@@ -157,16 +166,16 @@ def answer_and_score(
     steps: Literal["all", "prefill"] = "all",
     label: str = "",
 ) -> Evaluation:
-    """Answers the examples, under interventions or without, and scores the answers.
+    """Answers the examples, with or without interventions, and scores the answers.
 
-    Writes ``predictions.jsonl`` as answers come, from which a stopped run goes on, and ``samples.jsonl`` with a score
-    for each sample.
+    Each batch's answers are appended to ``predictions.jsonl``, so a stopped run continues after the last batch. Then
+    ``samples.jsonl`` is written, with a score for each sample.
 
     Args:
-        folder: where in the run folder, "" or ending in "/".
-        model: an adapter that is to be evaluated is merged into it (:func:`interventions.placement.adapters.merge`).
-        title: what the results are called in the run's list of artifacts.
-        steps: whether interventions also act on generated tokens, or on the prompt only.
+        folder: a folder inside the run folder: "" for the run folder itself, else a path that ends in "/".
+        model: to evaluate an adapter, merge it into the model (:func:`interventions.placement.adapters.merge`).
+        title: the title of the results in the run's list of artifacts.
+        steps: "all" if interventions also act on generated tokens, "prefill" if they act on the prompt only.
         label: the title of the progress bar.
     """
     begun = time.perf_counter()
@@ -181,7 +190,7 @@ def answer_and_score(
         label=label,
         log=run.log(f"{folder}predictions.jsonl", None),
     )
-    scores = scored(examples, answers.texts, metric)
+    scores = score_answers(examples, answers.texts, metric)
     run.save_lines(f"{folder}samples.jsonl", scores.records, Artifact("samples", f"{title}: scored answers", SAMPLES))
     run.timed(f"evaluate {folder}".rstrip("/ "), begun)
     return Evaluation(answers, scores)
@@ -191,7 +200,7 @@ def evaluate(
     run: Run,
     folder: str,
     model: Model,
-    processor,
+    processor: Processor,
     examples: list[Example],
     metric: MetricOptions,
     answering: AnswerOptions,
@@ -199,17 +208,19 @@ def evaluate(
     title: str,
     label: str = "",
 ) -> dict:
-    """:func:`answer_and_score`, once: the result is kept in ``score.json`` and read from there by a later session.
+    """:func:`answer_and_score`, done once: the result is written to ``score.json``, and later sessions read it there.
 
     Returns:
-        ``results`` of :class:`Scored`; with ``scores``, one for each sample, and ``clusters``, which samples show the
-        same image (:func:`eval.judging.clusters_of`).
+        ``results`` of :class:`Scored`, and two more lists with an entry for each sample: ``scores``, and ``clusters``,
+        the numbers that samples of the same image share (:func:`eval.judging.clusters_of`).
     """
 
     def make() -> dict:
-        options = {"title": title, "label": label}
-        scores = answer_and_score(run, folder, model, processor, examples, metric, answering, **options).scored
+        evaluation = answer_and_score(
+            run, folder, model, processor, examples, metric, answering, title=title, label=label
+        )
+        scores = evaluation.scored
         per_sample = [record["score"] for record in scores.records]
         return {**scores.results, "scores": per_sample, "clusters": clusters_of(examples).tolist()}
 
-    return run.once(f"{folder}score.json", make, Artifact("metrics", f"{title}: accuracy", KEPT_SCORE))
+    return run.once(f"{folder}score.json", make, Artifact("metrics", f"{title}: accuracy", SCORE))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Shaped
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import bootstrap
@@ -26,7 +27,7 @@ from vlm_jax.data.metrics import (
 from vlm_jax.errors import UserError, nearest
 
 VERSION = 1
-"""The version of the metrics' definitions. It is raised when the same answers get other scores."""
+"""The version of the metrics' definitions. Raise it when a change gives the same answers different scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +35,15 @@ class MetricOptions:
     """How answers are scored."""
 
     metric: str = "exact_match"
-    """How an answer is scored: exact_match (P0), vqa_accuracy, anls, multiple_choice, circular, yes_no, mme, pope or
-    relaxed_accuracy; or task, for the metric of each task's own benchmark."""
+    """How an answer is scored: exact_match (as in P0), vqa_accuracy, anls, multiple_choice, circular, yes_no, mme, pope
+    or relaxed_accuracy (docs/metrics.md explains them). task: by the metric of each task's benchmark."""
     normalisation: Literal["strip", "lower", "evalai"] = "lower"
-    """What exact_match ignores. strip: white space around the texts; lower: also upper case and punctuation around
-    them; evalai: what VQA accuracy ignores. P0 does not specify this."""
+    """Differences that exact_match ignores. strip: white space around the texts; lower: also case, and punctuation
+    around the texts; evalai: the same as vqa_accuracy, such as articles and most punctuation. P0 does not specify
+    this."""
     multi_gold: Literal["any", "first"] = "any"
-    """Whether exact_match accepts any of several gold answers, or only the first, which most annotators gave. P0 does
-    not specify this."""
+    """Which gold answers exact_match accepts, if there are several. any: each of them; first: only the first, which
+    most annotators gave. P0 does not specify this."""
 
 
 class Judged(NamedTuple):
@@ -50,7 +52,7 @@ class Judged(NamedTuple):
     score: float
     """From 0 to 1."""
     read: str | None
-    """The answer that was recognised in the text; None if there was none."""
+    """The answer that was recognised in the text; None if no answer was recognised."""
     others: Mapping[str, float] = {}
     """Scores by other rules."""
 
@@ -85,10 +87,10 @@ class Summary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric."""
+    """How a benchmark scores answers, and which values it reports for a task."""
 
     headline: str
-    """The name of the value to quote."""
+    """The name of the main value, which is printed."""
     judge: Callable[[Example, str, MetricOptions], Judged]
     """Scores one answer."""
     aggregate: Callable[[Sequence[Example], Sequence[Judged]], dict[str, Value]]
@@ -100,8 +102,8 @@ class Metric:
 # Independent clusters of samples, and standard errors.
 
 
-def clusters_of(examples: Sequence[Example]) -> np.ndarray:
-    """The cluster number of each example ``(N,)``. Examples of a task with the same image or group form one."""
+def clusters_of(examples: Sequence[Example]) -> Int[np.ndarray, " examples"]:
+    """The cluster number of each example. Examples of a task with the same image or group form one cluster."""
     keys: dict[Hashable, int] = {}
     edges = [
         (row, keys.setdefault((example.task, kind, name), len(examples) + len(keys)))
@@ -115,19 +117,26 @@ def clusters_of(examples: Sequence[Example]) -> np.ndarray:
     return connected_components(links, directed=False)[1][: len(examples)]
 
 
-def mean(scores: Sequence[float], clusters: np.ndarray | None = None) -> Value:
+def mean(
+    scores: Sequence[float] | Shaped[np.ndarray, " samples"], clusters: Int[np.ndarray, " samples"] | None = None
+) -> Value:
     """The mean and its standard error.
 
     The error is sqrt(var / n), with the variance divided by n. For clustered samples it includes the products of the
     deviations within each cluster (Miller 2024, "Adding error bars to evals", equation 4).
     """
-    scores = np.asarray(scores, float)
-    clusters = np.arange(len(scores)) if clusters is None else clusters
-    deviations = np.bincount(clusters, scores - scores.mean())
-    return Value(float(scores.mean()), float(np.sqrt(np.sum(deviations**2)) / len(scores)), len(set(clusters.tolist())))
+    values = np.asarray(scores, float)
+    clusters = np.arange(len(values)) if clusters is None else clusters
+    deviations = np.bincount(clusters, values - values.mean())
+    return Value(float(values.mean()), float(np.sqrt(np.sum(deviations**2)) / len(values)), len(set(clusters.tolist())))
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray, clusters: np.ndarray, resamples: int = 1000) -> Value:
+def ratio(
+    numerator: Shaped[np.ndarray, " samples"],
+    denominator: Shaped[np.ndarray, " samples"],
+    clusters: Int[np.ndarray, " samples"],
+    resamples: int = 1000,
+) -> Value:
     """sum(numerator) / sum(denominator), 0 if the denominator is 0.
 
     The standard error comes from a bootstrap over clusters with a fixed seed; it is 0 for a single cluster.
@@ -186,7 +195,7 @@ def _judge_choice(example: Example, prediction: str, _: MetricOptions) -> Judged
     return Judged(float(choice == gold), None if choice is None else LETTERS[choice], {"strict": float(right)})
 
 
-#: Choices of which only the letters are known; a question may have up to eight.
+#: Stand-ins for choices whose letters are known but not their texts. A question may have up to eight choices.
 _UNKNOWN_CHOICES = ("",) * 8
 
 
@@ -372,28 +381,28 @@ def judge(examples: Sequence[Example], predictions: Sequence[str], options: Metr
     ]
 
 
-def check(examples: Sequence[Example], options: MetricOptions) -> None:
+def check_metric(examples: Sequence[Example], options: MetricOptions) -> None:
     """Raises a UserError if the metric cannot score the examples. Call it before any answer is generated."""
     judge(examples, [""] * len(examples), options)
     for (_, name), rows in _parts(examples, options).items():
         _check_groups(name, [examples[row] for row in rows])
 
 
-def summarise(name: str, examples: Sequence[Example], judged: Sequence[Judged]) -> Summary:
+def summarise_task(name: str, examples: Sequence[Example], judged: Sequence[Judged]) -> Summary:
     """The values of the metric ``name`` on the examples of one task, and on each subtask if there are several.
 
     Raises:
         UserError: if the metric scores groups and no group is complete.
     """
-    incomplete = _check_groups(name, examples)
+    incomplete, size = _check_groups(name, examples), METRICS[name].group_size
     values = METRICS[name].aggregate(examples, judged)
     subtasks = sorted({e.subtask for e in examples if e.subtask is not None})
     parts = {}
     for subtask in subtasks if len(subtasks) > 1 else ():
         rows = [row for row, e in enumerate(examples) if e.subtask == subtask]
         part = [examples[row] for row in rows]
-        if METRICS[name].group_size is None or _complete(part, METRICS[name].group_size):
-            parts[subtask] = summarise(name, part, [judged[row] for row in rows])
+        if size is None or _complete(part, size):
+            parts[subtask] = summarise_task(name, part, [judged[row] for row in rows])
     unparsed = sum(j.read is None for j in judged)
     return Summary(values, len(examples), unparsed, incomplete, parts)
 
@@ -418,7 +427,7 @@ def summarise_tasks(
     """Task -> metric -> summary. A task with two kinds of questions can have two metrics."""
     summaries: dict[str, dict[str, Summary]] = defaultdict(dict)
     for (task, name), rows in _parts(examples, options).items():
-        summaries[task][name] = summarise(name, [examples[row] for row in rows], [judged[row] for row in rows])
+        summaries[task][name] = summarise_task(name, [examples[row] for row in rows], [judged[row] for row in rows])
     return dict(summaries)
 
 

@@ -1,14 +1,15 @@
-"""Our models, under an intervention or without, as a model of lmms-eval, which runs and scores its official tasks.
+"""Makes our models available in lmms-eval, with or without an intervention, so that it can run its official tasks.
 
 In an environment that has both packages, ``lmms-eval --model vlm_jax --model_args pretrained=FOLDER,intervention=FILE``
-finds this file through the entry point ``lmms_eval.models``. Only then is lmms-eval (which brings torch) imported. The
-plugin was written against lmms-eval 0.7.2, but tested only against a stand-in.
+finds this file through the entry point ``lmms_eval.models``. lmms-eval needs torch, so this file imports it only when
+it is used. The plugin was written for lmms-eval 0.7.2, but it was tested only with a stand-in for lmms-eval.
 """
 
 import functools
+import importlib
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -26,14 +27,13 @@ CLASS = "VLMJax"
 
 
 def manifest() -> Any:
-    """What the entry point gives to lmms-eval: the model's name and the path of its class."""
-    from lmms_eval.models.registry_v2 import ModelManifest
-
-    return ModelManifest(model_id="vlm_jax", simple_class_path=f"{__name__}.{CLASS}")
+    """The model's name and the path of its class. lmms-eval calls this function through the entry point."""
+    registry = importlib.import_module("lmms_eval.models.registry_v2")
+    return registry.ModelManifest(model_id="vlm_jax", simple_class_path=f"{__name__}.{CLASS}")
 
 
 def __getattr__(name: str) -> Any:
-    """The class that the manifest names. It is made on first use, since its base class belongs to lmms-eval."""
+    """The class that the manifest names. It is made on first use, because its base class is imported from lmms-eval."""
     if name == CLASS:
         return _plugin()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -41,16 +41,18 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def _plugin() -> type:
-    from lmms_eval.api.model import lmms
+    base: Any = importlib.import_module("lmms_eval.api.model").lmms
 
-    class VLMJax(lmms):
-        """A model of ours in lmms-eval.
+    class VLMJax(base):
+        """One of our models, as lmms-eval sees it.
 
-        Args (of ``--model_args``):
-            pretrained: as ``--model`` of our commands; dtype, min_pixels, max_pixels: as their options.
+        Args (given with ``--model_args``):
+            pretrained: the value of ``--model`` in our commands.
+            dtype, min_pixels, max_pixels: as the options of our commands.
             adapter: PEFT folder of a LoRA adapter.
-            intervention: file of saved interventions; steps: "all" or "prefill".
-            max_new_tokens: longest answer, for tasks that do not set it.
+            intervention: file of saved interventions.
+            steps: "all" if they also act on generated tokens, "prefill" if they act on the prompt only.
+            max_new_tokens: largest number of tokens in an answer, for tasks that do not set one.
         """
 
         is_simple = True
@@ -58,19 +60,19 @@ def _plugin() -> type:
         def __init__(
             self,
             pretrained: str = "mini-qwen3-vl",
-            dtype: str | None = None,
+            dtype: Literal["float32", "bfloat16", "float16"] | None = None,
             min_pixels: int | None = None,
             max_pixels: int | None = None,
             adapter: str | None = None,
             intervention: str | None = None,
-            steps: str = "all",
+            steps: Literal["all", "prefill"] = "all",
             max_new_tokens: int = 128,
             batch_size: int | str = 1,
-            max_batch_size: int | None = None,  # lmms-eval gives these two to every model
+            max_batch_size: int | None = None,  # lmms-eval passes this argument and the next to every model
             device: str | None = None,
         ) -> None:
             super().__init__()
-            configure()  # lmms-eval is the command here, and its float32 should be that of our commands
+            configure()  # our commands do this too, so both compute with the same float32 precision
             options = ModelOptions(model=pretrained, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
             self.model, self.processor = options.load()
             if adapter is not None:
@@ -79,7 +81,7 @@ def _plugin() -> type:
             self.steps, self.max_new_tokens, self.batch = steps, int(max_new_tokens), int(batch_size)
 
         def _example(self, row: int, text: str, doc_to_visual, doc_id, task: str, split: str, gold="") -> Example:
-            """The images of a request, then its text."""
+            """A request as an example: its images, then its text."""
             visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or ()
             if any(not hasattr(visual, "convert") for visual in visuals):
                 raise UserError(f"task {task} shows something other than images: choose a task about images")
@@ -87,8 +89,8 @@ def _plugin() -> type:
             return Example(f"{row}/{task}/{doc_id}", images, text.replace("<image>", "").strip(), (gold,))
 
         def generate_until(self, requests: list) -> list[str]:
-            """Greedy answers, each cut at the stop texts of its task."""
-            by_length = defaultdict(list)  # answers of one maximal length are generated together
+            """Greedy answers, each cut off at the first stop text of its task."""
+            by_length = defaultdict(list)  # requests with the same largest number of new tokens are answered together
             for row, request in enumerate(requests):
                 options = request.args[1]
                 if options.get("temperature") or options.get("do_sample") or options.get("num_beams") not in (None, 1):

@@ -1,7 +1,7 @@
-"""Results in the shape of lmms-eval's files (and lm-evaluation-harness's), so that what reads those reads ours.
+"""Results in the format of lmms-eval and lm-evaluation-harness, so that tools for their files can read ours.
 
-``results.json`` has their keys beside our own; ``samples_TASK.jsonl`` has a line for every sample. Their dates, timings
-and machine are left out: a run that is repeated writes the same bytes.
+``results.json`` has their keys and ours; ``samples_TASK.jsonl`` has a line for every sample. Dates, timings and the
+machine are left out, so that a repeated run writes the same bytes.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 from eval.judging import NEITHER_BETTER, VERSION, Judged, MetricOptions, Summary, metric_name
 from vlm_jax.data import Example
 
-#: No answer is filtered before it is scored; what a metric reads out of it is part of the metric.
+#: lmms-eval's name for "no filter". Answers are scored as they are; each metric recognises the answer in the text.
 _FILTER = "none"
 
 
@@ -28,10 +28,10 @@ def lmms_eval_results(
 
     Args:
         summaries: task -> metric -> summary.
-        samples: task -> what :func:`lmms_eval_samples` made.
-        config: the model, and how it was run.
-        task_config: what all tasks have in common: prompt, split, decoding, options.
-        original: how many samples each task has; None where only as many were read as were asked for.
+        samples: the result of :func:`lmms_eval_samples`.
+        config: the model and the options of the run.
+        task_config: the settings that all tasks share: prompt, split, decoding, metric options.
+        original: task -> its number of samples; None if a limit stopped the reading, so that the number is not known.
     """
     values = {task: {k: v for s in parts.values() for k, v in s.values.items()} for task, parts in summaries.items()}
     better = {task: {name: name not in NEITHER_BETTER or None for name in metrics} for task, metrics in values.items()}
@@ -66,7 +66,8 @@ def _keyed(values: Mapping) -> dict[str, float]:
 def lmms_eval_samples(
     examples: Sequence[Example], prompts: Sequence[str], answers: Sequence[str], judged: Sequence[Judged], options
 ) -> dict[str, list[dict]]:
-    """Task -> the lines of its ``samples_TASK.jsonl``. Images are not written: ``doc_hash`` covers their pixels."""
+    """Task -> the lines of its ``samples_TASK.jsonl``. Images are not written, but ``doc_hash`` depends on their
+    pixels."""
     by_task: dict[str, list[dict]] = {}
     for example, prompt, answer, one in zip(examples, prompts, answers, judged, strict=True):
         lines = by_task.setdefault(example.task, [])
@@ -91,7 +92,7 @@ def _scores(example: Example, one: Judged, options: MetricOptions) -> dict[str, 
 
 
 def _hash(example: Example) -> str:
-    """A digest of all that an example holds."""
+    """A digest of an example's texts and images."""
     parts = [example.id, example.question, example.answers, example.choices, example.gold]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for image in example.images:
@@ -104,5 +105,5 @@ def _digest(text: str) -> str:
 
 
 def file_name(task: str) -> str:
-    """A task's name as a part of a file's."""
+    """A task's name with the characters that a file name cannot have replaced by "_"."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in task)

@@ -12,7 +12,7 @@ from vlm_jax.runs.folder import Run
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells are text: the caller formats numbers, since it knows what they mean."""
+    """A header and rows of text cells. The caller formats numbers, because it knows their units and precision."""
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]

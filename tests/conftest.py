@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
 from jaxtyping import install_import_hook
 
 # Checks the shapes and types in signatures: while programs are traced, so it costs little. Before any import of them.
-install_import_hook(["vlm_jax", "interventions"], "typecheck.checked")
+install_import_hook(["vlm_jax", "interventions", "eval", "train"], "typecheck.checked")
 
 import jax
 import pytest

@@ -1,1 +1,1 @@
-"""What a person runs to train."""
+"""Training: the loop, what it optimises, and the commands that train models, adapters and whole studies."""

@@ -1,4 +1,4 @@
-"""The states of a training on disk: written in the background, checked when they are read, the last two kept."""
+"""Checkpoints of a training: written in the background, checked when they are read. The last two are kept."""
 
 import contextlib
 import os
@@ -19,22 +19,23 @@ from vlm_jax.runs.processes import fetch, gathered
 
 
 def checkpoint_folder(folder: Path, base: str | None) -> epath.Path:
-    """Where the checkpoints of a training in ``folder`` are: there, or under ``base``, which may be a bucket."""
-    folder = os.path.abspath(folder)
+    """The folder for the checkpoints of a training in ``folder``: inside it, or under ``base``, which may be a
+    bucket."""
+    absolute = os.path.abspath(folder)
     if base is None:
-        return epath.Path(folder) / "checkpoints"
+        return epath.Path(absolute) / "checkpoints"
     base = base if "://" in base else os.path.abspath(base)
-    return epath.Path(base) / folder.strip("/") / "checkpoints"
+    return epath.Path(base) / absolute.strip("/") / "checkpoints"
 
 
 class Checkpoints:
-    """Checkpoints of a pytree of arrays, in a folder or a bucket (``gs://``), a subfolder a step.
+    """Checkpoints of a pytree of arrays, in a folder or a bucket (``gs://``), with one subfolder for each step.
 
-    A checkpoint gets its name once it is complete, so a half-written one of a killed process is never read. Each has a
-    checksum of every array. Arrays that are split over a mesh are written by the processes that hold them, and may be
-    read on another mesh or on one device.
+    A checkpoint gets its name when it is complete, so one that a killed process left half-written is never read. It has
+    a checksum of every array. If an array is split over a mesh, each process writes the parts that it holds; the array
+    can be read on another mesh or on one device.
 
-    Used as ``with Checkpoints(...) as checkpoints``: leaving the block waits for checkpoints that are being written.
+    Use it as ``with Checkpoints(...) as checkpoints``. Leaving the block waits for checkpoints that are being written.
     """
 
     def __init__(self, folder: epath.Path, fall_back: bool = False):
@@ -50,7 +51,7 @@ class Checkpoints:
             self._close()
         elif jax.process_count() == 1 or issubclass(kind, UserError | SystemExit):
             # After other errors some processes may be gone, and closing would wait for them.
-            with contextlib.suppress(UserError):  # the error that ended the block is the one to report
+            with contextlib.suppress(UserError):  # only the error that ended the block is reported
                 self._close()
 
     def _close(self) -> None:
@@ -59,11 +60,11 @@ class Checkpoints:
             self.manager.close()
 
     def restore(self, state: Any) -> tuple[Any, int]:
-        """The last state, on the devices where ``state`` lies, and the number of steps behind it. If there is none,
-        ``state`` itself and 0.
+        """The state of the last checkpoint, on the devices of ``state``, and its step. Without a checkpoint: ``state``
+        and 0.
 
         Raises:
-            UserError: if it is damaged, and falling back is not allowed or there is no earlier one.
+            UserError: if the last checkpoint is damaged, and falling back is not allowed or there is no earlier one.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for number, step in enumerate(steps):
@@ -83,15 +84,15 @@ class Checkpoints:
         return state, 0
 
     def _read(self, step: int, state: Any) -> tuple[Any, str | None]:
-        """The state of a step, or what is wrong with its files. All processes come to the same answer."""
+        """The state of a step and None, or None and a description of the damage. All processes get the same answer."""
         leaves, structure = jax.tree.flatten(state)
-        arrays, sums, damage = [], None, None
+        arrays, sums, damage = [], np.empty(0), None
         try:
             wanted = [*map(_target, leaves), np.zeros((len(leaves), 2), np.uint32)]
             *arrays, sums = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
-        except jax.errors.JaxRuntimeError:  # memory, or another process: the files may be whole
+        except jax.errors.JaxRuntimeError:  # too little memory, or another process ended: the files may be complete
             raise
-        except Exception as error:  # TensorStore reports damage with errors of many kinds
+        except Exception as error:  # TensorStore raises many kinds of errors for damaged files
             damage = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         damage = next(filter(None, gathered(damage)), None)
         if damage is None and not np.array_equal(_sums(arrays), sums):
@@ -104,25 +105,27 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
+        """Starts to write the state after the ``step``-th step. The writing goes on in the background."""
         leaves = jax.tree.leaves(state)
         sums = _sums(leaves)
         with self._user_errors("cannot write a checkpoint to"):
-            # Copies, because the next step writes over these arrays while they are being saved.
+            # The arrays are copied, because the next step overwrites them while the checkpoint is being written.
             self.manager.save(step, args=ocp.args.StandardSave([*map(_copy, leaves), sums]))
 
     @contextlib.contextmanager
     def _user_errors(self, what: str) -> Iterator[None]:
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # of the devices or another process
+        except jax.errors.JaxRuntimeError:  # from the devices or another process
             raise
-        except Exception as error:  # of Orbax, TensorStore, the file system or the bucket
+        except Exception as error:  # from Orbax, TensorStore, the file system or the bucket
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{what} {self.folder} ({reason}): free the disk or choose another folder") from None
 
 
 class Saving:
-    """Which steps of a training are saved: every so many, and the last one. Without checkpoints, none."""
+    """Decides which steps of a training are saved: every ``every``-th one and the last one; none without
+    checkpoints."""
 
     def __init__(self, checkpoints: Checkpoints | None, every: int):
         self.checkpoints, self.every = checkpoints, every
@@ -140,16 +143,18 @@ class Saving:
         return (state, 0) if self.checkpoints is None else self.checkpoints.restore(state)
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether the state after the ``step``-th step is to be saved; ``last``: no step follows it."""
+        """Whether the state after the ``step``-th step must be saved. ``last``: whether no step follows it."""
         return self.checkpoints is not None and (last or step % self.every == 0)
 
     def save(self, step: int, state: Any) -> None:
+        """See :meth:`Checkpoints.save`. Call it only for a step that is :meth:`due`."""
+        assert self.checkpoints is not None
         self.checkpoints.save(step, state)
 
 
 @contextlib.contextmanager
 def saving(folder: epath.Path | None, every: int = 1, fall_back: bool = False) -> Iterator[Saving]:
-    """Saves every ``every``-th step to a folder; nothing if the folder is None."""
+    """A context in which every ``every``-th step of a training is saved to a folder; none if the folder is None."""
     if folder is None:
         yield Saving(None, every)
         return

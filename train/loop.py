@@ -1,4 +1,4 @@
-"""The one training loop: steps over the trained leaves of a pytree, checkpoints that resume, metrics as JSON lines."""
+"""The training loop that all trainings share: steps, checkpoints, and a log of metrics."""
 
 import contextlib
 import dataclasses
@@ -9,10 +9,10 @@ from typing import Annotated, Any, NamedTuple
 
 import grain
 import jax
-import numpy as np
 import optax
 import tyro
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool
 
 from train.checkpoints import Saving, checkpoint_folder, saving
 from train.meter import About, Meter, Tracker, check_trackers
@@ -28,21 +28,23 @@ from vlm_jax.runs.ranges import Range, check_ranges
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """How a training is saved and watched. Its result does not depend on these options."""
+    """How a training is saved and watched. These options do not change its result."""
 
     save_every: Annotated[int, Range(least=1)] = 100
-    """Steps between checkpoints. A stopped training goes on from the last one."""
+    """Number of steps from one checkpoint to the next. A stopped training continues from the last checkpoint."""
     checkpoints: str | None = None
-    """Where checkpoints go, such as gs://BUCKET/FOLDER; into the run folder by default."""
+    """Folder or bucket for the checkpoints, such as gs://BUCKET/FOLDER. By default they are in the run folder."""
     fall_back: bool = False
-    """If the last checkpoint is damaged, go on from the one before it."""
+    """If the last checkpoint is damaged, continue from the one before it instead of stopping with an error."""
     track: Annotated[tuple[Tracker, ...], tyro.conf.arg(metavar="TRACKER [TRACKER ...]")] = ()
-    """Also report to tensorboard (package tensorboardX) or wandb; metrics.jsonl is always written."""
+    """Also write the log of the training to tensorboard (needs the package tensorboardX) or wandb. The file
+    metrics.jsonl is always written."""
     profile_steps: Annotated[int, Range(least=0)] = 0
-    """Profile this many steps, from the third on, into profile/ beside the metrics (for xprof or TensorBoard)."""
+    """Number of steps to profile, beginning with the third. The profile goes to profile/, beside metrics.jsonl; xprof
+    and TensorBoard show it."""
 
     def check_loop(self) -> None:
-        """Refuses options outside their range."""
+        """Raises a UserError for a number outside its range, or for a tracker that is not installed."""
         check_ranges(self)
         check_trackers(self.track)
 
@@ -50,7 +52,7 @@ class LoopOptions:
 #: Batches are made while the device works on earlier ones. One thread, because fast tokenisers are not thread-safe.
 _AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
-#: Options that may differ when a run goes on.
+#: Options that may differ when a run continues.
 WATCHING = tuple(field.name for field in dataclasses.fields(LoopOptions))
 
 
@@ -60,11 +62,13 @@ def forget(folder: Path, options: LoopOptions) -> None:
 
 
 class Trained(NamedTuple):
-    """What a training made: the whole pytree of parameters; the counters; and which members are still trained."""
+    """The result of a training."""
 
     params: Any
+    """The whole pytree of parameters, trained and frozen."""
     counters: Any = None
-    alive: np.ndarray | None = None
+    alive: Bool[Array, " members"] | None = None
+    """Which members were trained to the end; None if there are no members."""
 
 
 def fit(
@@ -87,38 +91,40 @@ def fit(
     about: About | None = None,
     log_every: int = 10,
 ) -> Trained:
-    """Trains some leaves of a pytree for ``steps`` steps: on the mesh in use, if there is one.
+    """Trains some leaves of a pytree for ``steps`` steps, on the mesh in use if there is one.
 
-    Leaves that ``label`` freezes stay bit-equal. They are not differentiated, copied or part of the optimiser's state.
+    Leaves that ``label`` freezes stay bit-equal. They are not differentiated, not copied, and not in the optimiser's
+    state.
 
     Args:
         loss: see :data:`train.step.Loss`; its key differs from step to step and from micro-batch to micro-batch.
-        params: all arrays that the loss reads and that no batch changes: a model, interventions, or both.
-        batches: step -> batch with a leading axis of micro-batches. A pure function of the step, so that a resumed run
-            reads the same data. It is called in a thread, some steps ahead.
+        params: a pytree of all arrays that the loss reads besides the batch: a model, interventions, or both.
+        batches: step -> batch, whose arrays have a leading axis of micro-batches. It must be a pure function of the
+            step, so that a resumed run reads the same data. It is called in a thread, some steps ahead.
         transforms: label -> optimiser of the leaves with this label.
         label: path of a leaf -> its label; the label "freeze" (:data:`train.subsets.FREEZE`) has no optimiser.
-        rows: of a micro-batch, where ``batches`` gives only those of this process
-            (:func:`vlm_jax.mesh.sharding.own_rows`); None where all processes have whole batches.
+        rows: the number of rows of a micro-batch, if ``batches`` returns only the rows of this process
+            (:func:`vlm_jax.mesh.sharding.own_rows`); None if it returns whole batches in every process.
         clip: the largest global norm of the gradients, over all labels; with members, of each member's gradients.
-        project: the pytree after an update -> the pytree with its trained leaves where they must be, such as rows of
-            norm 1. What it does to frozen leaves has no effect.
-        counters: a pytree of arrays that the loss gets and returns changed. No gradient sees them.
+        project: a function of the pytree that is applied after each update, for constraints such as rows of norm 1. It
+            returns the pytree with changed trained leaves; changes to frozen leaves have no effect.
+        counters: a pytree of arrays that the loss gets and returns changed. They get no gradients.
         members: how many trainings run side by side. The loss returns one loss for each of them (as from jax.vmap),
             and every trained leaf has a leading axis of this size. Each member has its own optimiser. A member whose
             loss or gradient stops being a number keeps its parameters from before and is reported; the others go on.
-        name: of the training, for the progress bar and messages.
-        folder: where ``metrics.jsonl`` (:class:`train.meter.Meter`) and checkpoints go; None writes nothing.
-        options: how the training is saved and watched; None saves no checkpoints. A run that finds a checkpoint goes
-            on from it, so that a run stopped at any moment loses only the steps since the last one.
-        about: what the log should know of the steps.
+        name: the name of the training, for the progress bar and messages.
+        folder: the folder for ``metrics.jsonl`` (:class:`train.meter.Meter`) and checkpoints; None writes nothing.
+        options: how the training is saved and watched; None saves no checkpoints. If there is a checkpoint, the
+            training continues from it, so a stopped training loses only the steps since its last checkpoint.
+        about: facts about the steps, for the log.
+        log_every: the number of steps from one line of the log to the next.
 
-    On SIGTERM (:mod:`train.preemption`) the current step is finished and saved, if checkpoints are, and the process
-    ends with code 143.
+    On SIGTERM (:mod:`train.preemption`) the current step is finished, its state is saved if checkpoints are, and the
+    process ends with code 143.
 
     Raises:
-        UserError: if the loss stops being a number, naming the step and its examples: the last checkpoint is of a step
-            before it. If the folder cannot be written to, or its last checkpoint is damaged.
+        UserError: if the loss stops being a number; the message names the step and its examples, and the last
+            checkpoint is from a step before it. If the folder cannot be written to. If the last checkpoint is damaged.
         SystemExit: on SIGTERM.
     """
     about = about or About()
@@ -168,7 +174,8 @@ def _saving(folder: Path | None, options: LoopOptions | None) -> contextlib.Abst
 
 
 def _restored(state: State, checkpoints: Saving, folder: Path | None, name: str) -> tuple[State, int]:
-    """The state of the last checkpoint and the steps behind it. Says so if there is a log, but no checkpoint."""
+    """The state of the last checkpoint, and the number of steps that led to it. Prints a note if there is a log but no
+    checkpoint."""
     state, begun = checkpoints.restore(state)
     logged = folder is not None and (folder / "metrics.jsonl").is_file()
     if checkpoints.folder is not None and logged and not begun and is_first():
@@ -184,7 +191,7 @@ def _profile(folder: Path | None, options: LoopOptions | None, begun: int) -> Pr
 
 @contextlib.contextmanager
 def _prefetched(batches: Callable[[int], Any], begun: int, steps: int) -> Iterator[Iterator[Any]]:
-    """The batches of steps ``begun`` to ``steps - 1``, made ahead in a thread."""
+    """The batches of steps ``begun`` to ``steps - 1``. A thread makes them ahead of their steps."""
     made = iter(grain.MapDataset.range(begun, steps).map(batches).to_iter_dataset(_AHEAD))
     try:
         yield made

@@ -1,4 +1,5 @@
-"""LoRA where it matters, in one command: trace, place, train there and nowhere else, evaluate beside the baselines.
+"""P0's experiment in one command: finds the modules that matter by causal tracing, trains LoRA there and in the
+baselines' modules, and compares the results.
 
 python -m train.lora --placement task_diff --out runs/demo
 """
@@ -44,53 +45,68 @@ from vlm_jax.runs.startup import start
 
 @dataclasses.dataclass(frozen=True)
 class Args(LoRAOptions, DataOptions, ModelOptions):
-    """Trace knowledge and perception tasks, place LoRA where they differ, train, evaluate, print P0's Table 1."""
+    """Find the modules that matter for a task, train LoRA there, and compare it with LoRA elsewhere and with none.
+
+    A module is the attention or the MLP of one layer, such as L2-attn. A causal trace measures for every module how
+    much of the model's answer comes back when the module is restored in a corrupted run. A placement then chooses
+    modules by this measure, or by another. This is the experiment of P0, the first paper in README.md, and the command
+    prints its Table 1: accuracy by the modules that have LoRA.
+    """
 
     placement: str = "task_diff"
-    """Which modules get LoRA: the name of a placement, such as all, random, shared, task_diff or fisher
-    (docs/placement.md lists them), or a JSON file with module names such as ["L2-attn"]."""
+    """The rule that chooses the modules for LoRA: all, random, shared (most restored in the trace), task_diff (most
+    restored in this task family compared with the other), fisher ...; docs/placement.md lists them. Or a JSON file with
+    module names such as ["L2-attn"]."""
     baselines: bool = True
-    """Also train LoRA on all modules and on k random ones, to compare with."""
+    """Also train LoRA on all modules, and on K random ones, for comparison."""
     k: int | None = None
-    """How many modules get LoRA. By default P0's share (10 of 72), which is 2 of the mini model's 16."""
+    """Number of modules that get LoRA. By default 10 of 72 as in P0, which is 2 of the 16 modules of mini-qwen3-vl."""
     train: str = "450"
-    """What to train on: a number of examples per task family, or a task, a dataset or a JSONL file."""
+    """Examples to train on: a number for each task family of the miniworld (the tasks that come with the library), or
+    the name of a task or dataset, or a JSONL file."""
     eval: str = "300"
-    """What to evaluate on: a number of examples per task family, or a task, a dataset or a JSONL file."""
+    """Held-out examples to evaluate on: a number for each task family, or a task, a dataset or a JSONL file."""
     trace: str = "96"
-    """What to trace: a number of examples per task family, or a task, a dataset or a JSONL file."""
+    """Examples to trace: a number for each task family, or a task, a dataset or a JSONL file."""
     traces: dict[str, Path] = dataclasses.field(default_factory=dict)
-    """Use finished traces instead of tracing: FAMILY FOLDER [FAMILY FOLDER], each a run folder of
+    """Finished traces to use instead of tracing: FAMILY FOLDER [FAMILY FOLDER ...]. Each folder is a run folder of
     interventions.trace."""
     limit: int | None = None
-    """Largest number of examples to read from a named task, dataset or file."""
+    """Largest number of examples to read from a task, dataset or file that --train, --eval or --trace names."""
     random_seeds: Annotated[tuple[int, ...], Range(least=0), tyro.conf.arg(metavar="SEED [SEED ...]")] = (42, 43, 44)
-    """Seeds of the random placements, whose scores are averaged."""
+    """Seeds of the random placements. LoRA is trained once for each, and the accuracies are averaged."""
     tracing: tyro.conf.OmitArgPrefixes[TraceOptions] = dataclasses.field(default_factory=TraceOptions)
     metric: tyro.conf.OmitArgPrefixes[MetricOptions] = dataclasses.field(default_factory=MetricOptions)
     answering: tyro.conf.OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
     out: Path = Path("runs/lora")
-    """Run folder. A stopped run goes on from the stages that it has finished."""
+    """Folder for the results. A stopped run with the same options continues there, and does no finished stage again."""
 
 
 class Examples(NamedTuple):
-    """What a run works on, each by task family: what is traced (nothing where no score is needed or traces are given),
-    trained on and tested on. families: those that are trained and tested. to_score: those whose modules get a score."""
+    """The examples of a run, by task family."""
 
     traced: dict[str, list[Example]]
+    """Examples to trace. Empty if the placement needs no score, or if the traces are given."""
     trained: dict[str, list[Example]]
+    """Examples to train on."""
     tested: dict[str, list[Example]]
+    """Examples to evaluate on."""
     families: list[str]
+    """The families that are trained and tested."""
     to_score: list[str]
+    """The families for which the modules get a score."""
 
     def all(self) -> list[Example]:
         """The examples of all splits and families."""
         return [example for split in self[:3] for examples in split.values() for example in examples]
 
 
-def examples_of(source: str, split: str, args: Args) -> dict[str, list[Example]]:
-    """Examples by family, from a number per family, a task or dataset name or a JSONL file. Examples without a family
-    go by their task's name."""
+def examples_by_family(source: str, split: str, args: Args) -> dict[str, list[Example]]:
+    """Task family -> examples. Examples without a family are under their task's name.
+
+    Args:
+        source: a number of examples for each family, the name of a task or dataset, or a JSONL file.
+    """
     if source.lstrip("-").isdigit():
         return {family: load_task(family, split=split, limit=int(source), options=args) for family in TASK_FAMILIES}
     by_family: dict[str, list[Example]] = {}
@@ -103,9 +119,10 @@ def read_examples(args: Args) -> Examples:
     """The examples of all splits.
 
     Raises:
-        UserError: where splits overlap, lack a family that another one has, or do not suit the metric.
+        UserError: if held-out examples are also trained on or traced, if the splits share no family, or if the metric
+            cannot score the examples.
     """
-    trained, tested = examples_of(args.train, "train", args), examples_of(args.eval, "test", args)
+    trained, tested = examples_by_family(args.train, "train", args), examples_by_family(args.eval, "test", args)
     held_out = list(itertools.chain(*tested.values()))
     check_disjoint(itertools.chain(*trained.values()), held_out)
     families = [family for family in trained if family in tested]
@@ -114,7 +131,7 @@ def read_examples(args: Args) -> Examples:
     needed = find_placement(args.placement).needs
     to_score = list(TASK_FAMILIES) if args.placement == "task_diff" else families
     must_trace = needed is not None and not set(to_score) <= set(args.traces)
-    traced = examples_of(args.trace, "trace", args) if must_trace else {}
+    traced = examples_by_family(args.trace, "trace", args) if must_trace else {}
     check_disjoint(itertools.chain(*traced.values()), held_out)
     missing = [family for family in to_score if needed and family not in {*traced, *args.traces}]
     if missing:
@@ -122,18 +139,19 @@ def read_examples(args: Args) -> Examples:
             f"placement {args.placement!r} needs traced examples of {' and '.join(missing)}: --trace has none"
         )
     for family in families:
-        metrics.check(tested[family], args.metric)
+        metrics.check_metric(tested[family], args.metric)
     return Examples(traced, trained, tested, families, to_score)
 
 
 def sources(args: Args, examples: Examples) -> dict[str, dict]:
-    """Where the examples of each split come from, for the manifest; ``{}`` for a number of the embedded tasks'."""
+    """Split -> where its examples come from, for the manifest; ``{}`` if they are a number of the embedded tasks'
+    examples."""
     names = {"train": args.train, "test": args.eval, **({"trace": args.trace} if examples.traced else {})}
     return {split: {} if name.isdigit() else source(name, split=split, options=args) for split, name in names.items()}
 
 
-def conditions(args: Args, scoring: Scoring, families: list[str]) -> dict[str, list[dict[str, list[str]]]]:
-    """Condition -> one placement (family -> module names) per seed, in the order of P0's Table 1."""
+def placements_by_condition(args: Args, scoring: Scoring, families: list[str]) -> dict[str, list[dict[str, list[str]]]]:
+    """Condition -> a list with one placement (family -> module names) for each seed, in the order of P0's Table 1."""
     k = modules_to_place(args, scoring.depth)
     labels = {"all": "LLM-all", "random": f"Random-{k}"}
     wanted = dict.fromkeys([*(labels if args.baselines else ()), args.placement])
@@ -148,7 +166,7 @@ def conditions(args: Args, scoring: Scoring, families: list[str]) -> dict[str, l
 
 
 def modules_to_place(args: Args, depth: int) -> int:
-    """k: as given, or as many as the placement file names, or P0's share of the modules."""
+    """The number of modules that get LoRA: --k, or the number of modules in the placement file, or P0's share."""
     if args.k is None and args.placement.endswith(".json"):
         return len(read_names(Path(args.placement), depth))
     return check_k(args.k if args.k is not None else default_k(depth), depth)
@@ -158,7 +176,7 @@ def check_options(args: Args, model: Model) -> None:
     """Checks the options against the model, before anything is computed or written.
 
     Raises:
-        UserError: for an option that the model rules out, or options that exclude each other.
+        UserError: for an option that does not suit the model, or options that exclude each other.
     """
     depth = model.config.text.num_hidden_layers
     modules_to_place(args, depth)
@@ -172,14 +190,19 @@ def check_options(args: Args, model: Model) -> None:
 
 
 def module_scores(args: Args, experiment: Experiment, examples: Examples) -> dict[str, dict[str, np.ndarray]]:
-    """The score that the placement needs, of every family, from given traces or computed now; nothing where it needs
-    none. Two families' restoration rates are also drawn side by side and as a difference."""
+    """Name of the score that the placement needs -> family -> the score of every module; empty if it needs none.
+
+    Scores come from the given traces or are computed. If the score is the restoration rate and there are two families,
+    their rates and the difference are also drawn.
+    """
     needed = find_placement(args.placement).needs
     if needed is None:
         return {}
-    known = fingerprint(experiment.model)
+    model_fingerprint = fingerprint(experiment.model)
     scores = {
-        family: read_trace(args.traces[family], known) if family in args.traces else experiment.scores(needed, family)
+        family: read_trace(args.traces[family], model_fingerprint)
+        if family in args.traces
+        else experiment.scores(needed, family)
         for family in examples.to_score
     }
     if needed != "rr":
@@ -213,7 +236,7 @@ def main(args: Args) -> None:
     families = examples.families
     rows = [{"condition": "Baseline", "parameters": None, "placement": None}]
     rows[0] |= {family: [_brief(experiment.baseline(family))] for family in families}
-    for condition, placements in conditions(args, scoring, families).items():
+    for condition, placements in placements_by_condition(args, scoring, families).items():
         row = {"condition": condition, "placement": placements}
         row["parameters"] = {
             f: float(np.mean([experiment.adapter_parameters(p[f]) for p in placements])) for f in families
@@ -233,7 +256,7 @@ def main(args: Args) -> None:
 
 
 def _brief(result: dict) -> dict:
-    """A result without what it has for each sample."""
+    """A result without the lists that have an entry for each sample."""
     return {name: value for name, value in result.items() if name not in ("scores", "clusters")}
 
 
@@ -241,7 +264,8 @@ def table1(rows: list[dict], families: list[str]) -> str:
     """P0's Table 1 as Markdown: accuracy per family, and trainable parameters.
 
     Args:
-        rows: ``condition``, ``parameters`` (family -> count, or None) and per family a list of scores, one per seed.
+        rows: each has ``condition``, ``parameters`` (family -> count, or None) and for each family a list of results,
+            one for each seed.
     """
     header = ("LoRA target", *families, "trainable parameters")
     cells = [

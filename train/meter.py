@@ -1,7 +1,8 @@
-"""The log of a training: a line every few steps in ``metrics.jsonl``, and the same to TensorBoard or W&B."""
+"""The log of a training: one line every few steps in ``metrics.jsonl`` and, if asked for, in TensorBoard or W&B."""
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import sys
@@ -29,10 +30,10 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class About(NamedTuple):
-    """What a loop cannot know of its steps, for the log; what is None is left out.
+    """Facts about the steps of a training that the loop does not know. The log leaves out what is None.
 
-    rate: step -> learning rate, or label -> such a function. ids: step -> its examples' ids. tokens: of a step, padding
-    included. flops: of a step's matmuls.
+    rate: a function step -> learning rate, or label -> such a function. ids: step -> the ids of its examples. tokens:
+    number of tokens in a step, padding included. flops: FLOPs of the matmuls in a step.
     """
 
     rate: Callable[[int], Any] | Mapping[str, Callable[[int], Any]] | None = None
@@ -42,36 +43,42 @@ class About(NamedTuple):
 
 
 class _Compiling:
-    """Seconds that this process has spent on tracing and compiling."""
+    """Counts the seconds that this process spends on tracing and compiling."""
 
     def __init__(self):
         self.seconds = 0.0
         monitoring.register_event_duration_secs_listener(self)
 
-    def __call__(self, event: str, seconds: float, **_: Any) -> None:
+    def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
+            self.seconds += duration_secs
 
 
 _compiling = _Compiling()
 
 
 class Meter:
-    """Writes a record for each call of :meth:`log`.
+    """Writes a record for each call of :meth:`log`. Use it as ``with Meter(...) as meter``.
 
-    A record has ``step``, ``loss``, ``grad_norm``, further metrics of the loss, ``lr`` (``lr_LABEL`` for each label if
-    their rates differ), ``tokens_per_second``, ``step_seconds`` (the mean since the last record, compilation left out),
-    ``compile_seconds`` since then, ``mfu`` (the steps' FLOPs as a share of the devices' bfloat16 peak; frozen kernels
-    count 4 FLOPs for each parameter and token, as they get no gradient; None on a CPU), ``peak_memory_gib`` (of the
-    first device, or on a CPU of the process) and ``seconds`` since the session began. With members, ``loss`` and
-    ``grad_norm`` are means over the ``alive`` ones, and ``losses`` has one loss for each. Numbers that are not finite
-    are written as null.
+    The fields of a record:
 
-    Used as ``with Meter(...) as meter``.
+    * ``step``, ``loss``, ``grad_norm``, and further metrics that the loss returns. With members, ``loss`` and
+      ``grad_norm`` are means over the members that are still trained, ``alive`` is their number, and ``losses`` has one
+      loss for each member.
+    * ``lr``: the learning rate; or ``lr_LABEL`` for each label if their rates differ.
+    * ``tokens_per_second``, and ``step_seconds``: the mean time of a step. Both are measured since the last record,
+      without the time for compiling, which is ``compile_seconds``.
+    * ``mfu``: the FLOPs of the steps as a share of the devices' bfloat16 peak; None on a CPU. A frozen kernel counts
+      4 FLOPs for each parameter and token instead of 6, because it gets no gradient.
+    * ``peak_memory_gib``: of the first device, or of the process on a CPU.
+    * ``seconds`` since the session began.
+
+    Numbers that are not finite are written as null.
     """
 
     def __init__(self, folder: Path, about: About, after: int, trackers: Sequence[Tracker] = (), label: str = ""):
-        """``after``: the steps that are done. Records of later steps, which a stopped session wrote, are removed."""
+        """``after``: the number of steps that are done. Records of later steps are removed: a session that was stopped
+        wrote them after its last checkpoint."""
         self.file, self.about, self.last = folder / "metrics.jsonl", about, after
         self.begun = self.then = time.perf_counter()
         self.compiled = _compiling.seconds
@@ -88,7 +95,7 @@ class Meter:
         self.stack.close()
 
     def log(self, step: int, metrics: dict) -> None:
-        """Writes the record of the ``step``-th step with these metrics: numbers, or lists of one for each member."""
+        """Writes the record of the ``step``-th step with these metrics: numbers, or lists with one for each member."""
         now, compiled = time.perf_counter(), _compiling.seconds
         compiling, steps = compiled - self.compiled, max(1, step - self.last)
         each = max((now - self.then - compiling) / steps, 1e-9)
@@ -126,14 +133,15 @@ def _rates(rate: Callable | Mapping[str, Callable] | None) -> dict[str, Callable
 
 
 def _finite(value: Any) -> Any:
-    """A number, or None in place of one that JSON cannot hold; or a list of such."""
+    """The number, or None if it is not finite, because JSON cannot hold such numbers. A list is converted one by
+    one."""
     if isinstance(value, list):
         return [_finite(one) for one in value]
     return value if np.isfinite(value) else None
 
 
 def _scalars(record: dict) -> dict:
-    """A record with one number for each name, as trackers want it: ``losses/3`` is the fourth of a list."""
+    """The record with one number for each name, which trackers need: ``losses/3`` is the fourth number of a list."""
     flat = {}
     for name, value in record.items():
         flat |= {f"{name}/{i}": one for i, one in enumerate(value)} if isinstance(value, list) else {name: value}
@@ -141,7 +149,7 @@ def _scalars(record: dict) -> dict:
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:
-    """Refuses those that are not installed."""
+    """Raises a UserError if the package of one of these trackers is not installed."""
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise UserError(f"--track {name} needs the package {_PACKAGES[name]}: pip install {_PACKAGES[name]}")
@@ -161,8 +169,7 @@ def _tensorboard(folder: Path, label: str, stack: contextlib.ExitStack) -> Calla
 
 
 def _wandb(folder: Path, label: str, stack: contextlib.ExitStack) -> Callable[[dict], None]:
-    import wandb
-
+    wandb = importlib.import_module("wandb")
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]  # the same run in every session
     run = wandb.init(project="vlm-jax", name=label, id=name, dir=str(folder), resume="allow")
     stack.callback(run.finish)
@@ -173,7 +180,7 @@ _SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 def _peak() -> int:
-    """The most memory that was in use so far, in bytes."""
+    """The largest memory use so far, in bytes."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -183,7 +190,8 @@ def _peak() -> int:
 
 
 def _forget_after(file: Path, step: int) -> None:
-    """Removes from a log what a stopped session wrote after its last checkpoint, and a last line that is incomplete."""
+    """Removes the records of steps after ``step`` from a log, and an incomplete last line. A stopped session wrote
+    them."""
     if not file.is_file():
         return
     kept = []

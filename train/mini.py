@@ -1,4 +1,4 @@
-"""Writes the Hugging Face folders of the embedded models before training: tokeniser, processor and config."""
+"""Writes the Hugging Face folder of an embedded model before it is trained: tokeniser, processor and config."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from vlm_jax.prompts import P0_PROMPT
 VOCABULARY = 1024
 #: The longest prompt of the embedded models, in tokens.
 CONTEXT = 512
-#: Single capitals, digits and template names, at which words are split. No learnt token contains two of them.
+#: Single capitals, digits and names in braces. Text is split at each of them, so no learnt token contains two of them.
 _ALONE = r"[A-Z](?![a-z])|\d|\{\w*\}"
 #: The decoder of every embedded model.
 _DECODER = {
@@ -28,7 +28,7 @@ _DECODER = {
     "tie_word_embeddings": True,
 }
 #: The normalisation of images in every embedded model.
-_PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_PIXELS: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def corpus() -> list[str]:
@@ -42,7 +42,7 @@ def corpus() -> list[str]:
     return lines + [P0_PROMPT, "user\nassistant\nName it. Describe. Read. "] * 100
 
 
-def sentencepiece(specials: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def sentencepiece(specials: list[str]) -> tuple[dict[str, int], Any]:
     """Vocabulary and merges of a BPE with byte fallback, as in Gemma and Llama. The special tokens come first, then the
     256 bytes, then pieces in which a space is "\u2581"."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -121,9 +121,10 @@ def qwen_tokenizer():
     )
     bpe.train_from_iterator(corpus(), trainer)
     model = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in model["merges"]]  # transformers' annotation lacks lists of pairs
     result = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        merges=merges,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         model_max_length=CONTEXT,

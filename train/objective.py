@@ -1,4 +1,4 @@
-"""What trainings optimise and how fast: the answer loss, the order of examples, schedules, optimisers, rates by label.
+"""The parts of a training: its loss, the order of its examples, learning-rate schedules and optimisers.
 
 Schedules and optimisers are cached: equal arguments give the same object, so that equal trainings share one compiled
 step.
@@ -13,26 +13,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
 from vlm_jax import Model
 from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import Fitted
+from vlm_jax.sites import Intervention
+from vlm_jax.typing import ArrayLike
 
-#: The width of the models for which learning rates are given: P0's Qwen3-VL-4B.
+#: The default learning rates are for models of this width, which is that of P0's Qwen3-VL-4B.
 _WIDTH = 2560
 
 
-def answer_loss(model: Model, x: jax.Array, index: jax.Array, valid: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the gold tokens, in nats.
+def answer_loss(
+    model: Model,
+    x: Float[Array, "batch tokens width"],
+    index: Int[ArrayLike, "batch answer"],
+    valid: Bool[ArrayLike, "batch answer"],
+    target: Int[ArrayLike, "batch answer"],
+) -> Float[Array, ""]:
+    """The mean cross-entropy of the gold tokens, in nats.
 
     Args:
-        x: the last layer's output ``(B, T, D)``, before the final norm.
-        index: positions ``(B, A)`` of the gold tokens. Each is predicted from the position before it, and only these
-            positions are unembedded.
-        valid: which of the positions count ``(B, A)``; the others are padding.
-        target: the gold tokens ``(B, A)``.
+        x: the last layer's output, before the final norm.
+        index: positions of the gold tokens. Each token is predicted from the position before it. Logits are computed
+            only at these positions.
+        valid: which of the positions count; the others are padding.
+        target: the gold tokens.
     """
     before = jnp.maximum(index - 1, 0)[..., None]
     logits = model.text.logits(model.text.norm(jnp.take_along_axis(x, before, 1)))
@@ -40,52 +49,54 @@ def answer_loss(model: Model, x: jax.Array, index: jax.Array, valid: jax.Array, 
     return jnp.sum(losses * valid) / jnp.sum(valid)
 
 
-def prompt_loss(model: Model, batch: Fitted, interventions: tuple = ()) -> jax.Array:
-    """:func:`answer_loss` of a whole forward pass under interventions. The batch's inputs are
-    :meth:`vlm_jax.Inputs.turned`. In the backward pass, layers and vision blocks are run again."""
+def prompt_loss(model: Model, batch: Fitted, interventions: tuple[Intervention, ...] = ()) -> Float[Array, ""]:
+    """:func:`answer_loss` after a whole forward pass under interventions. To save memory, the backward pass runs layers
+    and vision blocks again."""
     inputs = batch.inputs.turned()
     x, _ = model.hidden(inputs, interventions, remat=True)
     target = jnp.take_along_axis(inputs.input_ids, batch.index, 1)
     return answer_loss(model, x, batch.index, batch.valid, target)
 
 
-def model_loss(model: Model, batch: Fitted, key: jax.Array) -> jax.Array:
-    """:func:`prompt_loss` of a model whose own parameters are trained, for :func:`train.loop.fit`."""
+def model_loss(model: Model, batch: Fitted, key: jax.Array) -> Float[Array, ""]:
+    """:func:`prompt_loss` in the form that :func:`train.loop.fit` needs, for training a model's parameters. ``key`` is
+    not used."""
     return prompt_loss(model, batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """Which examples each step reads: all of them once an epoch, in a new random order each time.
+    """The examples of each step. An epoch reads every example once, in a new random order.
 
-    Examples that do not fill a step are left out of that epoch. If there are too few for one step, they are repeated.
+    The last examples of an epoch are left out if they do not fill a step. If there are too few examples for one step,
+    they are repeated.
     """
 
     examples: int
     epochs: int
     batch: int
-    """Examples of a micro-batch."""
+    """Number of examples in a micro-batch."""
     accumulation: int = 1
-    """Micro-batches of a step."""
+    """Number of micro-batches in a step."""
     seed: int = 0
 
     @property
     def step_size(self) -> int:
-        """Examples of a step."""
+        """Number of examples in a step."""
         return self.batch * self.accumulation
 
     @property
     def per_epoch(self) -> int:
-        """Steps of an epoch."""
+        """Number of steps in an epoch."""
         return max(1, self.examples // self.step_size)
 
     @property
     def steps(self) -> int:
         return self.per_epoch * self.epochs
 
-    def rows(self, step: int) -> np.ndarray:
-        """The examples of a step ``(accumulation, batch)``: a pure function of the step, so that a stopped training
-        goes on with the same data."""
+    def rows(self, step: int) -> Int[np.ndarray, "accumulation batch"]:
+        """The numbers of a step's examples. They depend only on the step, so a stopped training continues with the same
+        data."""
         epoch, number = divmod(step, self.per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.examples)
         order = np.resize(order, self.per_epoch * self.step_size)
@@ -93,20 +104,21 @@ class Epochs:
 
 
 def scaled_rate(rate: float, width: int) -> float:
-    """The learning rate for a model of ``width``, given the one that suits a width of 2560. Adam's best rate falls as
-    1 / width (muP, Yang et al. 2022)."""
+    """The learning rate for a model of this width, if ``rate`` is right for a width of 2560. The best rate of Adam is
+    proportional to 1 / width (muP, Yang et al. 2022)."""
     return rate * _WIDTH / width
 
 
 @functools.cache
-def linear(peak: float, steps: int) -> optax.Schedule:
-    """From ``peak`` linearly to 0 (P0, appendix D)."""
+def linear_decay(peak: float, steps: int) -> optax.Schedule:
+    """A learning rate that falls linearly from ``peak`` to 0 (P0, appendix D)."""
     return optax.linear_schedule(peak, 0.0, steps)
 
 
 @functools.cache
 def warmup_cosine(peak: float, steps: int, warmup: int, end: float = 0.0) -> optax.Schedule:
-    """From 0 linearly to ``peak`` in ``warmup`` steps, then along a cosine to ``end`` at the last step."""
+    """A learning rate that rises linearly from 0 to ``peak`` in ``warmup`` steps, then falls along a cosine to ``end``
+    at the last step."""
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
 
 
@@ -118,8 +130,8 @@ def adamw(schedule: optax.Schedule, decay: float = 0.0) -> optax.GradientTransfo
 
 @functools.cache
 def muon_adamw(schedule: optax.Schedule, decay: float = 0.02) -> optax.GradientTransformation:
-    """Muon for the kernels (every layer's matrix by itself), AdamW for the rest; Muon's updates have AdamW's size (Liu
-    et al. 2025). ``decay`` is of the kernels."""
+    """Muon for the kernels, each layer's matrix by itself, and AdamW for the other parameters. Muon's updates are
+    scaled to the size of AdamW's (Liu et al. 2025). ``decay`` is the weight decay of the kernels."""
 
     def matrices(params):
         def dims(path, leaf):
@@ -132,15 +144,16 @@ def muon_adamw(schedule: optax.Schedule, decay: float = 0.02) -> optax.GradientT
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelOptions:
-    """Learning rates and weight decays of some of a training's parameters."""
+    """Learning rates and weight decays for some of the trained parameters, which are named by their labels."""
 
     label_lr: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Peak learning rates of some parameters instead of --lr, by label, such as lora_b 3e-3."""
+    """Peak learning rates for the parameters with these labels, instead of --lr: LABEL RATE [LABEL RATE ...], such as
+    lora_b 3e-3."""
     label_decay: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Weight decays of some parameters, by label, such as lora_b 0.01."""
+    """Weight decays for the parameters with these labels: LABEL DECAY [LABEL DECAY ...], such as lora_b 0.01."""
 
     def check_labels(self, labels: Sequence[str]) -> None:
-        """Refuses labels that the training does not have, and rates and decays below 0."""
+        """Raises a UserError for a label that the training does not have, or for a rate or decay below 0."""
         for flag, values in (("--label-lr", self.label_lr), ("--label-decay", self.label_decay)):
             for label, value in values.items():
                 if label not in labels:
@@ -156,12 +169,16 @@ class LabelOptions:
         optimiser: Callable[[optax.Schedule, float], optax.GradientTransformation] = adamw,
         decay: float = 0.0,
     ) -> tuple[dict[str, optax.GradientTransformation], dict[str, optax.Schedule]]:
-        """Label -> its optimiser, and label -> its schedule: from the rate and decay given for the label, else from
-        ``lr`` and ``decay``.
+        """The optimiser and the learning-rate schedule of each label.
 
         Args:
-            schedule: peak learning rate -> schedule.
-            optimiser: schedule, weight decay -> optimiser.
+            lr: the peak learning rate of labels that ``label_lr`` does not name.
+            schedule: a function peak learning rate -> schedule.
+            optimiser: a function (schedule, weight decay) -> optimiser.
+            decay: the weight decay of labels that ``label_decay`` does not name.
+
+        Returns:
+            Label -> optimiser, and label -> schedule.
 
         Raises:
             UserError: see :meth:`check_labels`.

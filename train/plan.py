@@ -1,4 +1,4 @@
-"""Does a job fit a TPU slice? Compiles its real program for the slice, without weights and without a TPU.
+"""Tells whether a job fits a TPU slice. It compiles the job's real program for the slice, without weights or a TPU.
 
 python -m train.plan --model Qwen3-VL-4B --job trace --topology v5e:2x4 --mesh data=4,tensor=2
 """
@@ -35,7 +35,7 @@ from interventions.modules import MODULE_SITES, module_names
 from interventions.placement.adapters import adapter_parameters, init_lora
 from train import edit as train_editors
 from train import trunk
-from train.objective import adamw, linear
+from train.objective import adamw, linear_decay
 from train.step import Loss, State, Step, update
 from train.subsets import Label, partitioned, split
 from vlm_jax.checkpoints.leaves import abstract, leaf_name
@@ -54,15 +54,16 @@ from vlm_jax.prompts import positions
 from vlm_jax.runs.command import command
 from vlm_jax.runs.ranges import Range, check_ranges
 
-#: What to change where a job does not fit.
+#: What a user can change if a job does not fit.
 _ADVICE = (
     "split the parameters further (tensor or fsdp in --mesh), take a smaller --batch or --remat full, or more chips"
 )
-#: Tokens of the question and of the gold answer, at the end of every prompt.
+#: Numbers of tokens of the question and of the gold answer, which are at the end of every prompt.
 _QUESTION, _ANSWER = 48, 4
-#: Tokens that P4's prefix and suffix editors act on, each.
+#: Number of tokens on which each of P4's prefix and suffix editors acts.
 _EDITED = 4
-#: Tells the TPU's library that this is no TPU machine: there is no metadata server to ask and no chip to lock.
+#: Environment variables that tell the TPU library that this machine has no TPU, so that it asks no metadata server and
+#: locks no chip.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -73,42 +74,51 @@ _NO_TPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Compile a job for a TPU slice, without a TPU, and say whether it fits: memory per chip, FLOPs, collectives."""
+    """Compile a job for a TPU slice, without a TPU, and print whether it fits.
+
+    The result also has the memory of each chip, the FLOPs of a batch, the data that chips exchange, and a lower bound
+    on the time. P0 and P4 are papers that README.md names.
+    """
 
     model: str = "Qwen3-VL-4B"
-    """Published name, embedded model, Hugging Face folder or hub id. Only its config is read."""
+    """The model: a published name, an embedded model, a Hugging Face folder or a hub id. Only its config is read."""
     job: Literal["trace", "lora", "editors", "generate"] = "trace"
-    """P0's trace of a batch (72 cells on 36 layers); a training step of LoRA; one of P4's editors in every vision block
-    and layer; answers to a batch."""
+    """What to compile for one batch. trace: P0's causal trace, one run for each layer and module; lora: a training step
+    of LoRA; editors: a training step of P4's editors, with one in every vision block and layer; generate: answers to
+    questions."""
     topology: str = "v5e:2x4"
-    """TPU generation and slice: v5e:2x4, v6e:4x4, v5p:2x2x4 ..."""
+    """TPU generation and shape of the slice: v5e:2x4, v6e:4x4, v5p:2x2x4 ..."""
     mesh: str = "data=8"
-    """The slice as axes: data x fsdp x tensor."""
+    """How the slice is divided, such as data=2,fsdp=2,tensor=2. The product must be the number of chips. data and fsdp
+    split the batch, fsdp also splits the parameters, tensor splits attention heads and MLPs."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the parameters."""
     batch: Annotated[int, Range(least=1)] = 8
-    """Samples of a batch, over all chips."""
+    """Samples in a batch, over all chips."""
     length: Annotated[int, Range(least=1)] = 1024
-    """Tokens of a prompt with its image and answer."""
+    """Tokens in a prompt, with its image and answer."""
     r: Annotated[int, Range(least=1)] = 64
-    """Rank of LoRA."""
+    """Rank of LoRA, for --job lora."""
     k: int | None = None
-    """How many modules get LoRA, spread over all layers; all of them by default."""
+    """Number of modules (a layer's attention or MLP) that get LoRA, spread over all layers, for --job lora. By default
+    all of them."""
     remat: Literal["full", "some", "none"] = "some"
-    """What LoRA's backward pass computes again: see train.lora --help."""
+    """Which activations LoRA's backward pass computes again instead of storing them. full: all of a layer's, which
+    needs the least memory; some: all except two wide ones of the MLP; none: only the cheap ones."""
     max_new_tokens: Annotated[int, Range(least=1)] = 32
-    """Longest answer."""
+    """Largest number of tokens in an answer, for --job generate."""
     attention: Literal["xla", "splash"] = "xla"
-    """XLA's attention or the splash kernel: see train.lora --help."""
+    """The program that computes the text's attention. xla: the compiler's own; splash: a TPU kernel that never stores
+    the attention scores."""
     json: Path | None = None
-    """Also write the findings to this file."""
+    """Also write the result to this JSON file."""
 
 
 class Job(NamedTuple):
-    """A jitted function with its arguments, one of which is the model.
+    """A jitted function and its arguments, which include the model.
 
-    flops: of its matmuls, over all chips. reads: how often it reads the parameters. unknown: how often a loop runs
-    whose number of turns is only known when the program runs; None if there is no such loop.
+    flops: FLOPs of its matmuls, over all chips. reads: how many times it reads the parameters. unknown: the number of
+    turns of the loop whose number of turns the program itself only learns when it runs; None without such a loop.
     """
 
     function: Any
@@ -120,10 +130,10 @@ class Job(NamedTuple):
 
 
 def prompts(config: Config, batch: int, length: int) -> tuple[Inputs, np.ndarray, np.ndarray]:
-    """Prompts of one image each, and which of their tokens are the question and the answer.
+    """Prompts with one image each, and masks ``(B, T)`` of the tokens of the question and of the answer.
 
     Raises:
-        UserError: if they are too short for an image.
+        UserError: if ``length`` is too short for an image and a question.
     """
     ids, visual = np.ones((batch, length), np.int32), np.zeros((batch, length), bool)
     pixels: dict = {}
@@ -138,26 +148,27 @@ def prompts(config: Config, batch: int, length: int) -> tuple[Inputs, np.ndarray
         visual[:, 1 : 1 + count] = True
     elif length <= _QUESTION + _ANSWER:
         raise UserError(f"--length {length} does not hold a question: give more than {_QUESTION + _ANSWER}")
-    place = np.arange(length)
-    question = np.broadcast_to((length - _ANSWER - _QUESTION <= place) & (place < length - _ANSWER), ids.shape)
-    answer = np.broadcast_to(place >= length - _ANSWER, ids.shape)
+    position = np.arange(length)
+    question = np.broadcast_to((length - _ANSWER - _QUESTION <= position) & (position < length - _ANSWER), ids.shape)
+    answer = np.broadcast_to(position >= length - _ANSWER, ids.shape)
     return Inputs.from_hf(config, input_ids=ids, mm_token_type_ids=visual, **pixels), question, answer
 
 
-def trace(model: Model, args: Args) -> Job:
+def trace_job(model: Model, args: Args) -> Job:
+    """P0's causal trace of one batch."""
     config = model.config.text
     depth = config.num_hidden_layers
     inputs, question, answer = prompts(model.config, args.batch, args.length)
     variants, _ = patch_grid(MODULE_SITES, depth)
     read = Gold.of(inputs, answer)
-    noise = Add(jnp.asarray(question, jnp.float32)[..., None])
+    noise = Add(jnp.asarray(question, jnp.float32)[..., None], site="text.embeddings")
     prompt_runs = {"base": (noise,), "clean": ()}
     start = shared_prefix(model, inputs, variants, read, **prompt_runs)
     chunk = chunk_of(inputs, start, "tpu")
     if block_of(model, inputs, start, len(variants), chunk) < len(variants):
         raise UserError(f"--batch {args.batch} is more than one sweep holds on this mesh: give a smaller one")
     chunk = min(chunk, len(variants))
-    # A chunk is run from the first layer in which one of its variants is alive.
+    # A chunk runs from the first layer in which one of its variants differs from the base run.
     starts = np.sort(np.asarray(first_layers(variants, depth)))
     unknown = np.mean([-(-int((starts <= layer).sum()) // chunk) for layer in range(depth)])
     flops = estimate(model, inputs, variants, read, **prompt_runs, gold=_ANSWER).flops
@@ -168,16 +179,18 @@ def trace(model: Model, args: Args) -> Job:
 
 
 def training_step(loss: Loss, params: Any, label: Label, labels: Iterable[str], data: Any, flops: float) -> Job:
-    """A step of AdamW on the leaves of ``params`` with these labels. The learning rate does not matter here."""
-    tx = partitioned(dict.fromkeys(labels, adamw(linear(1e-4, 1000))), label)
+    """A step of AdamW on the leaves of ``params`` that have these labels. The learning rate does not change the
+    program."""
+    tx = partitioned(dict.fromkeys(labels, adamw(linear_decay(1e-4, 1000))), label)
     trained, rest = split(params, label)
     state = State(trained, jax.eval_shape(tx.init, trained))
     # Parameters are read twice: forward and backward.
     return Job(update, (state, rest, data, jax.random.key(0)), {"step": Step(loss, tx)}, flops, reads=2)
 
 
-def lora(model: Model, args: Args) -> Job:
-    """LoRA on modules that are spread over all layers. The lowest layer has one, so that no layer is skipped."""
+def lora_job(model: Model, args: Args) -> Job:
+    """A training step of LoRA on modules that are spread over all layers. The lowest layer has one, so every layer is
+    run."""
     every = module_names(model.config.text.num_hidden_layers)
     k = len(every) if args.k is None else args.k
     if not 0 < k <= len(every):
@@ -201,26 +214,29 @@ def lora(model: Model, args: Args) -> Job:
     data = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), data)
     flops = lora_step_flops(model, 0, args.batch, args.length, _ANSWER, adapter_parameters(model, names, args.r))
     params = trunk.prepared(model, adapter, k, args.remat)
-    return training_step(trunk.loss, params, trunk.label, trunk.LABELS, data, flops)
+    return training_step(trunk.adapter_loss, params, trunk.adapter_label, trunk.ADAPTER_LABELS, data, flops)
 
 
-def editors(model: Model, args: Args) -> Job:
-    """Editors with P4's ranks and lengths: rank 6 in the vision tower and behind the projector, rank 4 on four tokens
-    at both ends of the text."""
+def editors_job(model: Model, args: Args) -> Job:
+    """A training step of editors with P4's sizes: rank 6 in the vision tower and behind the projector, and rank 4 on
+    the first four and the last four tokens of the text."""
     params = train_editors.Edited(model, jax.eval_shape(lambda: init_editors(model, key=jax.random.key(0))))
     inputs, question, answer = prompts(model.config, args.batch, args.length)
     index, valid = positions(answer)
     ends = {"prefix": question.argmax(1), "suffix": answer.argmax(1) - _EDITED}
-    place = np.arange(args.length)
-    where = {name: (at[:, None] <= place) & (place < at[:, None] + _EDITED) for name, at in ends.items()}
-    data = train_editors.Batch(inputs.turned(), where, index, valid)
+    position = np.arange(args.length)
+    where = {name: (at[:, None] <= position) & (position < at[:, None] + _EDITED) for name, at in ends.items()}
+    data = train_editors.EditorBatch(inputs.turned(), where, index, valid)
     flops = 2 * (layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * _ANSWER))
     flops += 2 * vision_flops(model, inputs)
-    labels = train_editors.LABELS.values()
-    return training_step(train_editors.loss, params, train_editors.label, labels, by_row(data, model), flops)
+    labels = train_editors.EDITOR_LABELS.values()
+    return training_step(
+        train_editors.editor_loss, params, train_editors.editor_label, labels, by_row(data, model), flops
+    )
 
 
-def generate(model: Model, args: Args) -> Job:
+def generate_job(model: Model, args: Args) -> Job:
+    """Greedy answers to one batch."""
     inputs, _, _ = prompts(model.config, args.batch, args.length)
     options, count = decoding(model, args.max_new_tokens), args.max_new_tokens
     flops = layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * count)
@@ -230,11 +246,12 @@ def generate(model: Model, args: Args) -> Job:
     return Job(generation, (model, inputs, ()), kwargs, flops, reads=count, unknown=count - 1)
 
 
-JOBS = {"trace": trace, "lora": lora, "editors": editors, "generate": generate}
+#: Value of --job -> the function that builds the job.
+JOBS = {"trace": trace_job, "lora": lora_job, "editors": editors_job, "generate": generate_job}
 
 
 def abstract_on(config: Config, mesh: jax.sharding.Mesh, dtype: str) -> Model:
-    """The model's shapes, and the sharding of each parameter on the mesh."""
+    """The model with a shape, a dtype and a sharding on the mesh in place of each parameter."""
 
     def placed(path, leaf):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(leaf_name(path), leaf.shape, mesh))
@@ -243,8 +260,8 @@ def abstract_on(config: Config, mesh: jax.sharding.Mesh, dtype: str) -> Model:
 
 
 def by_row(batch, model: Model):
-    """A batch's shapes with a leading axis of one micro-batch, its rows split over the model's mesh as
-    :func:`vlm_jax.mesh.sharding.placed_rows` splits them."""
+    """The shapes of a batch's arrays, with a leading axis of one micro-batch. The rows are split over the model's mesh
+    in the same way as :func:`vlm_jax.mesh.sharding.placed_rows` splits them."""
     mesh = jax.tree.leaves(model)[0].sharding.mesh
 
     def place(a):
@@ -254,8 +271,8 @@ def by_row(batch, model: Model):
     return jax.tree.map(place, batch)
 
 
-def everywhere(tree, mesh: jax.sharding.Mesh):
-    """The shapes of all arrays. Those without a sharding are replicated: every chip holds them whole."""
+def with_shardings(tree, mesh: jax.sharding.Mesh):
+    """The shapes of all arrays, each with a sharding. Arrays without one are replicated: every chip holds a copy."""
     whole = NamedSharding(mesh, PartitionSpec())
 
     def place(a):
@@ -268,10 +285,11 @@ def everywhere(tree, mesh: jax.sharding.Mesh):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compiled program needs: bytes of one chip, FLOPs of all chips.
+    """What a compiled program needs. Bytes are those of one chip, FLOPs those of all chips.
 
-    idle: bytes of parameters that a run holds and the program does not read, such as the vision tower once its features
-    are known. reads: how often the program reads its arguments. collectives: kind -> (how often, bytes received).
+    idle: bytes of parameters that a run holds but that the program does not read, such as the vision tower after its
+    features were computed. reads: how many times the program reads its arguments. collectives: kind -> (number of
+    calls, bytes received). seconds: the time for compiling.
     """
 
     args: Args
@@ -298,8 +316,8 @@ class Plan:
         return self.total < self.chip.memory_bytes
 
     def bounds(self) -> dict[str, float]:
-        """Lower bounds of the seconds for one batch (roofline): by the matmuls at the chip's peak, by reading the
-        arguments from memory, and by the links between chips."""
+        """Lower bounds on the seconds for one batch (the roofline model), by their cause: the matmuls at the chip's
+        peak, reading the arguments from memory, and the links between chips."""
         moved = sum(size for _, size in self.collectives.values())
         return {
             "matmuls": self.flops / self.chips / self.chip.flops_per_second,
@@ -310,7 +328,7 @@ class Plan:
     def __str__(self) -> str:
         args, gib = self.args, 2**30
         bounds = self.bounds()
-        longest = max(bounds, key=bounds.get)
+        longest = max(bounds, key=lambda cause: bounds[cause])
         lines = [
             f"{args.model}, {args.job} on {args.topology} ({self.chips} chips), mesh {args.mesh}: batch {args.batch}, "
             f"{args.length} tokens, {args.dtype}",
@@ -334,10 +352,10 @@ class Plan:
 
 
 def topology(name: str):
-    """The devices of a slice that is not here.
+    """The devices of a TPU slice, described by the TPU compiler; this machine needs no TPU.
 
     Raises:
-        UserError: if there is no such slice, or no compiler for it.
+        UserError: if there is no such slice, or the compiler is not installed.
     """
     if name.partition(":")[0] not in TPUS or ":" not in name:
         raise UserError(f"unknown topology {name!r}: give a generation and a slice such as v5e:2x4 ({', '.join(TPUS)})")
@@ -356,7 +374,7 @@ def compiled(args: Args) -> Plan:
     """Compiles the job for the slice.
 
     Raises:
-        UserError: for a model, slice, mesh or size that cannot be.
+        UserError: for an unknown model or slice, a mesh that does not match them, or a job that does not fit.
     """
     check_ranges(args)
     config = with_attention(config_of(args.model), args.attention)
@@ -370,7 +388,7 @@ def compiled(args: Args) -> Plan:
         job = JOBS[args.job](model, args)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         begun = time.perf_counter()
-        traced = job.function.trace(*everywhere(job.args, mesh), **job.kwargs)
+        traced = job.function.trace(*with_shardings(job.args, mesh), **job.kwargs)
         try:
             program = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
@@ -389,7 +407,7 @@ def compiled(args: Args) -> Plan:
         memory.argument_size_in_bytes,
         _unread(job.args, traced.jaxpr.jaxpr),
         memory.temp_size_in_bytes,
-        # What is written over an argument takes no room of its own.
+        # Results that overwrite an argument need no memory besides the argument's.
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         job.flops,
         job.reads,
@@ -399,7 +417,8 @@ def compiled(args: Args) -> Plan:
 
 
 def _unread(args: tuple, jaxpr) -> int:
-    """Bytes on one chip of the parameters that a program gets and does not read. jit drops them from its arguments."""
+    """Bytes, on one chip, of the parameters that are arguments of the program but are not read. jit removes them from
+    the compiled program's arguments."""
     read = {var for equation in jaxpr.eqns for var in equation.invars if not isinstance(var, jax.extend.core.Literal)}
     total = 0
     for leaf, var in zip(jax.tree.leaves(args), jaxpr.invars, strict=True):

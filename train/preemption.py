@@ -1,4 +1,5 @@
-"""SIGTERM, which a scheduler sends some seconds before it takes the machine away: a training ends after its step."""
+"""Ends a training after its current step when SIGTERM comes. A scheduler sends SIGTERM some seconds before it takes the
+machine away."""
 
 import contextlib
 import signal
@@ -12,9 +13,11 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step: whether SIGTERM has come, so that the training ends after this step. Inside the
-    block the signal has no other effect. Several processes agree on the step. In a thread other than the main one,
-    which cannot handle signals, the answer is always no."""
+    """Yields a function: number of a step -> whether the training must end after this step, because SIGTERM has come.
+
+    Inside the block the signal has no other effect. All processes of a job get the same answer. Only the main thread
+    can handle signals, so in another thread the answer is always False.
+    """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
@@ -30,7 +33,7 @@ def preemption() -> Iterator[Callable[[int], bool]]:
 
 
 def end(name: str, done: int, steps: int, saved: bool) -> None:
-    """Ends the process as the signal itself would have.
+    """Ends the process with the exit code that SIGTERM would have caused.
 
     Raises:
         SystemExit: always, with code 143.

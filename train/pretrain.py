@@ -1,4 +1,7 @@
-"""Trains an embedded model from nothing: text facts -> alignment -> instruction mix."""
+"""Trains an embedded model from random weights in three stages: facts as text, then pictures, then questions.
+
+python -m train.pretrain --out runs/pretrain
+"""
 
 import dataclasses
 import functools
@@ -17,68 +20,75 @@ from train import mini
 from train.loop import LoopOptions, fit
 from train.meter import About
 from train.objective import LabelOptions, model_loss, muon_adamw, warmup_cosine
-from train.subsets import ByPart
+from train.subsets import TRAINABLE_PARTS, ByPart
 from vlm_jax import Model, load, save
 from vlm_jax.checkpoints.sources import read_config
+from vlm_jax.config import Config
 from vlm_jax.data import Example, pretraining
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, Fitted, encode, positions
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
 
 STAGES = ("text", "align", "instruct")
-#: The parts of a model, which are the labels of its parameters. The vision tower includes the projector.
-PARTS = ("text", "visual")
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(LabelOptions):
-    """Pre-train an embedded model on the miniworld, stage after stage, each a checkpoint folder of its own."""
+    """Pre-train an embedded model on the miniworld, a small procedural world that comes with the library
+    (docs/data.md).
+
+    There are three stages. text teaches facts without pictures; align teaches to name, describe and read pictures;
+    instruct teaches to answer questions. The labels for --label-lr and --label-decay are text and visual.
+    """
 
     out: Path
-    """Folder for the stages: OUT/text, OUT/align, OUT/instruct, each a Hugging Face folder, and OUT/backbone: the
-    text-only model that the text stage made. A folder of a run with other options is refused."""
+    """Folder for the models: OUT/text, OUT/align and OUT/instruct, one Hugging Face folder for each stage, and
+    OUT/backbone, the text-only model after the text stage. A folder of a run with other options is refused."""
     model: Literal["mini-qwen3-vl", "mini-gemma3", "mini-llava"] = "mini-qwen3-vl"
-    """Which of the embedded models to train."""
+    """The embedded model to train."""
     stages: tuple[Literal["text", "align", "instruct"], ...] = STAGES
-    """Which stages to run; a stage starts from the one before it."""
+    """The stages to run. Each starts from the model of the stage before it."""
     steps: tuple[int, int, int] = (500, 3000, 2600)
-    """Steps of the three stages."""
+    """Number of training steps in each of the three stages."""
     turns: tuple[int, int, int] = (12000, 24000, 36000)
-    """Different turns that a stage draws its batches from."""
+    """Number of different turns (a message and its answer) in each of the three stages."""
     batch: int = 64
-    """Turns per step."""
+    """Turns in a step."""
     lr: tuple[float, float, float] = (2e-3, 2e-3, 2e-3)
-    """Peak learning rate of each stage (Muon and AdamW; warm-up, then a cosine to a twentieth)."""
+    """Peak learning rate of each stage. The rate rises from 0 to the peak, then falls along a cosine to a twentieth of
+    it. The optimiser is Muon for matrices and AdamW for the rest."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     save_every: int = 500
-    """Steps between checkpoints; a stopped stage goes on from the last one."""
+    """Number of steps from one checkpoint to the next. A stopped stage continues from its last checkpoint."""
 
 
 def turns_of(stage: str, count: int) -> list[pretraining.Turn]:
-    """The turns of a stage. Alignment's are in order of difficulty: ``batches`` keeps to that order."""
-    match stage:
-        case "text":
-            return [pretraining.text_fact(i) for i in range(count)]
-        case "align":
-            return [pretraining.alignment(i, min(1.0, 1.25 * i / count)) for i in range(count)]
-        case "instruct":
-            return [pretraining.instruction(i) for i in range(count)]
+    """The turns of a stage. Those of the stage "align" begin with easy ones and become more difficult."""
+    if stage == "text":
+        return [pretraining.text_fact(i) for i in range(count)]
+    if stage == "align":
+        return [pretraining.alignment(i, min(1.0, 1.25 * i / count)) for i in range(count)]
+    return [pretraining.instruction(i) for i in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Encoded turns of one stage, in memory: inputs, answer positions ``(N, A)`` and which of them count."""
+    """The encoded turns of one stage, in memory.
+
+    index, valid: positions ``(N, A)`` of the answers' tokens, and which of them are not padding.
+    """
 
     inputs: Inputs
     index: np.ndarray
     valid: np.ndarray
 
     @classmethod
-    def encode(cls, turns: list[pretraining.Turn], processor, config) -> "Pool":
+    def encode(cls, turns: list[pretraining.Turn], processor: Processor, config: Config) -> "Pool":
         examples = [Example(str(i), (t.image,) if t.image else (), t.prompt, (t.answer,)) for i, t in enumerate(turns)]
         prompts = [P0_PROMPT if turn.qa else PLAIN_PROMPT for turn in turns]
         batch = encode(examples, processor, config, prompt=prompts)
@@ -90,28 +100,30 @@ class Pool:
         return self.inputs.attention_mask.sum(1)
 
     def draw(self, rng: np.random.Generator, low: int, high: int, count: int) -> np.ndarray:
-        """``count`` turns of one length bucket among turns ``low`` to ``high``; a bucket is as likely as its share."""
+        """``count`` random turns of similar length among turns ``low`` to ``high - 1``. Their length bucket is drawn
+        with the probability of its share of the turns."""
         buckets = -(-self.lengths[low:high] // LENGTH_BUCKET)
         rows = low + np.flatnonzero(buckets == rng.choice(buckets))
         return rng.choice(rows, count)
 
     def take(self, rows: np.ndarray) -> Fitted:
-        """One micro-batch with a leading axis of 1, cut to the length that its longest turn needs."""
+        """These turns as one micro-batch, cut to the length of the longest one. Arrays get a leading axis of 1."""
         longest = bucket(int(self.lengths[rows].max()))
         inputs = self.inputs.take(rows, images=None if self.inputs.images is None else len(rows)).cut(longest)
         return jax.tree.map(lambda a: a[None], Fitted(inputs.turned(), self.index[rows], self.valid[rows]))
 
 
 def turn_range(stage: str, step: int, steps: int, count: int) -> tuple[int, int]:
-    """Which turns a step draws from. Alignment's window moves from easy to difficult ones."""
+    """The first and the last turn (+ 1) that a step may use. In the stage "align" this range moves from easy turns to
+    difficult ones."""
     if stage != "align":
         return 0, count
     high = int(count * min(1.0, 0.15 + 1.2 * step / steps))
     return max(0, high - count // 2), high
 
 
-def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> Model:
-    """The model after a stage."""
+def run_stage(stage: str, model: Model, processor: Processor, args: Args, folder: Path) -> Model:
+    """Trains the model for one stage, and returns it."""
     i = STAGES.index(stage)
     steps, turns = args.steps[i], args.turns[i]
     pool = Pool.encode(turns_of(stage, turns), processor, model.config)
@@ -124,13 +136,13 @@ def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> 
     def schedule(peak: float) -> optax.Schedule:
         return warmup_cosine(peak, steps, min(200, steps // 10), peak / 20)
 
-    transforms, rates = args.optimisers(PARTS, args.lr[i], schedule, muon_adamw, decay=0.02)
+    transforms, rates = args.optimisers(TRAINABLE_PARTS, args.lr[i], schedule, muon_adamw, decay=0.02)
     trained = fit(
         model_loss,
         model,
         batches,
         transforms,
-        ByPart(PARTS),
+        ByPart(TRAINABLE_PARTS),
         steps=steps,
         seed=args.seed,
         clip=1.0,
@@ -143,7 +155,8 @@ def run_stage(stage: str, model: Model, processor, args: Args, folder: Path) -> 
 
 
 def copy_files(source: Path, folder: Path, *leave_out: str) -> None:
-    """Everything that goes with the weights (tokeniser, processor, chat template), but what is left out."""
+    """Copies the files that belong to the weights (tokeniser, processor, chat template), except those named in
+    ``leave_out``."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name not in leave_out:
@@ -152,9 +165,9 @@ def copy_files(source: Path, folder: Path, *leave_out: str) -> None:
 
 @command
 def main(args: Args) -> None:
-    args.check_labels(PARTS)
+    args.check_labels(TRAINABLE_PARTS)
     run = Run.open(args.out, args, ignored=("stages", "save_every"))
-    run.begin()  # the configuration is on disk before the stages, which write into the folder by themselves
+    run.begin()  # writes the configuration before the stages write their own files into the folder
     base = untrained = args.out / "untrained"
     mini.WRITERS[args.model](base)
     config = read_config(base)
@@ -166,9 +179,10 @@ def main(args: Args) -> None:
         folder = args.out / stage
         if stage in args.stages:
             model, processor = load(base)
+            assert processor is not None, "the writers of untrained models write a processor"
             started = time.perf_counter()
             model = run_stage(stage, model, processor, args, folder)
-            copy_files(untrained, folder)  # not from the stage before, whose metrics and recipe are its own
+            copy_files(untrained, folder)  # the folder of the stage before also has that stage's metrics and recipe
             save(model, folder)
             if stage == "text":
                 copy_files(untrained, args.out / "backbone", "preprocessor_config.json")

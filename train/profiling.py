@@ -11,10 +11,11 @@ _SKIPPED = 2
 
 
 class Profile:
-    """Profiles ``count`` steps into a folder, from the third step of a session on; nothing if ``count`` is 0.
+    """Profiles ``count`` steps, from the third step of a session on, and writes the profile to a folder. It does
+    nothing if ``count`` is 0.
 
-    Used as ``with Profile(...) as profile``, with calls before and after every step. ``begun``: steps that are done
-    before the session.
+    Use it as ``with Profile(...) as profile``, and call :meth:`before` and :meth:`after` at every step. ``begun``: the
+    number of steps that earlier sessions did.
     """
 
     def __init__(self, folder: Path | None, begun: int, count: int):
@@ -29,12 +30,12 @@ class Profile:
         self.trace.close()
 
     def before(self, step: int) -> None:
-        """To be called before the ``step``-th step, counted from 1."""
+        """Call it before the ``step``-th step; the first step is 1."""
         if self.count and step == self.first:
             self.trace.enter_context(jax.profiler.trace(str(self.folder)))
 
     def after(self, step: int, state: Any) -> None:
-        """To be called after it, with what it computed."""
+        """Call it after the ``step``-th step, with the state that the step computed."""
         if self.count and step == self.last:
             jax.block_until_ready(state)
             self.trace.close()

@@ -1,4 +1,5 @@
-"""The metrics of the last steps: read together, so that the device is not waited for at every step, and checked."""
+"""Reads and checks the metrics of several steps together, because reading them at every step would wait for the device
+each time."""
 
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import numpy as np
 from train.meter import About
 from vlm_jax.errors import UserError
 from vlm_jax.runs.processes import is_first
+from vlm_jax.typing import ArrayLike
 
 _ADVICE = "lower the learning rate or look at the examples"
 
@@ -16,13 +18,13 @@ class Readings:
     """Metrics of steps that have not been read yet.
 
     Args:
-        name: of the training, for messages.
-        about: whose ``ids`` name a step's examples.
-        latest: gives the step of the last checkpoint, or None.
-        alive: which members are trained, or None where there are no members.
+        name: the name of the training, for messages.
+        about: its ``ids`` name the examples of a step.
+        latest: returns the step of the last checkpoint; None if there is no checkpoint.
+        alive: which members are trained; None if there are no members.
     """
 
-    def __init__(self, name: str, about: About, latest: Callable[[], int | None], alive: np.ndarray | None = None):
+    def __init__(self, name: str, about: About, latest: Callable[[], int | None], alive: ArrayLike | None = None):
         self.name, self.about, self.latest = name, about, latest
         self.alive = None if alive is None else np.asarray(alive)
         self.unread: list[tuple[int, dict]] = []
@@ -32,11 +34,11 @@ class Readings:
         self.unread.append((step, metrics))
 
     def read(self) -> dict:
-        """The last step's metrics: numbers, and lists where a metric has a value for each member.
+        """The metrics of the last step. A metric is a number, or a list with a number for each member.
 
         Raises:
-            UserError: if the loss or the gradients of a step are not numbers. With members: if that is so of all of
-                them. The loss of a single member is only reported.
+            UserError: if the loss or the gradient norm of a step is not a finite number. With members, only if this
+                happens to all of them; a single member is reported on standard error.
         """
         values: dict = {}
         for step, metrics in self.unread:
@@ -63,7 +65,7 @@ class Readings:
             if is_first():
                 print(
                     f"{self.name}: the loss or gradient of member {member} is not a number at step {step}"
-                    f"{self._examples(step)}: it keeps the parameters from before, {alive.sum()} others go on",
+                    f"{self._examples(step)}: its parameters stay as they were before, {alive.sum()} others go on",
                     file=sys.stderr,
                 )
         if not alive.any():

@@ -1,4 +1,4 @@
-"""One training step: the gradients of the trained leaves, the optimiser's update, and what else a step changes."""
+"""One training step: gradients of the trained leaves, the optimiser's update, and the counters."""
 
 import dataclasses
 import functools
@@ -8,33 +8,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool
 
 from train.subsets import Rest
 from vlm_jax.errors import UserError
 
-#: ``loss(params, batch, key)`` returns the loss, or ``(loss, metrics)`` with named numbers for the log. With counters
-#: it is ``loss(params, batch, key, counters)`` and returns ``(loss, metrics, counters)``. The loss is a scalar, or
-#: ``(members,)`` where several members are trained side by side.
+#: ``loss(params, batch, key)`` returns the loss, or ``(loss, metrics)``, where ``metrics`` are named numbers for the
+#: log. With counters it is ``loss(params, batch, key, counters)`` and returns ``(loss, metrics, counters)``. The loss
+#: is a scalar, or has shape ``(members,)`` if several members are trained side by side.
 Loss = Callable[..., Any]
-#: Names in the log that metrics of a loss must not have.
+#: Names that the log uses itself. A loss must not return metrics with these names.
 _RESERVED = ("loss", "losses", "grad_norm", "alive")
 
 
 class State(NamedTuple):
-    """What a step changes: the trained leaves by path; the optimiser's state; counters, which the loss updates and no
-    gradient sees; and, of members, which of them are still trained ``(members,)``."""
+    """The arrays that a step changes."""
 
     trained: dict[str, jax.Array]
+    """Path -> trained leaf."""
     opt_state: Any
+    """The optimiser's state."""
     counters: Any = None
-    alive: jax.Array | None = None
+    """Arrays that the loss updates, without gradients."""
+    alive: Bool[Array, " members"] | None = None
+    """Which members are still trained; None if there are no members."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a compiled step consists of: equal steps share one program. See :func:`train.loop.fit`.
+    """The functions and settings of a compiled step (see :func:`train.loop.fit`). Equal steps share one program.
 
-    ``places``: on a mesh, the sharding of each leaf of the state."""
+    ``places``: the sharding of each leaf of the state; None without a mesh."""
 
     loss: Loss
     tx: optax.GradientTransformation
@@ -43,7 +47,7 @@ class Step:
     places: tuple | None = None
 
     def begin(self, trained: dict[str, jax.Array], counters: Any = None) -> State:
-        """The state before the first step. The arrays are copies, because :func:`update` writes over them.
+        """The state before the first step. Its arrays are copies, because :func:`update` overwrites them.
 
         Raises:
             UserError: if a trained leaf does not have one entry for each member.
@@ -59,10 +63,10 @@ class Step:
         return State(trained, jax.vmap(self.tx.init)(trained), counters, jnp.ones(self.members, bool))
 
     def evaluate(self, params: Any, batch, key: jax.Array, counters: Any) -> tuple[jax.Array, dict, Any]:
-        """Losses, metrics and counters, whichever of them the loss returns.
+        """The loss, its metrics ({} if it returns none) and the new counters.
 
         Raises:
-            UserError: if the loss has another shape than it should, or a metric has a name that is taken.
+            UserError: if the loss has a wrong shape, or a metric has a name that the log uses itself.
         """
         metrics = {}
         if counters is not None:
@@ -81,35 +85,35 @@ class Step:
 
 @functools.partial(jax.jit, static_argnames="step", donate_argnames="state")
 def update(state: State, rest: Rest, batch, key: jax.Array, *, step: Step) -> tuple[State, dict]:
-    """The state after one step, and its metrics.
+    """The state after one step, and the metrics of the step.
 
     Args:
-        batch: arrays with a leading axis of micro-batches, over which gradients and metrics are averaged.
+        batch: arrays whose leading axis is the micro-batches. Gradients and metrics are averaged over them.
     """
     grads, counters, (losses, metrics) = _gradients(state, rest, batch, key, step)
     advance = functools.partial(_advance, step.tx)
     if step.members is not None:
-        advance = jax.vmap(advance)  # each member has an optimiser of its own, so clipping does not couple them
+        advance = jax.vmap(advance)  # each member has its own optimiser, so clipping one member does not change another
     trained, opt_state, norm = advance(grads, state.opt_state, state.trained)
     if step.project is not None:
         trained = rest.trained_of(step.project(rest.joined(trained)))
     alive = state.alive
     metrics = {"loss": losses, "grad_norm": norm, **metrics}
-    if step.members is not None:
+    if alive is not None:
         alive = alive & jnp.isfinite(losses) & jnp.isfinite(norm)
         trained, opt_state = jax.vmap(_chosen)(alive, (trained, opt_state), (state.trained, state.opt_state))
         count = jnp.maximum(alive.sum(), 1)
         means = {name: jnp.where(alive, metrics[name], 0).sum() / count for name in ("loss", "grad_norm")}
         metrics |= {**means, "losses": losses, "alive": alive}
     state = State(trained, opt_state, counters, alive)
-    if step.places is not None:  # leaves stay where they lie, or the next step would be another program
+    if step.places is not None:  # with another sharding, the next step would have to be compiled again
         leaves, structure = jax.tree.flatten(state)
         state = structure.unflatten(map(jax.lax.with_sharding_constraint, leaves, step.places))
     return state, metrics
 
 
 def _gradients(state: State, rest: Rest, batch, key: jax.Array, step: Step) -> tuple[dict, Any, tuple]:
-    """Gradients of the trained leaves, counters, and (losses, metrics), over all micro-batches."""
+    """Gradients of the trained leaves, new counters, and ``(losses, metrics)``, from all micro-batches."""
     count = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.random.split(key, count)
 
@@ -121,7 +125,7 @@ def _gradients(state: State, rest: Rest, batch, key: jax.Array, step: Step) -> t
         (_, (after, outcome)), grads = jax.value_and_grad(total, has_aux=True)(state.trained)
         return grads, after, outcome
 
-    if count == 1:  # there is nothing to add up, so no second set of gradients is held
+    if count == 1:  # without a sum of gradients, which would need as much memory as the gradients
         return one(state.counters, jax.tree.map(lambda a: a[0], batch), keys[0])
 
     def accumulate(carry, scanned):
@@ -134,8 +138,8 @@ def _gradients(state: State, rest: Rest, batch, key: jax.Array, step: Step) -> t
     return jax.tree.map(lambda g: g / count, grads), counters, jax.tree.map(lambda a: a.mean(0), outcomes)
 
 
-def _advance(tx: optax.GradientTransformation, grads: dict, opt_state, trained: dict) -> tuple[dict, Any, jax.Array]:
-    """The trained leaves and the optimiser's state after an update, and the gradients' norm before it."""
+def _advance(tx: optax.GradientTransformation, grads: dict, opt_state, trained: dict) -> tuple[Any, Any, jax.Array]:
+    """The trained leaves and the optimiser's state after an update, and the norm of the gradients."""
     updates, opt_state = tx.update(grads, opt_state, trained)
     return optax.apply_updates(trained, updates), opt_state, optax.tree.norm(grads)
 

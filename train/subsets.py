@@ -1,7 +1,7 @@
-"""A pytree of parameters as two parts: the leaves that a training changes, and the rest, which no gradient sees.
+"""Splits a pytree of parameters into the leaves that are trained and the frozen rest, which gets no gradient.
 
-A rule gives every leaf a label by its path, such as "lora_a", "text" or "freeze". optax.partition then gives each label
-its own optimiser.
+A rule gives every leaf a label that depends on its path, such as "lora_a", "text" or "freeze". optax.partition then
+uses one optimiser for each label.
 """
 
 import dataclasses
@@ -16,15 +16,17 @@ import optax
 from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.errors import UserError
 
-#: ``label(path)``: the label of the leaf at a path as :func:`vlm_jax.checkpoints.leaves.leaf_name` spells it. Rules are
-#: arguments of cached functions: functions of a module, or frozen dataclasses that are equal when they label alike.
+#: ``label(path)``: the label of the leaf at a path, which :func:`vlm_jax.checkpoints.leaves.leaf_name` writes. A rule
+#: is an argument of cached functions, so it must be a function at the top level of a module, or a frozen dataclass.
 Label = Callable[[str], str]
-#: The label of leaves that stay as they are, bit for bit.
+#: The label of leaves that are not trained. They stay bit-equal.
 FREEZE = "freeze"
+#: The parts of a model, which are labels of its parameters. The vision tower ("visual") includes the projector.
+TRAINABLE_PARTS = ("text", "visual")
 
 
 def all_trained(path: str) -> str:
-    """The rule under which every leaf is trained, as "train"."""
+    """The rule that labels every leaf "train"."""
     return "train"
 
 
@@ -41,14 +43,18 @@ class ByPart:
 
 @flax.struct.dataclass
 class Rest:
-    """A pytree without its trained leaves: the frozen leaves by path, and what is needed to put the tree together."""
+    """A pytree without its trained leaves.
+
+    leaves: path -> frozen leaf. paths: the paths of all leaves, in their order in the tree. structure: the tree's
+    structure.
+    """
 
     leaves: dict[str, jax.Array]
     paths: tuple[str, ...] = flax.struct.field(pytree_node=False)
-    structure: jax.tree_util.PyTreeDef = flax.struct.field(pytree_node=False)
+    structure: Any = flax.struct.field(pytree_node=False)
 
     def joined(self, trained: Mapping[str, jax.Array]) -> Any:
-        """The whole pytree, with these trained leaves."""
+        """The whole pytree: the frozen leaves and these trained ones."""
         leaves = {**self.leaves, **trained}
         return self.structure.unflatten([leaves[path] for path in self.paths])
 
@@ -59,7 +65,7 @@ class Rest:
 
 
 def split(params: Any, label: Label) -> tuple[dict[str, jax.Array], Rest]:
-    """The leaves of ``params`` that the rule does not freeze, by path, and the rest.
+    """Splits ``params`` into the leaves that the rule does not freeze, by path, and the rest.
 
     Raises:
         UserError: if two leaves have the same path, or nothing is left to train.
@@ -70,7 +76,7 @@ def split(params: Any, label: Label) -> tuple[dict[str, jax.Array], Rest]:
         raise UserError("two parameters have the same path: rename the keys that contain a dot")
     trained = {path: leaf for path, leaf in leaves.items() if label(path) != FREEZE}
     if not trained:
-        raise UserError("every parameter is labelled freeze, so there is nothing to train: label some otherwise")
+        raise UserError("every parameter is labelled freeze, so there is nothing to train: give some another label")
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trained}
     return trained, Rest(frozen, tuple(leaves), structure)
 
@@ -78,19 +84,20 @@ def split(params: Any, label: Label) -> tuple[dict[str, jax.Array], Rest]:
 def partitioned(
     transforms: Mapping[str, optax.GradientTransformation], label: Label, clip: float | None = None
 ) -> optax.GradientTransformation:
-    """Each label's leaves under that label's transformation; frozen leaves get updates of zero.
+    """The optimiser that applies to each label's leaves the transformation of that label. Frozen leaves get updates of
+    zero.
 
-    Equal arguments give the same object, so that equal trainings share one compiled step. That takes transformations
-    that are cached themselves (:func:`train.objective.adamw`).
+    Equal arguments give the same object, so that equal trainings share one compiled step. For this the transformations
+    must be cached too, as those of :func:`train.objective.adamw` are.
 
     Args:
-        clip: the gradients of all labels together are first scaled down to this global norm.
+        clip: the largest global norm of all gradients together. Larger gradients are scaled down before the update.
 
     Raises:
-        UserError: for a transformation of the label "freeze".
+        UserError: if there is a transformation for the label "freeze".
     """
     if FREEZE in transforms:
-        raise UserError(f"the label {FREEZE!r} has a transformation: give it to a label of another name")
+        raise UserError(f"the label {FREEZE!r} has a transformation, but stands for no training: use another label")
     return _partitioned(tuple(sorted(transforms.items())), label, clip)
 
 

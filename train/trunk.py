@@ -1,7 +1,9 @@
-"""LoRA above a frozen trunk: the layers below the lowest adapted one are run once for each example, not at every step.
+"""Trains LoRA above a frozen trunk. The trunk is the layers below the lowest one with an adapter: it is run once for
+each example instead of at every step.
 
-Adapters are padded (:func:`interventions.placement.adapters.pad`), so that placements of one size have arrays of the
-same shapes. They share a few compiled steps: one for each layer at which the trunk may end (:func:`first_layer`).
+Adapters are padded (:func:`interventions.placement.adapters.pad`), so that all placements of the same number of modules
+have arrays of the same shapes. They share a few compiled steps: one for each layer at which the trunk may end
+(:func:`first_layer`).
 """
 
 import dataclasses
@@ -11,18 +13,19 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from interventions.kinds.lora import LoRA, low_rank
 from interventions.placement.adapters import adapter_parameters, compact, init_lora, lowest_layer, pad
 from train.loop import WATCHING, LoopOptions, fit
 from train.meter import About
-from train.objective import Epochs, LabelOptions, answer_loss, linear, scaled_rate
+from train.objective import Epochs, LabelOptions, answer_loss, linear_decay, scaled_rate
 from train.subsets import FREEZE
 from vlm_jax import Model
 from vlm_jax.data import Example
@@ -30,16 +33,18 @@ from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import even, own_rows, placed_rows
 from vlm_jax.nn.flops import lora_step_flops
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
 from vlm_jax.runs.processes import fetch, first
 from vlm_jax.runs.ranges import Range
 from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
+from vlm_jax.typing import Array, ArrayLike
 
-#: P0's peak learning rate, at width 2560.
+#: P0's peak learning rate, which it uses for a model of width 2560.
 _LR = 2e-4
-#: Labels of the trained arrays: A and B of every adapter. LoRA+ (Hayou et al. 2024) gives B the larger rate.
-LABELS = ("lora_a", "lora_b")
-#: Examples whose trunk is computed together.
+#: Labels of the trained arrays, A and B of every adapter. LoRA+ (Hayou et al. 2024) trains B with a larger rate than A.
+ADAPTER_LABELS = ("lora_a", "lora_b")
+#: Number of examples whose trunk is computed together.
 _CHUNK = 32
 #: The linears whose outputs the backward pass reads.
 _WIDE = [name for names in TEXT_LINEARS.values() for name in names if name not in ("self_attn.o_proj", "mlp.down_proj")]
@@ -53,42 +58,47 @@ _KEPT = {
 
 @dataclasses.dataclass(frozen=True)
 class LoRAOptions(LabelOptions, LoopOptions):
-    """How LoRA is trained: P0's appendix D. The labels for --label-lr and --label-decay are lora_a and lora_b."""
+    """How LoRA is trained. The defaults are those of P0's appendix D.
+
+    LoRA adds the product of two small matrices, B A, to a frozen matrix, and trains only A and B. The labels for
+    --label-lr and --label-decay are lora_a and lora_b.
+    """
 
     r: Annotated[int, Range(least=1)] = 64
-    """Rank of LoRA."""
+    """Rank of LoRA: the number of rows of A and of columns of B."""
     alpha: float = 16.0
-    """LoRA is scaled by alpha / r."""
+    """LoRA's product B A is multiplied by alpha / r."""
     dropout: Annotated[float, Range(least=0, below=1)] = 0.05
-    """Share of LoRA's inputs that are dropped in training."""
+    """Share of LoRA's inputs that are set to 0 at random during training."""
     epochs: Annotated[int, Range(least=1)] = 3
-    """How often all training examples are seen."""
+    """Number of passes over all training examples."""
     batch: Annotated[int, Range(least=1)] = 4
-    """Training examples of a micro-batch."""
+    """Training examples in a micro-batch, which is what runs at once. A step has BATCH x ACCUMULATION examples."""
     accumulation: Annotated[int, Range(least=1)] = 2
-    """Micro-batches whose gradients are averaged in a step."""
+    """Micro-batches in a step. They run one after the other, and their gradients are averaged."""
     lr: float | None = None
-    """Peak learning rate, which falls linearly to 0. By default P0's 2e-4 at width 2560, times 2560 / width."""
+    """Learning rate at the first step. It falls linearly to 0. By default 2e-4 x 2560 / WIDTH, where WIDTH is the
+    model's hidden size; for P0's model, of width 2560, this is P0's rate."""
     seed: Annotated[int, Range(least=0)] = 0
-    """Seed of the initial adapter, the order of the data and dropout."""
+    """Seed of the initial adapter, of the order of the training examples and of dropout."""
     remat: Literal["full", "some", "none"] = "some"
-    """How much of a layer is computed again in the backward pass. full: all of it, which needs least memory; some: all
-    except the outputs of the MLP's gate and up; none: only what is cheap."""
+    """Which activations are computed again in the backward pass instead of being stored. full: all of a layer's, which
+    needs the least memory and the most time; some: all except two wide outputs of the MLP, gate and up; none: only
+    those that are cheap to compute, which needs the most memory."""
     trunk_gib: float = 4.0
-    """Memory in GiB for the activations that enter the lowest adapted layer, of all examples. The rest goes to a
-    temporary file."""
+    """The layers below the lowest adapter are run once for each training example, and their outputs are stored: in
+    memory if they take at most this many GiB, else in a temporary file."""
 
     def check_loop(self) -> None:
         super().check_loop()
-        self.check_labels(LABELS)
+        self.check_labels(ADAPTER_LABELS)
 
 
 @flax.struct.dataclass
 class Adapted:
-    """A model with the adapter that is trained.
+    """A frozen model with the adapter that is trained.
 
-    lowest: the first layer that is run, at or below the lowest one that the adapter touches. remat: see
-    :class:`LoRAOptions`.
+    lowest: the first layer that a step runs; no layer below it has an adapter. remat: see :class:`LoRAOptions`.
     """
 
     model: Model
@@ -97,45 +107,54 @@ class Adapted:
     remat: str = flax.struct.field(pytree_node=False, default="some")
 
 
-def label(path: str) -> str:
-    """The rule of :class:`Adapted`: A and B of the adapter are trained, the model and the slots are not."""
+def adapter_label(path: str) -> str:
+    """The rule for :class:`Adapted`: A and B of the adapter are trained, the model and the slots are frozen."""
     if path.startswith("lora.weights."):
-        return LABELS[int(path.rpartition(".")[2])]
+        return ADAPTER_LABELS[int(path.rpartition(".")[2])]
     return FREEZE
 
 
-#: The trunk ends at a multiple of this many layers.
+#: The number of layers in a trunk is a multiple of this.
 _STRIDE = 2
 
 
 def first_layer(lowest: int) -> int:
-    """Where the trunk ends: at the lowest adapted layer or the one below it. So fewer steps have to be compiled, and on
-    average half a layer is run without need (docs/lora.md)."""
+    """The first layer above the trunk: the lowest layer with an adapter, or the layer below it.
+
+    Rounding down halves the number of steps to compile. The cost is half a layer, on average, that is run at every step
+    though it has no adapter (docs/lora.md).
+    """
     return lowest // _STRIDE * _STRIDE
 
 
 @flax.struct.dataclass
 class Trunk:
-    """Examples as training reads them: the residual stream ``x (N, T, D)`` that enters a layer, which is computed once
-    because no adapter changes it; DeepStack's features ``(N, K, T, D)``; the gold tokens."""
+    """Examples as training reads them.
 
-    x: jax.Array
-    deepstack: jax.Array | None
-    attention_mask: jax.Array
-    position_ids: jax.Array
-    is_image: jax.Array | None
-    index: jax.Array
-    valid: jax.Array
-    target: jax.Array
+    x: the residual stream that enters a layer, computed once because no adapter changes it. deepstack: the image
+    features that DeepStack adds after the first K layers; None if the model has no DeepStack or these layers are below.
+    index, valid, target: positions of the gold tokens, which of them are not padding, and the tokens
+    (:func:`train.objective.answer_loss`). In training, all arrays have one more leading axis: the micro-batches.
+    """
+
+    x: Float[ArrayLike, "*micro examples tokens width"]
+    deepstack: Float[ArrayLike, "*micro examples layers tokens width"] | None
+    attention_mask: Bool[ArrayLike, "*micro examples tokens"]
+    position_ids: Int[ArrayLike, "*micro examples 3 tokens"]
+    is_image: Bool[ArrayLike, "*micro examples tokens"] | None
+    index: Int[ArrayLike, "*micro examples answer"]
+    valid: Bool[ArrayLike, "*micro examples answer"]
+    target: Int[ArrayLike, "*micro examples answer"]
 
     def take(self, rows) -> "Trunk":
-        """Some of the examples, in memory."""
+        """Some of the examples, copied to memory."""
         return jax.tree.map(lambda a: np.asarray(a[rows]), self)
 
     def window(self, model: Model):
+        """Positions and masks for the decoder (:meth:`vlm_jax.nn.decoder.Decoder.window`)."""
         return model.text.window(self.attention_mask, self.position_ids.swapaxes(0, 1), is_image=self.is_image)
 
-    def run(self, model: Model, low: int, high: int, **options) -> jax.Array:
+    def run(self, model: Model, low: int, high: int, **options) -> Float[Array, "examples tokens width"]:
         """``x`` after layers ``low`` to ``high - 1``."""
         deepstack = None if self.deepstack is None else self.deepstack.swapaxes(0, 1)
         return model.text.scan(self.x, self.window(model), layers=(low, high), deepstack=deepstack, **options)[0]
@@ -143,11 +162,13 @@ class Trunk:
 
 @flax.struct.dataclass
 class LayeredLoRA(Intervention):
-    """LoRA as training runs it: with one slice of an array for each layer instead of slots, so that the backward pass
-    writes each layer's gradient once.
+    """LoRA in the form that training runs: each array has one slice for each layer, not one for each slot, so the
+    backward pass writes each layer's gradient once.
 
-    ``weights[site] = (A^T (L, r, in), B (L, r, out))``. A is transposed, because its gradient is then a matmul without
-    a transposed copy of the layer's input, which would take several times as long on a CPU.
+    weights: site -> ``(A^T (L, r, in), B (L, r, out))``. A is transposed, so that its gradient is a matmul that needs
+    no transposed copy of the layer's input. With the copy it would take several times as long on a CPU.
+    used: site -> whether the layer has an adapter, ``(L,)`` bool. everywhere: the sites at which nearly every layer has
+    one.
     """
 
     weights: dict[str, tuple[jax.Array, jax.Array]]
@@ -166,6 +187,7 @@ class LayeredLoRA(Intervention):
             used[site] = lora.slot[site] < len(a)
         # With as many slots as layers, almost every layer has an adapter: skipping the others costs more than it saves.
         everywhere = frozenset(site for site, (a, _) in lora.weights.items() if len(a) >= depth - lowest)
+        assert lora.key is not None, "training needs a random key for dropout"
         key = jax.vmap(functools.partial(jax.random.fold_in, lora.key))(jnp.arange(depth))
         return cls(weights, used, jnp.full(depth, lora.scale), key, lora.dropout, everywhere)
 
@@ -184,9 +206,9 @@ class LayeredLoRA(Intervention):
         return value + jax.lax.cond(self.used[site], delta, lambda x: jnp.zeros_like(value), ctx.input)
 
 
-def loss(params: Adapted, batch: Trunk, key: jax.Array) -> jax.Array:
-    """:func:`train.objective.answer_loss` of the gold tokens and the end of their turn. Layers below ``params.lowest``
-    are not run; ``key`` is for dropout."""
+def adapter_loss(params: Adapted, batch: Trunk, key: jax.Array) -> Float[Array, ""]:
+    """:func:`train.objective.answer_loss` of the gold tokens and the token that ends their turn. Layers below
+    ``params.lowest`` are not run. ``key`` is the random key of dropout."""
     model, depth = params.model, params.model.config.text.num_hidden_layers
     lora = LayeredLoRA.of(params.lora.replace(key=key), depth, params.lowest)
     x = batch.run(model, params.lowest, depth, layered=(lora,), remat=_KEPT[params.remat] or True)
@@ -195,7 +217,7 @@ def loss(params: Adapted, batch: Trunk, key: jax.Array) -> jax.Array:
 
 @jax.jit
 def _embed(model: Model, inputs: Inputs, index, valid) -> Trunk:
-    """The examples as they enter layer 0, from :meth:`Inputs.turned` inputs."""
+    """The examples as they enter layer 0. The inputs are :meth:`vlm_jax.Inputs.turned`."""
     (x, deepstack), _ = model.embed(inputs.turned())
     deepstack = None if deepstack is None else deepstack.swapaxes(0, 1)
     target = jnp.take_along_axis(inputs.input_ids, index, 1)
@@ -203,16 +225,16 @@ def _embed(model: Model, inputs: Inputs, index, valid) -> Trunk:
 
 
 @functools.partial(jax.jit, static_argnames="lowest")
-def _raise(model: Model, data: Trunk, lowest: int) -> jax.Array:
-    return data.run(model, 0, lowest, remat=True)  # with remat, layers are looked up and no part of the stack is copied
+def _raise(model: Model, data: Trunk, lowest: int) -> Float[Array, "examples tokens width"]:
+    return data.run(model, 0, lowest, remat=True)  # remat reads one layer at a time and copies no part of the stack
 
 
-def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
-    """The examples as they enter layer 0. That is the same for every placement, so it is computed once for all.
+def embedded_batch(model: Model, batch: Batch, size: int = _CHUNK, **storage) -> Trunk:
+    """The examples as they enter layer 0. This does not depend on the placement, so all placements can share it.
 
     Args:
-        size: examples that are run together.
-        where: ``gib`` and ``folder``: see :func:`stored`.
+        size: the number of examples that are run together.
+        storage: ``gib`` and ``folder`` of :func:`stored`.
     """
     images = batch.inputs.images
     patches = 0 if images is None else images.patch_mask.shape[1]
@@ -222,25 +244,30 @@ def embedded(model: Model, batch: Batch, size: int = _CHUNK, **where) -> Trunk:
         aligned = inputs.take(rows, min(1, batch.images)).aligned(batch.images, patches, at)
         return Fitted(aligned, *(part[rows] for part in answers))
 
-    return _embedded(model, encode, len(inputs.input_ids), size, **where)
+    return _embedded(model, encode, len(inputs.input_ids), size, **storage)
 
 
-def embedded_examples(model: Model, processor, examples: Sequence[Example], size: int = _CHUNK, **where) -> Trunk:
-    """:func:`embedded` of examples whose images would not all fit in memory: only those that are run together are
-    encoded at a time. With several processes, each encodes the examples that its devices run."""
+def embedded_examples(
+    model: Model, processor: Processor, examples: Sequence[Example], size: int = _CHUNK, **storage
+) -> Trunk:
+    """:func:`embedded_batch` for examples whose images do not all fit into memory: only the examples that are run
+    together are encoded at a time. With several processes, each encodes the examples that its devices run."""
     room = room_of(examples, processor, model.config)
 
     def encode(rows: np.ndarray, at: np.ndarray) -> Fitted:
         return fitted([examples[row] for row in rows], room, processor, model.config, at)
 
-    return _embedded(model, encode, len(examples), size, **where)
+    return _embedded(model, encode, len(examples), size, **storage)
 
 
 def _embedded(
-    model: Model, encode: Callable[[np.ndarray, np.ndarray], Fitted], count: int, size: int, **where
+    model: Model, encode: Callable[[np.ndarray, np.ndarray], Fitted], count: int, size: int, **storage
 ) -> Trunk:
-    """The examples ``0`` to ``count - 1``. ``encode`` gets the numbers of some examples and the rows of a batch that
-    they fill."""
+    """The examples ``0`` to ``count - 1`` as they enter layer 0.
+
+    Args:
+        encode: numbers of examples, and their rows in the batch -> the encoded examples.
+    """
     size = even(min(size, count))
 
     def parts() -> Iterator[Trunk]:
@@ -249,41 +276,45 @@ def _embedded(
             inputs, *answers = encode(rows[process_rows], process_rows)
             yield _embed(model, *placed_rows((inputs.turned(), *answers), size))
 
-    return stored(parts(), count, **where)
+    return stored(parts(), count, **storage)
 
 
-def raised(model: Model, data: Trunk, lowest: int, size: int = _CHUNK, **where) -> Trunk:
-    """Embedded examples as they enter layer ``lowest``."""
+def raised(model: Model, data: Trunk, lowest: int, size: int = _CHUNK, **storage) -> Trunk:
+    """The examples as they enter layer ``lowest``. ``data`` holds them as they enter layer 0."""
     count = len(data.x)
     size = even(min(size, count))
     if lowest:
         process_rows = own_rows(size)
         chunks = _chunks(count, size)
         parts = (_raise(model, placed_rows(data.take(rows[process_rows]), size), lowest) for rows in chunks)
-        data = data.replace(x=stored(parts, count, **where))
-    # Above the layers that DeepStack adds features to, they are not needed any more.
+        data = data.replace(x=stored(parts, count, **storage))
+    # The features are not needed if all layers to which DeepStack adds them belong to the trunk.
     unused = data.deepstack is not None and lowest >= data.deepstack.shape[1]
     return data.replace(deepstack=None) if unused else data
 
 
 def trunk(model: Model, batch: Batch, lowest: int, size: int = _CHUNK) -> Trunk:
-    """The examples' frozen part, in host memory."""
-    return raised(model, embedded(model, batch, size), lowest, size)
+    """The examples as they enter layer ``lowest``, in host memory."""
+    return raised(model, embedded_batch(model, batch, size), lowest, size)
 
 
 def _chunks(count: int, size: int) -> np.ndarray:
-    """Rows in chunks of one shape: the last one repeats the last row."""
+    """Row numbers in chunks of ``size``, one chunk a row. The last chunk is filled up by repeating the last number."""
     return np.arange(-(-count // size) * size).clip(max=count - 1).reshape(-1, size)
 
 
 def stored(parts: Iterable, count: int, gib: float = np.inf, folder: Path | None = None):
-    """The first ``count`` rows of a chunked pytree, as NumPy arrays: in memory if they take at most ``gib`` together,
-    else in temporary files in ``folder`` (None: the system's folder), which vanish with the process.
+    """The first ``count`` rows of a pytree that comes in parts, as NumPy arrays. They are in memory if they take at
+    most ``gib`` GiB together; otherwise in temporary files, which are deleted when the process ends.
+
+    Args:
+        folder: where the temporary files are; None for the system's folder.
 
     Raises:
         UserError: if the files do not fit on the disk.
     """
-    arrays, structure, filled = [], None, 0
+    structure: Any = None
+    arrays, filled = [], 0
     for part in parts:
         leaves, structure = jax.tree.flatten(fetch(part))
         if not arrays:
@@ -310,8 +341,8 @@ def _on_disk(folder: Path | None, shape: tuple[int, ...], dtype: np.dtype) -> np
 
 
 def prepared(model: Model, lora: LoRA, k: int, remat: str) -> Adapted:
-    """The model with an adapter on ``k`` modules, padded for training: all placements of ``k`` modules whose trunks end
-    at the same layer have arrays of the same shapes."""
+    """The model with an adapter on ``k`` modules that is padded for training. All placements of ``k`` modules whose
+    trunks end at the same layer get arrays of the same shapes, so they share one compiled step."""
     lowest = first_layer(lowest_layer(lora))
     return Adapted(model, pad(lora, model, min(k, model.config.text.num_hidden_layers - lowest)), lowest, remat)
 
@@ -325,17 +356,18 @@ def train_lora(
     folder: Path | None = None,
     ids: Sequence[str] = (),
 ) -> LoRA:
-    """LoRA on the named modules, trained on encoded examples.
+    """Trains LoRA on the named modules.
 
     Args:
-        batch: the examples, or their trunk from :func:`embedded`, which many placements can share.
-        name: of the training, for the progress bar and messages.
-        folder: for checkpoints and ``metrics.jsonl``. A training that was killed goes on from its last checkpoint
-            there, to the same adapter bit for bit (on CPU).
-        ids: of the examples, for the error message if the loss stops being a number; their rows by default.
+        names: the modules that get an adapter, such as ``["L2-attn"]``.
+        batch: the encoded examples, or the result of :func:`embedded_batch`, which many placements can share.
+        name: the name of the training, for the progress bar and messages.
+        folder: the folder for checkpoints and ``metrics.jsonl``. A training that was killed continues from the last
+            checkpoint there, and on a CPU its adapter is the same bit for bit.
+        ids: the examples' ids, for the error message if the loss stops being a number. By default their row numbers.
 
     Raises:
-        UserError: if the folder holds another training's checkpoints; if the loss stops being a number.
+        UserError: if the folder holds checkpoints of another training, or if the loss stops being a number.
     """
     key = jax.random.key(options.seed)
     lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=key)
@@ -343,31 +375,31 @@ def train_lora(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     # With several processes the folder is shared and may be a bucket, so temporary files go elsewhere.
-    where = {"gib": options.trunk_gib, "folder": folder if jax.process_count() == 1 else None}
-    data = batch if isinstance(batch, Trunk) else embedded(model, batch, **where)
-    data = raised(model, data, params.lowest, **where)
+    storage = {"gib": options.trunk_gib, "folder": folder if jax.process_count() == 1 else None}
+    data = batch if isinstance(batch, Trunk) else embedded_batch(model, batch, **storage)
+    data = raised(model, data, params.lowest, **storage)
     count, length = data.x.shape[:2]
     epochs = Epochs(count, options.epochs, options.batch, options.accumulation, options.seed)
     if folder is not None:
-        compared = [field.name for field in dataclasses.fields(LoRAOptions) if field.name not in _NO_MATTER]
+        compared = [field.name for field in dataclasses.fields(LoRAOptions) if field.name not in _WITHOUT_EFFECT]
         settings = {option: getattr(options, option) for option in compared}
         check_same(folder / "training.json", {**settings, "modules": sorted(names), "examples": count})
 
-    def ids_of(step: int) -> Sequence:
-        rows = epochs.rows(step).ravel()
-        return [ids[row] for row in rows] if ids else rows
+    def ids_of(step: int) -> list[str]:
+        rows: list[int] = epochs.rows(step).ravel().tolist()
+        return [ids[row] for row in rows] if ids else list(map(str, rows))
 
     lr = options.lr if options.lr is not None else scaled_rate(_LR, model.config.text.hidden_size)
-    transforms, rates = options.optimisers(LABELS, lr, functools.partial(linear, steps=epochs.steps))
+    transforms, rates = options.optimisers(ADAPTER_LABELS, lr, functools.partial(linear_decay, steps=epochs.steps))
     adapters = adapter_parameters(model, names, options.r)
     flops = lora_step_flops(model, params.lowest, epochs.step_size, length, data.index.shape[1], adapters)
     process_rows = own_rows(options.batch)
     trained = fit(
-        loss,
+        adapter_loss,
         params,
         lambda step: data.take(epochs.rows(step)[:, process_rows]),
         transforms,
-        label,
+        adapter_label,
         steps=epochs.steps,
         rows=options.batch,
         seed=options.seed,
@@ -379,12 +411,12 @@ def train_lora(
     return compact(params.lora.replace(weights=fetch(trained.params.lora.weights)))
 
 
-#: Options that change how a training runs, but not its result.
-_NO_MATTER = ("remat", "trunk_gib", *WATCHING)
+#: Options that change how a training runs, but not its result. They may differ when it continues.
+_WITHOUT_EFFECT = ("remat", "trunk_gib", *WATCHING)
 
 
 def check_same(file: Path, settings: dict) -> None:
-    """Writes the settings of a training to a file; refuses to go on with another training's.
+    """Writes the settings of a training to a file. If the file exists, checks that it holds the same settings.
 
     Raises:
         UserError: if the file holds other settings.

@@ -1,4 +1,4 @@
-"""Fine-tunes whole parts of a model, such as its text decoder, on a task; the other parts stay as they are.
+"""Fine-tunes whole parts of a model, such as its text decoder, on a task. The other parts do not change.
 
 python -m train.tune --train mini-docvqa --out runs/tune
 """
@@ -18,7 +18,7 @@ from train.artifacts import training_log
 from train.loop import WATCHING, LoopOptions, fit, forget
 from train.meter import About
 from train.objective import Epochs, LabelOptions, model_loss, scaled_rate, warmup_cosine
-from train.subsets import ByPart
+from train.subsets import TRAINABLE_PARTS, ByPart
 from vlm_jax import Model, save
 from vlm_jax.checkpoints.leaves import named_leaves
 from vlm_jax.data import Example, easy_vqa, load_task, source
@@ -26,6 +26,8 @@ from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import own_rows
+from vlm_jax.processor import Processor
+from vlm_jax.prompts import Fitted, fitted, room_of
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
@@ -33,40 +35,42 @@ from vlm_jax.runs.processes import fetch, is_first
 from vlm_jax.runs.ranges import Range
 from vlm_jax.runs.startup import start
 
-#: Of a model's pytree: the vision tower holds the projector too.
-PARTS = ("text", "visual")
-#: A common peak learning rate of full fine-tuning, at width 2560.
+#: A common peak learning rate for full fine-tuning of a model of width 2560.
 _LR = 2e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(LabelOptions, LoopOptions, metrics.MetricOptions, DataOptions, ModelOptions):
-    """Fine-tune parts of a model on a task, and score it on held-out examples before and after."""
+    """Fine-tune whole parts of a model on a task, and score the model on held-out examples before and after.
+
+    The labels for --label-lr and --label-decay are the trained parts: text, visual.
+    """
 
     train: str = "mini-docvqa"
     """Task, family, dataset or JSONL file to train on."""
     eval: str | None = None
-    """Task, family, dataset or JSONL file to score on. By default that of --train, whose test split is used."""
+    """Task, family, dataset or JSONL file to score on; its test split is used. By default the same as --train."""
     limit: int | None = 3000
     """Largest number of training examples."""
     eval_limit: int | None = 300
     """Largest number of held-out examples."""
     parts: Annotated[tuple[Literal["text", "visual"], ...], tyro.conf.arg(metavar="PART [PART ...]")] = ("text",)
-    """What is trained. text: the decoder with its embeddings; visual: the vision tower with its projector."""
+    """The parts to train. text: the text decoder with its embeddings; visual: the vision tower with the projector."""
     epochs: Annotated[int, Range(least=1)] = 3
-    """How often all training examples are seen."""
+    """Number of passes over all training examples."""
     batch: Annotated[int, Range(least=1)] = 16
-    """Training examples of a step."""
+    """Training examples in a step."""
     lr: float | None = None
-    """Peak learning rate of AdamW, after a warm-up; it falls to 0 along a cosine. By default 2e-5 at width 2560, times
-    2560 / width."""
+    """Peak learning rate of the optimiser AdamW. The rate rises from 0 to the peak, then falls to 0 along a cosine. By
+    default 2e-5 x 2560 / WIDTH, where WIDTH is the model's hidden size."""
     seed: Annotated[int, Range(least=0)] = 0
-    """Seed of the order of the data."""
+    """Seed of the random order of the training examples."""
     answering: tyro.conf.OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
     save_every: Annotated[int, Range(least=1)] = 200
-    """Steps between checkpoints. A stopped run goes on from the last one."""
+    """Number of steps from one checkpoint to the next. A stopped run continues from the last checkpoint."""
     out: Path = Path("runs/tune")
-    """Run folder: model/ (a Hugging Face folder), scores before and after, samples."""
+    """Folder for the results: the tuned model in model/ (a Hugging Face folder), and the answers and scores from before
+    and after the training. A stopped run with the same options continues there."""
 
 
 def check_parts(model: Model, args: Args) -> None:
@@ -77,8 +81,8 @@ def check_parts(model: Model, args: Args) -> None:
     args.check_labels(args.parts)
 
 
-def tune(model: Model, processor, examples: list[Example], args: Args, folder: Path | None = None) -> Model:
-    """The model with ``args.parts`` trained on the examples; checkpoints go to ``folder``."""
+def tune(model: Model, processor: Processor, examples: list[Example], args: Args, folder: Path | None = None) -> Model:
+    """The model after its parts ``args.parts`` were trained on the examples. Checkpoints are written to ``folder``."""
     epochs = Epochs(len(examples), args.epochs, args.batch, seed=args.seed)
     room, process_rows = room_of(examples, processor, model.config), own_rows(args.batch)
 
@@ -120,10 +124,10 @@ def main(args: Args) -> None:
     train = load_task(args.train, split="train", limit=args.limit, options=args)
     test = load_task(task, split="test", limit=args.eval_limit, options=args)
     check_disjoint(train, test)
-    metrics.check(test, args)
+    metrics.check_metric(test, args)
     args.check_loop()
     if not args.parts:
-        raise UserError(f"--parts names none: choose from {', '.join(PARTS)}")
+        raise UserError(f"--parts is empty: choose from {', '.join(TRAINABLE_PARTS)}")
     sources = {"train": args.train, "test": task}
     data = {split: source(name, split=split, options=args) for split, name in sources.items()}
     check = functools.partial(check_parts, args=args)

@@ -13,7 +13,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
 from vlm_jax.model import Embedded, Model
 from vlm_jax.nn.decoder import StackedKeyValues, Window
-from vlm_jax.sites import NO_TAPS, Context, Probe, check
+from vlm_jax.sites import NO_TAPS, Context, Probe, check_sites
 from vlm_jax.typing import Array
 
 #: Temperature, top_p and key of a generation that samples.
@@ -51,7 +51,7 @@ def generate(
     Raises:
         UserError: for options that are not possible, or an intervention that touches nothing.
     """
-    check(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
+    check_sites(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
     options = decoding(model, max_new_tokens, steps, eos_token_id, pad_token_id)
     if temperature and key is None:
         raise UserError("sampling needs a key: pass key=jax.random.key(seed)")

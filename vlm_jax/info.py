@@ -22,7 +22,7 @@ from vlm_jax.sites import PROJECTOR_SITES, TEXT_LINEARS
 from vlm_jax.vision.vit import ViTVision
 
 MODEL_PARTS = ("vision tower", "projector", "embeddings", "decoder layers", "final norm", "head")
-_TEXT_PARTS = dict(zip(("embed_tokens", "layers", "norm", "lm_head"), MODEL_PARTS[2:], strict=True))
+_TEXT_PARTS: dict[str, str] = dict(zip(("embed_tokens", "layers", "norm", "lm_head"), MODEL_PARTS[2:], strict=True))
 _PROJECTOR = {site.removeprefix("projector.") for site in PROJECTOR_SITES}
 
 

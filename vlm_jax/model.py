@@ -13,7 +13,7 @@ from vlm_jax.families import backbone_config
 from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import constrain
 from vlm_jax.nn.decoder import Decoder, Window
-from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check
+from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check_sites
 from vlm_jax.typing import Array
 from vlm_jax.vision.blocks import Features
 
@@ -56,7 +56,7 @@ class Model(nnx.Module):
         Raises:
             UserError: for an unknown tap or site, or an intervention that touches nothing.
         """
-        checked = check(interventions, taps, self.sites(inputs), self.depths, inputs.input_ids.shape)
+        checked = check_sites(interventions, taps, self.sites(inputs), self.depths, inputs.input_ids.shape)
         x, tapped = self.hidden(inputs, interventions, checked)
         probe = Probe(interventions, checked, Context())
         logits = self.text.head(x, probe)

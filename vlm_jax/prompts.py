@@ -1,7 +1,8 @@
-"""Turns examples into tokens: prompt, chat template, gold answer, and the span that each token belongs to.
+"""Turns examples into tokens by the prompt and the chat template, and finds the tokens of the image, question and
+answer.
 
-Spans come from the tokeniser's character offsets. The chat template is rendered with a placeholder in place of the
-question, so the question's position is known and no text or token id has to be searched for.
+The chat template is rendered with a placeholder in place of the question, so the question's position in the text is
+known. The tokeniser's character offsets then give its tokens. No text or token id has to be searched for.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 from PIL import Image
 
 from vlm_jax.config import Config
@@ -20,7 +22,9 @@ from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 from vlm_jax.families.base import Chat
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
+from vlm_jax.processor import Processor
 from vlm_jax.runs.processes import everywhere
+from vlm_jax.typing import ArrayLike
 
 #: P0, appendix C.1.
 P0_PROMPT = (
@@ -36,7 +40,7 @@ PLAIN_PROMPT = "{QUESTION}"
 
 #: A private-use character that stands for the question while the chat template is rendered.
 _PLACEHOLDER = "\ue000"
-#: How many examples are encoded together. It bounds the memory of their images.
+#: Number of examples that are encoded together. It limits the memory that their images need.
 _WINDOW = 512
 SPANS = ("image", "image_end", "question", "answer", "end")
 
@@ -45,17 +49,17 @@ class Batch(NamedTuple):
     """``B`` encoded examples."""
 
     inputs: Inputs
-    spans: dict[str, np.ndarray]
-    """Name -> ``(B, T)`` bool. ``image``: visual tokens; ``image_end``: the token that closes an image; ``question``:
-    the tokens in place of ``{QUESTION}``; ``answer``: the gold tokens; ``end``: the token that ends the answer's turn.
-    """
+    spans: dict[str, Bool[np.ndarray, "batch tokens"]]
+    """Name of a span -> its tokens ``(B, T)``. ``image``: visual tokens; ``image_end``: the token that closes an image;
+    ``question``: the tokens in place of ``{QUESTION}``; ``answer``: the gold tokens; ``end``: the token that ends the
+    answer's turn."""
     images: int
-    """The largest number of images of an example."""
+    """The largest number of images in an example."""
 
 
 def encode(
     examples: Sequence[Example],
-    processor,
+    processor: Processor,
     config: Config,
     *,
     prompt: str | Sequence[str] = P0_PROMPT,
@@ -66,13 +70,14 @@ def encode(
 
     Args:
         processor: the model's processor, as :func:`vlm_jax.load` returns it.
-        prompt: the user's message, with ``{QUESTION}`` in it; one for all examples or one for each.
+        prompt: the user's message, in which ``{QUESTION}`` stands for the question; one for all examples, or a list
+            with one for each.
         with_answer: append the gold answer ``answers[0]`` and the end of its turn (teacher forcing).
         step: the length is rounded up to a multiple of this.
 
     Raises:
-        UserError: for a question that does not fit the model's context or contains a special token; images for a
-            text-only model; an image that the processor refuses.
+        UserError: if a question does not fit the model's context or contains a special token; if a text-only model gets
+            images; if the processor refuses an image.
     """
     prompts = [prompt] * len(examples) if isinstance(prompt, str) else prompt
     images_of = [list(example.images) for example in examples]  # decodes every image once
@@ -103,17 +108,19 @@ def encode(
     )
 
 
-def _sizes(images: Iterable[Image.Image], processor, config: Config) -> list[tuple[int, int]]:
-    """The numbers of patches (with padding) and of visual tokens of each image. The images are not processed."""
+def _sizes(images: Iterable[Image.Image], processor: Processor, config: Config) -> list[tuple[int, int]]:
+    """(Number of patches with padding, number of visual tokens) of each image. The images are not processed."""
     images = list(images)
-    if images and config.vision is None:
+    if not images:
+        return []
+    if config.vision is None:
         raise UserError(f"a {config.family} is a text-only model and takes no images: choose a vision-language model")
     with _image_errors():
         return [config.vision.size_of(processor.image_processor, image) for image in images]
 
 
 class _Tokens(NamedTuple):
-    """The token ids of one example, and for each span which of them belong to it, ``(T,)`` bool."""
+    """The token ids of one example, and span -> which of the tokens belong to it, ``(T,)`` bool."""
 
     ids: list[int]
     spans: dict[str, np.ndarray]
@@ -123,7 +130,7 @@ def _tokens(
     examples: Sequence[Example],
     prompts: Sequence[str],
     sizes: Sequence[Sequence[tuple[int, int]]],
-    processor,
+    processor: Processor,
     config: Config,
     with_answer: bool,
 ) -> list[_Tokens]:
@@ -165,7 +172,7 @@ def _image_errors() -> Iterator[None]:
         raise UserError(f"the image processor refuses an image ({error}): leave it out or change its shape") from None
 
 
-def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[int], with_answer: bool):
+def _render(example: Example, prompt: str, processor: Processor, chat: Chat, counts: list[int], with_answer: bool):
     """The whole text of one example and its spans as ``(name, first character, last character + 1)``.
 
     Args:
@@ -213,7 +220,7 @@ def _render(example: Example, prompt: str, processor, chat: Chat, counts: list[i
 
 def batches(
     examples: Sequence[Example],
-    processor,
+    processor: Processor,
     config: Config,
     size: int,
     *,
@@ -249,32 +256,32 @@ def batches(
 
 
 def shape_of(batch: Batch) -> tuple:
-    """The shapes of a batch's arrays. Batches with equal shapes run the same compiled program."""
+    """The shapes of a batch's arrays. Batches with equal shapes use the same compiled program."""
     return tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch.inputs))
 
 
 class Room(NamedTuple):
-    """The shape in which each of some examples fits, so that one compiled program serves all of them.
+    """A shape that is large enough for each of some examples, so that they can all use one compiled program.
 
-    Every row has this shape. One very large picture therefore makes the vision tower do more work in every row.
+    Every row gets this shape. One very large picture therefore makes the vision tower do more work in every row.
     """
 
     length: int
-    """Tokens of a prompt with its answer, rounded up."""
+    """Number of tokens in a prompt with its answer, rounded up."""
     answer: int
-    """Tokens of an answer with the end of its turn."""
+    """Number of tokens in an answer, with the token that ends its turn."""
     images: int
-    """Images of an example."""
+    """Number of images in an example."""
     patches: int
-    """Patches of an image, with padding."""
+    """Number of patches in an image, with padding."""
 
 
-def room_of(examples: Sequence[Example], processor, config: Config, with_answer: bool = True) -> Room:
+def room_of(examples: Sequence[Example], processor: Processor, config: Config, with_answer: bool = True) -> Room:
     """The room that the examples need. Their images are decoded, but not processed. Several processes divide the
     examples among them.
 
     Args:
-        with_answer: count the gold answer after the prompt.
+        with_answer: whether the gold answer comes after the prompt.
 
     Raises:
         UserError: for an example that cannot be encoded; raised in all processes.
@@ -305,8 +312,8 @@ def _largest(rooms: Iterable[Sequence[int]]) -> Room:
     return Room(*map(max, zip(*rooms, strict=True)))
 
 
-def check_fit(examples: Sequence[Example], processor, config: Config, with_answer: bool = True) -> None:
-    """Raises a UserError, in all processes, if an example cannot be encoded. Call it before any work is done."""
+def check_fit(examples: Sequence[Example], processor: Processor, config: Config, with_answer: bool = True) -> None:
+    """Raises a UserError, in all processes, if an example cannot be encoded. Call it before any long computation."""
     room_of(examples, processor, config, with_answer)
 
 
@@ -314,13 +321,15 @@ class Fitted(NamedTuple):
     """Encoded examples in the shape of a :class:`Room`."""
 
     inputs: Inputs
-    index: np.ndarray
-    """``(B, A)``: the positions of the gold tokens and of the end of their turn."""
-    valid: np.ndarray
-    """``(B, A)`` bool: which entries of ``index`` are not padding."""
+    index: Int[ArrayLike, "batch answer"]
+    """The positions of the gold tokens and of the token that ends their turn."""
+    valid: Bool[ArrayLike, "batch answer"]
+    """Which entries of ``index`` are not padding."""
 
 
-def fitted(examples: Sequence[Example], room: Room, processor, config: Config, at: np.ndarray | None = None) -> Fitted:
+def fitted(
+    examples: Sequence[Example], room: Room, processor: Processor, config: Config, at: np.ndarray | None = None
+) -> Fitted:
     """Encodes examples with their answers in the shape ``room``, each row with its own images
     (:meth:`Inputs.aligned`).
 
@@ -330,17 +339,21 @@ def fitted(examples: Sequence[Example], room: Room, processor, config: Config, a
     batch = encode(examples, processor, config, step=room.length)
     inputs = batch.inputs
     if room.images and inputs.images is None:  # other rows of the batch have images, so these need blank ones
+        assert config.vision is not None, "a text-only model has no images"
         blank, _ = config.vision.images(**config.vision.blank(1, 1))
         inputs = inputs.replace(images=blank, image_index=np.full(inputs.input_ids.shape, -1, np.int32))
     answers = positions(batch.spans["answer"] | batch.spans["end"], room.answer)
     return Fitted(inputs.aligned(room.images, room.patches, at), *answers)
 
 
-def positions(mask: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The positions at which each row of a ``(B, T)`` mask is set.
+def positions(
+    mask: Bool[np.ndarray, "batch tokens"], width: int | None = None
+) -> tuple[Int[np.ndarray, "batch answer"], Bool[np.ndarray, "batch answer"]]:
+    """The positions at which each row of a mask is set.
 
     Returns:
-        ``index (B, A)`` and ``valid (B, A)`` bool; A is ``width`` or the largest number of set positions.
+        The positions, and which of them are not padding. Each row has ``width`` entries, by default the largest number
+        of set positions in a row.
     """
     counts = mask.sum(1)
     width = width or int(counts.max())

@@ -1,8 +1,8 @@
-"""The named sites of a forward pass, and how interventions and taps meet them.
+"""The named sites of a forward pass, and the interventions and taps that act there.
 
-A **site** is ``tower.name``. At every site the model passes the value to each intervention that names the
-site, in order, and then to the taps. Sites of the layers (and of the vision blocks) occur once per layer:
-an intervention finds the traced layer index in its :class:`Context`, a tap gets a leading layer axis.
+A **site** is ``tower.name``. At every site the model passes the value to each intervention that names the site, in
+order, and then to the taps. A site of the layers (or of the vision blocks) occurs once in each layer: an intervention
+reads the traced layer index from its :class:`Context`, and the values of a tap get a leading axis of the layers.
 """
 
 import abc
@@ -42,7 +42,7 @@ LAYER_SITES = frozenset(
     )
 )
 TEXT_SITES = LAYER_SITES | {"text.embeddings", "text.norm"}
-#: Linear maps inside one vision block, by tower; every name is the Hugging Face one.
+#: Linear maps inside one vision block, by tower. The names are Hugging Face's.
 VISUAL_LINEARS = {
     "qwen3": ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"),
     "qwen2_5": ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -94,12 +94,17 @@ def stage(site: str) -> Stage:
 
 
 def token_axis(site: str) -> int:
-    """The axis of the value at a site that is the tokens (at the sites of scores and probabilities: the queries)."""
+    """The number of the token axis of the value at a site. Attention scores and probabilities have an axis of queries
+    and one of keys; it is the axis of queries."""
     return 2 if site.endswith(("attn_scores", "attn_probs", "deepstack_merger_list")) else 1
 
 
 def head_axis(site: str) -> int:
-    """The axis of the value at a site that is the heads."""
+    """The number of the head axis of the value at a site.
+
+    Raises:
+        UserError: if the site has no heads.
+    """
     axes = {"attn_scores": 1, "attn_probs": 1, "head_out": 2}
     name = site.partition(".")[2]
     if name not in axes:
@@ -109,15 +114,15 @@ def head_axis(site: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What an intervention knows about the value.
+    """Facts about the value that an intervention gets.
 
-    ``layer``: the traced index of the layer or vision block; None outside of them.
-    ``input``: the linear's input, if the site is a linear's output; else None.
-    ``read``: at ``attn_probs``, the function from the probabilities ``(B, H, S, keys)`` to what the heads read with
-    them ``(B, S, H, d)``.
+    ``layer``: the traced index of the layer or vision block; None at sites outside of them.
+    ``input``: the input of the linear map, if the site is the output of one; else None.
+    ``read``: at ``attn_probs``, a function from the probabilities ``(B, H, S, keys)`` to the heads' outputs with these
+    probabilities ``(B, S, H, d)``; else None.
     ``donors``: in a sweep with a clean run, site -> the clean run's value in this layer; else None.
-    ``start``: the index in the sequence of the value's first token (not 0 behind a shared prefix).
-    ``decoding``: the value's tokens are generated, so they have no entry in arrays ``(B, T)`` of the prompt.
+    ``start``: the position in the sequence of the value's first token. It is not 0 if a shared prefix comes before.
+    ``decoding``: whether the value's tokens are generated ones, which have no entry in arrays ``(B, T)`` of the prompt.
     """
 
     layer: Any = None
@@ -128,32 +133,33 @@ class Context:
     decoding: bool = False
 
     def tokens(self, array: jax.Array, count: int, new: Any = 0, axis: int = 1) -> jax.Array:
-        """The entries of ``array``, whose ``axis`` is the T tokens of the prompt, for the ``count`` tokens of a value;
-        ``new`` for generated tokens."""
+        """The entries of ``array`` that belong to the ``count`` tokens of a value; ``new`` for generated tokens.
+        ``axis`` is the array's axis of the prompt's T tokens."""
         if self.decoding:
             shape = (*array.shape[:axis], count, *array.shape[axis + 1 :])
             return jnp.full(shape, new, array.dtype)
         return jax.lax.dynamic_slice_in_dim(array, self.start, count, axis)
 
     def keys(self, array: jax.Array, count: int, new: Any = 0) -> jax.Array:
-        """``array (B, T)`` for the ``count`` keys that attention sees: ``(B, count)``; ``new`` for generated keys,
-        which come last."""
+        """The entries of ``array (B, T)`` that belong to the ``count`` keys of attention, ``(B, count)``. Generated
+        keys come last and get ``new``."""
         return jnp.pad(array[:, :count], [(0, 0), (0, max(0, count - array.shape[1]))], constant_values=new)
 
 
 class Intervention(abc.ABC):
     """A pytree that maps the value at a site to a new value of the same shape.
 
-    A kind defines two things: ``sites``, the names of the sites that it changes, which is static; and ``__call__``.
-    Everything else in the pytree is arrays, so that changing what is done, where or how strongly never retraces.
+    A kind of intervention defines ``__call__``, and ``sites``: the names of the sites that it changes, which are
+    static. All other fields should be arrays. Then a change of an intervention's layers, tokens or strength does not
+    compile the program again.
 
-    The other members have defaults for a kind that acts in every layer and on every token. A kind that overrides
-    ``active`` and ``tokens`` gets two things for it: the library refuses an intervention that acts nowhere, and a sweep
-    skips the layers and the tokens before the first ones that it acts on.
+    The other members have defaults for a kind that acts in every layer and on every token. If a kind overrides
+    ``active`` and ``tokens``, the library can refuse an intervention that acts nowhere, and a sweep can skip the layers
+    and tokens before the first ones on which it acts.
     """
 
     sites: frozenset[str]
-    #: The first token of the prompt that it acts on, for a kind whose :meth:`tokens` is None.
+    #: The first token of the prompt on which it acts, if :meth:`tokens` returns None.
     start: int = 0
 
     @abc.abstractmethod
@@ -161,58 +167,62 @@ class Intervention(abc.ABC):
         """The new value at ``site``."""
 
     def active(self) -> Mapping[str, jax.Array]:
-        """In which layers it acts: site -> ``(layers,)`` bool, or a scalar at a site outside of the layers. It acts in
-        every layer of a site that is not in the result."""
+        """Site -> in which layers it acts, ``(layers,)`` bool; a scalar for a site outside of the layers. If a site is
+        not in the result, it acts in all layers of the site."""
         return {}
 
     def tokens(self) -> jax.Array | None:
-        """On which tokens of the prompt it acts: ``(B, T)`` bool; None for all tokens from :attr:`start` on."""
+        """The tokens of the prompt on which it acts, ``(B, T)`` bool; None for all tokens from :attr:`start` on."""
         return None
 
     def bound(self, labels: np.ndarray) -> "Intervention":
-        """The same for one batch, whose tokens are in the groups ``labels (B, T)``
-        (:func:`interventions.kinds.groups.label`). Kinds that name token groups look them up."""
+        """The intervention for one batch. A kind that names token groups looks up their tokens in ``labels (B, T)``,
+        the group of each token (:func:`interventions.kinds.groups.label`)."""
         return self
 
     @property
     def missing(self) -> frozenset[str]:
-        """The sites at which it needs the value of a clean run, which only a sweep has (``ctx.donors``)."""
+        """The sites at which it needs the values of a clean run (``ctx.donors``). Only a sweep has them."""
         return frozenset()
 
     def filled(self, values: Mapping[str, jax.Array]) -> "Intervention":
-        """The same with the clean run's values at the missing sites, ``(L, B, T, ...)`` each."""
+        """The intervention with the clean run's values at the missing sites, each ``(L, B, T, ...)``."""
         return self
 
     @classmethod
     def restored(cls, fields: dict[str, Any]) -> "Intervention":
-        """The intervention with the ``fields`` that a file holds. A kind overrides this to convert or refuse what older
-        versions wrote."""
+        """The intervention with the ``fields`` that were read from a file. A kind overrides this to convert or refuse
+        the files of older versions."""
         return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """What to return of a site. ``layers``: the values of these layers only, kept in a buffer of just their size (None:
-    of every layer). ``reduce``: a function of each value, whose result is kept in its place, to save memory."""
+    """The values to return from a site.
+
+    layers: return only the values of these layers, which are kept in a buffer of their size; None for all layers.
+    reduce: a function that is applied to each value. Only its result is kept, which saves memory.
+    """
 
     layers: tuple[int, ...] | None = None
     reduce: Callable[[jax.Array], Any] | None = None
 
 
 NO_TAPS: Mapping[str, Tap] = MappingProxyType({})
-#: What callers give: names, or names with the layers to keep or a :class:`Tap`.
+#: The argument for taps: names of sites, or site -> the layers to keep, a :class:`Tap`, or None for all layers.
 Taps = Iterable[str] | Mapping[str, Tap | Sequence[int] | None]
 
 
 class Probe:
-    """Applies interventions and collects taps while one piece of a forward pass is traced."""
+    """Applies interventions and collects taps in one part of a forward pass, such as one layer."""
 
     def __init__(self, interventions: Sequence[Intervention], taps: Mapping[str, Tap], ctx: Context):
         self.interventions, self.wanted, self.ctx = interventions, taps, ctx
         self.taps: dict[str, Any] = {}
 
     def meets(self, *sites: str) -> bool:
-        """Whether an intervention or a tap is at one of the sites; if not, the model may compute it in a faster way."""
+        """Whether an intervention or a tap needs one of the sites. If not, the model may compute the sites' part in a
+        faster way."""
         return any(site in self.wanted or any(site in i.sites for i in self.interventions) for site in sites)
 
     def __call__(self, site: str, value: jax.Array, input: jax.Array | None = None, read=None) -> jax.Array:
@@ -220,14 +230,14 @@ class Probe:
             if site in intervention.sites:
                 ctx = dataclasses.replace(self.ctx, input=input, read=read)
                 value = intervention(site, value, ctx).astype(value.dtype)
-        value = checkpoint_name(value, site)  # lets training keep it for the backward pass
+        value = checkpoint_name(value, site)  # so that training can store it for the backward pass
         if site in self.wanted:
             reduce = self.wanted[site].reduce
             self.taps[site] = value if reduce is None else reduce(value)
         return value
 
     def linear(self, site: str, module, x: jax.Array) -> jax.Array:
-        """A linear map whose output is a site and whose input the interventions may read."""
+        """Applies a linear map. Its output is a site, and interventions there can read its input."""
         return self(site, module(x), x)
 
 
@@ -238,10 +248,11 @@ def scan_layers(
     index: jax.Array,
     taps: Mapping[str, Tap],
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """``lax.scan`` over stacked layers that keeps the taps of chosen layers in a buffer of just their size.
+    """``lax.scan`` over stacked layers. If a tap names layers, only their values are kept, in a buffer of their size.
 
     Args:
-        body: ``(carry, a layer's part of scanned, its index) -> (carry, out, tapped)``.
+        body: a function ``(carry, a layer's part of scanned, its index) -> (carry, out, tapped)``.
+        scanned: a pytree of arrays with a leading axis of the layers.
         index: ``(layers,)``, the number of each layer.
 
     Returns:
@@ -270,20 +281,27 @@ def scan_layers(
     return carry, out, {**tapped, **kept}
 
 
-def check(
+def check_sites(
     interventions: Sequence[Intervention],
     taps: Taps,
     present: frozenset[str],
     depths: Mapping[str, int],
     shape: tuple[int, int],
 ) -> dict[str, Tap]:
-    """Checks that every tap and every intervention meets a site of this pass, and that the interventions act there;
-    returns the taps by site. Arrays that jit traces have no values yet, so only their shapes are checked.
+    """Checks that every tap and every intervention is at a site of this pass, and that the interventions act there.
+    Arrays that jit traces have no values yet, so only their shapes are checked.
 
     Args:
         present: the sites that this model has for these inputs (:meth:`vlm_jax.Model.sites`).
-        depths: tower -> number of layers that are run; "deepstack" -> after how many of them it adds something.
+        depths: tower -> number of layers that are run; "deepstack" -> number of layers after which it adds features.
         shape: ``(B, T)`` of the inputs.
+
+    Returns:
+        Site -> tap.
+
+    Raises:
+        UserError: for an unknown site, a site or layer that this pass does not have, an intervention that acts nowhere,
+            or one for another model or batch.
     """
     if not isinstance(taps, Mapping):
         taps = dict.fromkeys(taps)
@@ -305,13 +323,13 @@ def check(
 
 
 def _check_tap(name: str, tap: Tap, present: frozenset[str], depths: Mapping[str, int]) -> None:
-    """Refuses taps of sites or layers that this pass lacks."""
+    """Raises a UserError for a tap of a site or layer that this pass does not have."""
     if name not in SITES:
         raise UserError(f"unknown tap {name!r}{nearest(name, SITES)}")
     if name not in present:
         raise UserError(
-            f"tap {name!r} is no site of this pass: this model lacks it, or it needs an image and these inputs "
-            "have none: give images or drop the tap"
+            f"tap {name!r} is no site of this pass, because the model lacks it, or because it needs an image and these "
+            "inputs have none: give images or drop the tap"
         )
     if tap.layers is None:
         return
@@ -322,13 +340,13 @@ def _check_tap(name: str, tap: Tap, present: frozenset[str], depths: Mapping[str
 
 
 def layered(site: str) -> bool:
-    """Whether a site occurs once per layer of the decoder or once per block of the vision tower."""
+    """Whether a site occurs once in each layer of the decoder, or once in each block of the vision tower."""
     return site in LAYER_SITES or site in BLOCK_SITES
 
 
 def _check_acts(intervention: Intervention, kind: str, depths: Mapping[str, int], shape: tuple[int, int]) -> None:
-    """Refuses tables of another depth and tokens of another batch; and, where the arrays are known, an intervention
-    that acts in no layer or on no token."""
+    """Raises a UserError for an intervention whose layer tables have another depth, or whose tokens are of another
+    batch. If the arrays' values are known, also for one that acts in no layer or on no token."""
     tables, active = [], intervention.active()
     for site in sorted(intervention.sites & active.keys()):
         table, tower = active[site], site.partition(".")[0]
@@ -354,5 +372,5 @@ def _check_acts(intervention: Intervention, kind: str, depths: Mapping[str, int]
 
 
 def null_slots(num_layers: int, slots: int) -> jnp.ndarray:
-    """A slot table that uses nothing: ``(L,)`` int32, every entry the null slot ``slots``."""
+    """A slot table for layers that use no slot: ``(L,)`` int32, where every entry is the null slot ``slots``."""
     return jnp.full((num_layers,), slots, jnp.int32)

@@ -15,7 +15,7 @@ from interventions.engine.prefix import possible_prefix
 from interventions.engine.variants import Variants, check_acts, first_token, stack
 from vlm_jax import Inputs, Model
 from vlm_jax.generate import Decoding, continued, decoding
-from vlm_jax.sites import check
+from vlm_jax.sites import check_sites
 from vlm_jax.typing import Array
 
 
@@ -38,7 +38,7 @@ def generate_variants(
         chunk: how many variants generate together.
     """
     variants = variants if isinstance(variants, Variants) else stack(variants)
-    check((*base, *variants.take(0).interventions), (), model.sites(inputs), model.depths, inputs.input_ids.shape)
+    check_sites((*base, *variants.take(0).interventions), (), model.sites(inputs), model.depths, inputs.input_ids.shape)
     check_acts(variants)
     options = decoding(model, max_new_tokens, steps)
     # The last token of every prompt must lie behind the prefix.

@@ -24,7 +24,7 @@ from interventions.engine.program import sweep_program
 from interventions.engine.read import ReadOut, Runs
 from interventions.engine.variants import Variants, check_acts, stack
 from vlm_jax import Inputs, Model, UserError
-from vlm_jax.sites import Stage, check, stage
+from vlm_jax.sites import Stage, check_sites, stage
 from vlm_jax.vision.blocks import Features
 
 
@@ -95,7 +95,7 @@ def _check(model: Model, inputs: Inputs, variants: Variants, base: tuple, clean:
     if engine not in ("sweep", "naive"):
         raise UserError(f"unknown engine {engine!r}: use 'sweep' or 'naive'")
     interventions = (*base, *variants.take(0).interventions, *(clean or ()))
-    check(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
+    check_sites(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
     check_acts(variants)
     missing = sorted(variants.missing)
     if missing and clean is None:

@@ -56,7 +56,7 @@ def trace_examples(
         examples = answered(model, processor, examples, options.batch)
     log, ids = Log() if log is None else log, [example.id for example in examples]
     with apart(model) as (team, model):
-        team_rows = team.own(len(examples))
+        team_rows = team.rows(len(examples))
 
         def groups() -> Iterator[tuple[list[int], Batch]]:
             team_examples = [examples[row] for row in team_rows]

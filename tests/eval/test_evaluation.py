@@ -7,7 +7,7 @@ import pytest
 
 import vlm_jax
 from eval import evaluation
-from eval.evaluation import AnswerOptions, answer, answer_and_score, evaluate, scored
+from eval.evaluation import AnswerOptions, answer, answer_and_score, evaluate, score_answers
 from eval.judging import MetricOptions, clusters_of
 from interventions import Gate
 from vlm_jax.data import load_task
@@ -27,9 +27,9 @@ def lines(run: Run, name: str) -> list[dict]:
 
 def test_what_is_kept_equals_answering_and_scoring_by_hand(task, tmp_path):
     run = Run.open(tmp_path / "run", {})
-    result = evaluate(run, "before/", *task, MetricOptions(), ANSWERING, title="docvqa", label="docvqa")
+    result = evaluate(run, "before/", *task, MetricOptions(), ANSWERING, title="DocVQA", label="docvqa")
     texts = answer(*task, batch=4, max_new_tokens=3).texts
-    expected = scored(task[2], texts)
+    expected = score_answers(task[2], texts)
     assert [line["answer"] for line in lines(run, "before/predictions.jsonl")] == texts
     assert lines(run, "before/samples.jsonl") == expected.records
     assert result == {
@@ -42,13 +42,13 @@ def test_what_is_kept_equals_answering_and_scoring_by_hand(task, tmp_path):
 
 
 def test_a_finished_evaluation_is_read_and_a_stopped_one_goes_on_from_its_answers(task, tmp_path, monkeypatch):
-    result = evaluate(Run.open(tmp_path / "run", {}), "", *task, MetricOptions(), ANSWERING, title="docvqa")
+    result = evaluate(Run.open(tmp_path / "run", {}), "", *task, MetricOptions(), ANSWERING, title="DocVQA")
     monkeypatch.setattr(vlm_jax, "generate", lambda *args, **options: pytest.fail("answered again"))
     monkeypatch.setattr(evaluation, "answer", lambda *args, **options: pytest.fail("read no score"))
-    assert evaluate(Run.open(tmp_path / "run", {}), "", *task, MetricOptions(), ANSWERING, title="docvqa") == result
+    assert evaluate(Run.open(tmp_path / "run", {}), "", *task, MetricOptions(), ANSWERING, title="DocVQA") == result
     monkeypatch.setattr(evaluation, "answer", answer)
     (tmp_path / "run/score.json").unlink()
-    assert evaluate(Run.open(tmp_path / "run", {}), "", *task, MetricOptions(), ANSWERING, title="docvqa") == result
+    assert evaluate(Run.open(tmp_path / "run", {}), "", *task, MetricOptions(), ANSWERING, title="DocVQA") == result
 
 
 def test_interventions_change_the_answers(task, tmp_path):
@@ -57,7 +57,7 @@ def test_interventions_change_the_answers(task, tmp_path):
     cut = (Gate.cut(depth, range(depth)),)
     runs = [Run.open(tmp_path / name, {}) for name in ("plain", "cut")]
     plain, under = (
-        answer_and_score(run, "", *task, MetricOptions(), ANSWERING, title="docvqa", interventions=interventions)
+        answer_and_score(run, "", *task, MetricOptions(), ANSWERING, title="DocVQA", interventions=interventions)
         for run, interventions in zip(runs, ((), cut), strict=True)
     )
     assert plain.answers.texts != under.answers.texts

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from anls.metrics import anls_score
 
-from eval.judging import METRICS, MME, MetricOptions, check, clusters_of, judge, mean, ratio, summarise, summarise_tasks
+from eval.judging import (
+    METRICS,
+    MME,
+    MetricOptions,
+    check_metric,
+    clusters_of,
+    judge,
+    mean,
+    ratio,
+    summarise_task,
+    summarise_tasks,
+)
 from vlm_jax.data import Example
 from vlm_jax.data.metrics import (
     anls,
@@ -28,7 +39,7 @@ def example(number=0, answers=("yes",), **fields) -> Example:
 
 def summary(metric, examples, predictions, **options):
     options = MetricOptions(metric, **options)
-    return summarise(metric, examples, judge(examples, predictions, options))
+    return summarise_task(metric, examples, judge(examples, predictions, options))
 
 
 def values(*args, **options) -> dict[str, float]:
@@ -260,7 +271,7 @@ def test_circular():
     assert got["circular_strict"] == 0
     assert found.incomplete == 1 and found.values["circular"].clusters == 3
     with pytest.raises(UserError, match="no complete one"):
-        check(examples[-1:], MetricOptions("circular"))
+        check_metric(examples[-1:], MetricOptions("circular"))
     with pytest.raises(UserError, match="no complete one"):
         summary("circular", [example(answers=("A",), choices=("x", "y"))], ["A"])
 
@@ -320,7 +331,7 @@ def test_mme():
     assert values("mme", examples[:-1], predictions[:-1])["mme_total_score"] == pytest.approx(existence + ocr)
     assert summary("mme", examples[:-1], predictions[:-1]).incomplete == 1
     with pytest.raises(UserError, match="did you mean 'existence'"):
-        check([example(subtask="existense", group="1")], MetricOptions("mme"))
+        check_metric([example(subtask="existense", group="1")], MetricOptions("mme"))
     assert sum(map(len, MME.values())) == 14
 
 
@@ -329,7 +340,7 @@ def test_yes_no_takes_any_category_and_any_group():
     assert values("yes_no", examples, ["yes", "no", "yes", "yes"]) == {"yes_no": 0.75, "yes_no_plus": 0.5}
     assert values("yes_no", [example(1), example(2)], ["yes", "no"]) == {"yes_no": 0.5}
     with pytest.raises(UserError, match="neither yes nor no"):
-        check([example(answers=("cat",))], MetricOptions("yes_no"))
+        check_metric([example(answers=("cat",))], MetricOptions("yes_no"))
 
 
 def test_pope():
@@ -449,7 +460,7 @@ def test_registry():
         found = summary(name, two, ["yes", "nothing"])
         assert METRICS[name].headline in found.values and found.samples == 2
         assert all(0 <= one.score <= 1 for one in judge(two, ["yes", "nothing"], MetricOptions(name)))
-        check(two, MetricOptions(name))
+        check_metric(two, MetricOptions(name))
 
 
 def test_each_task_by_its_own_metric():
@@ -467,9 +478,9 @@ def test_each_task_by_its_own_metric():
     assert found["doc"]["anls"].values["anls"].value == 0.75
     assert found["mmmu"]["multiple_choice"].values["multiple_choice"].value == 1
     with pytest.raises(UserError, match="example '3' names the unknown metric 'anl'; did you mean 'anls'"):
-        check([example(3, metric="anl")], options)
+        check_metric([example(3, metric="anl")], options)
     with pytest.raises(UserError, match="did you mean 'exact_match'"):
-        check(examples, MetricOptions("exact"))
+        check_metric(examples, MetricOptions("exact"))
 
 
 def test_subtasks():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import eval.accuracy
-from eval.evaluation import scored
+from eval.evaluation import score_answers
 from eval.judging import METRICS, MetricOptions
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
 from vlm_jax.data import Example
@@ -68,7 +68,7 @@ def test_values_of_a_task_with_two_metrics():
         Example("2", (), "?", ("cat",), task="t", metric="exact_match"),
     ]
     options = MetricOptions("task")
-    found = scored(examples, ["yes", "dog"], options)
+    found = score_answers(examples, ["yes", "dog"], options)
     samples = lmms_eval_samples(examples, ["?", "?"], ["yes", "dog"], found.judged, options)
     made = lmms_eval_results(found.summaries, samples, config={}, task_config={}, original={"t": 2})
     assert made["results"]["t"]["exact_match,none"] == 0 and made["results"]["t"]["pope_accuracy,none"] == 1
@@ -79,7 +79,7 @@ def test_values_of_a_task_with_two_metrics():
 
 def test_score_is_exact_match_by_default():
     examples = [Example(str(i), (), "?", ("cat",), task=task) for i, task in enumerate("aab")]
-    results, records, *_ = scored(examples, ["Cat.", "dog", "cat"])
+    results, records, *_ = score_answers(examples, ["Cat.", "dog", "cat"])
     assert (results["accuracy"], results["samples"]) == (2 / 3, 3)
     assert results["stderr"] == pytest.approx((2 / 3 * 1 / 3 / 3) ** 0.5)
     assert {task: part["accuracy"] for task, part in results["tasks"].items()} == {"a": 0.5, "b": 1}

@@ -9,7 +9,7 @@ import torch
 from hf_oracle import computing_in, exact
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from eval.evaluation import answer, scored
+from eval.evaluation import answer, score_answers
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_examples
 from vlm_jax import load
@@ -87,7 +87,7 @@ def test_there_is_room_for_fine_tuning(name, mini, family):
     """Zero-shot accuracy leaves room above and shows that the model knows its world."""
     model, processor = mini
     examples = load_task(family, split="test", limit=300)
-    results = scored(examples, answer(model, processor, examples).texts).results
+    results = score_answers(examples, answer(model, processor, examples).texts).results
     assert FLOOR[name] <= results["accuracy"] <= 0.75
 
 
@@ -97,7 +97,7 @@ def test_noise_on_the_question_hurts_what_is_known(name, mini, family):
     """TE > 0 on most of the traced samples that the model answers correctly."""
     model, processor = mini
     examples = load_task(family, split="trace", limit=96)
-    records = scored(examples, answer(model, processor, examples).texts).records
+    records = score_answers(examples, answer(model, processor, examples).texts).records
     correct = np.array([record["correct"] for record in records])
     te = trace_examples(model, processor, examples, TraceOptions(), family).te[:, 0]
     assert correct.sum() >= 20
@@ -110,7 +110,7 @@ def test_the_text_stage_knows_the_facts():
     oracle = transformers_model(AutoModelForCausalLM, "mini-llava-text")
     turns = [turn for turn in map(pretraining.text_fact, range(40)) if turn.qa][:20]
     examples = [Example(str(i), (), turn.prompt, (turn.answer,)) for i, turn in enumerate(turns)]
-    results = scored(examples, answer(model, processor, examples).texts).results
+    results = score_answers(examples, answer(model, processor, examples).texts).results
     assert results["accuracy"] >= 0.8
     inputs = encode(examples[:1], processor, model.config).inputs
     length = int(inputs.attention_mask.sum())

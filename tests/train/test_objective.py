@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tyro
 
-from train.objective import Epochs, LabelOptions, adamw, linear, scaled_rate, warmup_cosine
+from train.objective import Epochs, LabelOptions, adamw, linear_decay, scaled_rate, warmup_cosine
 from vlm_jax import UserError
 
 
@@ -29,7 +29,7 @@ def test_examples_that_fill_no_step():
 
 
 def test_schedules_and_rates():
-    rate = linear(1.0, 10)
+    rate = linear_decay(1.0, 10)
     assert [float(rate(step)) for step in (0, 5, 10)] == [1, 0.5, 0]
     rate = warmup_cosine(1.0, 30, 10, 0.1)
     assert [round(float(rate(step)), 6) for step in (0, 5, 10, 20, 30)] == [0, 0.5, 1, 0.55, 0.1]
@@ -43,9 +43,9 @@ class Args(LabelOptions):
 
 def test_rates_and_decays_by_label():
     options = tyro.cli(Args, args=["--label-lr", "lora_b", "3e-3", "--label-decay", "lora_a", "0.1"])
-    transforms, rates = options.optimisers(("lora_a", "lora_b"), 1e-3, lambda peak: linear(peak, 10))
-    assert rates == {"lora_a": linear(1e-3, 10), "lora_b": linear(3e-3, 10)}
-    assert transforms == {"lora_a": adamw(linear(1e-3, 10), 0.1), "lora_b": adamw(linear(3e-3, 10), 0.0)}
+    transforms, rates = options.optimisers(("lora_a", "lora_b"), 1e-3, lambda peak: linear_decay(peak, 10))
+    assert rates == {"lora_a": linear_decay(1e-3, 10), "lora_b": linear_decay(3e-3, 10)}
+    assert transforms == {"lora_a": adamw(linear_decay(1e-3, 10), 0.1), "lora_b": adamw(linear_decay(3e-3, 10), 0.0)}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.plan import Args, Plan, compiled, prompts, topology, trace
+from train.plan import Args, Plan, compiled, prompts, topology, trace_job
 from vlm_jax import UserError
 from vlm_jax.checkpoints.leaves import abstract
 from vlm_jax.info import config_of
@@ -127,7 +127,7 @@ def test_without_the_compiler(monkeypatch):
 def test_turns_of_the_variants_loop():
     """Counted by hand: every layer runs the chunks in which some variant has begun. 8 layers, 16 variants."""
     model = abstract(config_of("mini-qwen3-vl"))
-    job = trace(model, Args("mini-qwen3-vl", batch=16, length=1024))
+    job = trace_job(model, Args("mini-qwen3-vl", batch=16, length=1024))
     chunk = job.kwargs["chunk"]
     assert 1 < chunk < 16
     assert job.unknown == sum(-(-2 * (layer + 1) // chunk) for layer in range(8)) / 8 > 1

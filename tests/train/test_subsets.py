@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from train.loop import fit
-from train.objective import adamw, linear
+from train.objective import adamw, linear_decay
 from train.step import Step, update
 from train.subsets import ByPart, partitioned, split
 from vlm_jax import UserError
@@ -122,7 +122,7 @@ def test_equal_trainings_share_an_optimiser():
     """Rules that are equal, optimisers that are cached: nothing is compiled again."""
 
     def made(rate: float, parts: tuple[str, ...]):
-        return partitioned({"text": adamw(linear(rate, 10))}, ByPart(parts), 1.0)
+        return partitioned({"text": adamw(linear_decay(rate, 10))}, ByPart(parts), 1.0)
 
     assert made(1e-3, ("text",)) is made(1e-3, ("text",))
     assert made(1e-3, ("text",)) is not made(2e-3, ("text",))

@@ -83,10 +83,10 @@ def test_gradients_reach_no_lower_than_the_lowest_adapter(mini):
     params, data = problem(mini, ["L5-mlp"])
     params = louder(params, 0.01)
 
-    program = jax.jit(value_and_grad(trunk.loss))
+    program = jax.jit(value_and_grad(trunk.adapter_loss))
 
     def run(model):
-        return program(*split(params.replace(model=model), trunk.label), data, jax.random.key(0))
+        return program(*split(params.replace(model=model), trunk.adapter_label), data, jax.random.key(0))
 
     expected = run(params.model)
     chex.assert_trees_all_equal(run(poisoned(params.model, 5)), expected)
@@ -99,13 +99,13 @@ def test_trunk_gives_the_same_loss_from_any_layer(mini):
     _, whole = problem(mini, ["L0-attn"])
     key = jax.random.key(0)
     np.testing.assert_allclose(
-        trunk.loss(params, data, key), trunk.loss(params.replace(lowest=0), whole, key), rtol=1e-6
+        trunk.adapter_loss(params, data, key), trunk.adapter_loss(params.replace(lowest=0), whole, key), rtol=1e-6
     )
 
 
 def test_dropout_needs_its_key_and_changes_the_loss(mini):
     params, data = problem(mini, ["L6-mlp"], dropout=0.5)
-    losses = [float(trunk.loss(louder(params, 0.1), data, jax.random.key(i))) for i in (0, 0, 1)]
+    losses = [float(trunk.adapter_loss(louder(params, 0.1), data, jax.random.key(i))) for i in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 

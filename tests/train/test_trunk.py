@@ -55,8 +55,8 @@ def test_frozen_kernels_get_no_gradient(mini, remat, passes):
     lora = fresh(model, ["L0-attn", "L0-mlp"])
     params = trunk.Adapted(model, lora, 0, remat)
     data, key = trunk.trunk(model, batch, 0), jax.random.key(0)
-    jaxpr = jax.make_jaxpr(value_and_grad(trunk.loss))(*split(params, trunk.label), data, key).jaxpr
-    adapters = jax.make_jaxpr(trunk.loss)(params, data, key).jaxpr
+    jaxpr = jax.make_jaxpr(value_and_grad(trunk.adapter_loss))(*split(params, trunk.adapter_label), data, key).jaxpr
+    adapters = jax.make_jaxpr(trunk.adapter_loss)(params, data, key).jaxpr
     one, whole = kernel_flops(model, data.x[..., 0].size), matmul_flops(jaxpr)
     rest = matmul_flops(adapters) - one  # attention, head and adapters, at most four times in a gradient
     assert passes * one - 0.5 * one < whole < passes * one + 4 * rest
@@ -70,7 +70,7 @@ def test_what_is_kept_changes_no_number(mini):
 
     def run(remat):
         params = trunk.Adapted(model, lora.replace(dropout=0.25), 1, remat)
-        return jax.jit(value_and_grad(trunk.loss))(*split(params, trunk.label), data, jax.random.key(3))
+        return jax.jit(value_and_grad(trunk.adapter_loss))(*split(params, trunk.adapter_label), data, jax.random.key(3))
 
     full = run("full")
     for remat in ("some", "none"):
@@ -88,9 +88,9 @@ def test_training_form_is_the_intervention(mini):
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], batch.inputs.input_ids[:, 1:, None], 2)[..., 0]
     counts = (batch.spans["answer"] | batch.spans["end"])[:, 1:]
     expected = -(logp * counts).sum() / counts.sum()
-    np.testing.assert_allclose(trunk.loss(params, data, key), expected, rtol=1e-5)
+    np.testing.assert_allclose(trunk.adapter_loss(params, data, key), expected, rtol=1e-5)
     scaled = params.replace(lora=lora.replace(scale=2 * lora.scale))
-    assert abs(trunk.loss(scaled, data, key) - expected) > 1e-4
+    assert abs(trunk.adapter_loss(scaled, data, key) - expected) > 1e-4
 
 
 def test_padding_and_its_inverse(mini):
@@ -135,7 +135,7 @@ def programs(monkeypatch, most: int):
 def test_placements_of_one_size_share_their_programs(mini, monkeypatch):
     model, batch = mini
     placements = [random_k(8, 3, seed) for seed in range(8)] + [["L4-mlp", "L5-attn", "L7-mlp"]]
-    data = trunk.embedded(model, batch)
+    data = trunk.embedded_batch(model, batch)
     programs(monkeypatch, 4)
     for names in placements:
         train_lora(model, names, data, options(epochs=1), "shared")
@@ -148,7 +148,7 @@ def test_placements_of_one_size_share_their_programs(mini, monkeypatch):
 
 def test_each_half_of_the_adapters_has_its_own_rate(mini):
     model, _ = mini
-    names, data = ["L6-mlp"], trunk.embedded(*mini)
+    names, data = ["L6-mlp"], trunk.embedded_batch(*mini)
     default = train_lora(model, names, data, options(epochs=1), "default")
     lr = 2e-4 * 2560 / model.config.text.hidden_size
     same = train_lora(
@@ -166,8 +166,8 @@ def test_each_half_of_the_adapters_has_its_own_rate(mini):
 
 def test_a_trunk_that_exceeds_memory_lies_in_a_file(mini, tmp_path):
     model, batch = mini
-    small = trunk.embedded(model, batch, gib=1e-6, folder=tmp_path)
-    whole = trunk.embedded(model, batch)
+    small = trunk.embedded_batch(model, batch, gib=1e-6, folder=tmp_path)
+    whole = trunk.embedded_batch(model, batch)
     assert isinstance(small.x, np.memmap) and not isinstance(whole.x, np.memmap)
     assert not any(tmp_path.iterdir()), "the file has no name"
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, small), whole)
@@ -183,7 +183,7 @@ def test_a_full_disk_is_a_users_error(mini, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trunk.os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"no room for .*No space left"):
-        trunk.embedded(*mini, gib=0.0, folder=tmp_path)
+        trunk.embedded_batch(*mini, gib=0.0, folder=tmp_path)
 
 
 class Stopped(Exception):
@@ -268,7 +268,7 @@ def test_examples_that_are_encoded_in_parts_give_the_same_trunk():
     model, processor = load("mini-qwen3-vl")
     examples = [*load_task("perception", split="train", limit=5), *load_task("knowledge", split="train", limit=6)]
     examples[2:5] = [dataclasses.replace(example, images=()) for example in examples[2:5]]
-    whole = trunk.embedded(model, encode(examples, processor, model.config))
+    whole = trunk.embedded_batch(model, encode(examples, processor, model.config))
     parts = trunk.embedded_examples(model, processor, examples, size=3)
     chex.assert_trees_all_equal_shapes_and_dtypes(parts, whole)
     chex.assert_trees_all_close(parts, whole, atol=1e-5)

@@ -18,7 +18,7 @@ from interventions import causal_trace
 from interventions.engine import prefix
 from interventions.placement.adapters import init_lora, lowest_layer, save_peft
 from train import mini
-from train.trunk import Adapted, loss, trunk
+from train.trunk import Adapted, adapter_loss, trunk
 from vlm_jax import Model
 from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.checkpoints.sources import read_config
@@ -182,7 +182,7 @@ def test_trunk_and_window_give_the_models_loss(loaded, examples):
     lora = init_lora(model, ["L5-attn", "L6-mlp"], r=2, alpha=4, dropout=0.0, key=jax.random.key(0))
     lora = lora.replace(weights=jax.tree.map(lambda a: a + 0.05, lora.weights))
     data = jax.tree.map(jnp.asarray, trunk(model, batch, lowest_layer(lora), size=4))
-    got = loss(Adapted(model, lora, lowest_layer(lora)), data, jax.random.key(0))
+    got = adapter_loss(Adapted(model, lora, lowest_layer(lora)), data, jax.random.key(0))
     logits = model(batch.inputs, (lora,)).logits[:, :-1]
     scored = (batch.spans["answer"] | batch.spans["end"])[:, 1:]
     logp = jax.nn.log_softmax(logits, -1)

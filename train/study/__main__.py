@@ -1,4 +1,4 @@
-"""P0's whole study: every model, placement and seed, with statistics that tell real differences from chance.
+"""P0's study with every model, placement and seed, and with statistics that separate real differences from chance.
 
 python -m train.study --recipe p0 --out runs/study
 """
@@ -10,20 +10,20 @@ import tyro
 
 from train.loop import WATCHING
 from train.study.cost import Estimate
-from train.study.options import Args, check, conditions
+from train.study.options import Args, check_options, conditions
 from train.study.report import report
-from train.study.study import examples_of, experiments, run_study
+from train.study.study import examples_by_split, experiments, run_study
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.runs.command import command
-from vlm_jax.runs.folder import Run, manifest
+from vlm_jax.runs.folder import Run, run_manifest
 
 
 @command
 def main(args: Args) -> None:
     started = time.perf_counter()
-    check(args)
-    examples, results, plans = examples_of(args), {}, []
+    check_options(args)
+    examples, results, plans = examples_by_split(args), {}, []
     run = Run.open(args.out, args, ignored=("plan", *WATCHING))
     run.pin("data", {family: source(family, split="train", options=args) for family in args.families})
     for experiment in experiments(args, run, *examples):
@@ -34,7 +34,7 @@ def main(args: Args) -> None:
             continue
         experiment.check()
         run.pin(f"{experiment.folder}model", fingerprint(experiment.model))
-        described = manifest(experiment.model.config, experiment.processor)
+        described = run_manifest(experiment.model.config, experiment.processor)
         run.save_json(f"{experiment.folder}manifest.json", described, None)
         results[experiment.folder.rstrip("/")] = run_study(args, experiment)
     if args.plan:

@@ -1,17 +1,17 @@
-"""The schemas of a study's result files."""
+"""The schemas of the files that a study writes."""
 
 from vlm_jax.runs.artifacts import Schema
 
-MODULE_SCORES = Schema("module_scores", {"": "(L, 2), a score of every layer's attention and MLP"})
+MODULE_SCORES = Schema("module_scores", {"": "(L, 2): the score of every layer's attention and MLP"})
 SUMMARY = Schema(
     "study_summary",
     {
-        "MODEL.accuracy": "per placement and k, accuracy by family with its interval over samples and runs",
+        "MODEL.accuracy": "for each placement and k: accuracy by family, with its interval over samples and runs",
         "MODEL.comparisons": "placements against random modules: paired differences, p, and p adjusted by Holm",
-        "MODEL.alone": "by family, accuracy gained by LoRA in single modules, and rank correlations with the scores",
-        "MODEL.trace": "by family, the trace's samples, ranking, rr and stability",
-        "MODEL.trace_difference": "per module, whether the families' rr differ (permutation test, FDR)",
-        "MODEL.corruptions": "by family, how alike rr are under different corruptions",
+        "MODEL.alone": "by family: accuracy gained by LoRA on single modules, and rank correlations with the scores",
+        "MODEL.trace": "by family: the trace's samples, ranking, rr and stability",
+        "MODEL.trace_difference": "for each module: whether the families' rr differ (permutation test, FDR)",
+        "MODEL.corruptions": "by family: correlations between rr under different corruptions",
     },
 )
 RUNS = Schema(
@@ -20,12 +20,12 @@ RUNS = Schema(
         "model": "the model",
         "family": "the task family",
         "placement": "the placement rule, baseline or alone",
-        "k": "modules that it chose",
-        "seed": "of the training",
-        "accuracy": "on held-out samples",
+        "k": "number of modules to choose",
+        "seed": "seed of the training",
+        "accuracy": "accuracy on held-out samples",
         "stderr": "its standard error over samples",
-        "samples": "how many held-out samples",
-        "parameters": "trained parameters",
+        "samples": "number of held-out samples",
+        "parameters": "number of trained parameters",
         "modules": "names of the modules, separated by spaces",
     },
 )

@@ -1,4 +1,5 @@
-"""What a study would cost: cells, FLOPs, memory, and hours by kind of device, before anything runs."""
+"""Estimates what a study costs before it runs: numbers of examples, FLOPs, memory, and hours for each kind of
+device."""
 
 import dataclasses
 import os
@@ -20,9 +21,9 @@ from vlm_jax.mesh.chips import GPUS, TPUS
 from vlm_jax.nn.flops import layers_flops, vision_flops
 from vlm_jax.prompts import Batch, encode
 
-#: Share of a device's peak that a job is assumed to reach. Sweeps on CPUs reached 0.73 of the matmuls' own rate.
+#: The share of a device's peak speed that the estimate assumes. On CPUs, sweeps reached 0.73 of the speed of a matmul.
 UTILISATION = 0.4
-#: Examples that are encoded to see how long prompts are.
+#: Number of examples that are encoded to measure the length of prompts.
 _SAMPLE = 16
 
 
@@ -30,8 +31,8 @@ _SAMPLE = 16
 class Estimate:
     """The cost of a study on one model.
 
-    tokens: of a prompt. jobs: name -> (how many examples, FLOPs of all of them). weights, step: bytes of the weights
-    and of a training step.
+    tokens: mean number of tokens in a prompt. jobs: name -> (number of examples, FLOPs for all of them). weights, step:
+    bytes of the weights, and of everything that a training step holds in memory.
     """
 
     model: str
@@ -42,8 +43,8 @@ class Estimate:
 
     @classmethod
     def of(cls, experiment: Experiment, conditions: Sequence, args) -> "Estimate":
-        """For conditions from :func:`train.study.options.conditions`. Placements that choose the same modules are
-        counted twice here, but trained once."""
+        """The estimate for conditions from :func:`train.study.options.conditions`. It is too high if placements choose
+        the same modules: the estimate counts each of them, but the study trains them once."""
         model, families = experiment.model, list(args.families)
         depth = experiment.depth
         rows = [example for family in families for example in experiment.traced[family][: _SAMPLE // 2]]
@@ -55,7 +56,8 @@ class Estimate:
         cells = sum(len(c.runs) for c in conditions) * len(families)
         cells += len(module_names(depth)) * len(families) if args.alone else 0
         steps = args.training.epochs * args.train
-        # A step runs each layer forward, again in the backward pass, and backward. Frozen kernels have no gradient.
+        # A step costs three forward passes: forward, forward again in the backward pass, and the gradients of the
+        # activations. Frozen kernels get no gradient.
         jobs = {
             "traces": (traces, traces * sweep * args.tracing.replicates),
             "scores": (len(families) * args.trace, len(families) * args.trace * 12 * forward),
@@ -85,22 +87,23 @@ class Estimate:
             f"a training step on all modules about {self.step / 2**30:.2f} GiB\n\n"
             f"{Table(('job', 'examples', 'PFLOP'), jobs).markdown()}\n"
             f"{Table(('device', 'hours', 'a step fits'), hours).markdown()}\n"
-            f"Devices at {UTILISATION:.0%} of their published bfloat16 peak, this machine at its own float32 matmul "
-            "rate; without compilation.\n"
+            f"Hours are for devices at {UTILISATION:.0%} of their published bfloat16 peak, and for this machine at its "
+            "measured speed of float32 matmuls. The time for compiling is not included.\n"
         )
 
 
 def trace_cost(model, batch: Batch) -> Cost:
-    """What P0's trace of a batch costs."""
+    """The cost of P0's trace of a batch."""
     variants, _ = patch_grid(MODULE_SITES, model.config.text.num_hidden_layers)
-    noise = Add(np.asarray(batch.spans["question"], np.float32)[..., None])
+    noise = Add(jnp.asarray(batch.spans["question"], jnp.float32)[..., None], site="text.embeddings")
     gold = Gold.of(batch.inputs, batch.spans["answer"])
     return estimate(model, batch.inputs, variants, gold, base=(noise,), clean=())
 
 
 def _activations(text, remat: str) -> float:
-    """Bytes for each token that a training step keeps for its backward pass, in float32: the residual stream at every
-    layer, what ``remat`` keeps, and about twelve more rows in the layer that is being differentiated."""
+    """Bytes that a training step stores for its backward pass, for each token, in float32: the residual stream at every
+    layer, the activations that ``remat`` keeps, and about twelve more vectors in the layer that is being
+    differentiated."""
     heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
     kept = {
         "full": 0,
@@ -112,12 +115,12 @@ def _activations(text, remat: str) -> float:
 
 
 def _memory() -> int:
-    """Bytes of this machine's memory."""
+    """The size of this machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def matmul_rate(size: int = 2048) -> float:
-    """FLOPs per second of a square float32 matmul on this machine: the median of five."""
+    """The speed of this machine in FLOPs per second: the median of five square float32 matmuls."""
     x = jnp.ones((size, size))
     multiply = jax.jit(lambda x: x @ x)
     multiply(x).block_until_ready()

@@ -1,7 +1,7 @@
-"""P0's experiment on one model: traces, scores of modules, adapters and their accuracy, each computed once and kept.
+"""P0's experiment on one model: traces, scores of modules, adapters, and their accuracy.
 
-Each result is written to the run folder before the next one is begun, and a later session reads it from there.
-:mod:`train.lora` runs the experiment for one placement, :mod:`train.study` for all of them.
+Each result is written to the run folder before the next one is begun, and later sessions read it there.
+:mod:`train.lora` runs the experiment for one placement, :mod:`train.study` for many.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from eval.evaluation import AnswerOptions, evaluate
 from eval.judging import MetricOptions
@@ -30,6 +31,7 @@ from train.trunk import LoRAOptions, Trunk, embedded_examples, train_lora
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import batches, check_fit
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
@@ -37,23 +39,27 @@ from vlm_jax.runs.folder import Run
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A model, what it is traced on, trained on and tested on (family -> examples), and the folder of a run where its
-    results go."""
+    """A model, its examples, the options of the experiment, and the folder for the results."""
 
     run: Run
     folder: str
+    """The folder inside the run folder: "" for the run folder itself, else a path that ends in "/"."""
     model: Model
-    processor: object
+    processor: Processor
     traced: dict[str, list[Example]]
+    """Family -> examples to trace."""
     trained: dict[str, list[Example]]
+    """Family -> examples to train on."""
     tested: dict[str, list[Example]]
+    """Family -> held-out examples."""
     tracing: TraceOptions
     training: LoRAOptions
     metric: MetricOptions
     answering: AnswerOptions
 
     def check(self) -> None:
-        """Refuses wrong options and examples that do not fit the model, before any work is spent."""
+        """Raises a UserError for wrong options, or for an example that does not fit the model. Call it before any long
+        computation."""
         self.training.check_loop()
         for examples in (*self.traced.values(), *self.trained.values(), *self.tested.values()):
             check_fit(examples, self.processor, self.model.config)
@@ -63,13 +69,14 @@ class Experiment:
         return self.model.config.text.num_hidden_layers
 
     def trace(self, family: str, **changed) -> dict:
-        """The summary of a family's trace, under other options than the experiment's where ``changed`` names any."""
+        """The summary of a family's trace. ``changed`` are trace options that differ from the experiment's."""
         options = dataclasses.replace(self.tracing, **changed)
         folder = f"{self.folder}trace/{options.corruption}/{family}/" if changed else f"{self.folder}trace/{family}/"
         return trace_task(self.run, folder, self.model, self.processor, family, self._traced(family), options)
 
-    def scores(self, name: str, family: str) -> np.ndarray:
-        """One score of every module ``(L, 2)``: "rr" or one of :data:`interventions.placement.scores.SCORES`."""
+    def scores(self, name: str, family: str) -> Float[np.ndarray, "layers 2"]:
+        """The score of every layer's attention and MLP. ``name`` is "rr" (the restoration rate of the trace) or a name
+        in :data:`interventions.placement.scores.SCORES`."""
         if name == "rr":
             return by_module(self.trace(family))
 
@@ -83,21 +90,25 @@ class Experiment:
         return np.array(self.run.once(f"{self.folder}scores/{name}/{family}.json", make, artifact))
 
     def scoring(self, names: Sequence[str], families: Sequence[str]) -> Scoring:
-        """What placements are chosen from, with these scores of these families."""
+        """The facts from which placements choose modules, with these scores of these families."""
         known = {name: {family: self.scores(name, family) for family in families} for name in names}
         return Scoring(self.depth, module_sizes(self.model), known)
 
     def adapter_parameters(self, names: Sequence[str]) -> int:
-        """Trainable parameters of LoRA on these modules."""
+        """The number of trainable parameters of LoRA on these modules."""
         return adapter_parameters(self.model, names, self.training.r)
 
     def baseline(self, family: str) -> dict:
-        """The model's own result: see :meth:`cell`."""
+        """The held-out result of the model without LoRA; its fields are those of :meth:`cell`."""
         return self._evaluate(self.model, f"{self.folder}cells/{family}/baseline/", family)
 
     def cell(self, family: str, names: Sequence[str], seed: int) -> dict:
-        """The held-out result of LoRA on these modules, trained with this seed: ``accuracy``, ``stderr``, ``samples``
-        and ``tasks``; and ``scores``, one for each sample."""
+        """The held-out result of LoRA on these modules, trained with this seed.
+
+        Returns:
+            The result of :func:`eval.evaluation.evaluate`: ``accuracy``, ``stderr``, ``samples``, ``tasks``, and for
+            each sample its entry in ``scores`` and ``clusters``.
+        """
         folder = self._cell_folder(family, names, seed)
         label = f"{family} {folder_name(names, self.depth)}"
 
@@ -155,7 +166,7 @@ class Experiment:
         return init_lora(self.model, names, r=options.r, alpha=options.alpha, dropout=0.0, key=key)
 
     def _trained_adapter(self, family: str) -> LoRA:
-        """The LoRA on all modules that was trained on a family, which is one of the cells."""
+        """The LoRA on all modules that was trained on a family. It is trained now if it is not in the run folder."""
         names, seed = module_names(self.depth), self.training.seed
         self.cell(family, names, seed)
         return load_peft(self.model, self.run.folder / self._cell_folder(family, names, seed) / "adapter")
@@ -165,7 +176,7 @@ class Experiment:
         return {}
 
     def _embedded(self, family: str) -> Trunk:
-        """The training examples as they enter the first layer, once for all placements."""
+        """The training examples as they enter the first layer. They are computed once for all placements."""
         if family not in self._trunks:
             examples, gib = self.trained[family], self.training.trunk_gib
             self._trunks[family] = embedded_examples(self.model, self.processor, examples, gib=gib)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes
@@ -20,6 +20,13 @@ from vlm_jax.errors import UserError
 from vlm_jax.runs.options import LoadOptions
 from vlm_jax.runs.ranges import Range
 
+# The command line lists the names; static checkers cannot compute them.
+if TYPE_CHECKING:
+    RecipeName = CorruptionName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
+    CorruptionName = Literal[tuple(CORRUPTIONS)]
+
 
 def _list(what: str):
     return tyro.conf.arg(metavar=f"{what} [{what} ...]")
@@ -27,42 +34,47 @@ def _list(what: str):
 
 @dataclasses.dataclass(frozen=True)
 class Args(DataOptions, LoadOptions):
-    """Trace, score, place, train and evaluate LoRA on every model under every placement, and compare the placements.
+    """Compare rules that choose the modules for LoRA, on several models, with several seeds.
 
-    Cells (model x family x placement x seed) are independent of each other. A stopped study goes on where it was, and
-    modules that several placements choose are trained once. --plan prints what a study will cost.
+    A module is the attention or the MLP of one layer. For every model and task family the study traces the model (which
+    measures how important each module is), lets every rule choose modules, trains LoRA on them, and evaluates it on
+    held-out examples. Modules that several rules choose are trained once. Use --plan to see the cost first. P0 is the
+    first paper in README.md.
     """
 
-    recipe: Literal[tuple(RECIPES)] = "p0"
-    """Which paper's study to run."""
+    recipe: RecipeName = "p0"
+    """The study to run: which placements it compares, and which paper's numbers its tables show."""
     models: Annotated[tuple[str, ...], _list("MODEL")] = ("mini-qwen3-vl", "mini-gemma3")
     """The models to study: embedded models, Hugging Face folders or hub ids."""
     families: Annotated[tuple[str, ...], _list("TASK")] = ("knowledge", "perception")
-    """The two task families to compare: those of the embedded tasks, or p0-knowledge and p0-perception for the paper's
-    datasets."""
+    """The two task families to compare: knowledge and perception of the miniworld, which comes with the library, or
+    p0-knowledge and p0-perception for the paper's datasets."""
     trace: int = 192
-    """How many examples of each family to trace."""
+    """Number of examples of each family to trace."""
     train: int = 300
-    """How many examples of each family to train on."""
+    """Number of examples of each family to train on."""
     eval: int = 600
-    """How many held-out examples of each family to evaluate on."""
+    """Number of held-out examples of each family to evaluate on."""
     placements: Annotated[tuple[str, ...], _list("NAME")] = ()
-    """The placements to compare (docs/placement.md lists them). By default those of the recipe."""
+    """The placements to compare, which are rules that choose modules (docs/placement.md lists them). By default those
+    of the recipe."""
     k: Annotated[tuple[int, ...], _list("K")] = ()
-    """How many modules get LoRA. All placements are compared at the first number, by default P0's share (10 of 72). The
-    placements that the recipe sweeps are also run at the other numbers, by default twice the first."""
+    """Numbers of modules that get LoRA. All placements are compared at the first number, by default 10 of 72 as in P0.
+    The recipe names some placements that are also run at the other numbers, by default twice the first."""
     seeds: Annotated[tuple[int, ...], Range(least=0), _list("SEED")] = (0, 1)
-    """Seeds of training (initial adapters, order of the data, dropout). Every placement is trained with each."""
+    """Seeds of training (initial adapters, order of the data, dropout). Every placement is trained with each of
+    them."""
     random_seeds: Annotated[tuple[int, ...], Range(least=0), _list("SEED")] = (42, 43, 44, 45, 46)
-    """Seeds of random placements. Each is trained with one of --seeds, in turn. P0 has the first three."""
-    corruptions: Annotated[tuple[Literal[tuple(CORRUPTIONS)], ...], _list("KIND")] = (
+    """Seeds of the placements that choose random modules. Each is trained with one of --seeds, in turn. P0 uses the
+    first three."""
+    corruptions: Annotated[tuple[CorruptionName, ...], _list("KIND")] = (
         "swapped_question",
         "image_noise",
         "swapped_image",
     )
-    """Further corruptions to trace with. Their RR are compared with those of --corruption."""
+    """Further corruptions to trace with, besides --corruption. The report shows how well their results agree."""
     alone: bool = True
-    """Also train each module alone, to see whether a score predicts where LoRA helps."""
+    """Also train LoRA on each module alone, to measure whether a score predicts where LoRA helps."""
     tracing: OmitArgPrefixes[TraceOptions] = dataclasses.field(default_factory=TraceOptions)
     training: OmitArgPrefixes[LoRAOptions] = dataclasses.field(
         default_factory=lambda: LoRAOptions(batch=8, accumulation=1)
@@ -70,22 +82,23 @@ class Args(DataOptions, LoadOptions):
     metric: OmitArgPrefixes[MetricOptions] = dataclasses.field(default_factory=MetricOptions)
     answering: OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
     plan: bool = False
-    """Print what the study consists of and what it costs, then stop."""
+    """Print the estimated cost of the study (examples, FLOPs, memory, hours by device), then stop."""
     out: Path = Path("runs/study")
-    """Run folder. A stopped study goes on from there."""
+    """Folder for the results. A stopped study with the same options continues there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A placement at one k, with the seeds of its runs: of the choice of modules, and of training."""
+    """A placement at one k, with the seeds of its runs."""
 
     placement: str
     k: int
     runs: tuple[tuple[int, int], ...]
+    """(Seed of the choice of modules, seed of the training) of each run."""
 
 
 def conditions(args: Args, depth: int) -> list[Condition]:
-    """What is compared on a model of ``depth`` layers; the first of --k comes first."""
+    """The conditions to compare on a model of ``depth`` layers. Those with the first of --k come first."""
     recipe = RECIPES[args.recipe]
     share = default_k(depth)
     ks = args.k or tuple(dict.fromkeys(min(share * times, 2 * depth) for times in (1, 2)))
@@ -101,29 +114,29 @@ def conditions(args: Args, depth: int) -> list[Condition]:
     return compared
 
 
-def check(args: Args) -> None:
-    """Checks the options that no model is needed for.
+def check_options(args: Args) -> None:
+    """Checks the options that can be checked without a model.
 
     Raises:
-        UserError: for names or seeds that are missing or come twice, unknown placements, or options that exclude each
+        UserError: for names or seeds that are missing or repeated, unknown placements, or options that exclude each
             other.
     """
     if len(args.families) != 2 or len(set(args.families)) != 2:
-        raise UserError(f"--families names {len(set(args.families))} families: task_diff tells two apart, name two")
+        raise UserError(f"--families names {len(set(args.families))} families, but a study compares two: name two")
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names):
-        raise UserError("--models names two models alike: give folders of different names")
+        raise UserError("--models has two folders of the same name: rename one, because results are stored by name")
     for name in ("seeds", "random_seeds"):
         seeds = getattr(args, name)
         if not seeds or len(set(seeds)) < len(seeds):
-            raise UserError(f"--{name.replace('_', '-')} must be different numbers, at least one")
+            raise UserError(f"--{name.replace('_', '-')} needs at least one number, and none twice: correct it")
     for name in ("models", "placements", "k", "corruptions"):
         values = getattr(args, name)
         if len(set(values)) < len(values):
-            raise UserError(f"--{name} names one twice: name each once, repeats are no new evidence")
+            raise UserError(f"--{name} has a value twice: give each value once")
     for name in args.placements:
         find_placement(name)
     args.tracing.check_modules()
     for kind in args.corruptions:
         if kind == args.tracing.corruption:
-            raise UserError(f"--corruptions names {kind}, which --corruption names already: leave it out")
+            raise UserError(f"--corruptions has {kind}, which --corruption already names: leave it out")

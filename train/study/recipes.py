@@ -1,14 +1,15 @@
-"""Studies as data: what is compared, and what the paper reported."""
+"""Recipes of studies: the placements to compare, and the numbers that the paper reports."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A study.
+    """A study, and the paper's results to show beside it.
 
-    placements: compared at one k. swept: compared at every k. reported: model -> condition -> family -> accuracy, as
-    the paper prints it; selected: selection -> family -> modules; modules: how many were chosen from.
+    source: the place in the paper. placements: those that are compared at one k. swept: those that are compared at
+    every k. reported: model -> condition -> family -> accuracy in the paper. selected: placement -> family -> the
+    modules that it chose in the paper. modules: the number of modules of the paper's model.
     """
 
     source: str

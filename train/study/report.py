@@ -1,4 +1,4 @@
-"""What a study says: its tables beside the paper's numbers, its comparisons with their chance, and its figures."""
+"""The report of a study: tables beside the paper's numbers, statistical comparisons, and figures."""
 
 import functools
 import json
@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 
 from eval.tables import Table
@@ -22,45 +23,47 @@ from vlm_jax.errors import UserError
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 
-#: What placements are compared with.
+#: Placements that choose random modules. The other placements are compared with them.
 CONTROLS = ("random", "random_matched", "random_stratified")
 
 
 def report(run: Run, results: dict[str, dict], args) -> str:
-    """Writes ``tables/``, ``figures/``, ``summary.json`` and ``results.parquet``, and returns the main table and what
-    it shows as Markdown.
+    """Writes ``tables/``, ``figures/``, ``summary.json`` and ``results.parquet``.
 
     Args:
-        results: model -> what :func:`train.study.study.run_study` found.
+        results: model -> the result of :func:`train.study.study.run_study`.
+
+    Returns:
+        The main table and the findings, as Markdown.
     """
     recipe, families = RECIPES[args.recipe], list(args.families)
     summary, text = {}, []
     rows = []
     for model, result in results.items():
-        known = Outcomes(result, families)
-        compared = comparisons(known)
+        outcomes = Outcomes(result, families)
+        compared = comparisons(outcomes)
         traces = {f: json.loads((run.folder / f"{model}/trace/{f}/summary.json").read_text()) for f in families}
         differ = trace_difference(run, model, families, args)
-        alone = predictions(known, result["scores"])
+        alone = predictions(outcomes, result["scores"])
         agreement = corruption_agreement(run, model, families, args)
         summary[model] = {
-            "accuracy": [known.summary(*key) for key in known.keys],
+            "accuracy": [outcomes.summary(*key) for key in outcomes.keys],
             "comparisons": compared,
             "alone": alone,
             "trace": {f: {key: traces[f][key] for key in ("samples", "ranking", "rr", "stability")} for f in families},
             "trace_difference": differ,
             "corruptions": agreement,
         }
-        rows += [{"model": model, **row} for row in known.rows()]
-        run.save_json("summary.json", summary, Artifact("metrics", "What the study says of every model", SUMMARY))
-        main = table1(known, compared, recipe)
+        rows += [{"model": model, **row} for row in outcomes.rows()]
+        run.save_json("summary.json", summary, Artifact("metrics", "Results of the study for every model", SUMMARY))
+        main = table1(outcomes, compared, recipe)
         main.save(run, f"tables/{model}/table1", f"{model}: accuracy by where LoRA was trained (P0, table 1)")
         for number, placement in ((2, "shared"), (3, "task_diff")):
             title = f"{model}: modules that {placement} chose (P0, table {number})"
-            selections(known, result, recipe, placement).save(run, f"tables/{model}/table{number}", title)
+            selections(outcomes, result, recipe, placement).save(run, f"tables/{model}/table{number}", title)
         comparison_table(compared).save(run, f"tables/{model}/comparisons", f"{model}: placements against controls")
-        draw(run, model, known, result, summary[model], traces)
-        text += [f"\n{model}: accuracy on held-out examples\n", main.markdown(), *findings(known, compared, alone)]
+        draw(run, model, outcomes, result, summary[model], traces)
+        text += [f"\n{model}: accuracy on held-out examples\n", main.markdown(), *findings(outcomes, compared, alone)]
     artifact = Artifact("table", "Held-out accuracy of every training", RUNS)
     run.write("results.parquet", lambda path: write_rows(path, rows), artifact)
     return "\n".join(text)
@@ -79,13 +82,14 @@ class Outcomes:
         self.k = next((k for _, k in self.keys if k), 0)
         self.accuracy = functools.cache(self._accuracy)
 
-    def scores(self, family: str, placement: str, k: int) -> np.ndarray:
-        """``(runs, N)``; of the family "both" the samples of all families after each other."""
+    def scores(self, family: str, placement: str, k: int) -> Float[np.ndarray, "runs samples"]:
+        """The scores ``(runs, N)``. The family "both" has the samples of all families, one family after the other."""
         names = self.families if family == "both" else [family]
         return np.concatenate([[r["scores"] for r in self.by[name, placement, k]] for name in names], 1)
 
-    def clusters(self, family: str) -> np.ndarray:
-        """Which samples show one image ``(N,)``, as :func:`eval.judging.clusters_of` tells them apart."""
+    def clusters(self, family: str) -> Int[np.ndarray, " samples"]:
+        """The cluster number of each sample: samples that show the same image share it
+        (:func:`eval.judging.clusters_of`)."""
         names = self.families if family == "both" else [family]
         parts, count = [], 0
         for name in names:
@@ -95,8 +99,8 @@ class Outcomes:
         return np.concatenate(parts)
 
     def comparable(self, placement: str, control: str, k: int) -> bool:
-        """Whether a control is one for this placement: random modules where both have k; the imitations of task_diff
-        for task_diff alone."""
+        """Whether a placement can be compared with this control. Plain random modules are a control for placements that
+        choose exactly k modules; the other controls imitate task_diff, so they are controls for task_diff only."""
         if placement in ("baseline", "all", *CONTROLS) or (control, k) not in self.keys:
             return False
         if control != "random":
@@ -104,68 +108,72 @@ class Outcomes:
         return all(len(record["names"]) == k for f in self.families for record in self.by[f, placement, k])
 
     def parameters(self, family: str, placement: str, k: int) -> float:
+        """The mean number of trained parameters."""
         return float(np.mean([record["parameters"] for record in self.by[family, placement, k]]))
 
     def _accuracy(self, family: str, placement: str, k: int) -> dict:
-        """The mean over runs and samples with its 95 % bootstrap interval over both."""
+        """The mean over runs and samples, with its 95 % bootstrap interval over both."""
         scores = self.scores(family, placement, k)
-        found = statistics.paired(scores, np.zeros((1, scores.shape[1])), clusters=self.clusters(family))
-        return {"mean": found["first"], "low": found["low"], "high": found["high"], "runs": len(scores)}
+        pair = statistics.paired(scores, np.zeros((1, scores.shape[1])), clusters=self.clusters(family))
+        return {"mean": pair["first"], "low": pair["low"], "high": pair["high"], "runs": len(scores)}
 
     def summary(self, placement: str, k: int) -> dict:
-        found = {family: self.accuracy(family, placement, k) for family in (*self.families, "both")}
-        return {"placement": placement, "k": k, "accuracy": found}
+        by_family = {family: self.accuracy(family, placement, k) for family in (*self.families, "both")}
+        return {"placement": placement, "k": k, "accuracy": by_family}
 
     def rows(self) -> list[dict]:
-        """One for each run, for people who want their own statistics."""
+        """A row for each run, so that users can compute other statistics."""
         names = ("family", "placement", "k", "seed", "accuracy", "stderr", "samples", "parameters")
         return [{**{name: r[name] for name in names}, "modules": " ".join(r["names"])} for r in self.records]
 
 
-def comparisons(known: Outcomes) -> list[dict]:
-    """Every placement against as many random modules, and task_diff against the controls that imitate it: the paired
-    difference with its interval over samples and runs, p adjusted for all comparisons with the same control in a family
-    (Holm), and McNemar's test of the two's first runs."""
-    found = []
+def comparisons(outcomes: Outcomes) -> list[dict]:
+    """Compares every placement with as many random modules, and task_diff with the controls that imitate it.
+
+    Each comparison has the paired difference with its interval over samples and runs, its p-value, the p-value adjusted
+    by Holm's method for all comparisons of a family with the same control, and McNemar's test of the first runs.
+    """
+    rows = []
     for control in CONTROLS:
-        for family in (*known.families, "both"):
+        for family in (*outcomes.families, "both"):
             part = []
-            for placement, k in known.keys:
-                if not known.comparable(placement, control, k):
+            for placement, k in outcomes.keys:
+                if not outcomes.comparable(placement, control, k):
                     continue
-                first, second = known.scores(family, placement, k), known.scores(family, control, k)
-                pair = statistics.paired(first, second, clusters=known.clusters(family))
+                first, second = outcomes.scores(family, placement, k), outcomes.scores(family, control, k)
+                pair = statistics.paired(first, second, clusters=outcomes.clusters(family))
                 pair |= statistics.mcnemar(first[0], second[0])
                 part.append({"placement": placement, "k": k, "against": control, "family": family, **pair})
             for row, p in zip(part, statistics.holm([row["p"] for row in part]) if part else [], strict=True):
                 row["p_holm"] = float(p)
-            found += part
-    return found
+            rows += part
+    return rows
 
 
 def trace_difference(run: Run, model: str, families: list[str], args) -> dict:
-    """Per module: whether the two families' RR differ, raw and normalised (equation 7), by permutation with FDR."""
+    """Whether the two families' restoration rates differ, for each module: raw, and normalised (P0, equation 7). The
+    test is a permutation test with a controlled false discovery rate."""
     traced = []
     for family in families:
         lines = (run.folder / f"{model}/trace/{family}/samples.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         te = np.array([r["p_clean"] - np.array(r["p_corrupt"]) for r in records])
         traced.append((te, np.array([r["ie"] for r in records])))
-    found = {}
+    tests: dict[str, dict | None] = {}
     for name, normalise in (("raw", False), ("normalised", True)):
-        how = {"min_te": args.tracing.min_te, "eps": args.tracing.eps, "statistic": args.tracing.statistic}
+        options = {"min_te": args.tracing.min_te, "eps": args.tracing.eps, "statistic": args.tracing.statistic}
         try:
-            difference = statistics.permutation_test(*traced, normalise=normalise, **how)
-        except UserError:  # no RR to normalise by, or no sample
-            found[name] = None
+            difference = statistics.permutation_test(*traced, normalise=normalise, **options)
+        except UserError:  # there is no sample, or no positive rate to normalise by
+            tests[name] = None
             continue
-        found[name] = {key: np.asarray(values).tolist() for key, values in difference._asdict().items()}
-    return found
+        tests[name] = {key: np.asarray(values).tolist() for key, values in difference._asdict().items()}
+    return tests
 
 
 def corruption_agreement(run: Run, model: str, families: list[str], args) -> dict:
-    """How alike RR are under different corruptions, by family."""
-    found = {}
+    """Family -> rank correlations between the restoration rates under different corruptions."""
+    agreement = {}
     for family in families:
         folders = {args.tracing.corruption: f"trace/{family}"}
         folders |= {kind: f"trace/{kind}/{family}" for kind in args.corruptions}
@@ -173,69 +181,74 @@ def corruption_agreement(run: Run, model: str, families: list[str], args) -> dic
             kind: np.array(list(json.loads((run.folder / model / folder / "summary.json").read_text())["rr"].values()))
             for kind, folder in folders.items()
         }
-        found[family] = statistics.correlations(rates)
-    return found
+        agreement[family] = statistics.correlations(rates)
+    return agreement
 
 
-def predictions(known: Outcomes, scores: dict) -> dict:
-    """Does a score tell where LoRA helps? Spearman's rank correlation, over modules, of each score with the accuracy
-    gained by training that module alone, once; None of a score that is the same everywhere. Modules are no sample of
-    anything, so there is no p-value."""
-    found = {}
-    every = module_names(known.depth)
-    for family in known.families:
-        alone = {r["names"][0]: r["accuracy"] for r in known.by[family, "alone", 1]}
+def predictions(outcomes: Outcomes, scores: dict) -> dict:
+    """How well each score predicts where LoRA helps: Spearman's rank correlation, over modules, between the score and
+    the accuracy gained by LoRA on that module alone. It is None if a score has the same value for all modules. There is
+    no p-value, because the modules are not a sample: they are all that the model has."""
+    predicted = {}
+    every = module_names(outcomes.depth)
+    for family in outcomes.families:
+        alone = {r["names"][0]: r["accuracy"] for r in outcomes.by[family, "alone", 1]}
         if not alone:
             continue
-        base = known.by[family, "baseline", 0][0]["accuracy"]
+        base = outcomes.by[family, "baseline", 0][0]["accuracy"]
         gains = np.array([alone[name] - base for name in every])
-        sizes = {r["names"][0]: r["parameters"] for r in known.by[family, "alone", 1]}
+        sizes = {r["names"][0]: r["parameters"] for r in outcomes.by[family, "alone", 1]}
         tried = {name: np.ravel(values[family]) for name, values in scores.items()}
         tried |= {
-            "depth": np.repeat(np.arange(known.depth), 2),
+            "depth": np.repeat(np.arange(outcomes.depth), 2),
             "parameters": np.array([sizes[name] for name in every]),
         }
-        found[family] = {
+        predicted[family] = {
             "gains": dict(zip(every, gains.tolist(), strict=True)),
             "spearman": {
                 name: float(spearmanr(v, gains).statistic) if np.ptp(v) else None for name, v in tried.items()
             },
         }
-    return found
+    return predicted
 
 
 # Tables.
 
 
-def _interval(found: dict) -> str:
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def _interval(accuracy: dict) -> str:
+    return f"{accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
 
 
-def kind(family: str) -> str:
-    """The paper's name of a task family: that of "p0-knowledge" is "knowledge"."""
+def paper_family(family: str) -> str:
+    """The paper's name for a task family: "knowledge" for "p0-knowledge"."""
     return family.removeprefix("p0-")
 
 
-def label(placement: str, k: int) -> str:
+def condition_name(placement: str, k: int) -> str:
+    """The name of a condition in tables and figures."""
     return {"baseline": "baseline", "all": "all modules"}.get(placement, f"{placement}, k = {k}")
 
 
-def table1(known: Outcomes, compared: list[dict], recipe) -> Table:
-    """P0's Table 1 with intervals, the difference from random modules, and what the paper has."""
+def table1(outcomes: Outcomes, compared: list[dict], recipe) -> Table:
+    """P0's Table 1 with intervals, the difference from random modules, and the paper's numbers."""
     header = ["LoRA on", "trained"]
-    header += [name for family in known.families for name in (family, f"{family} less random")]
-    header += [f"{model} (paper), {' / '.join(map(kind, known.families))}" for model in recipe.reported]
+    header += [name for family in outcomes.families for name in (family, f"{family} less random")]
+    header += [f"{model} (paper), {' / '.join(map(paper_family, outcomes.families))}" for model in recipe.reported]
     rows = []
-    for placement, k in known.keys:
-        if k not in (0, known.k) and placement != "all":
+    for placement, k in outcomes.keys:
+        if k not in (0, outcomes.k) and placement != "all":
             continue
-        sizes = dict.fromkeys(f"{known.parameters(f, placement, k):,.0f}" for f in known.families)
-        row = [label(placement, k), " / ".join(sizes) if placement != "baseline" else "-"]
-        for family in known.families:
-            row += [_interval(known.accuracy(family, placement, k)), _difference(compared, placement, k, family)]
+        sizes = dict.fromkeys(f"{outcomes.parameters(f, placement, k):,.0f}" for f in outcomes.families)
+        row = [condition_name(placement, k), " / ".join(sizes) if placement != "baseline" else "-"]
+        for family in outcomes.families:
+            row += [_interval(outcomes.accuracy(family, placement, k)), _difference(compared, placement, k, family)]
         for reported in recipe.reported.values():
             values = reported.get(placement, {})
-            row.append(" / ".join(f"{values[kind(f)]:.3f}" if kind(f) in values else "-" for f in known.families))
+            row.append(
+                " / ".join(
+                    f"{values[paper_family(f)]:.3f}" if paper_family(f) in values else "-" for f in outcomes.families
+                )
+            )
         rows.append(tuple(row))
     return Table(tuple(header), rows)
 
@@ -247,20 +260,20 @@ def _difference(compared: list[dict], placement: str, k: int, family: str) -> st
     return "-"
 
 
-def selections(known: Outcomes, result: dict, recipe, placement: str) -> Table:
-    """P0's Tables 2 and 3: which modules a placement chose, with the score that chose them, and the paper's."""
+def selections(outcomes: Outcomes, result: dict, recipe, placement: str) -> Table:
+    """P0's Tables 2 and 3: the modules that a placement chose, with their scores, and those in the paper."""
     rr = {family: np.array(values) for family, values in result["scores"]["rr"].items()}
-    names, rows = module_names(known.depth), []
-    for number, family in enumerate(known.families):
+    names, rows = module_names(outcomes.depth), []
+    for number, family in enumerate(outcomes.families):
         values = rr[family]
         if placement == "task_diff":
-            values = normalised(rr[family]) - normalised(rr[known.families[1 - number]])
-        chosen = known.by[family, placement, known.k]
+            values = normalised(rr[family]) - normalised(rr[outcomes.families[1 - number]])
+        chosen = outcomes.by[family, placement, outcomes.k]
         ranked = sorted(chosen[0]["names"] if chosen else [], key=lambda name: -values.ravel()[names.index(name)])
         ours = ", ".join(f"{name} ({values.ravel()[names.index(name)]:+.2f})" for name in ranked)
-        paper = ", ".join(recipe.selected[placement].get(kind(family), ())) or "-"
+        paper = ", ".join(recipe.selected[placement].get(paper_family(family), ())) or "-"
         rows.append((family, ours, paper))
-    return Table(("family", f"modules (k = {known.k})", f"Qwen3-VL-4B (paper, of {recipe.modules})"), rows)
+    return Table(("family", f"modules (k = {outcomes.k})", f"Qwen3-VL-4B (paper, of {recipe.modules})"), rows)
 
 
 def comparison_table(compared: list[dict]) -> Table:
@@ -285,33 +298,33 @@ def comparison_table(compared: list[dict]) -> Table:
     return Table(header, rows)
 
 
-def findings(known: Outcomes, compared: list[dict], alone: dict) -> list[str]:
-    """What the numbers say, in sentences."""
+def findings(outcomes: Outcomes, compared: list[dict], alone: dict) -> list[str]:
+    """The main results, one sentence each."""
     lines = []
-    for family in (*known.families, "both"):
+    for family in (*outcomes.families, "both"):
         tested = [r for r in compared if r["family"] == family and r["against"] == "random"]
-        for verb, sign in (("better", 1), ("worse", -1)):
+        for word, sign in (("better", 1), ("worse", -1)):
             sure = [r for r in tested if r["p_holm"] < 0.05 and np.sign(r["difference"]) == sign]
-            names = ", ".join(f"{label(r['placement'], r['k'])} ({r['difference']:+.3f})" for r in sure) or "none"
-            lines.append(f"* {family}: of {len(tested)} placements {verb} than as many random modules (Holm): {names}.")
+            names = (
+                ", ".join(f"{condition_name(r['placement'], r['k'])} ({r['difference']:+.3f})" for r in sure) or "none"
+            )
+            lines.append(f"* {family}: of {len(tested)} placements {word} than as many random modules (Holm): {names}.")
         if tested:
             low, high = (f(r["excluded"] for r in tested) for f in (min, max))
-            lines.append(
-                f"* {family}: what their 95 % intervals exclude is a difference above {low:.3f} to {high:.3f}."
-            )
-    for family, found in alone.items():
-        rho = {name: value for name, value in found["spearman"].items() if value is not None}
+            lines.append(f"* {family}: their 95 % intervals exclude differences larger than {low:.3f} to {high:.3f}.")
+    for family, predicted in alone.items():
+        rho = {name: value for name, value in predicted["spearman"].items() if value is not None}
         shown = ", ".join(f"{name} {rho[name]:+.2f}" for name in sorted(rho, key=lambda name: -rho[name]))
-        lines.append(f"* {family}: rank correlation over modules of a score with LoRA's gain there alone: {shown}.")
+        lines.append(f"* {family}: rank correlation of each score with the gain of LoRA on a module alone: {shown}.")
     return lines
 
 
 # Figures.
 
 
-def draw(run: Run, model: str, known: Outcomes, result: dict, summary: dict, traces: dict[str, dict]) -> None:
-    """P0's figures 2 to 4, and the study's own."""
-    families, names = known.families, module_names(known.depth)
+def draw(run: Run, model: str, outcomes: Outcomes, result: dict, summary: dict, traces: dict[str, dict]) -> None:
+    """Draws P0's figures 2 to 4, and the study's further figures."""
+    families, names = outcomes.families, module_names(outcomes.depth)
     rr = {family: np.array(result["scores"]["rr"][family]) for family in families}
     one, other = (normalised(rr[family]) for family in families)
     difference = {f"{families[0]} - {families[1]}": one - other}
@@ -331,21 +344,21 @@ def draw(run: Run, model: str, known: Outcomes, result: dict, summary: dict, tra
     write("intervals", interval_plot, title, cells=names, groups=estimates, different=different)
     if all(trace["stability"] for trace in traces.values()):
         by_family = {family: trace["stability"] for family, trace in traces.items()}
-        write("stability", stability, "how alike rankings of disjoint halves of the samples are", groups=by_family)
+        write("stability", stability, "rank correlation between disjoint halves of the samples", groups=by_family)
     for family, agreement in summary["corruptions"].items():
         if agreement:
-            title = f"how alike restoration rates under different corruptions are, {family}"
+            title = f"correlation of restoration rates under different corruptions, {family}"
             write(f"corruptions_{family}", correlation, title, rows=agreement)
-    at_k = [(p, k) for p, k in known.keys if k in (0, known.k) or p == "all"]
-    accuracy = {f: {label(p, k): known.accuracy(f, p, k) for p, k in at_k} for f in (*families, "both")}
+    at_k = [(p, k) for p, k in outcomes.keys if k in (0, outcomes.k) or p == "all"]
+    accuracy = {f: {condition_name(p, k): outcomes.accuracy(f, p, k) for p, k in at_k} for f in (*families, "both")}
     write("placements", figures.placements, "accuracy by placement", accuracy=accuracy)
-    swept = sorted({p for p, k in known.keys if k not in (0, known.k)} - {"all"})
+    swept = sorted({p for p, k in outcomes.keys if k not in (0, outcomes.k)} - {"all"})
     if swept:
         curves = {
-            f: {p: {k: known.accuracy(f, p, k) for q, k in known.keys if q == p} for p in swept} for f in families
+            f: {p: {k: outcomes.accuracy(f, p, k) for q, k in outcomes.keys if q == p} for p in swept} for f in families
         }
         write("k", figures.k_sweep, "accuracy by the number of modules with LoRA", accuracy=curves)
-    gains = {family: list(found["gains"].values()) for family, found in summary["alone"].items()}
+    gains = {family: list(predicted["gains"].values()) for family, predicted in summary["alone"].items()}
     if gains:
         flat = {family: rr[family].ravel() for family in gains}
         title = "LoRA's gain in single modules against their restoration rate"

@@ -1,5 +1,6 @@
-"""P0's whole study on each model: traces, scores, placements, trainings, held-out results."""
+"""Runs P0's study on each model: traces, scores, placements, trainings and held-out results."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from eval import judging as metrics
@@ -14,12 +15,12 @@ from vlm_jax.runs.folder import Run
 from vlm_jax.runs.processes import progress
 
 
-def examples_of(args: Args) -> list[dict[str, list[Example]]]:
-    """What is traced, trained on and tested on, by family.
+def examples_by_split(args: Args) -> list[dict[str, list[Example]]]:
+    """The examples to trace, to train on and to test on: for each of these, family -> examples.
 
     Raises:
-        UserError: for a family with too few examples, test examples that are also trained on or traced, or a metric
-            that does not suit the examples.
+        UserError: if a family has too few examples, if test examples are also trained on or traced, or if the metric
+            cannot score the examples.
     """
     sizes = {"trace": args.trace, "train": args.train, "test": args.eval}
     by_split = [
@@ -34,12 +35,12 @@ def examples_of(args: Args) -> list[dict[str, list[Example]]]:
     traced, train, test = by_split
     for family in args.families:
         check_disjoint([*traced[family], *train[family]], test[family])
-        metrics.check(test[family], args.metric)
+        metrics.check_metric(test[family], args.metric)
     return by_split
 
 
-def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict):
-    """One :class:`Experiment` for each model, which is loaded when its turn comes."""
+def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict) -> Iterator[Experiment]:
+    """One :class:`Experiment` for each model. A model is loaded when the loop reaches it."""
     for name in args.models:
         model, processor = args.load_model(name)
         folder = f"{Path(name).name}/"
@@ -59,7 +60,12 @@ def experiments(args: Args, run: Run, traced: dict, trained: dict, tested: dict)
 
 
 def run_study(args: Args, experiment: Experiment) -> dict:
-    """Everything on one model: scores, placements and, by family, condition and run, the result on every sample."""
+    """Runs the study on one model.
+
+    Returns:
+        ``depth``: the number of layers. ``scores``: name -> family -> the score of every module. ``records``: for each
+        family, condition and run, the modules with LoRA and the held-out results.
+    """
     families, depth = list(args.families), experiment.depth
     todo = conditions(args, depth)
     needs = dict.fromkeys(["rr", *(find_placement(c.placement).needs for c in todo)])
@@ -90,5 +96,5 @@ def run_study(args: Args, experiment: Experiment) -> dict:
         records.append({"family": family, "placement": placement, "k": k, "names": names, "seed": seed, **result})
     for record in records:
         record["parameters"] = experiment.adapter_parameters(record["names"]) if record["names"] else 0
-    scores = {name: {f: known.tolist() for f, known in by.items()} for name, by in scoring.scores.items()}
+    scores = {name: {f: score.tolist() for f, score in by.items()} for name, by in scoring.scores.items()}
     return {"depth": depth, "scores": scores, "records": records}

@@ -185,7 +185,7 @@ def _read_parameter(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config:
             value[...] = read_tensor(0, where)
         return value
 
-    def callback(index: tuple[slice, ...]) -> np.ndarray:
+    def callback(index: Any) -> np.ndarray:
         # Several devices may hold the same slice. The cache makes sure that it is read once.
         return read_slice(tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True)))
 

@@ -1,4 +1,4 @@
-"""Loads the examples of a task: the miniworld, a public dataset by name, or a user's own file or folder by path."""
+"""Loads the examples of a task: the miniworld, a public dataset by name, or a user's file or folder by path."""
 
 import hashlib
 import pathlib

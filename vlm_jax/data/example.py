@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-TASK_FAMILIES = ("knowledge", "perception")
+TASK_FAMILIES: tuple[str, ...] = ("knowledge", "perception")
 
 
 @dataclasses.dataclass(frozen=True)

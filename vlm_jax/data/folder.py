@@ -86,7 +86,7 @@ def _open(path: Path, config: str | None, split: str, *, exact: bool) -> Opened:
     except Exception as error:  # datasets and the libraries below it raise errors of many kinds
         cause = str(error.__cause__ or error).strip().split("\n")[0][:160].rstrip(". ")
         raise UserError(f"{path} holds no dataset that can be read ({cause}): give parquet or JSON Lines") from None
-    known = list(builder.info.splits)
+    known = list(builder.info.splits or ())
     if split not in known and (exact or len(known) > 1):
         raise UserError(f"unknown split {split!r} of {path}{nearest(split, known)}")
     split = split if split in known else known[0]

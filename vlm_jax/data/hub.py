@@ -18,7 +18,7 @@ _DATA = (".md", ".parquet", ".json", ".jsonl", ".csv", ".arrow", ".yaml")
 
 
 class Opened(NamedTuple):
-    """One of a dataset's splits on the hub, opened, and where it was found."""
+    """An opened split of a dataset, and its location."""
 
     spec: DatasetSpec
     split: str
@@ -94,7 +94,7 @@ def open_split(spec: DatasetSpec, split: str, root: Path | None, stream: bool) -
 
     locations = [str(location) for location in _locations(spec, root)]
     files = spec.data_files and {name: file for name, file in spec.data_files.items() if name == split}
-    options = {"data_files": files} if files else {}
+    options: dict[str, Any] = {"data_files": files} if files else {}
     if spec.field is not None:
         options["field"] = spec.field
     reasons = []
@@ -106,7 +106,7 @@ def open_split(spec: DatasetSpec, split: str, root: Path | None, stream: bool) -
                 known = builder.config.data_files or builder.info.splits or {}
             else:
                 builder.download_and_prepare()
-                known = builder.info.splits
+                known = builder.info.splits or {}
             if split not in known:
                 raise UserError(f"{spec.name}: {location} has no split {split!r}{nearest(split, known)}")
             rows = builder.as_streaming_dataset(split) if stream else builder.as_dataset(split)
@@ -153,7 +153,7 @@ def _locations(spec: DatasetSpec, root: Path | None) -> list[str | Path]:
             )
         return list(spec.hub_ids)
     candidates = [root / name for hub_id in spec.hub_ids for name in (hub_id, hub_id.split("/")[-1])]
-    folders = [folder for folder in candidates if folder.is_dir()]
+    folders: list[str | Path] = [folder for folder in candidates if folder.is_dir()]
     if not folders:
         listed = " or ".join(map(str, dict.fromkeys(candidates)))
         raise UserError(f"{spec.name} is not under --data-root: put a copy of its hub repository at {listed}")

@@ -1,4 +1,4 @@
-"""Reads a user's own examples from a JSON Lines file."""
+"""Reads a user's examples from a JSON Lines file."""
 
 import json
 import pathlib

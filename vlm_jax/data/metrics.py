@@ -169,11 +169,14 @@ def extract_yes_no(prediction: str) -> Literal["yes", "no"] | None:
     """The first word if it is yes, no, y or n. Otherwise the one of "yes" and "no" that the reply contains; None if it
     contains both or neither."""
     words = re.findall(r"\w+", prediction.lower())
-    first = {"y": "yes", "n": "no"}.get(words[0], words[0]) if words else None
-    if first in ("yes", "no"):
-        return first
-    named = {"yes", "no"} & set(words)
-    return named.pop() if len(named) == 1 else None
+    first = words[0] if words else ""
+    if first in ("yes", "y"):
+        return "yes"
+    if first in ("no", "n"):
+        return "no"
+    if ("yes" in words) == ("no" in words):
+        return None
+    return "yes" if "yes" in words else "no"
 
 
 def relaxed_match(prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> bool:

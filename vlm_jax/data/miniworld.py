@@ -7,7 +7,7 @@ index.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class Task:
     analogue: str
     """The public benchmark that it imitates."""
     scene: Callable[[np.random.Generator], Scene]
-    ask: Callable[[np.random.Generator, Scene, bool], Question]
+    ask: Callable[[np.random.Generator, Any, bool], Question]
     """Random generator, scene, whether the wording is held out -> question."""
 
 

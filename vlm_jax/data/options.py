@@ -10,9 +10,12 @@ class DataOptions:
     """How the examples of a public dataset are read and shown."""
 
     data_root: Path | None = None
-    """Folder with local copies of hub datasets, as ROOT/OWNER/NAME or ROOT/NAME. By default they come from the hub."""
+    """Folder with local copies of datasets from the Hugging Face hub, as ROOT/OWNER/NAME or ROOT/NAME. By default
+    datasets are read from the hub."""
     choices: Literal["listed", "lettered", "hidden"] = "listed"
-    """How a multiple-choice question shows its choices. listed: a list of texts, and the answer is a text; lettered:
-    lines with letters, and the answer is a letter; hidden: not at all. P0 does not specify this."""
+    """How a multiple-choice question shows its choices. listed: as a list of texts, and the answer is a text; lettered:
+    as lines with letters, and the answer is a letter; hidden: no choice is shown, and the answer is a text. P0 does not
+    specify this."""
     stream: bool = False
-    """Read a dataset over the network instead of storing it first. Useful for a few samples of a large dataset."""
+    """Read a dataset over the network instead of storing it on the disk first. This is faster if only a few samples of
+    a large dataset are needed."""

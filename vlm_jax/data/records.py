@@ -168,7 +168,7 @@ def example_of_row(
             metric = "exact_match"
         if gold.choices is not None and choices == "listed":
             lines += ["Choices:", *(f"- {choice}" for choice in gold.choices)]
-        if gold.choices is not None and choices == "lettered":
+        if gold.choices is not None and gold.gold is not None and choices == "lettered":
             if len(gold.choices) > len(_LETTERS):
                 raise UserError(f"{spec.name} has {len(gold.choices)} choices, too many for letters: use listed")
             lines += [f"{letter}. {choice}" for letter, choice in zip(_LETTERS, gold.choices, strict=False)]

@@ -7,7 +7,7 @@ import numpy as np
 
 from vlm_jax.data.world import COLOUR_RGB, ENTITIES, Entity
 
-LABELS = ("AGE", "FEE", "QTY", "TAX", "DAY", "ROW", "BOX", "LOT")
+FIELD_LABELS = ("AGE", "FEE", "QTY", "TAX", "DAY", "ROW", "BOX", "LOT")
 TALLEST = 8
 
 
@@ -66,7 +66,7 @@ def random_emblem(rng: np.random.Generator) -> Emblem:
 
 def random_form(rng: np.random.Generator, count: int = 3) -> Form:
     """A form with ``count`` of its three rows filled in."""
-    labels = _some(rng, LABELS, count)
+    labels = _some(rng, FIELD_LABELS, count)
     values = (str(v) for v in rng.choice(np.arange(10, 100), count, replace=False))
     return Form(tuple(zip(_slots(rng, 3, count), labels, values, strict=True)))
 

@@ -1,13 +1,15 @@
-"""What the result files of a run folder are. ``artifacts.json`` lists every one of them (docs/runs.md)."""
+"""Describes the result files of a run folder. ``artifacts.json`` lists all of them (docs/runs.md)."""
 
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
+from typing import Any
 
 #: The file of a run folder that lists its results.
 ARTIFACTS = "artifacts.json"
 
-#: Every type of artifact and what a file of it holds. A reader, such as a report page, chooses by type how to show it.
+#: Type of artifact -> the content of its file. Programs that show results, such as a report page, choose the view by
+#: type.
 TYPES = {
     "heat_map": "figure data: values on a grid, such as layers x modules",
     "curves": "figure data: lines over layers, sizes or shares",
@@ -16,17 +18,17 @@ TYPES = {
     "scatter": "figure data: points",
     "figure": "a picture, drawn from the data file that its entry names",
     "table": "rows and columns, for people (Markdown, CSV, LaTeX) or for statistics (Parquet)",
-    "samples": "a JSON line per sample",
+    "samples": "a JSON line for each sample",
     "metrics": "a JSON object of scores and counts",
-    "training": "a JSON line per logged step of a training",
+    "training": "a JSON line for each logged step of a training",
     "arrays": "named arrays, or one array as nested JSON lists",
-    "placement": "a JSON list of module names: where an adapter acts",
+    "placement": "a JSON list of the modules on which an adapter acts",
     "adapter": "a PEFT folder",
     "model": "a Hugging Face folder",
     "intervention": "a safetensors file of saved interventions",
 }
 
-#: Files that are no results, as patterns: what a run needs in order to resume and to say what it is.
+#: Patterns of files that are not results: those that describe a run, and those that a run needs to continue.
 INTERNAL = (
     "config.json",
     "manifest.json",
@@ -48,27 +50,27 @@ INTERNAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """The fields of a file's records, objects, arrays or columns.
+    """The fields of a file: of its records, of its object, its arrays or its columns.
 
-    It has a name because files of one name can have different fields: a trace's ``samples.jsonl`` is not an
-    evaluation's.
+    A schema has a name, because files with the same name can have different fields: the ``samples.jsonl`` of a trace
+    and that of an evaluation differ.
     """
 
     name: str
     fields: Mapping[str, str]
-    """Field -> what it holds, with its shape and unit."""
+    """Field -> its meaning, with shape and unit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """What one result file or folder is.
+    """The description of one result file or folder.
 
     Attributes:
         type: one of :data:`TYPES`.
-        title: one line for a reader who sees this file alone.
-        schema: the fields, where the file has any.
-        layout: array or column -> dtype and shape, such as ``float32[96, 8, 2]``, where that differs from run to run.
-        data: of a figure, the data file that it was drawn from.
+        title: one line that explains the file to a reader who sees no other file.
+        schema: the fields; None if the file has no fields.
+        layout: array or column -> its dtype and shape, such as ``float32[96, 8, 2]``, if these differ from run to run.
+        data: for a figure, the data file from which it was drawn.
     """
 
     type: str
@@ -82,8 +84,8 @@ class Artifact:
             raise ValueError(f"unknown type of artifact {self.type!r}: use one of {', '.join(TYPES)}")
 
     def entry(self, file: str) -> dict:
-        """The artifact as ``artifacts.json`` has it."""
-        entry = {"file": file, "type": self.type, "title": self.title}
+        """The artifact's entry in ``artifacts.json``."""
+        entry: dict[str, Any] = {"file": file, "type": self.type, "title": self.title}
         if self.schema is not None:
             entry["schema"] = self.schema.name
         if self.layout is not None:
@@ -94,18 +96,18 @@ class Artifact:
 
 
 def is_internal(file: str) -> bool:
-    """Whether a file of a run folder, by its relative path, is none of its results."""
+    """Whether a file, given by its path in the run folder, is not a result."""
     return any(fnmatch.fnmatchcase(file, pattern) for pattern in INTERNAL)
 
 
 def with_artifact(listing: dict | None, file: str, artifact: Artifact) -> dict:
-    """The content of ``artifacts.json`` with one more file, or with a file's new entry.
+    """The content of ``artifacts.json`` after a file was added or its entry was replaced.
 
-    Entries and schemas are sorted by name, so that a run that was killed and resumed leaves the same bytes as one that
-    was not.
+    Entries and schemas are sorted by name. So a run that was killed and continued writes the same bytes as a run
+    without interruption.
 
     Args:
-        listing: the content so far; None where there is no file yet.
+        listing: the content so far; None if the file does not exist yet.
     """
     listing = listing or {"artifacts": [], "schemas": {}}
     entries = {entry["file"]: entry for entry in listing["artifacts"]} | {file: artifact.entry(file)}

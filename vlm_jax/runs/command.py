@@ -1,5 +1,5 @@
-"""How a command begins and ends: it joins its other processes, checks its options and sets what is global; a user's
-mistake is one line."""
+"""How a command begins and ends: it joins other processes, checks its options, sets the global settings, and prints a
+user's mistake as one line."""
 
 import functools
 import os
@@ -22,13 +22,14 @@ from vlm_jax.runs.running import running
 def command(main: Callable[..., None] | None = None, *, configured: bool = True) -> Callable[..., Any]:
     """Wraps a command's ``main(args)``: a :class:`UserError` becomes one line on stderr and exit code 2.
 
-    Before ``main`` runs: the processes that ``args.processes`` names are joined, numbers outside their ranges are
-    refused, and :func:`vlm_jax.configure` sets precision, cache and mesh. Nothing else in the library sets a global.
-    Where there are several processes, one that fails ends at once, so that the others do not wait for it.
+    Before ``main`` runs, the processes that ``args.processes`` names are joined, options are checked against their
+    ranges, and :func:`vlm_jax.configure` sets the precision, the cache and the mesh. No other code in the library
+    changes global settings. If there are several processes and one fails, it ends at once, so that the others do not
+    wait for it.
 
     Args:
-        configured: False for a command that compiles for other devices than those of this machine
-            (``@command(configured=False)``): programs for those cannot be read back from the cache.
+        configured: whether to call :func:`vlm_jax.configure`. A command that compiles for devices of another machine
+            uses ``@command(configured=False)``, because such programs cannot be read back from the cache.
     """
     if main is None:
         return functools.partial(command, configured=configured)
@@ -50,18 +51,18 @@ def command(main: Callable[..., None] | None = None, *, configured: bool = True)
         except Exception as error:
             if several is None:
                 raise
-            _let_go(error)
+            _end_process(error)
 
     return wrapped
 
 
-def _let_go(error: Exception) -> None:
-    """Ends this process without waiting for the others, which may be waiting for it."""
+def _end_process(error: Exception) -> None:
+    """Prints the error and ends this process. It must not wait for the others, because they may be waiting for it."""
     traceback.print_exception(error)
     reason = " ".join(str(error).split())[:200]
     print(
         f"error: process {jax.process_index()} of {jax.process_count()} broke off ({type(error).__name__}: {reason}): "
-        "if another one ended before it, that one's log says why; start all of them again to go on",
+        "if another process ended before, read its log for the cause; start all processes again to continue",
         file=sys.stderr,
         flush=True,
     )

@@ -10,28 +10,29 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, paths and tuples as JSON has them."""
-    if dataclasses.is_dataclass(value):
+    """The value in the types of JSON: dataclasses become dicts, tuples lists, and paths strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     return json.loads(json.dumps(value, default=str))
 
 
 def without(value: Any, names: set[str]) -> Any:
-    """Nested dicts without these keys."""
+    """The nested dicts without these keys, at all depths."""
     if not isinstance(value, dict):
         return value
     return {name: without(part, names) for name, part in value.items() if name not in names}
 
 
 def differences(earlier: dict, now: dict) -> str:
-    """What is not the same in two nested dicts, in words; empty where they are equal."""
-    there, here = _leaves(earlier), _leaves(now)
-    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-    return ", ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
+    """The differences between two nested dicts, in words; empty if they are equal. A value of ``earlier`` is "there", a
+    value of ``now`` is "here"."""
+    old, new = _leaves(earlier), _leaves(now)
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return ", ".join(f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in names)
 
 
 def named_files(value: Any) -> Iterator[str]:
-    """The existing files that a plain value names, however deep."""
+    """The names of existing files in a plain value, at all depths."""
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from named_files(part)
@@ -46,7 +47,7 @@ def file_digest(path: Path) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """The values of nested dicts, under dotted names."""
+    """Dotted name -> value, for all values in nested dicts."""
     if not isinstance(value, dict):
         return {name: value}
     parts = [_leaves(part, f"{name}.{key}" if name else key) for key, part in value.items()]

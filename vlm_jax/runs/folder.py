@@ -1,5 +1,6 @@
-"""Run folders: one configuration, one manifest, one process at a time, files that appear whole, a list of the results,
-and stages that are not done twice. docs/runs.md shows one."""
+"""Run folders. Each has one configuration, one manifest, and a list of its results. Only one process works in it at a
+time, files appear only when they are complete, and finished stages are not done again. docs/runs.md shows an example.
+"""
 
 import copy
 import dataclasses
@@ -19,6 +20,7 @@ import numpy as np
 
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError, unwritten
+from vlm_jax.processor import Processor
 from vlm_jax.runs.artifacts import ARTIFACTS, Artifact, is_internal, with_artifact
 from vlm_jax.runs.configuration import differences, file_digest, named_files, plain, without
 from vlm_jax.runs.lock import LOCK, Lock
@@ -27,42 +29,49 @@ from vlm_jax.runs.processes import first, gathered
 from vlm_jax.runs.running import running_command
 
 _PACKAGES = ("vlm-jax", "jax", "jaxlib", "flax", "optax", "transformers", "tokenizers", "numpy", "pillow")
-#: Where a file grows until it is whole.
+#: The folder in which a file is written until it is complete.
 _PARTIAL = ".partial"
 
 
 @dataclasses.dataclass
 class Run:
-    """An open run folder. Nothing is on disk before the first result is: a refused run leaves no trace.
+    """An open run folder. Its first file is written with the first result, so a run that stops with an error before
+    that leaves no files.
 
-    Every method that writes a result takes an :class:`~vlm_jax.runs.artifacts.Artifact`, which goes into
-    ``artifacts.json``. None stands for a file that is no result; only the names in
-    :data:`~vlm_jax.runs.artifacts.INTERNAL` may be written so.
-
-    ``manifest`` is that of the run's first session, with what was pinned since (:meth:`pin`); ``saved`` is the manifest
-    as it is on disk. ``lock`` keeps other processes out as long as it is referred to.
+    Every method that writes a result takes an :class:`~vlm_jax.runs.artifacts.Artifact`, its entry in
+    ``artifacts.json``. Pass None for a file that is not a result; its name must match one of
+    :data:`~vlm_jax.runs.artifacts.INTERNAL`.
     """
 
     folder: Path
     config: dict
+    """The command and its options, as ``config.json`` has them."""
     manifest: dict
+    """The manifest of the run's first session, and the facts that were pinned since (:meth:`pin`)."""
     saved: dict | None = None
+    """The manifest that is on disk."""
     lock: "Lock | None" = dataclasses.field(default=None, repr=False)
+    """Keeps other processes out of the folder while this object exists."""
 
     @classmethod
     def open(
-        cls, folder: Path, args: Any, model: Config | None = None, processor: Any = None, ignored: tuple[str, ...] = ()
+        cls,
+        folder: Path,
+        args: Any,
+        model: Config | None = None,
+        processor: Processor | None = None,
+        ignored: tuple[str, ...] = (),
     ) -> "Run":
-        """Starts a run, or resumes the one of the same command and configuration that ``folder`` holds.
+        """Starts a run. If ``folder`` holds a run of the same command with the same configuration, continues it.
 
         Args:
-            args: the command's frozen dataclass. Where it writes (``out``) is no part of the configuration, nor are the
-                ``ignored`` fields, however deep.
-            model, processor: what the manifest describes, where the command has them.
+            args: the command's options, a frozen dataclass. The configuration has all fields except ``out``,
+                ``processes`` and the ``ignored`` ones, which are left out at all depths.
+            model, processor: the model's configuration and its processor, for the manifest, if the command has them.
 
         Raises:
-            UserError: if the folder holds another run (the differences are named) or anything else, if another process
-                is at work in it, or if it cannot be written to.
+            UserError: if the folder holds another run (the message names the differences) or other files, if another
+                process is at work in it, or if it cannot be written to.
         """
         opened = []
 
@@ -78,11 +87,13 @@ class Run:
         return run
 
     @classmethod
-    def _open(cls, folder: Path, args: Any, model: Config | None, processor: Any, ignored: tuple[str, ...]) -> "Run":
+    def _open(
+        cls, folder: Path, args: Any, model: Config | None, processor: Processor | None, ignored: tuple[str, ...]
+    ) -> "Run":
         lock = Lock.take(folder) if (folder / LOCK).is_file() else None
         left_out = {"out", "processes", *ignored}
         options = without(plain(args), left_out)
-        # The content of an input file is part of the configuration: a file that was edited makes another run.
+        # The content of input files is part of the configuration: with an edited file it is another run.
         digests_of_files = {path: file_digest(Path(path)) for path in named_files(options)}
         config = {"command": running_command(), **options, "files": digests_of_files}
         earlier = _read_json(folder / "config.json")
@@ -96,11 +107,11 @@ class Run:
         if earlier is not None and lock is None:
             lock = Lock.take(folder)
         saved = _read_json(folder / "manifest.json")
-        current = manifest(model, processor) if saved is None else copy.deepcopy(saved)
+        current = run_manifest(model, processor) if saved is None else copy.deepcopy(saved)
         return cls(folder, config, current, saved, lock)
 
     def _check_shared(self) -> None:
-        """Refuses a folder that is not one and the same for all processes."""
+        """Raises a UserError if the processes do not all see the same folder."""
         path = self.folder / LOCK
 
         def mark() -> str:
@@ -117,14 +128,14 @@ class Run:
             )
 
     def pin(self, name: str, value: Any) -> None:
-        """Puts a fact that results rest on into the manifest, such as the model's fingerprint or where the data come
-        from, and holds every later session to it. It is on disk with the next result.
+        """Adds a fact to the manifest on which results depend, such as the model's fingerprint or the source of the
+        data. Later sessions must pin the same value. The manifest is written with the next result.
 
         Args:
-            value: anything that JSON has, or dataclasses, paths and tuples.
+            value: a value of JSON's types, or dataclasses, paths and tuples.
 
         Raises:
-            UserError: if it was another in an earlier session; the differences are named.
+            UserError: if an earlier session pinned another value; the message names the differences.
         """
         value = plain(value)
         if name in self.manifest and (changed := differences({name: self.manifest[name]}, {name: value})):
@@ -134,24 +145,24 @@ class Run:
         self.manifest[name] = value
 
     def path(self, name: str) -> Path:
-        """A path in the folder; its parent folders are made."""
+        """The path of a file in the folder. Its parent folders are made."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def has(self, name: str) -> bool:
-        """Whether the folder holds a file or folder, as the first process sees it."""
+        """Whether the folder has a file or folder of this name. The first process decides for all."""
         return first((self.folder / name).exists)
 
-    # Writing. Of several processes the first writes.
+    # Writing. If there are several processes, the first one writes.
 
     def write(self, name: str, writer: Callable[[Path], object], artifact: Artifact | None) -> Path:
-        """Lets ``writer`` make a temporary file or folder, puts it in place whole, and lists it as an artifact."""
+        """Lets ``writer`` write a temporary file or folder, moves it to its place, and lists it as an artifact."""
         first(lambda: self.write_locally(name, writer, artifact))
         return self.folder / name
 
     def write_locally(self, name: str, writer: Callable[[Path], object], artifact: Artifact | None) -> None:
-        """:meth:`write`, for code that the first process alone runs."""
+        """:meth:`write`, for code that only the first process runs."""
         if artifact is None and not is_internal(name):
             raise ValueError(f"{name} is a result: say with an Artifact what it is")
         self.begin()
@@ -160,7 +171,7 @@ class Run:
             self._list(name, artifact)
 
     def add(self, name: str, artifact: Artifact) -> None:
-        """Lists a file or folder that a stage wrote by itself, such as the log of a training."""
+        """Lists a file or folder that was not written by :meth:`write`, such as the log of a training."""
         first(lambda: self._list(name, artifact))
 
     def save_json(self, name: str, value: Any, artifact: Artifact | None) -> Path:
@@ -168,15 +179,16 @@ class Run:
         return self.write(name, lambda path: _write_json(path, value), artifact)
 
     def save_lines(self, name: str, records: list[dict], artifact: Artifact | None) -> Path:
-        """Writes a file of records, a JSON object per line."""
+        """Writes a file of records, one JSON object on each line."""
         return self.write(name, lambda path: _write_lines(path, records), artifact)
 
     def save_arrays(self, name: str, arrays: Mapping[str, Any], artifact: Artifact) -> Path:
-        """Writes an ``.npz`` file of named arrays; their dtypes and shapes become the artifact's layout."""
+        """Writes named arrays to an ``.npz`` file. Their dtypes and shapes become the artifact's layout."""
         return self.write(name, lambda path: np.savez(path, **arrays), _with_layout(artifact, arrays))
 
     def log(self, name: str, artifact: Artifact | None) -> Log:
-        """The append-only file ``name`` of records, a JSON object per line, with those of an earlier session."""
+        """The file ``name`` of records, one JSON object on each line, to which records are appended. It already has the
+        records of earlier sessions."""
         return Log(self, name, artifact=artifact)
 
     def once(
@@ -188,26 +200,31 @@ class Run:
         write: Callable[[Path, Any], object] | None = None,
         read: Callable[[Path], Any] | None = None,
     ) -> Any:
-        """The result of a stage: made and written now, or read from an earlier session.
+        """The result of a stage. If an earlier session wrote it, it is read; otherwise it is made and written.
 
         Args:
-            name: the file of the result. Its suffix says what ``make`` returns: a JSON value (``.json``), records
-                (``.jsonl``) or arrays by name (``.npz``).
-            write, read: how another file, or a folder, is written and read. Every process reads for itself.
+            name: the file of the result. Its suffix tells the type of the value that ``make`` returns: a JSON value
+                (``.json``), a list of records (``.jsonl``) or named arrays (``.npz``).
+            write, read: functions that write and read the result, for other files and for folders. Every process calls
+                ``read``.
         """
         path = self.folder / name
-        form = _FORMS[path.suffix] if write is None or read is None else Form(write, read)
+        file_format = _FORMATS[path.suffix] if write is None or read is None else FileFormat(write, read)
         if not self.has(name):
             made = make()
-            self.write(name, lambda temporary: form.write(temporary, made), _with_layout(artifact, made))
-            del made  # a model, say, of which a second copy is read below
-        value = first(lambda: form.read(path)) if form.broadcast else form.read(path)
-        self.add(name, _with_layout(artifact, value))  # an earlier session may have been killed before it did this
+            self.write(name, lambda temporary: file_format.write(temporary, made), _with_layout(artifact, made))
+            del made  # it may be a large model, which is read again below
+        value = first(lambda: file_format.read(path)) if file_format.broadcast else file_format.read(path)
+        self.add(name, _with_layout(artifact, value))  # an earlier session may have been killed before this line
         return value
 
     def timed(self, stage: str, begun: float) -> None:
-        """Adds to ``seconds.json`` how long a stage took, summed over the sessions that finished it. The time of a
-        session that was killed in the stage is not known."""
+        """Adds the time that a stage took to its time in ``seconds.json``. A session that was killed during the stage
+        does not count, because its time is not known.
+
+        Args:
+            begun: the value of ``time.perf_counter()`` at the beginning of the stage.
+        """
 
         def put() -> None:
             seconds = _read_json(self.folder / "seconds.json") or {}
@@ -217,7 +234,7 @@ class Run:
         first(put)
 
     def begin(self) -> None:
-        """Puts the configuration and the manifest on disk, before any result."""
+        """Writes the configuration and the manifest. This happens before the first result is written."""
         if self.lock is None:
             lock = Lock.take(self.folder)
             if (self.folder / "config.json").exists():
@@ -231,11 +248,11 @@ class Run:
             self.saved = copy.deepcopy(self.manifest)
 
     def _put(self, name: str, writer: Callable[[Path], object]) -> None:
-        """Writes a file or folder elsewhere, then moves it to its place whole."""
+        """Writes a file or folder under a temporary name, then moves it to its place."""
         partial = self.folder / _PARTIAL
         try:
             path, temporary = self.path(name), partial / Path(name).name
-            shutil.rmtree(partial, ignore_errors=True)  # left by a session that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # a session that was killed may have left it
             partial.mkdir()
             writer(temporary)
             os.replace(temporary, path)
@@ -245,7 +262,7 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _list(self, name: str, artifact: Artifact) -> None:
-        """Puts an entry into ``artifacts.json`` unless it is there."""
+        """Adds an entry to ``artifacts.json``, unless the same entry is there already."""
         listing = _read_json(self.folder / ARTIFACTS)
         updated = with_artifact(listing, name, artifact)
         if updated != listing:
@@ -253,8 +270,8 @@ class Run:
             self._put(ARTIFACTS, lambda path: _write_json(path, updated))
 
 
-class Form(NamedTuple):
-    """How a result is written and read, and whether the first process reads it for all."""
+class FileFormat(NamedTuple):
+    """How a result is written and read. ``broadcast``: whether the first process reads it for all processes."""
 
     write: Callable[[Path, Any], object]
     read: Callable[[Path], Any]
@@ -278,16 +295,16 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-#: Suffix of a stage's file -> its form.
-_FORMS = {
-    ".json": Form(_write_json, lambda path: json.loads(path.read_bytes()), broadcast=True),
-    ".jsonl": Form(_write_lines, _read_lines, broadcast=True),
-    ".npz": Form(lambda path, arrays: np.savez(path, **arrays), _read_arrays),
+#: Suffix of a stage's file -> its format.
+_FORMATS = {
+    ".json": FileFormat(_write_json, lambda path: json.loads(path.read_bytes()), broadcast=True),
+    ".jsonl": FileFormat(_write_lines, _read_lines, broadcast=True),
+    ".npz": FileFormat(lambda path, arrays: np.savez(path, **arrays), _read_arrays),
 }
 
 
 def _with_layout(artifact: Artifact, value: Any) -> Artifact:
-    """The artifact with the dtypes and shapes of named arrays; as it is for other values."""
+    """The artifact, with the dtypes and shapes of the arrays as its layout if the value is named arrays."""
     if artifact.type != "arrays" or not isinstance(value, Mapping):
         return artifact
     arrays = {name: np.asarray(array) for name, array in value.items()}
@@ -296,16 +313,16 @@ def _with_layout(artifact: Artifact, value: Any) -> Artifact:
 
 
 def _check_same_run(folder: Path, earlier: dict, config: dict) -> None:
-    """Refuses a folder whose configuration is another command's or differs."""
+    """Raises a UserError if the folder's configuration is of another command, or has other options."""
     if earlier.get("command") != config["command"]:
-        there, here = (found.get("command") or "a program without a command" for found in (earlier, config))
-        raise UserError(f"{folder} holds a run of {there}, not of {here}: choose another --out or delete it")
+        old, new = (options.get("command") or "a program without a command" for options in (earlier, config))
+        raise UserError(f"{folder} holds a run of {old}, not of {new}: choose another --out or delete it")
     if changed := differences(earlier, config):
         raise UserError(f"{folder} holds another run ({changed}): choose another --out or delete it")
 
 
 def _read_json(file: Path) -> dict | None:
-    """A file that the run folder wrote itself; None where there is none."""
+    """The content of one of the run folder's JSON files; None if the file does not exist."""
     if not file.is_file():
         return None
     try:
@@ -317,12 +334,13 @@ def _read_json(file: Path) -> dict | None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a small folder, by its name, such as an adapter's to be pinned."""
+    """File name -> SHA-256, for every file of a small folder, such as an adapter's."""
     return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def manifest(config: Config | None, processor: Any) -> dict:
-    """What results depend on beside the command's options: the model's configuration, versions and the machine."""
+def run_manifest(config: Config | None, processor: Processor | None) -> dict:
+    """The facts, besides the command's options, on which results depend: the model's configuration, the versions of
+    packages, and the machine."""
 
     def version(package: str) -> str | None:
         try:
@@ -330,7 +348,7 @@ def manifest(config: Config | None, processor: Any) -> dict:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    images = getattr(processor, "image_processor", None)  # a text-only model's processor has none
+    images = getattr(processor, "image_processor", None)  # None for a text-only model
     return {
         "family": config and config.family,
         "model_config": config and json.loads(config.hf),

@@ -1,4 +1,4 @@
-"""One process at a time in a run folder."""
+"""A lock that keeps other processes out of a run folder."""
 
 import os
 import weakref
@@ -8,7 +8,7 @@ from vlm_jax.errors import UserError, unwritten
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing keeps a second process out
+except ImportError:  # Windows has no such locks, so a second process is not kept out
     fcntl = None
 
 
@@ -17,7 +17,7 @@ LOCK = ".lock"
 
 
 class Lock:
-    """The lock of a run folder. It is released when nothing refers to it any more, or when the process ends, even when
+    """The lock of a run folder. It is released when no variable refers to it any more, and when the process ends or is
     killed."""
 
     def __init__(self, path: Path):
@@ -33,12 +33,17 @@ class Lock:
 
     @staticmethod
     def take(folder: Path) -> "Lock":
-        """Takes the lock of a folder, which is made where there is none. A process that holds it gets it again."""
+        """Takes the lock of a folder. A folder that does not exist is made. A process that holds the lock already gets
+        the same lock again.
+
+        Raises:
+            UserError: if another process holds the lock, or if the folder cannot be written to.
+        """
         path = folder / LOCK
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if path.exists() and (ours := _HELD.get(_identity(path))) is not None:
-                return ours
+            if path.exists() and (held := _HELD.get(_identity(path))) is not None:
+                return held
             lock = Lock(path)
         except BlockingIOError:
             raise UserError(f"another process is at work in {folder}: let it end or choose another --out") from None

@@ -1,4 +1,4 @@
-"""Records that grow on disk batch by batch, and survive the process that wrote them."""
+"""A file of records that is written batch by batch, so that a run that was killed loses at most one batch."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from vlm_jax.runs.processes import Team, first, gathered, is_first
 
 
 class LogFolder(Protocol):
-    """What a log needs of the folder that it grows in; :class:`vlm_jax.runs.folder.Run` is one."""
+    """The methods of a run folder that a log uses. :class:`vlm_jax.runs.folder.Run` has them."""
 
     folder: Path
 
@@ -24,14 +24,17 @@ class LogFolder(Protocol):
 
 
 class Log:
-    """Records that are on disk as soon as they are known, in an order that does not change from session to session.
+    """Records of samples. Each batch is written to disk when it is complete, in the same order in every session.
 
-    A killed run leaves a file that may end in the middle of a record; its whole batches are kept. Without a run,
-    records are in memory alone. Of several processes every team writes its own share (:meth:`part`), until all are
-    there (:meth:`join`).
+    If a run is killed, its file may end in the middle of a record. The next session keeps all complete batches. With
+    several processes, each team writes its share to a separate file (:meth:`part`); in the end the shares are joined
+    (:meth:`join`).
 
     Args:
-        artifact: what the file is, for the folder's ``artifacts.json``; None where it is no result.
+        run: the folder of the file; None keeps the records in memory only.
+        name: the file's name in the folder.
+        team: the team whose share the file has; None for the file of all samples.
+        artifact: the file's entry in ``artifacts.json``; None if it is not a result.
     """
 
     def __init__(
@@ -42,29 +45,30 @@ class Log:
         artifact: Artifact | None = None,
     ):
         self.run, self.name, self.artifact, self.joined = run, name, artifact, False
-        self.writes = run is not None and (is_first() if team is None else team.writes)
-        # The process that writes a file also reads it, for all processes that need its records.
-        by_process = gathered(self._read() if self.writes else [])
+        self.writes = is_first() if team is None else team.writes
+        # Only the process that writes the file reads it, and passes the records to the others.
+        by_process = gathered(self._read(run) if run is not None and self.writes else [])
         self.records: list[dict] = by_process[0 if team is None else team.index * len(by_process) // team.count]
 
-    def _read(self) -> list[dict]:
-        path = self.run.folder / self.name
+    def _read(self, run: LogFolder) -> list[dict]:
+        """The complete records of the file."""
+        path = run.folder / self.name
         whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
         return [json.loads(line) for line in whole.splitlines()]
 
     def has(self, ids: Iterable[str]) -> bool:
-        """Whether there is a record of each of these, and of nothing else."""
+        """Whether the log has exactly one record for each of these ids, and no others."""
         return sorted(record["id"] for record in self.records) == sorted(ids)
 
     def part(self, team: Team, ids: Sequence[str]) -> "Log":
-        """The log of one team's samples. It is this log itself where there is one team or nothing is missing."""
+        """The log for one team's samples. If there is only one team, or if no record is missing, it is this log."""
         if team.count == 1:
             return self
         if self.has(ids):
             self.joined = True
             return self
         if self.run is not None:
-            first(self.run.begin)  # the configuration is on disk before any team writes its share
+            first(self.run.begin)  # writes the configuration before any team writes its share
         name = Path(self.name)
         share = f"{name.stem}.{team.index + 1}-of-{team.count}{name.suffix}"
         return Log(self.run, str(name.with_name(share)), team)
@@ -85,18 +89,24 @@ class Log:
     def missing(
         self, batches: Iterable[tuple[Sequence[int], Any]], ids: Sequence[str]
     ) -> Iterator[tuple[Sequence[int], Any]]:
-        """The batches (rows and content) whose records are not all there. Records behind the first of these batches
-        are removed: :meth:`append` the records of each batch, one a row, before asking for the next.
+        """The batches for which the log lacks a record. Call :meth:`append` with the records of each batch, one for
+        each row, before you ask for the next batch.
+
+        All records after the first incomplete batch are removed, because the order of the records must not change.
 
         Args:
-            ids: the id of every row, which its record has as ``id``.
+            batches: (rows, content) of each batch.
+            ids: the id of every row. The row's record has it as ``id``.
+
+        Yields:
+            (Rows, content) of each batch.
 
         Raises:
             UserError: if two rows have the same id, or if a record's id is not that of its row.
         """
         twice = [name for name, count in Counter(ids).items() if count > 1]
         if twice:
-            raise UserError(f"two samples have the id {twice[0]!r}: give every sample an id of its own")
+            raise UserError(f"two samples have the id {twice[0]!r}: give every sample another id")
         if self.joined:  # nothing is missing, and the records are not in the order of the batches
             for _ in batches:  # the caller counts shapes while it makes batches
                 pass
@@ -117,8 +127,8 @@ class Log:
             self._keep(done)
 
     def append(self, records: Sequence[dict]) -> None:
-        """Writes the records of one batch and makes sure that they are on the disk."""
-        if not self.writes:
+        """Writes the records of one batch to the disk."""
+        if self.run is None or not self.writes:
             self.records += records
             return
         if not self.records and is_first():
@@ -134,7 +144,7 @@ class Log:
         self.records += [json.loads(line) for line in text.encode().splitlines()]
 
     def _check(self, numbers: Iterable[int], ids: set[str]) -> None:
-        """Refuses records, by their numbers, that belong to none of these samples."""
+        """Raises a UserError if one of the records with these numbers belongs to another sample than ``ids``."""
         for number in numbers:
             if (name := self.records[number].get("id")) not in ids:
                 log = "the log" if self.run is None else self.run.folder / self.name
@@ -144,9 +154,9 @@ class Log:
                 )
 
     def _keep(self, count: int) -> None:
-        """Cuts the file after ``count`` records."""
+        """Removes all records after the first ``count``, also from the file."""
         self.records = self.records[:count]
-        if self.writes and (path := self.run.folder / self.name).is_file():
+        if self.run is not None and self.writes and (path := self.run.folder / self.name).is_file():
             with open(path, "rb+") as file:
                 for _ in range(count):
                     file.readline()

@@ -1,20 +1,21 @@
 """The options that commands share, and how options are named.
 
-**One name in every command.** An option is a field of a dataclass. Dataclasses are put together by inheritance, or as a
-field ``tracing: tyro.conf.OmitArgPrefixes[TraceOptions]``; both ways its flag is the same, without a prefix. So the
-flags of all dataclasses that meet in a command must differ:
+**One name in every command.** An option is a field of a dataclass. A command combines dataclasses by inheritance, or
+has one as a field ``tracing: tyro.conf.OmitArgPrefixes[TraceOptions]``. In both cases the flag is the same, without a
+prefix. So all dataclasses of a command must have different flags:
 
-* What a command is about is short: ``--batch``, ``--lr``, ``--epochs``, ``--seed`` are the trainer's, ``--metric`` is
-  how answers are scored, ``--noise-scale`` and ``--corruption`` are the trace's.
-* A flag that would collide carries its group's name, in *every* command, by ``tyro.conf.arg(name=...)``:
-  ``--trace-batch``, ``--trace-seed``, ``--trace-metric``, ``--answer-batch``.
-* ``--train`` and ``--eval`` name the tasks that are optimised and scored; elsewhere tasks are ``--task``.
+* The flags for the main work of a command are short: ``--batch``, ``--lr``, ``--epochs`` and ``--seed`` belong to the
+  trainer, ``--metric`` to the scoring of answers, ``--noise-scale`` and ``--corruption`` to the trace.
+* A flag that would have the name of another one begins with the name of its group, in *every* command, by
+  ``tyro.conf.arg(name=...)``: ``--trace-batch``, ``--trace-seed``, ``--trace-metric``, ``--answer-batch``.
+* In commands that train, ``--train`` and ``--eval`` name the tasks to train on and to score. In all other commands the
+  flag is ``--task``.
 
-The numbers that a field accepts stand beside it (:class:`vlm_jax.runs.ranges.Range`).
+A field's annotation has the numbers that it accepts (:class:`vlm_jax.runs.ranges.Range`).
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -23,19 +24,21 @@ from vlm_jax.checkpoints.sources import read_config, resolve
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import check_mesh
 from vlm_jax.model import Model
+from vlm_jax.processor import Processor
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceOptions:
-    """What a command runs on (docs/pods.md)."""
+    """The devices and processes on which a command runs (docs/pods.md)."""
 
     mesh: str | None = None
-    """The devices as axes, such as data=2,fsdp=4,tensor=2. data and fsdp split the batch, fsdp also splits the
-    parameters, tensor splits attention heads and MLPs. By default one device, or with --processes all devices along
-    data."""
+    """How work is divided among devices, such as data=2,fsdp=4,tensor=2 for 16 devices. data and fsdp split the batch,
+    fsdp also splits the parameters, tensor splits attention heads and MLPs. By default one device is used; with
+    --processes, all devices, along data."""
     processes: str | None = None
-    """Run several processes as one, each started with this same command. auto: Slurm, GKE, a TPU VM or MPI tells them
-    apart. HOST:PORT,COUNT,INDEX: the first process's address, the number of processes, and the number of this one."""
+    """Run the command on several processes, each started with the same command line. auto: Slurm, GKE, a TPU VM or MPI
+    numbers them. HOST:PORT,COUNT,INDEX: the address of the first process, the number of processes, and the number of
+    this one, from 0."""
 
     def mesh_axes(self) -> str | None:
         """The axes of the mesh to set; None for one device. Call it after the processes have joined."""
@@ -49,21 +52,24 @@ class LoadOptions(DeviceOptions):
     """How a model is loaded."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the parameters; by default that of the checkpoint."""
+    """Precision of the parameters. By default the same as in the checkpoint."""
     min_pixels: int | None = None
-    """Enlarge smaller images to this many pixels (models that take images of any size); by default the processor's."""
+    """Images with fewer pixels are enlarged to this number, for models that take images of any size. By default the
+    model's processor sets it."""
     max_pixels: int | None = None
-    """Shrink larger images to this many pixels (models that take images of any size); by default the processor's."""
+    """Images with more pixels are shrunk to this number, for models that take images of any size. By default the
+    model's processor sets it."""
     attention: Literal["xla", "splash"] = "xla"
-    """What computes the text's attention. splash: a TPU kernel that never stores the attention scores, for models whose
-    attention is causal and nothing else; XLA takes over where an intervention or a tap needs the scores."""
+    """The program that computes the text's attention. xla: the compiler's own; splash: a TPU kernel that never stores
+    the attention scores, for models with plain causal attention. Even with splash, xla is used where an intervention or
+    an analysis needs the scores."""
 
-    def load_model(self, source: str) -> tuple[Model, Any]:
+    def load_model(self, source: str) -> tuple[Model, Processor]:
         """A model and its processor, on the mesh in use (:func:`vlm_jax.configure`).
 
         Raises:
-            UserError: a model that cannot be loaded, does not fit the mesh or has no tokeniser; --min-pixels or
-                --max-pixels for a text-only model.
+            UserError: if the model cannot be loaded, does not fit the mesh or has no tokeniser; if --min-pixels or
+                --max-pixels is given for a text-only model.
         """
         mesh = jax.sharding.get_mesh()
         mesh = None if mesh.empty else mesh
@@ -84,8 +90,9 @@ class ModelOptions(LoadOptions):
     """The model of a command."""
 
     model: str = "mini-qwen3-vl"
-    """Embedded model, Hugging Face folder, converted folder or hub id."""
+    """The model: the name of an embedded model (mini-qwen3-vl, mini-gemma3, mini-llava), a Hugging Face folder, a
+    folder that vlm_jax.convert wrote, or a hub id."""
 
-    def load(self) -> tuple[Model, Any]:
-        """:meth:`load_model` of ``--model``."""
+    def load(self) -> tuple[Model, Processor]:
+        """The model that ``--model`` names, and its processor; see :meth:`load_model`."""
         return self.load_model(self.model)

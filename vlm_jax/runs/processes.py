@@ -1,8 +1,9 @@
-"""Several processes that run one command, each started with the same arguments: joining, and exchanging values.
+"""Runs one command on several processes, which are all started with the same arguments, and exchanges values.
 
 Training is one program on a mesh over all processes. Traces and answers of different samples are independent, so for
-them the mesh is divided into teams (:func:`apart`). Each team has a whole model and its own samples. The mesh's axis
-``data`` sets the number of teams, so a model that is too large for one process is held by a team of several.
+them the mesh is divided into teams (:func:`apart`). Each team has a whole model and works on its share of the samples.
+The mesh's axis ``data`` sets the number of teams. A model that is too large for one process is divided among the
+several processes of a team.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ from tqdm import tqdm
 
 from vlm_jax.errors import UserError
 
-#: Seconds without a heartbeat after which a process counts as lost and the others end; seconds that a process which
-#: ends waits for the others.
+#: After this many seconds without a sign of life a process counts as lost, and the others end.
+#: At its end, a process waits this many seconds for the others.
 LOST_SECONDS, END_SECONDS = 60, 30
 
 
@@ -33,7 +34,7 @@ def join(text: str) -> None:
         text: the value of ``--processes``: "auto" or "HOST:PORT,COUNT,INDEX".
 
     Raises:
-        UserError: if the text has another form, or the processes cannot be reached.
+        UserError: if the text has another form, or if the processes cannot be reached.
     """
     address_options: dict[str, Any] = {}
     if text != "auto":
@@ -51,12 +52,12 @@ def join(text: str) -> None:
     if "cpu" in (jax.config.jax_platforms or "cpu"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ordered_collectives}".strip()
     try:
-        timeouts = {"heartbeat_timeout_seconds": LOST_SECONDS, "shutdown_timeout_seconds": END_SECONDS}
+        timeouts: dict[str, Any] = {"heartbeat_timeout_seconds": LOST_SECONDS, "shutdown_timeout_seconds": END_SECONDS}
         jax.distributed.initialize(**address_options, **timeouts)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--processes {text}: cannot join ({reason}): start every process of the job with this command, and name "
+            f"--processes {text}: cannot join ({reason}): start every process of the job with this command, and give "
             "HOST:PORT,COUNT,INDEX unless Slurm, GKE, a TPU VM or MPI gives the addresses"
         ) from None
     if jax.process_index():
@@ -69,7 +70,7 @@ def is_first() -> bool:
 
 
 def first(make: Callable[[], Any]) -> Any:
-    """The value of ``make`` in the first process, returned in all processes. All wait until it is done.
+    """Calls ``make`` in the first process and returns its value in all processes, which wait for it.
 
     Args:
         make: called only in the first process; returns a value that JSON can represent. Its :class:`UserError` is
@@ -79,7 +80,8 @@ def first(make: Callable[[], Any]) -> Any:
 
 
 def everywhere(make: Callable[[], Any]) -> list[Any]:
-    """The values of ``make`` in all processes, in their order, returned in all processes.
+    """Calls ``make`` in every process and returns the list of all values, in the order of the processes, in every
+    process.
 
     Args:
         make: returns a value that JSON can represent. A :class:`UserError` in one process is raised in all.
@@ -98,7 +100,7 @@ def everywhere(make: Callable[[], Any]) -> list[Any]:
 
 
 def gathered(value: Any) -> list[Any]:
-    """The ``value`` of each process, in their order, returned in all processes; a value that JSON can represent."""
+    """The list of the ``value`` of every process, in the order of the processes. The values must fit into JSON."""
     if jax.process_count() == 1:
         return [value]
     encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -114,7 +116,7 @@ def fetch(tree: Any, keep: bool = True) -> Any:
     """Copies the whole arrays of a pytree to host memory, one after the other. All processes must call it together.
 
     Args:
-        keep: whether this process keeps the arrays. If not, it gets None in place of each.
+        keep: whether this process gets the arrays. Otherwise it gets None in place of each array.
     """
 
     def whole(leaf):
@@ -126,7 +128,7 @@ def fetch(tree: Any, keep: bool = True) -> Any:
 
 
 def progress(*args: Any, **options: Any) -> tqdm:
-    """A progress bar with an ETA, which only the first process shows."""
+    """A progress bar that shows the remaining time. Only the first process shows it."""
     return tqdm(*args, disable=not is_first(), **options)
 
 
@@ -139,8 +141,8 @@ class Team(NamedTuple):
     writes: bool = True
     """Whether this process writes the team's results."""
 
-    def own(self, total: int) -> range:
-        """The numbers of this team's samples, out of ``total``."""
+    def rows(self, total: int) -> range:
+        """The numbers of the samples, out of ``total``, that this team works on."""
         return range(self.index, total, self.count)
 
 
@@ -154,11 +156,11 @@ def team_of(data: int) -> Team:
 
 @contextlib.contextmanager
 def apart(*trees: Any) -> Iterator[tuple]:
-    """A context in which the mesh is that of this process's team.
+    """A context in which the mesh in use is the part of the mesh that belongs to this process's team.
 
     Yields:
-        The team, and the pytrees on its mesh. Nothing is copied: no parameter is split over ``data``, so each team
-        already has all parts of every array.
+        The team, and the pytrees on the team's mesh. No array is copied: parameters are never split over ``data``, so
+        each team already has all parts of every array.
     """
     if jax.process_count() == 1:
         yield (Team(), *trees)

@@ -1,4 +1,4 @@
-"""Which numbers an option accepts: written beside its field, checked in one place."""
+"""The numbers that an option accepts. They are written in the annotation of its field and checked in one place."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from vlm_jax.errors import UserError
 class Range:
     """The finite numbers that a field accepts, as an annotation: ``batch: Annotated[int, Range(least=1)] = 16``.
 
-    ``least`` belongs to the range; ``above`` and ``below`` are its open ends.
+    ``least`` is the smallest number in the range. ``above`` and ``below`` are limits that are not in the range.
     """
 
     least: float | None = None
@@ -27,7 +27,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """What to give: "at least 1", or "a number above 0 and below 1"."""
+        """The range in words, for error messages: "at least 1", or "a number above 0 and below 1"."""
         ends = [f"{name} {end}" for name, end in (("above", self.above), ("below", self.below)) if end is not None]
         if self.least is None:
             return f"a number {' and '.join(ends)}"
@@ -35,23 +35,24 @@ class Range:
 
 
 def flag(field: dataclasses.Field) -> str:
-    """The name of a field on the command line: ``--trace-batch`` for a field that says
-    ``tyro.conf.arg(name="trace-batch")``, else the field's own."""
+    """The flag of a field on the command line: the name in its annotation ``tyro.conf.arg(name=...)`` if it has one,
+    else the field's name."""
     names = [getattr(note, "name", None) for note in getattr(field.type, "__metadata__", ())]
     return "--" + next(filter(None, names), field.name).replace("_", "-")
 
 
 def check_ranges(options: Any) -> None:
-    """Refuses numbers outside the :class:`Range` of their field, in a dataclass and in those that it holds. A tuple's
-    numbers are checked one by one; None is always accepted.
+    """Checks all numbers of a dataclass, and of dataclasses in its fields, against the :class:`Range` of their field.
+    The numbers of a tuple are checked one by one. None is always accepted.
 
     Raises:
-        UserError: naming the flag, its value and what to give.
+        UserError: for a number outside its range.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             check_ranges(value)
+            continue
         for allowed in (note for note in getattr(field.type, "__metadata__", ()) if isinstance(note, Range)):
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and number not in allowed:

@@ -1,4 +1,4 @@
-"""Which command is running, so that a run folder can say which command made it."""
+"""Remembers which command is running, so that a run folder can name the command that made it."""
 
 import contextlib
 import contextvars
@@ -10,8 +10,8 @@ _command: contextvars.ContextVar[str | None] = contextvars.ContextVar("command",
 
 
 def command_name(main: Callable) -> str:
-    """The name under which ``python -m`` knows the module of a command's ``main``, such as ``train.lora``. It is the
-    same whether the module was imported or started."""
+    """The name of the module of a command's ``main``, as ``python -m`` takes it, such as ``train.lora``. It is the same
+    if the module was imported."""
     module = sys.modules[main.__module__]
     spec = getattr(module, "__spec__", None)
     if spec is not None:
@@ -21,7 +21,7 @@ def command_name(main: Callable) -> str:
 
 @contextlib.contextmanager
 def running(main: Callable) -> Iterator[None]:
-    """Within it, :func:`running_command` is the command of this ``main``."""
+    """A context in which :func:`running_command` returns the command of this ``main``."""
     token = _command.set(command_name(main))
     try:
         yield
@@ -30,5 +30,5 @@ def running(main: Callable) -> Iterator[None]:
 
 
 def running_command() -> str | None:
-    """The command that is running; None in a program that opens a run folder by itself."""
+    """The name of the command that is running; None in a program that is not one of our commands."""
     return _command.get()

@@ -1,7 +1,7 @@
-"""What every command does first: read the examples, load the model, check that they fit, open the run folder.
+"""The first steps of every command: read the examples, load the model, check that both fit, and open the run folder.
 
-The order is the same everywhere. Cheap checks come before the model is loaded. Nothing is written to disk before the
-first result, so a refused command leaves no trace.
+All commands take these steps in the same order. Cheap checks come before the model is loaded. The first file is written
+with the first result, so a command that stops with an error before leaves no files.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,25 +13,26 @@ from vlm_jax.data.example import Example
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
+from vlm_jax.processor import Processor
 from vlm_jax.prompts import check_fit
 from vlm_jax.runs.folder import Run
 
 
 class Started(NamedTuple):
-    """What a command works with: its open run folder, its model and the model's processor."""
+    """The open run folder of a command, its model and the model's processor."""
 
     run: Run
     model: Model
-    processor: Any
+    processor: Processor
 
 
 def load_tasks(
     names: Sequence[str], *, split: str, limit: int | None, options: DataOptions
 ) -> dict[str, list[Example]]:
-    """The first ``limit`` examples of every task, by its label.
+    """The label of each task -> its first ``limit`` examples.
 
     Raises:
-        UserError: for no task, or one that is named twice; and as :func:`vlm_jax.data.load_task`.
+        UserError: if no task is named, or one is named twice; and the errors of :func:`vlm_jax.data.load_task`.
     """
     labels = list(map(task_label, names))
     if not labels or len(set(labels)) < len(labels):
@@ -56,14 +57,14 @@ def start(
 
     Args:
         args: the command's options: a :class:`vlm_jax.runs.options.ModelOptions` with a field ``out``.
-        examples: all that the model will see. They are refused where one does not fit it.
+        examples: all examples that the model will read.
         data: where the examples come from, for the manifest (:func:`vlm_jax.data.source`).
-        check: refuses options that do not go with the model.
+        check: a function that raises a UserError if the options do not suit the model.
         with_answer: whether the gold answers must fit into the model's context too.
-        ignored: options that may change when a run goes on.
+        ignored: options that may differ when a run continues.
 
     Raises:
-        UserError: from any of these steps.
+        UserError: from any of these steps, such as an example that does not fit the model.
     """
     model, processor = args.load()
     check(model)

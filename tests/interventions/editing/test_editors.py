@@ -10,7 +10,7 @@ import pytest
 from gradients import value_and_grad
 
 from interventions.editing.editors import EDITOR_SITES, editor_parameters, init_editors
-from train.edit import LABELS, Batch, Edited, label, loss
+from train.edit import EDITOR_LABELS, Edited, EditorBatch, editor_label, editor_loss
 from train.loop import fit
 from train.subsets import split
 from vlm_jax import UserError, load
@@ -72,10 +72,10 @@ def case(request):
     weights = {n: {site: (r, w, b + 2) for site, (r, w, b) in editor.weights.items()} for n, editor in editors.items()}
     editors = {name: editor.replace(weights=weights[name]) for name, editor in editors.items()}
     index, valid = positions(batch.spans["answer"] | batch.spans["end"])
-    return model, batch.inputs, editors, Batch(batch.inputs.turned(), where, index, valid)
+    return model, batch.inputs, editors, EditorBatch(batch.inputs.turned(), where, index, valid)
 
 
-def plain(model, inputs: Inputs, editors, batch: Batch):
+def plain(model, inputs: Inputs, editors, batch: EditorBatch):
     """The loss from all logits of the model under the editors."""
     where = {**batch.where, "cross": inputs.is_image}
     acting = tuple(editor.replace(where=where.get(name)) for name, editor in editors.items())
@@ -87,7 +87,7 @@ def plain(model, inputs: Inputs, editors, batch: Batch):
 
 def test_the_loss_is_that_of_the_edited_model(case):
     model, inputs, editors, batch = case
-    found = jax.jit(loss)(Edited(model, editors), batch, jax.random.key(0))
+    found = jax.jit(editor_loss)(Edited(model, editors), batch, jax.random.key(0))
     wanted = plain(model, inputs, editors, batch)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     for left_out in editors:  # the control: each of them matters
@@ -97,8 +97,8 @@ def test_the_loss_is_that_of_the_edited_model(case):
 
 def test_gradients_reach_every_editor(case):
     model, inputs, editors, batch = case
-    trained, rest = split(Edited(model, editors), label)
-    _, found = jax.jit(value_and_grad(loss))(trained, rest, batch, jax.random.key(0))
+    trained, rest = split(Edited(model, editors), editor_label)
+    _, found = jax.jit(value_and_grad(editor_loss))(trained, rest, batch, jax.random.key(0))
 
     def by_hand(weights):
         acting = {name: editor.replace(weights=weights[name]) for name, editor in editors.items()}
@@ -121,17 +121,17 @@ def test_without_images_the_cross_editor_does_nothing(case):
     changed = {**editors, "cross": editors["cross"].replace(weights={site: (r, w, b + 1)})}
     some, others = (Edited(model, those) for those in (editors, changed))
     key = jax.random.key(0)
-    assert loss(some, texts, key) == loss(others, texts, key)
-    assert loss(some, batch, key) != loss(others, batch, key)
+    assert editor_loss(some, texts, key) == editor_loss(others, texts, key)
+    assert editor_loss(some, batch, key) != editor_loss(others, batch, key)
 
 
 def test_training_lowers_the_loss(case):
     model, _, editors, batch = case
-    before = loss(Edited(model, editors), batch, jax.random.key(0))
+    before = editor_loss(Edited(model, editors), batch, jax.random.key(0))
     micro = jax.tree.map(lambda a: np.asarray(a)[None], batch)
-    transforms = dict.fromkeys(LABELS.values(), optax.adam(3e-3))
-    trained = fit(loss, Edited(model, editors), lambda step: micro, transforms, label, steps=20).params
-    assert loss(trained, batch, jax.random.key(0)) < 0.5 * before
+    transforms = dict.fromkeys(EDITOR_LABELS.values(), optax.adam(3e-3))
+    trained = fit(editor_loss, Edited(model, editors), lambda step: micro, transforms, editor_label, steps=20).params
+    assert editor_loss(trained, batch, jax.random.key(0)) < 0.5 * before
     assert all(map(operator.is_, jax.tree.leaves(trained.model), jax.tree.leaves(model)))
     for name, editor in editors.items():
         assert all(trained.editors[name].slot[site] is slot for site, slot in editor.slot.items()), name
@@ -139,6 +139,6 @@ def test_training_lowers_the_loss(case):
 
 def test_labels_are_those_of_the_paper(case):
     model, _, editors, _ = case
-    trained, _ = split(Edited(model, editors), label)
-    assert len(trained) == 12 and {label(path) for path in trained} == {"psi_V", "psi_c", "psi_P", "psi_S"}
-    assert label("editors.prefix.weights.text.resid_post.2") == "psi_P"
+    trained, _ = split(Edited(model, editors), editor_label)
+    assert len(trained) == 12 and {editor_label(path) for path in trained} == {"psi_V", "psi_c", "psi_P", "psi_S"}
+    assert editor_label("editors.prefix.weights.text.resid_post.2") == "psi_P"

@@ -19,10 +19,10 @@ from interventions.trace.result import TaskTrace, summarise
 from train.study import experiment as experiments
 from train.study import report as reports
 from train.study.experiment import Experiment
-from train.study.options import Args, check, conditions
+from train.study.options import Args, check_options, conditions
 from train.study.recipes import RECIPES
 from train.study.report import Outcomes, comparisons, predictions, report
-from train.study.study import examples_of
+from train.study.study import examples_by_split
 from vlm_jax.errors import UserError
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
@@ -68,7 +68,7 @@ def test_default_k_is_the_papers_share():
     [
         ({"families": ("knowledge",)}, "two"),
         ({"families": ("knowledge", "knowledge")}, "two"),
-        ({"models": ("a/mini", "b/mini")}, "alike"),
+        ({"models": ("a/mini", "b/mini")}, "two folders of the same name"),
         ({"seeds": ()}, "--seeds"),
         ({"random_seeds": (1, 1)}, "--random-seeds"),
         ({"placements": ("task_dif",)}, "task_diff"),
@@ -76,13 +76,13 @@ def test_default_k_is_the_papers_share():
 )
 def test_refusals(changed, message):
     with pytest.raises(UserError, match=message):
-        check(Args(**changed))
+        check_options(Args(**changed))
 
 
 def test_a_family_with_too_few_examples_is_refused(monkeypatch):
     monkeypatch.setattr("train.study.study.load_task", lambda name, split, limit, options: ["example"] * min(limit, 5))
     with pytest.raises(UserError, match="perception has 5 examples to eval, not 6: lower --eval"):
-        examples_of(Args(families=("perception", "knowledge"), trace=5, train=5, eval=6))
+        examples_by_split(Args(families=("perception", "knowledge"), trace=5, train=5, eval=6))
 
 
 def test_answers_need_a_token():
@@ -121,7 +121,13 @@ def test_the_papers_numbers():
     [((), []), (("trained adapter",), ["trained"]), (("corruption", "fresh adapter"), ["corrupts", "fresh"])],
 )
 def test_a_score_gets_what_it_says_that_it_needs(monkeypatch, tmp_path, needs, given):
-    monkeypatch.setattr(experiments, "SCORES", {"new": ModuleScore(lambda *args: np.array([args[2:]]), needs)})
+    received = []
+
+    def compute(model, groups, *provided):
+        received.extend(provided)
+        return np.zeros((1, 2))
+
+    monkeypatch.setattr(experiments, "SCORES", {"new": ModuleScore(compute, needs)})
     monkeypatch.setattr(experiments, "corrupter", lambda *args: "corrupts")
     monkeypatch.setattr(experiments, "batches", lambda *args, **options: [])
     monkeypatch.setattr(Experiment, "_fresh_adapter", lambda self: "fresh")
@@ -129,7 +135,7 @@ def test_a_score_gets_what_it_says_that_it_needs(monkeypatch, tmp_path, needs, g
     model, run = SimpleNamespace(config=None), Run.open(tmp_path / "run", {})
     examples = [{"knowledge": []}] * 3
     experiment = Experiment(run, "", model, None, *examples, TraceOptions(), None, None, None)
-    assert experiment.scores("new", "knowledge").tolist() == [given]
+    assert experiment.scores("new", "knowledge").tolist() == [[0, 0]] and received == given
 
 
 # How placements are compared

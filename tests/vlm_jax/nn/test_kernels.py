@@ -81,9 +81,9 @@ def test_lora_has_the_same_loss_and_gradients(models):
     adapter = adapter.replace(weights={site: (a, 0.1 + b) for site, (a, b) in adapter.weights.items()})
     found = []
     for model in (plain, kernel):
-        trained, rest = split(trunk.Adapted(model, adapter, lowest_layer(adapter)), trunk.label)
+        trained, rest = split(trunk.Adapted(model, adapter, lowest_layer(adapter)), trunk.adapter_label)
         data = trunk.trunk(plain, batch, lowest_layer(adapter))
-        run = value_and_grad(trunk.loss)
+        run = value_and_grad(trunk.adapter_loss)
         found.append(jax.jit(run)(trained, rest, data, jax.random.key(0)))
         assert uses(run, trained, rest, data, jax.random.key(0)) == (model is kernel)
     (loss, grads), (ours, our_grads) = found

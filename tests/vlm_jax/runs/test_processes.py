@@ -39,7 +39,7 @@ def test_refused_processes(text, says):
 
 
 def test_teams_share_the_samples():
-    shares = [list(Team(index, 3).own(8)) for index in range(3)]
+    shares = [list(Team(index, 3).rows(8)) for index in range(3)]
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 

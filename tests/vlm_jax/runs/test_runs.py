@@ -13,6 +13,7 @@ import pytest
 from run_folders import check_run_folder
 
 import eval.accuracy
+import vlm_jax.runs.startup
 from vlm_jax.errors import UserError
 from vlm_jax.runs import folder as run_folder
 from vlm_jax.runs import lock
@@ -272,12 +273,12 @@ def test_accuracy_goes_on_with_the_same_model_and_data_only(folder, tmp_path, mo
     check_run_folder(folder, tmp_path / "redrawn")
     assert len(manifest["model"]) == 16 and manifest["data"]["dataset"] == "miniworld"
     eval.accuracy.main(args)
-    for name, value, says in (
-        ("fingerprint", "0" * 16, "another model"),
-        ("source", {"dataset": "miniworld", "seed": -1}, "another data"),
+    for module, name, value, says in (
+        (vlm_jax.runs.startup, "fingerprint", "0" * 16, "another model"),
+        (eval.accuracy, "source", {"dataset": "miniworld", "seed": -1}, "another data"),
     ):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(eval.accuracy, name, lambda *args, value=value, **options: value)
+            patch.setattr(module, name, lambda *args, value=value, **options: value)
             eval.accuracy.main(args)
         assert says in capsys.readouterr().err
 
