@@ -81,9 +81,8 @@ class AttentionKnockout(Intervention):
             raise UserError(f"unknown mode {self.mode!r}: use one of {', '.join(MODES)}")
         return frozenset({"text.attn_scores" if self.mode == "pre_softmax" else "text.attn_probs"})
 
-    def active(self) -> dict[str, jax.Array]:
-        cuts: Any = (self.keep != 1).any((1, 2))
-        return dict.fromkeys(self.sites, cuts)
+    def active(self) -> dict[str, Any]:
+        return dict.fromkeys(self.sites, (self.keep != 1).any((1, 2)))
 
     def tokens(self) -> Bool[Array, "batch tokens"] | None:
         if self.groups is None:
