@@ -47,52 +47,55 @@ from vlm_jax.runs.startup import start
 class Args(LoRAOptions, DataOptions, ModelOptions):
     """Find the modules that matter for a task, train LoRA there, and compare it with LoRA elsewhere and with none.
 
-    A module is the attention or the MLP of one layer, such as L2-attn. A causal trace measures for every module how
-    much of the model's answer comes back when the module is restored in a corrupted run. A placement then chooses
-    modules by this measure, or by another. This is the experiment of P0, the first paper in README.md, and the command
-    prints its Table 1: accuracy by the modules that have LoRA.
+    A module is the attention or the MLP of one layer, such as L2-attn. A causal trace corrupts the input, which lowers
+    the probability of the gold answer. It then replaces the output of one module by its output for the clean input, and
+    measures how much of the probability comes back: the restoration rate of the module. A placement is a rule that
+    chooses modules by this rate or by another score. This is the experiment of P0, the first paper in README.md. The
+    command prints P0's Table 1: the accuracy for each choice of modules.
     """
 
     placement: str = "task_diff"
-    """The rule that chooses the modules for LoRA: all, random, shared (most restored in the trace), task_diff (most
-    restored in this task family compared with the other), fisher ...; docs/placement.md lists them. Or a JSON file with
-    module names such as ["L2-attn"]."""
+    """The rule that chooses the modules for LoRA: all, random, shared (highest restoration rates), task_diff (largest
+    excess of the rate over that of the other task family), fisher and others; docs/placement.md lists all. Or a JSON
+    file with a list of module names such as ["L2-attn"]."""
     baselines: bool = True
-    """Also train LoRA on all modules, and on K random ones, for comparison."""
+    """For comparison, also train LoRA on all modules and on K random modules."""
     k: int | None = None
-    """Number of modules that get LoRA. By default 10 of 72 as in P0, which is 2 of the 16 modules of mini-qwen3-vl."""
+    """Number of modules that get LoRA. By default the same share of all modules as in P0, which is 10 of 72. For
+    mini-qwen3-vl with its 16 modules, this is 2."""
     train: str = "450"
-    """Examples to train on: a number for each task family of the miniworld (the tasks that come with the library), or
-    the name of a task or dataset, or a JSONL file."""
+    """Examples to train on: a number, the name of a task or dataset, or a JSONL file. A number takes so many examples
+    from each task family of the miniworld (the tasks that come with the library)."""
     eval: str = "300"
-    """Held-out examples to evaluate on: a number for each task family, or a task, a dataset or a JSONL file."""
+    """Held-out examples to evaluate on: a number for each task family, a task, a dataset or a JSONL file."""
     trace: str = "96"
-    """Examples to trace: a number for each task family, or a task, a dataset or a JSONL file."""
+    """Examples to trace: a number for each task family, a task, a dataset or a JSONL file."""
     traces: dict[str, Path] = dataclasses.field(default_factory=dict)
     """Finished traces to use instead of tracing: FAMILY FOLDER [FAMILY FOLDER ...]. Each folder is a run folder of
     interventions.trace."""
     limit: int | None = None
-    """Largest number of examples to read from a task, dataset or file that --train, --eval or --trace names."""
+    """Largest number of examples to read from each task, dataset or file. It does not limit a number that is given to
+    --train, --eval or --trace."""
     random_seeds: Annotated[tuple[int, ...], Range(least=0), tyro.conf.arg(metavar="SEED [SEED ...]")] = (42, 43, 44)
     """Seeds of the random placements. LoRA is trained once for each, and the accuracies are averaged."""
     tracing: tyro.conf.OmitArgPrefixes[TraceOptions] = dataclasses.field(default_factory=TraceOptions)
     metric: tyro.conf.OmitArgPrefixes[MetricOptions] = dataclasses.field(default_factory=MetricOptions)
     answering: tyro.conf.OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
     out: Path = Path("runs/lora")
-    """Folder for the results. A stopped run with the same options continues there, and does no finished stage again."""
+    """Folder for the results. If a run was stopped, the same command continues it and skips the finished stages."""
 
 
 class Examples(NamedTuple):
     """The examples of a run, by task family."""
 
     traced: dict[str, list[Example]]
-    """Examples to trace. Empty if the placement needs no score, or if the traces are given."""
+    """Examples to trace. Empty if the placement needs no score, or if ``--traces`` gives a trace of every family."""
     trained: dict[str, list[Example]]
     """Examples to train on."""
     tested: dict[str, list[Example]]
     """Examples to evaluate on."""
     families: list[str]
-    """The families that are trained and tested."""
+    """The families that have both training and held-out examples."""
     to_score: list[str]
     """The families for which the modules get a score."""
 
@@ -102,7 +105,7 @@ class Examples(NamedTuple):
 
 
 def examples_by_family(source: str, split: str, args: Args) -> dict[str, list[Example]]:
-    """Task family -> examples. Examples without a family are under their task's name.
+    """Task family -> examples. If an example has no family, the name of its task takes the family's place.
 
     Args:
         source: a number of examples for each family, the name of a task or dataset, or a JSONL file.
@@ -144,29 +147,31 @@ def read_examples(args: Args) -> Examples:
 
 
 def sources(args: Args, examples: Examples) -> dict[str, dict]:
-    """Split -> where its examples come from, for the manifest; ``{}`` if they are a number of the embedded tasks'
-    examples."""
+    """Split -> where its examples come from, for the manifest. ``{}`` if the option is a number, because then the
+    examples are from the miniworld, which comes with the library."""
     names = {"train": args.train, "test": args.eval, **({"trace": args.trace} if examples.traced else {})}
     return {split: {} if name.isdigit() else source(name, split=split, options=args) for split, name in names.items()}
 
 
 def placements_by_condition(args: Args, scoring: Scoring, families: list[str]) -> dict[str, list[dict[str, list[str]]]]:
-    """Condition -> a list with one placement (family -> module names) for each seed, in the order of P0's Table 1."""
+    """Condition -> a list with one placement (family -> module names) for each seed. A condition is a row of P0's Table
+    1, and the conditions are in its order."""
     k = modules_to_place(args, scoring.depth)
     labels = {"all": "LLM-all", "random": f"Random-{k}"}
-    wanted = dict.fromkeys([*(labels if args.baselines else ()), args.placement])
+    placement_names = dict.fromkeys([*(labels if args.baselines else ()), args.placement])
     by_condition = {}
-    for name in wanted:
+    for name in placement_names:
         seeds = args.random_seeds if find_placement(name).seeded else (args.seed,)
-        title = f"File-{Path(name).stem}" if name.endswith(".json") else f"Top-{k}-{name.replace('_', '-')}"
-        by_condition[labels.get(name, title)] = [
+        other_label = f"File-{Path(name).stem}" if name.endswith(".json") else f"Top-{k}-{name.replace('_', '-')}"
+        by_condition[labels.get(name, other_label)] = [
             {family: choose_modules(name, scoring, family, k, seed) for family in families} for seed in seeds
         ]
     return by_condition
 
 
 def modules_to_place(args: Args, depth: int) -> int:
-    """The number of modules that get LoRA: --k, or the number of modules in the placement file, or P0's share."""
+    """The number of modules that get LoRA: ``--k``. Without it, the number of modules in the placement file or, if the
+    placement is not a file, P0's share of all modules."""
     if args.k is None and args.placement.endswith(".json"):
         return len(read_names(Path(args.placement), depth))
     return check_k(args.k if args.k is not None else default_k(depth), depth)
@@ -176,7 +181,7 @@ def check_options(args: Args, model: Model) -> None:
     """Checks the options against the model, before anything is computed or written.
 
     Raises:
-        UserError: for an option that does not suit the model, or options that exclude each other.
+        UserError: if an option does not suit the model, or if two options cannot be used together.
     """
     depth = model.config.text.num_hidden_layers
     modules_to_place(args, depth)
@@ -190,10 +195,11 @@ def check_options(args: Args, model: Model) -> None:
 
 
 def module_scores(args: Args, experiment: Experiment, examples: Examples) -> dict[str, dict[str, np.ndarray]]:
-    """Name of the score that the placement needs -> family -> the score of every module; empty if it needs none.
+    """The score that the placement needs, as name of the score -> family -> score of every module. Empty if it needs
+    none.
 
-    Scores come from the given traces or are computed. If the score is the restoration rate and there are two families,
-    their rates and the difference are also drawn.
+    For a family in ``--traces`` the score is read from its trace; for other families it is computed. If the score is
+    the restoration rate and there are two families, this also draws their rates and the difference of the rates.
     """
     needed = find_placement(args.placement).needs
     if needed is None:
@@ -256,7 +262,7 @@ def main(args: Args) -> None:
 
 
 def _brief(result: dict) -> dict:
-    """A result without the lists that have an entry for each sample."""
+    """A copy of a result without its two long lists, which have an entry for each sample."""
     return {name: value for name, value in result.items() if name not in ("scores", "clusters")}
 
 
@@ -277,7 +283,7 @@ def table1(rows: list[dict], families: list[str]) -> str:
 
 def _accuracy(scores: list[dict]) -> str:
     mean = np.mean([score["accuracy"] for score in scores])
-    # Seeds share their samples, so averaging over them does not shrink the sampling error.
+    # All seeds are evaluated on the same samples. So the mean over seeds has the same sampling error as one seed.
     error = np.mean([score["stderr"] for score in scores])
     return f"{mean:.3f} ± {error:.3f}"
 
@@ -285,6 +291,7 @@ def _accuracy(scores: list[dict]) -> str:
 def _parameters(counts: dict[str, float] | None) -> str:
     if counts is None:
         return "-"
+    # Families with equal counts share one number.
     return " / ".join(dict.fromkeys(f"{count:,.0f}" for count in counts.values()))
 
 

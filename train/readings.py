@@ -1,5 +1,5 @@
-"""Reads and checks the metrics of several steps together, because reading them at every step would wait for the device
-each time."""
+"""Reads and checks the metrics of several steps together. Reading a metric waits until the device has computed it, so
+reading at every step would make training slower."""
 
 import sys
 from collections.abc import Callable
@@ -15,13 +15,15 @@ _ADVICE = "lower the learning rate or look at the examples"
 
 
 class Readings:
-    """Metrics of steps that have not been read yet.
+    """Collects the metrics of steps on the device, and reads and checks them later.
+
+    Members are trainings that run side by side (:func:`train.loop.fit`).
 
     Args:
         name: the name of the training, for messages.
-        about: its ``ids`` name the examples of a step.
-        latest: returns the step of the last checkpoint; None if there is no checkpoint.
-        alive: which members are trained; None if there are no members.
+        about: facts about the training. Its function ``ids`` gives the ids of the examples of a step, for messages.
+        latest: a function that returns the step of the last checkpoint, or None if there is no checkpoint.
+        alive: for each member, whether it is still trained; None if there are no members.
     """
 
     def __init__(self, name: str, about: About, latest: Callable[[], int | None], alive: ArrayLike | None = None):
@@ -30,15 +32,17 @@ class Readings:
         self.unread: list[tuple[int, dict]] = []
 
     def add(self, step: int, metrics: dict) -> None:
-        """Keeps the metrics of the ``step``-th step."""
+        """Adds the metrics of the ``step``-th step to those to be read. The first step is 1."""
         self.unread.append((step, metrics))
 
     def read(self) -> dict:
-        """The metrics of the last step. A metric is a number, or a list with a number for each member.
+        """Checks all steps that were added since the last call, and returns the metrics of the last one ({} if there is
+        none). A metric is a number, or a list with a number for each member. ``alive`` is how many members are still
+        trained.
 
         Raises:
-            UserError: if the loss or the gradient norm of a step is not a finite number. With members, only if this
-                happens to all of them; a single member is reported on standard error.
+            UserError: if the loss or the gradient norm of a step is not a finite number. If there are members, it is
+                raised only when no member is left; a member that drops out before is reported on standard error.
         """
         values: dict = {}
         for step, metrics in self.unread:
@@ -61,11 +65,13 @@ class Readings:
                 )
 
     def _check_members(self, step: int, alive: np.ndarray) -> None:
+        """Reports the members that dropped out at this step. ``alive``: for each member, whether it is still trained
+        after the step."""
         for member in np.flatnonzero(self.alive & ~alive):
             if is_first():
                 print(
                     f"{self.name}: the loss or gradient of member {member} is not a number at step {step}"
-                    f"{self._examples(step)}: its parameters stay as they were before, {alive.sum()} others go on",
+                    f"{self._examples(step)}: its parameters stay as before this step, {alive.sum()} others go on",
                     file=sys.stderr,
                 )
         if not alive.any():
@@ -76,8 +82,10 @@ class Readings:
         self.alive = alive
 
     def _examples(self, step: int) -> str:
+        """The part of a message that names the examples of a step. ``ids`` counts steps from 0, messages from 1."""
         return "" if self.about.ids is None else f" (examples {', '.join(map(str, self.about.ids(step - 1)))})"
 
     def _kept(self) -> str:
+        """The part of a message that names the last checkpoint; "" if there is none."""
         latest = self.latest()
         return f"; the checkpoint of step {latest} is kept" if latest else ""

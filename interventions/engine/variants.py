@@ -1,4 +1,7 @@
-"""Variants of a run: N interventions that differ only in values, as one pytree, and where in a pass they act."""
+"""Batches of variants of one run, as one pytree; and the first layer and the first token that variants change.
+
+A variant is a tuple of interventions. The variants of a batch differ only in the values of their arrays.
+"""
 
 import dataclasses
 import functools
@@ -19,17 +22,19 @@ from vlm_jax.typing import Array
 
 @flax.struct.dataclass
 class Variants:
-    """N variants: a tuple of interventions whose ``mapped`` leaves have a leading axis of N; the others are shared."""
+    """N variants as one tuple of interventions."""
 
     interventions: tuple
     mapped: tuple[bool, ...] = flax.struct.field(pytree_node=False)
+    """For each leaf of ``interventions``: whether it has a leading axis of N. All variants share the other leaves."""
 
     def __len__(self) -> int:
         leaves = zip(jax.tree.leaves(self.interventions), self.mapped, strict=True)
         sizes = {len(leaf) for leaf, is_mapped in leaves if is_mapped}
         if len(sizes) != 1:
             raise UserError(
-                f"the variants' arrays have {sorted(sizes) or 'no'} leading sizes: stack at least one variant"
+                "the arrays of the variants need one common leading size, the number of variants, but they have "
+                f"{sorted(sizes) or 'none'}: make the variants with stack"
             )
         return sizes.pop()
 
@@ -40,13 +45,13 @@ class Variants:
         return jax.tree.structure(self.interventions).unflatten(axes)
 
     def take(self, rows) -> "Variants":
-        """The variants ``rows``: an index (the result has no axis of variants) or an array of them."""
+        """The variants with the numbers ``rows``. For a single number the result has no axis of variants."""
         leaves, structure = jax.tree.flatten(self.interventions)
         leaves = [leaf[rows] if is_mapped else leaf for leaf, is_mapped in zip(leaves, self.mapped, strict=True)]
         return Variants(structure.unflatten(leaves), self.mapped)
 
     def chunk(self, at: jax.Array, size: int) -> tuple:
-        """The interventions of ``size`` variants from a traced index on."""
+        """The interventions of ``size`` consecutive variants. ``at`` is the number of the first; it may be traced."""
         leaves, structure = jax.tree.flatten(self.interventions)
         return structure.unflatten(
             jax.lax.dynamic_slice_in_dim(leaf, at, size) if is_mapped else leaf
@@ -55,17 +60,23 @@ class Variants:
 
     @property
     def sites(self) -> frozenset[str]:
+        """The sites that the variants change."""
         return frozenset().union(*(i.sites for i in self.interventions))
 
     @property
     def missing(self) -> frozenset[str]:
-        """The sites at which they take the clean run's values."""
+        """The sites for which the variants hold no values of a donor, so that they need the clean run's values."""
         return frozenset().union(*(i.missing for i in self.interventions))
 
 
 def stack(variants: Sequence[Any]) -> Variants:
-    """Variants, each an intervention or a tuple of them, as one batch. An array that is the same object in all of them
-    (a donor) stays shared.
+    """Joins variants into one batch.
+
+    An array gets a leading axis of variants. The exception is an array that is the same object in all variants, such as
+    a donor's values: it is stored once and shared.
+
+    Args:
+        variants: each is an intervention or a tuple of interventions.
 
     Raises:
         UserError: if the variants differ in more than their arrays' values.
@@ -75,51 +86,58 @@ def stack(variants: Sequence[Any]) -> Variants:
         raise UserError("there is no variant to stack: give at least one")
     leaves, structures = zip(*(jax.tree.flatten(v) for v in tuples), strict=True)
     shapes = [[(np.shape(a), jnp.result_type(a)) for a in arrays] for arrays in leaves]
-    odd = [i for i in range(len(tuples)) if structures[i] != structures[0] or shapes[i] != shapes[0]]
-    if odd:
+    different = [i for i in range(len(tuples)) if structures[i] != structures[0] or shapes[i] != shapes[0]]
+    if different:
         raise UserError(
-            f"variant {odd[0]} differs from variant 0 in more than values (kind, site, option, shape): use two sweeps"
+            f"variant {different[0]} and variant 0 differ in kind, site, option or shape, but the variants of one "
+            "sweep may differ only in the values of their arrays: use two sweeps"
         )
-    columns = list(zip(*leaves, strict=True))  # per array, its values in all variants
-    mapped = tuple(any(a is not column[0] for a in column) for column in columns)
+    by_leaf = list(zip(*leaves, strict=True))  # for each leaf, a tuple of its arrays in all variants
+    mapped = tuple(any(array is not arrays[0] for array in arrays) for arrays in by_leaf)
     if mapped and not any(mapped):
-        mapped = (True, *mapped[1:])
-    stacked = [jnp.stack(column) if is_mapped else column[0] for is_mapped, column in zip(mapped, columns, strict=True)]
+        mapped = (True, *mapped[1:])  # at least one leaf must have the axis of variants, because it tells their number
+    stacked = [jnp.stack(arrays) if is_mapped else arrays[0] for is_mapped, arrays in zip(mapped, by_leaf, strict=True)]
     return Variants(structures[0].unflatten(stacked), mapped)
 
 
 @dataclasses.dataclass(frozen=True)
 class PerVariant(Intervention):
-    """The interventions of N variants as one intervention, on values ``(B * N, ...)`` that hold the rows of all
-    variants, sample by sample: on a mesh that splits the samples, all variants of a sample are on one device."""
+    """One intervention that applies the interventions of N variants. Each variant gets its own rows of a value.
+
+    A value is ``(B * N, ...)``: the N variants of the first sample, then those of the second, and so on. So a mesh that
+    splits the samples keeps all variants of a sample on one device.
+    """
 
     interventions: tuple
     axes: tuple
+    """``in_axes`` of the interventions for ``jax.vmap``."""
     count: int
+    """The number N of variants."""
 
     @property
     def sites(self) -> frozenset[str]:
         return frozenset().union(*(i.sites for i in self.interventions))
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        def by_variant(x):
+        def split_rows(x):  # (B * N, ...) -> (B, N, ...)
             return None if x is None else x.reshape(-1, self.count, *x.shape[1:])
 
-        def one_variant(interventions, value, input, values_read):
-            read = None if values_read is None else ctx.read.replace(own=values_read)
+        def one_variant(interventions, value, input, own_values):
+            read = None if own_values is None else ctx.read.replace(own=own_values)
             return Probe(interventions, NO_TAPS, ctx)(site, value, input, read)
 
-        input, values_read = by_variant(ctx.input), by_variant(None if ctx.read is None else ctx.read.own)
-        axes = (self.axes, 1, None if input is None else 1, None if values_read is None else 1)
-        mapped = jax.vmap(one_variant, in_axes=axes, out_axes=1)
-        return mapped(self.interventions, by_variant(value), input, values_read).reshape(value.shape)
+        # ``own_values`` are attention values (as in keys and values). They differ between variants; past ones do not.
+        input, own_values = split_rows(ctx.input), split_rows(None if ctx.read is None else ctx.read.own)
+        axes = (self.axes, 1, None if input is None else 1, None if own_values is None else 1)
+        all_variants = jax.vmap(one_variant, in_axes=axes, out_axes=1)
+        return all_variants(self.interventions, split_rows(value), input, own_values).reshape(value.shape)
 
 
 def first_layers(variants: Variants, depth: int) -> Int[Array, "variants"]:
-    """The layer in which each variant first acts: 0 where it changes what enters the layers, ``depth`` where
-    it acts behind them."""
+    """The first layer in which each variant acts. It is 0 if the variant acts before the layers, and ``depth`` if it
+    acts only after the last layer or in no layer."""
 
-    def first(interventions):
+    def first_of_variant(interventions):
         lowest = jnp.int32(depth)
         for i in interventions:
             active = i.active()
@@ -127,10 +145,15 @@ def first_layers(variants: Variants, depth: int) -> Int[Array, "variants"]:
                 lowest = jnp.minimum(lowest, _first_layer(site, active, depth))
         return lowest
 
-    return jax.vmap(first, in_axes=(variants.axes,))(variants.interventions)
+    return jax.vmap(first_of_variant, in_axes=(variants.axes,))(variants.interventions)
 
 
 def _first_layer(site: str, active: Mapping[str, jax.Array], depth: int) -> jax.Array | int:
+    """The first layer in which an intervention acts at ``site``.
+
+    Args:
+        active: site -> in which layers it acts. At a site of the layers that is not listed, it acts in all layers.
+    """
     match stage(site):
         case Stage.EXIT:
             return depth
@@ -142,37 +165,47 @@ def _first_layer(site: str, active: Mapping[str, jax.Array], depth: int) -> jax.
 
 
 def first_token(variants: Variants, length: int) -> int:
-    """The first token of the prompt that any variant changes (concrete arrays only)."""
+    """The index of the first prompt token that any variant changes; ``length`` if no token is changed.
+
+    The arrays of the variants must be concrete, not traced, because the result is a Python number.
+    """
     firsts = []
     for intervention, axes in zip(variants.interventions, variants.axes, strict=True):
         if intervention.missing == intervention.sites:
-            continue  # the clean run's values differ from the base run's only where those two differ
+            # It only copies values of the clean run. Before the first token at which the clean run and the base run
+            # differ, such a copy changes nothing. The caller finds that token from those two runs.
+            continue
         if Stage.VISION in map(stage, intervention.sites):
             return 0
         is_mapped = bool(jax.tree.leaves(axes))
-        where = jax.vmap(lambda i: i.tokens(), in_axes=(axes,))(intervention) if is_mapped else intervention.tokens()
-        if where is None:
+        tokens = jax.vmap(lambda i: i.tokens(), in_axes=(axes,))(intervention) if is_mapped else intervention.tokens()
+        if tokens is None:
             firsts.append(intervention.start)
             continue
-        marked = fetch(where).reshape(-1, length).any(0)
-        firsts.append(int(marked.argmax()) if marked.any() else length)
+        changed = fetch(tokens).reshape(-1, length).any(0)  # by any variant, in any row
+        firsts.append(int(changed.argmax()) if changed.any() else length)
     return min(firsts, default=length)
 
 
 def check_acts(variants: Variants) -> None:
-    """Refuses variants with an intervention that acts nowhere."""
+    """Checks that every intervention of every variant acts somewhere.
 
-    def acts(interventions):
+    Raises:
+        UserError: if one acts in no layer or head, or on no token.
+    """
+
+    def acts_of_variant(interventions):
         return jnp.array([_acts(i) for i in interventions], bool)
 
-    for number, acting in enumerate(fetch(jax.vmap(acts, in_axes=(variants.axes,))(variants.interventions))):
-        if not acting.all():
-            kind = type(variants.interventions[int(acting.argmin())]).__name__
+    for number, acts in enumerate(fetch(jax.vmap(acts_of_variant, in_axes=(variants.axes,))(variants.interventions))):
+        if not acts.all():
+            kind = type(variants.interventions[int(acts.argmin())]).__name__
             raise UserError(f"variant {number} touches nothing: its {kind} acts in no layer or head, or on no token")
 
 
 def _acts(intervention: Intervention) -> jax.Array | bool:
+    """Whether an intervention acts in at least one layer and on at least one token."""
     active, tokens = intervention.active(), intervention.tokens()
-    everywhere = not intervention.sites <= active.keys()
-    in_a_layer = functools.reduce(jnp.logical_or, map(jnp.any, active.values()), everywhere)
+    in_all_layers = not intervention.sites <= active.keys()  # it acts in all layers of a site that is not listed
+    in_a_layer = functools.reduce(jnp.logical_or, map(jnp.any, active.values()), in_all_layers)
     return in_a_layer if tokens is None else in_a_layer & jnp.any(tokens)

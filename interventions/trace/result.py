@@ -1,4 +1,4 @@
-"""The result of tracing a task: restoration rates, their intervals and their ranking."""
+"""The result of tracing a task: the restoration rate (RR) of each cell, its interval, and the ranking of the cells."""
 
 from typing import Any, NamedTuple
 
@@ -12,50 +12,59 @@ from vlm_jax.errors import UserError
 
 
 class TaskTrace(NamedTuple):
-    """The trace of a task: NumPy arrays by sample, replicate of the corruption and cell."""
+    """What a trace measured on a task, as NumPy arrays.
+
+    A cell is what one patch restores: a module or a head, at all tokens or at one token group. A replicate is one
+    repetition of the corruption, with noise of its own.
+    """
 
     ids: list[str]
-    """The samples' ids."""
+    """The id of each sample."""
     tasks: list[str]
-    """The samples' tasks."""
+    """The task of each sample. A family has several tasks."""
     cells: list[str]
     """The names of the cells."""
     p_clean: Float[np.ndarray, "samples"]
-    """The metric of the clean run, by default p(gold)."""
+    """The metric in the clean run. By default it is the probability of the gold answer; with ``--metric`` it may be the
+    log-probability or a difference of logits."""
     p_corrupt: Float[np.ndarray, "samples replicates"]
-    """The metric of the corrupted run."""
+    """The same metric in the corrupted run."""
     ie: Float[np.ndarray, "samples replicates cells"]
-    """The indirect effect of restoring each cell, in the metric's units (P0, equation 3)."""
+    """The indirect effect of each cell: how much the metric rises if the cell's clean value is patched into the
+    corrupted run (P0, equation 3)."""
     correct: Bool[np.ndarray, "samples"]
     """Whether greedy decoding writes the gold answer."""
     sigma: float
-    """sigma_E, the standard deviation of the embeddings, which scales the noise."""
+    """sigma_E, the standard deviation of the embeddings. The noise is proportional to it."""
 
     @property
     def te(self) -> Float[np.ndarray, "samples replicates"]:
-        """The total effect of the corruption (P0, equation 2)."""
+        """The total effect of the corruption: how much it lowers the metric (P0, equation 2)."""
         return self.p_clean[:, None] - self.p_corrupt
 
 
 def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
-    """The content of a task's ``summary.json``: RR and ranking by the chosen statistic, all statistics with
-    their 95 % bootstrap intervals, the stability of the ranking, and counts.
+    """The content of a task's ``summary.json``.
+
+    It holds RR and the ranking of the cells by the chosen statistic (``--statistic``), RR by every statistic with its
+    95 % bootstrap interval, the stability of the ranking, and counts of samples.
 
     Raises:
-        UserError: as :func:`interventions.statistics.rr`.
+        UserError: if RR is not defined for these samples (:func:`interventions.statistics.rr`).
     """
     te = traced.te
     rate_options: dict[str, Any] = {"min_te": options.min_te, "eps": options.eps}
     rows = statistics.rr_summary(te, traced.ie, traced.cells, seed=options.seed, **rate_options)
     chosen = [row for row in rows if row["statistic"] == options.statistic]
-    if not chosen:  # the statistic is not defined for this task: this call raises the error with the reason
+    if not chosen:  # the chosen statistic is not defined for these samples; this call raises an error with the reason
         statistics.rr(te, traced.ie, statistic=options.statistic, **rate_options)
     ranked = sorted(chosen, key=lambda row: row["rank"])
     try:
-        top = sorted({max(1, round(PAPER_SHARE * len(traced.cells))), 10})
+        # How many cells at the top are compared: P0's share of all cells, and 10.
+        top_counts = sorted({max(1, round(PAPER_SHARE * len(traced.cells))), 10})
         rate_options |= {"seed": options.seed, "statistic": options.statistic}
-        stability = statistics.rank_stability(te, traced.ie, top=top, **rate_options)
-    except UserError:  # too few samples to be halved
+        stability = statistics.rank_stability(te, traced.ie, top=top_counts, **rate_options)
+    except UserError:  # too few samples for two disjoint sets, or too few with TE >= min_te
         stability = []
     return {
         "samples": len(te),
@@ -76,7 +85,8 @@ def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
 
 
 def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, float]:
-    """RR of every cell in one task of a family; empty if the task has no sample with TE >= min_te."""
+    """Cell -> RR over the samples of one task of a family. Empty if RR is not defined for them, for example because no
+    sample has TE >= min_te."""
     in_task = np.array(traced.tasks) == task
     rate_options: dict[str, Any] = {"min_te": options.min_te, "eps": options.eps, "statistic": options.statistic}
     try:
@@ -87,13 +97,13 @@ def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, f
 
 
 def bounds(summary: dict) -> statistics.Interval:
-    """RR of every cell ``(C,)`` by the chosen statistic, with its interval over samples."""
+    """RR of every cell by the chosen statistic, with its 95 % interval over samples. Each array is ``(C,)``."""
     rows = [row for row in summary["cells"] if row["statistic"] == summary["statistic"]]
     return statistics.Interval(*(np.array([row[name] for row in rows]) for name in ("rr", "low", "high")))
 
 
 def by_module(summary: dict) -> Float[np.ndarray, "layers 2"]:
-    """RR of a summary by layer and module; the last axis is attention, MLP."""
+    """RR of every module. The last axis is attention, then MLP. The cells of the summary must be modules."""
     rates = summary["rr"]
     depth = len(rates) // 2
     return np.array([rates[name] for name in module_names(depth)]).reshape(depth, 2)

@@ -1,4 +1,4 @@
-"""What the vision towers share: the features they return, and a scan over blocks that keeps some blocks' outputs."""
+"""What the vision towers share: the features that they return, and a loop over their blocks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,10 +13,13 @@ from vlm_jax.typing import Array, ArrayLike
 
 
 class Features(NamedTuple):
-    """Visual tokens in the decoder's width, and what DeepStack adds after its first ``levels`` layers."""
+    """What a vision tower gives to the decoder. ``width`` is the decoder's width."""
 
     merged: Float[Array, "images tokens width"]
+    """The visual tokens. They replace the embeddings of the image tokens."""
     deepstack: Float[Array, "levels images tokens width"] | None = None
+    """Outputs of intermediate vision blocks. DeepStack adds the first level to the image tokens after the decoder's
+    layer 0, the second after layer 1, and so on. None if the model has no DeepStack."""
 
 
 def scan_blocks(
@@ -29,19 +32,24 @@ def scan_blocks(
     interventions: Sequence[Any] = (),
     taps: Mapping[str, Tap] = NO_TAPS,
 ) -> tuple[Float[Array, "images patches width"], Float[Array, "kept images patches width"], dict[str, Any]]:
-    """Runs stacked blocks on ``x``.
+    """Runs all blocks on ``x``, one after the other.
 
     Args:
-        blocks: one block whose arrays have a leading axis of blocks.
-        call: ``(block, x, its entry of each, probe) -> x``.
-        each: a pytree of arrays with one entry per block.
-        keep: the blocks whose outputs to keep; name each once.
+        blocks: the stacked blocks: a pytree like one block, whose arrays have a leading axis of blocks.
+        call: a function that runs one block, ``(block, x, entry, probe) -> x``. ``entry`` is the block's entry of
+            ``each``.
+        each: a pytree of arrays with one entry for each block; None if ``call`` needs none.
+        keep: the numbers of the blocks whose outputs are returned too, each at most once.
+        interventions: the interventions of the forward pass; those at sites of the blocks act here.
+        taps: site -> tap; those at sites of the blocks are collected here.
 
     Returns:
-        The last output, the kept outputs in the order of ``keep``, and the taps with a leading axis of blocks.
+        The output of the last block, the outputs of the blocks in ``keep`` (in its order), and the tapped values, site
+        -> values with a leading axis of blocks.
     """
-    depth, count = len(jax.tree.leaves(blocks)[0]), len(keep)
-    slots = jnp.full(depth, count).at[jnp.array(keep, int)].set(jnp.arange(count))
+    depth, kept_count = len(jax.tree.leaves(blocks)[0]), len(keep)
+    # Block -> its index in the array ``kept``. For other blocks the index is too large, so nothing is written.
+    slots = jnp.full(depth, kept_count).at[jnp.array(keep, int)].set(jnp.arange(kept_count))
 
     taps = {site: tap for site, tap in taps.items() if site in BLOCK_SITES}
 
@@ -50,10 +58,11 @@ def scan_blocks(
         block, slot, entry = scanned
         probe = Probe(interventions, taps, Context(index))
         x = call(block, constrain(x, "batch", None, None), entry, probe)
-        return (x, kept.at[slot].set(x, mode="drop") if count else kept), None, probe.taps
+        return (x, kept.at[slot].set(x, mode="drop") if kept_count else kept), None, probe.taps
 
-    # For a backward pass each block keeps only its input; the attention of thousands of patches is computed again.
+    # A backward pass needs the attention of thousands of patches in each block. With jax.checkpoint only the input of
+    # each block is stored, and the rest is computed again.
     body = jax.checkpoint(body)
-    kept = jnp.zeros((count, *x.shape), x.dtype)
+    kept = jnp.zeros((kept_count, *x.shape), x.dtype)
     (x, kept), _, tapped = scan_layers(body, (x, kept), (blocks, slots, each), jnp.arange(depth), taps)
     return x, kept, tapped
