@@ -6,25 +6,25 @@ STEPS = Schema(
     "training_steps",
     {
         "step": "number of the step; the first is 1",
-        "loss": "mean over the step's micro-batches",
+        "loss": "training loss, mean over the micro-batches of the step",
         "grad_norm": "global norm of the gradients before clipping",
         "lr": "learning rate",
-        "tokens_per_second": "speed over the steps since the previous line, without the time for compiling",
-        "step_seconds": "mean time of these steps, without the time for compiling",
+        "tokens_per_second": "mean over the steps since the previous line, with padding but without compiling time",
+        "step_seconds": "mean time of one of these steps; the time for compiling is not counted",
         "compile_seconds": "time for compiling during these steps",
-        "mfu": "achieved FLOP/s as a share of the chips' peak; null if the chip's peak is not known",
-        "peak_memory_gib": "largest memory use so far: of the first device, or of the process on a CPU",
-        "seconds": "time since the session began",
+        "mfu": "achieved FLOP/s of the matmuls as a share of the chips' peak; null if the peak is not known",
+        "peak_memory_gib": "largest memory use so far, of the first device; on a CPU, of the process",
+        "seconds": "time since this session began; a continued training has several sessions",
     },
 )
 TABLE_1 = Schema(
     "lora_results",
     {
-        "rows": "a row for each condition, as in P0's table 1",
-        "rows.condition": "where LoRA was placed",
-        "rows.placement": "for each seed, task family -> module names; null for the baseline",
+        "rows": "a row for each choice of modules, as in P0's Table 1",
+        "rows.condition": "the modules that have LoRA, such as LLM-all; Baseline is the model without LoRA",
+        "rows.placement": "for each seed, an object: task family -> names of the modules; null for the baseline",
         "rows.parameters": "task family -> number of trained parameters, mean over seeds; null for the baseline",
-        "rows.FAMILY": "for each seed, the accuracy on held-out samples",
+        "rows.FAMILY": "for each seed, an object: accuracy, standard error and other results on held-out samples",
     },
 )
 
