@@ -334,3 +334,16 @@ def test_the_command_line_reaches_the_groups():
 def test_refused_before_anything_is_read(refused, monkeypatch, options, says):
     monkeypatch.setattr(train.lora, "load_task", lambda *args, **kwargs: pytest.fail("read"))
     assert says in refused(train.lora, **options)
+
+
+@pytest.mark.parametrize(
+    "placement, family, says",
+    [
+        ("fisher", "knowledge", "--traces gives restoration rates, but placement 'fisher' needs the score fisher"),
+        ("first", "knowledge", "placement 'first' needs no score: drop --traces"),
+        ("shared", "knowlege", "'knowlege', which is not placed; did you mean 'knowledge'?"),
+    ],
+)
+def test_traces_that_would_not_be_read_or_be_taken_for_another_score(refused, tmp_path, placement, family, says):
+    options = {"train": "4", "eval": "4", "trace": "4", "traces": {family: tmp_path}}
+    assert says in refused(train.lora, placement=placement, **options)

@@ -35,7 +35,7 @@ from vlm_jax.data import Example, easy_vqa, load_task, source
 from vlm_jax.data.example import TASK_FAMILIES
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, nearest
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
@@ -133,6 +133,7 @@ def read_examples(args: Args) -> Examples:
         raise UserError(f"--train has {' and '.join(trained)}, --eval has {' and '.join(tested)}: they share no family")
     needed = find_placement(args.placement).needs
     to_score = list(TASK_FAMILIES) if args.placement == "task_diff" else families
+    check_traces(args, needed, to_score)
     must_trace = needed is not None and not set(to_score) <= set(args.traces)
     traced = examples_by_family(args.trace, "trace", args) if must_trace else {}
     check_disjoint(itertools.chain(*traced.values()), held_out)
@@ -144,6 +145,22 @@ def read_examples(args: Args) -> Examples:
     for family in families:
         metrics.check_metric(tested[family], args.metric)
     return Examples(traced, trained, tested, families, to_score)
+
+
+def check_traces(args: Args, needed: str | None, families: list[str]) -> None:
+    """Refuses ``--traces`` that the placement would not read, or would take for another score.
+
+    Raises:
+        UserError: if the placement needs no restoration rate (RR), or if a trace is named for another family.
+    """
+    if args.traces and needed != "rr":
+        score = "no score" if needed is None else f"the score {needed}"
+        raise UserError(
+            f"--traces gives restoration rates, but placement {args.placement!r} needs {score}: drop --traces"
+        )
+    for family in args.traces:
+        if family not in families:
+            raise UserError(f"--traces names the family {family!r}, which is not placed{nearest(family, families)}")
 
 
 def sources(args: Args, examples: Examples) -> dict[str, dict]:

@@ -132,6 +132,15 @@ def test_one_name_of_a_schema_has_one_meaning():
         with_artifact(one, "b.json", Artifact("metrics", "Others", Schema("scores", {"f1": "F1"})))
 
 
+def test_a_schema_in_other_words_replaces_the_old_one():
+    """So that a run begun by an earlier version can go on."""
+    fields = dict.fromkeys(METRICS.schema.fields, "in other words")
+    listing = with_artifact(
+        with_artifact(None, "a.json", METRICS), "b.json", Artifact("metrics", "B", Schema("scores", fields))
+    )
+    assert listing["schemas"] == {"scores": fields}
+
+
 def test_types_are_a_closed_set():
     with pytest.raises(ValueError, match="unknown type of artifact 'heatmap': use one of heat_map, "):
         Artifact("heatmap", "A map")
