@@ -17,7 +17,7 @@ test: $(VENV)/installed-test
 
 # Kills, several processes, eight devices, TPU compilations, the docs' code.
 test-slow: $(VENV)/installed-test
-	$(PYTEST) -m slow
+	CHECK_ALL_SHAPES=1 $(PYTEST) -m slow
 
 # Other packages and Pythons, each in a virtual environment of its own: downloads gigabytes, so CI leaves it out. A Python
 # that is not on the PATH is named as in `make test-peers PYTHON3_13=/opt/python3.13`.

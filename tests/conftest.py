@@ -18,8 +18,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
 
 from jaxtyping import install_import_hook
 
-# Checks the shapes and types in signatures: while programs are traced, so it costs little. Before any import of them.
-install_import_hook(["vlm_jax", "interventions", "eval", "train"], "typecheck.checked")
+#: Where shapes in signatures are checked: in functions that are called while programs are traced. The hook wraps every
+#: function of a module, which would cost modules that are called often from Python up to half of their time.
+#: `make test-slow` checks all packages.
+_CHECKED = (
+    *(f"vlm_jax.{name}" for name in ("nn", "vision", "model", "inputs", "generate")),
+    *(f"interventions.{name}" for name in ("engine", "kinds", "trace", "flow", "talo", "placement")),
+    *(f"train.{name}" for name in ("objective", "step", "trunk", "edit")),
+)
+_EVERYWHERE = ("vlm_jax", "interventions", "eval", "train")
+# Before any import of them.
+install_import_hook(list(_EVERYWHERE if "CHECK_ALL_SHAPES" in os.environ else _CHECKED), "typecheck.checked")
 
 import jax
 import pytest

@@ -12,12 +12,17 @@ _check = beartype(conf=BeartypeConf(hint_overrides=_NUMBERS))
 
 
 def checked(function):
-    """Checks functions whose signatures have shapes, with beartype; other functions pass unchecked, for speed.
+    """Checks the shapes in a function's signature with beartype. Other annotations are not checked, for speed, and
+    because functions refuse a user's mistake, such as an unknown name, by a UserError of their own.
 
     Constructors pass too: JAX rebuilds pytrees with leaves of any type (shardings, sentinels).
     """
-    hints = getattr(function, "__annotations__", {}).values()
-    return _check(function) if function.__name__ != "__init__" and any(map(_has_shape, hints)) else function
+    hints = getattr(function, "__annotations__", {})
+    shapes = {name: hint for name, hint in hints.items() if _has_shape(hint)}
+    if not shapes or function.__name__ == "__init__":
+        return function
+    function.__annotations__ = shapes
+    return _check(function)
 
 
 def _has_shape(hint: Any) -> bool:

@@ -12,6 +12,8 @@ from vlm_jax.checkpoints.leaves import named_leaves
 from vlm_jax.data import Example
 from vlm_jax.prompts import PLAIN_PROMPT, encode
 
+pytestmark = pytest.mark.slow  # both stages compile programs of their own
+
 
 def run(out, **changed):
     options = {"stages": ("text", "align"), "steps": (1, 1, 0), "turns": (8, 8, 0), "batch": 2}

@@ -149,6 +149,20 @@ def test_a_loss_that_is_no_number_stops_the_run():
         fit(lambda w, *_: jnp.sum(w) * jnp.nan, jnp.ones(2), batches, {"train": ADAM}, steps=2, log_every=1)
 
 
+def test_the_command_traces_places_trains_and_evaluates(tmp_path):
+    """P0 from the command line to the table, small."""
+    out = tmp_path / "run"
+    lora_command.main(args(train="16", eval="8", trace="8", baselines=False, placement="task_diff", k=1, out=out))
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["condition"] for row in rows] == ["Baseline", "Top-1-task-diff"]
+    placed = rows[1]["placement"][0]
+    assert set(placed) == {"knowledge", "perception"} and all(len(names) == 1 for names in placed.values())
+    assert all(0 <= row[family][0]["accuracy"] <= 1 for row in rows for family in placed)
+    steps = [json.loads(line) for line in next(out.rglob("metrics.jsonl")).read_text().splitlines()]
+    assert steps[-1]["step"] == 2 and steps[-1]["loss"] > 0
+
+
+@pytest.mark.slow
 def test_the_command_resumes_and_keeps_its_scores(tmp_path, capsys):
     """A run that lost its last stage redoes that stage alone and comes to the same table."""
     options = args(train="24", eval="12", trace="12", random_seeds=(42,), out=tmp_path / "run", placement="task_diff")

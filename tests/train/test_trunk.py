@@ -63,6 +63,7 @@ def test_frozen_kernels_get_no_gradient(mini, remat, passes):
     assert 4 * rest < 2 * one, "a bound that could hide a whole pass"
 
 
+@pytest.mark.slow
 def test_what_is_kept_changes_no_number(mini):
     model, batch = mini
     lora = fresh(model, ["L1-attn", "L3-mlp", "L6-attn"])
@@ -104,6 +105,7 @@ def test_padding_and_its_inverse(mini):
     assert lowest_layer(padded.replace(weights=dict(padded.weights))) == lowest_layer(lora) == 1
 
 
+@pytest.mark.slow
 def test_padded_training_is_the_unpadded_one(mini, monkeypatch):
     """Adapters of a shared program, dropout included, against arrays of just the placement's size."""
     model, batch = mini
@@ -132,6 +134,7 @@ def programs(monkeypatch, most: int):
     monkeypatch.setattr(loop, "update", update)
 
 
+@pytest.mark.slow
 def test_placements_of_one_size_share_their_programs(mini, monkeypatch):
     model, batch = mini
     placements = [random_k(8, 3, seed) for seed in range(8)] + [["L4-mlp", "L5-attn", "L7-mlp"]]
@@ -164,6 +167,7 @@ def test_each_half_of_the_adapters_has_its_own_rate(mini):
         options(label_lr={"psi_V": 1e-3}).check_loop()
 
 
+@pytest.mark.slow
 def test_a_trunk_that_exceeds_memory_lies_in_a_file(mini, tmp_path):
     model, batch = mini
     small = trunk.embedded_batch(model, batch, gib=1e-6, folder=tmp_path)
@@ -190,6 +194,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_to_the_same_adapter(mini, tmp_path, monkeypatch):
     model, batch = mini
     names, how = ["L2-attn", "L6-mlp"], options(epochs=3, save_every=4)  # 12 steps
@@ -223,6 +228,7 @@ def test_a_stopped_training_goes_on_to_the_same_adapter(mini, tmp_path, monkeypa
     chex.assert_trees_all_equal(again.weights, whole.weights)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_at_work_and_ends(mini, tmp_path, monkeypatch, capsys):
     """As often as it comes, the adapter is the uninterrupted one's, bit for bit; the old handler is back afterwards."""
     model, batch = mini

@@ -132,6 +132,7 @@ def decided(model, batch):
     return batch
 
 
+@pytest.mark.slow
 @of_vision_models
 def test_sweep_equals_naive(loaded, examples):
     model, processor = loaded

@@ -57,7 +57,7 @@ def test_a_text_model_has_nothing_to_edit():
         init(abstract(config_of("mini-llava-text")))
 
 
-@pytest.fixture(scope="module", params=["mini-qwen3-vl", "mini-llava"])
+@pytest.fixture(scope="module", params=["mini-qwen3-vl", pytest.param("mini-llava", marks=pytest.mark.slow)])
 def case(request):
     """Four prompts with images, an editor in every other block and layer, and what the loss takes."""
     model, processor = load(request.param)

@@ -155,6 +155,7 @@ def test_no_picture_gets_around_the_third_edge(mini, docvqa):
     assert apart("image+image_end", "post_softmax") > 1e-2
 
 
+@pytest.mark.slow
 def test_widest_window_is_every_layer(mini, docvqa):
     effect = window_effects(*mini, docvqa, ["text:image", "writers:question"], 8, size=4)
     assert window_layers(8, 8)[4] == list(range(8)) and window_layers(8, 1) == [[i] for i in range(8)]
@@ -251,6 +252,7 @@ def test_llava_has_no_end_of_image(tmp_path, capsys):
     assert command.edges_of(args(tmp_path, edges=None), True)[0] == list(EDGES)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command.main(args(whole))

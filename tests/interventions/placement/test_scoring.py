@@ -31,6 +31,7 @@ from vlm_jax.sites import TEXT_LINEARS
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 FAMILIES = ("qwen3_vl", "gemma3")
+CASES = ("qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow))
 EXACT, CAUGHT = 1e-4, 1e-2
 SITES = {module: [f"text.{name}" for name in names] for module, names in TEXT_LINEARS.items()}
 TEXT_ROWS = [[9, 6, 3], [5, 5, 2], [12, 4, 2]]
@@ -106,7 +107,7 @@ def each_row(mask):
 # Gradients
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_gradient_norm(cases, family):
     case = cases(family)
     found = scoring.gradient_norm(case.model, case.groups)
@@ -125,7 +126,7 @@ def test_gradient_norm(cases, family):
         assert error(wrong, expected) > CAUGHT
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_fisher(cases, family):
     case = cases(family)
     found = scoring.fisher(case.model, case.groups)
@@ -197,7 +198,7 @@ def adapter(model, seed=0, spread=0.0):
     return lora.replace(weights=weights)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_page(cases, family):
     case = cases(family)
     lora, gradient = adapter(case.model), case.gradient(case.trained)
@@ -221,7 +222,7 @@ def test_page_is_a_weighted_gradient_norm_on_average(cases):
     assert mean == pytest.approx(3 / (3 * len(gradient)) * np.sum(gradient**2), rel=0.1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_lora_drop(cases, family):
     """The adapter merged into transformers' own weights, and what its linears read, by hooks."""
     case = cases(family)
@@ -275,7 +276,7 @@ def test_sizes(cases):
 # Attribution patching
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_attribution(cases, family):
     """Against jax.grad by zeros that are added to the modules' outputs in the corrupted run."""
     case, sites = cases(family), ("text.attn_out", "text.mlp_out")

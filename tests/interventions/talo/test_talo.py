@@ -354,6 +354,7 @@ def test_wrong_options(tmp_path, capsys, options, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
     command.main(args(tmp_path / "whole"))
     printed = capsys.readouterr().out

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 import vlm_jax
 from train import mini
 from vlm_jax import Model
+from vlm_jax.checkpoints import load as loading
 from vlm_jax.checkpoints.leaves import named_leaves
 from vlm_jax.checkpoints.orbax import save_orbax
 from vlm_jax.checkpoints.sources import MINI, read_config
