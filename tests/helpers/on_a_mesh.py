@@ -8,11 +8,11 @@ import json
 
 import jax
 import numpy as np
-from gradients import value_and_grad
 
 import vlm_jax
 from interventions.placement.adapters import init_lora, lowest_layer, pad
 from interventions.trace.causal import causal_trace
+from tests.helpers.gradients import value_and_grad
 from train import trunk
 from train.subsets import split
 from vlm_jax.data import load_task
