@@ -100,7 +100,7 @@ def graph():
 
 
 def circles(edges):
-    """The groups of files that import each other, directly or through others."""
+    """The files that import themselves, directly or through others, and what each file reaches."""
 
     def reach(start):
         seen, todo = set(), list(edges[start])
