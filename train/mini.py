@@ -31,28 +31,41 @@ _DECODER = {
 _PIXELS: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def corpus() -> list[str]:
-    """The text on which the tokenisers are trained: the miniworld's words and wordings."""
+def corpus(spatial: bool) -> list[str]:
+    """The text on which the tokenisers are trained: the miniworld's words and wordings, with ``spatial`` those about
+    arrangements too."""
     kinds = [*wordings.FACTS.values(), *wordings.HINTS.values(), wordings.CHOICES]
     kinds += [wordings.FIELD, wordings.BAR, wordings.SIGN]
     lines = [template.replace("|", " ") for kind in kinds for template in (*kind.familiar, *kind.held_out)] * 30
     values = [value for values in world.RELATIONS.values() for value in values]
     lines += [f"{word}\nthe {word}" for word in (*values, *world.COLOUR_RGB, *world.SHAPES)] * 30
     lines += [f"{turn.prompt}\n{turn.answer}" for turn in map(pretraining.text_fact, range(2000))]
+    if spatial:
+        lines += [f"{turn.prompt}\n{turn.answer}" for turn in map(pretraining.spatial_turn, range(1000))]
+        lines += [form.format(statement="", question="", clause="") for form in wordings.CLAIM.held_out] * 30
+        lines += list(wordings.DESCRIBE.held_out) * 30
     return lines + [P0_PROMPT, "user\nassistant\nName it. Describe. Read. "] * 100
 
 
-def sentencepiece(specials: list[str]) -> tuple[dict[str, int], Any]:
+def _alone(spatial: bool):
+    """Where text is split before the tokeniser learns. With ``spatial`` also at each punctuation mark, so that a shape
+    at the end of a statement has the same token as elsewhere."""
+    from tokenizers import Regex
+
+    return Regex(_ALONE + r"|[.,:?]" * spatial)
+
+
+def sentencepiece(specials: list[str], spatial: bool) -> tuple[dict[str, int], Any]:
     """Vocabulary and merges of a BPE with byte fallback, as in Gemma and Llama. The special tokens come first, then the
     256 bytes, then pieces in which a space is "\u2581"."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     first = [*specials, *(f"<0x{byte:02X}>" for byte in range(256))]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Replace(" ", "\u2581")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_ALONE), "removed"),
+            pre_tokenizers.Split(_alone(spatial), "removed"),
             pre_tokenizers.Split("\u2581", "merged_with_next"),
             pre_tokenizers.Split("\n", "isolated"),
         ]
@@ -61,7 +74,7 @@ def sentencepiece(specials: list[str]) -> tuple[dict[str, int], Any]:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(first), initial_alphabet=printable, show_progress=False, min_frequency=2
     )
-    bpe.train_from_iterator(corpus(), trainer)
+    bpe.train_from_iterator(corpus(spatial), trainer)
     model = json.loads(bpe.to_str())["model"]
     vocab = {token: i for i, token in enumerate([*first, *sorted(model["vocab"], key=model["vocab"].get)])}
     return vocab, [tuple(merge) for merge in model["merges"]]
@@ -105,13 +118,13 @@ QWEN_TEMPLATE = (
 )
 
 
-def qwen_tokenizer():
+def qwen_tokenizer(spatial: bool):
     """A byte-level BPE with Qwen's splitting rules and special tokens."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
     bpe = Tokenizer(models.BPE())
-    alone = pre_tokenizers.Split(Regex(_ALONE), "removed")
+    alone = pre_tokenizers.Split(_alone(spatial), "removed")
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([alone, words])
     trainer = trainers.BpeTrainer(
@@ -119,7 +132,7 @@ def qwen_tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(corpus(), trainer)
+    bpe.train_from_iterator(corpus(spatial), trainer)
     model = json.loads(bpe.to_str())["model"]
     merges: Any = [tuple(merge) for merge in model["merges"]]  # transformers' annotation lacks lists of pairs
     result = Qwen2Tokenizer(
@@ -133,10 +146,10 @@ def qwen_tokenizer():
     return result
 
 
-def write_qwen3_vl(folder: Path) -> None:
+def write_qwen3_vl(folder: Path, spatial: bool = False) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    tok = qwen_tokenizer()
+    tok = qwen_tokenizer(spatial)
     # Images become about 64 x 64 pixels: 16 visual tokens.
     size = {"shortest_edge": 48 * 48, "longest_edge": 80 * 64}
     images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, size=size, **_PIXELS)
@@ -195,11 +208,11 @@ GEMMA_TEMPLATE = (
 )
 
 
-def write_gemma3(folder: Path) -> None:
+def write_gemma3(folder: Path, spatial: bool = False) -> None:
     from transformers import GemmaTokenizer
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-    vocab, merges = sentencepiece(GEMMA_SPECIALS)
+    vocab, merges = sentencepiece(GEMMA_SPECIALS, spatial)
     image_tokens = {
         "image_token": "<image_soft_token>",
         "boi_token": "<start_of_image>",
@@ -268,11 +281,11 @@ LLAVA_TEMPLATE = (
 )
 
 
-def write_llava(folder: Path) -> None:
+def write_llava(folder: Path, spatial: bool = False) -> None:
     from transformers import LlamaTokenizer
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    vocab, merges = sentencepiece(LLAMA_SPECIALS)
+    vocab, merges = sentencepiece(LLAMA_SPECIALS, spatial)
     tok = LlamaTokenizer(
         vocab=vocab,
         merges=merges,
@@ -321,8 +334,9 @@ def write_llava(folder: Path) -> None:
     _write(folder, tok, images, LLAVA_TEMPLATE, config, "</s>")
 
 
-#: Embedded model -> the function that writes its folder without the weights.
-WRITERS: dict[str, Callable[[Path], None]] = {
+#: Embedded model -> the function that writes its folder without the weights. Its second argument: whether the tokeniser
+#: learns the words about arrangements.
+WRITERS: dict[str, Callable[..., None]] = {
     "mini-qwen3-vl": write_qwen3_vl,
     "mini-gemma3": write_gemma3,
     "mini-llava": write_llava,

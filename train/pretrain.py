@@ -47,11 +47,16 @@ class Args(LabelOptions):
 
     out: Path
     """Folder for the models: OUT/text, OUT/align and OUT/instruct, one Hugging Face folder for each stage, and
-    OUT/backbone, the text-only model after the text stage. A folder of a run with other options is refused."""
+    OUT/backbone, the text-only model after the text stage, and OUT/half, the model after half of the steps of
+    instruct. A folder of a run with other options is refused."""
     model: Literal["mini-qwen3-vl", "mini-gemma3", "mini-llava"] = "mini-qwen3-vl"
     """The embedded model to train."""
     stages: tuple[Literal["text", "align", "instruct"], ...] = STAGES
     """The stages to run. Each starts from the model of the stage before it."""
+    spatial: bool = False
+    """Whether every stage also teaches where things are: what follows from statements such as "The star is left of the
+    cross.", pictures with several shapes to describe, and questions about them (mini-vsr, mini-vqa, mini-caption).
+    mini-llava and mini-gemma3 learnt this, mini-qwen3-vl did not."""
     steps: tuple[int, int, int] = (500, 3000, 2600)
     """Number of training steps in each of the three stages."""
     turns: tuple[int, int, int] = (12000, 24000, 36000)
@@ -67,13 +72,13 @@ class Args(LabelOptions):
     """Number of steps from one checkpoint to the next. A stopped stage continues from its last checkpoint."""
 
 
-def turns_of(stage: str, count: int) -> list[pretraining.Turn]:
+def turns_of(stage: str, count: int, spatial: bool) -> list[pretraining.Turn]:
     """The turns of a stage. Those of the stage "align" begin with easy ones and become more difficult."""
     if stage == "text":
-        return [pretraining.text_fact(i) for i in range(count)]
+        return [pretraining.text_fact(i, spatial) for i in range(count)]
     if stage == "align":
-        return [pretraining.alignment(i, min(1.0, 1.25 * i / count)) for i in range(count)]
-    return [pretraining.instruction(i) for i in range(count)]
+        return [pretraining.alignment(i, min(1.0, 1.25 * i / count), spatial) for i in range(count)]
+    return [pretraining.instruction(i, spatial) for i in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +127,11 @@ def turn_range(stage: str, step: int, steps: int, count: int) -> tuple[int, int]
     return max(0, high - count // 2), high
 
 
-def run_stage(stage: str, model: Model, processor: Processor, args: Args, folder: Path) -> Model:
-    """Trains the model for one stage, and returns it."""
+def run_stage(stage: str, model: Model, processor: Processor, args: Args, folder: Path, until: int) -> Model:
+    """Trains the model in one stage up to step ``until``, and returns it."""
     i = STAGES.index(stage)
     steps, turns = args.steps[i], args.turns[i]
-    pool = Pool.encode(turns_of(stage, turns), processor, model.config)
+    pool = Pool.encode(turns_of(stage, turns, args.spatial), processor, model.config)
     folder.mkdir(parents=True, exist_ok=True)
 
     def batches(step: int) -> Fitted:
@@ -143,7 +148,7 @@ def run_stage(stage: str, model: Model, processor: Processor, args: Args, folder
         batches,
         transforms,
         ByPart(TRAINABLE_PARTS),
-        steps=steps,
+        steps=until,
         seed=args.seed,
         clip=1.0,
         name=stage,
@@ -169,11 +174,12 @@ def main(args: Args) -> None:
     run = Run.open(args.out, args, ignored=("stages", "save_every"))
     run.begin()  # writes the configuration before the stages write their own files into the folder
     base = untrained = args.out / "untrained"
-    mini.WRITERS[args.model](base)
+    mini.WRITERS[args.model](base, args.spatial)
     config = read_config(base)
     model = jax.jit(functools.partial(Model, config))(jax.random.key(args.seed))
     save(model, base)
     run.add("untrained", Artifact("model", f"{args.model} with random weights"))
+    half = args.out / "half"
     last = max(map(STAGES.index, args.stages), default=-1)
     for stage in STAGES[: last + 1]:
         folder = args.out / stage
@@ -181,7 +187,12 @@ def main(args: Args) -> None:
             model, processor = load(base)
             assert processor is not None, "the writers of untrained models write a processor"
             started = time.perf_counter()
-            model = run_stage(stage, model, processor, args, folder)
+            if stage == "instruct" and not (half / "model.safetensors").is_file():
+                copy_files(untrained, half)
+                # The stage then goes on from the checkpoint of this step, so it is as if it had not stopped.
+                save(run_stage(stage, model, processor, args, folder, args.steps[2] // 2), half)
+                run.add("half", Artifact("model", f"{args.model} after half of the stage 'instruct'"))
+            model = run_stage(stage, model, processor, args, folder, args.steps[STAGES.index(stage)])
             copy_files(untrained, folder)  # the folder of the stage before also has that stage's metrics and recipe
             save(model, folder)
             if stage == "text":

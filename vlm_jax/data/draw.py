@@ -8,10 +8,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm_jax.data.scenes import TALLEST, Chart, Emblem, Form, Glyphs, Scene, Signs
+from vlm_jax.data.scenes import SIZE, TALLEST, Arrangement, Chart, Emblem, Form, Glyphs, Scene, Signs
 from vlm_jax.data.world import COLOUR_RGB
 
-SIZE = 64
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif")
 _FINE = 4  # emblems are drawn this much larger, then reduced, for smooth edges
 
@@ -30,6 +29,9 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
             _draw_signs(image, signs, rng)
         case Glyphs(text):
             _draw_glyphs(image, text, rng)
+        case Arrangement(things):
+            for thing in things:
+                _paint(image, thing.shape, (thing.x, thing.y), thing.radius, _turn(rng), _tint(thing.colour, rng))
     return _with_noise(image, rng)
 
 
@@ -78,13 +80,22 @@ def _fitting_font(texts: list[str], width: int, largest: int, rng: np.random.Gen
 def _draw_emblem(image: Image.Image, shape: str, colour: str, rng: np.random.Generator) -> None:
     radius = rng.uniform(12, 22)
     centre = rng.uniform(radius + 1, SIZE - 1 - radius, 2)
+    _paint(image, shape, centre, radius, _turn(rng), _tint(colour, rng))
+
+
+def _turn(rng: np.random.Generator) -> float:
+    """A small angle in radians, by which a shape is turned."""
+    return rng.uniform(-0.2, 0.2)
+
+
+def _paint(image: Image.Image, shape: str, centre, radius: float, turn: float, tint: tuple[int, ...]) -> None:
+    """Paints a shape around ``centre``."""
     mask = Image.new("L", (SIZE * _FINE, SIZE * _FINE))
     pen = ImageDraw.Draw(mask)
-    turn = rng.uniform(-0.2, 0.2)
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
 
     def to_pixels(points) -> np.ndarray:
-        return (centre + radius * np.asarray(points) @ rotation) * _FINE
+        return (np.asarray(centre) + radius * np.asarray(points) @ rotation) * _FINE
 
     def disc(x: float, y: float, r: float, fill: int) -> None:
         middle, reach = to_pixels((x, y)), r * radius * _FINE
@@ -98,7 +109,7 @@ def _draw_emblem(image: Image.Image, shape: str, colour: str, rng: np.random.Gen
             disc(0, 0, 0.5, 0)
         elif shape == "crescent":
             disc(0.5, -0.1, 0.75, 0)
-    image.paste(_tint(colour, rng), (0, 0), mask.reduce(_FINE))
+    image.paste(tint, (0, 0), mask.reduce(_FINE))
 
 
 def _wheel(corners: int, *radii: float) -> list[tuple[float, float]]:

@@ -1,7 +1,8 @@
-"""Miniworld: six small visual-question tasks, generated in memory and modelled on six public benchmarks.
+"""Miniworld: nine small visual-question tasks, generated in memory and modelled on public benchmarks.
 
 In a *knowledge* task the picture shows only an entity's emblem, and the answer is a fact about that entity. In a
-*perception* task the answer can be read only in the picture. Every example is a pure function of its task, split and
+*perception* task the answer can be read only in the picture. The other three are about an arrangement of shapes, or ask
+for a description. Every example is a pure function of its task, split and
 index.
 """
 
@@ -12,6 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.data import wordings
+from vlm_jax.data.arrangements import random_arrangement
+from vlm_jax.data.captions import caption
+from vlm_jax.data.claims import Claim, Stated, TwinClaim, random_property, random_relation
 from vlm_jax.data.draw import draw_scene
 from vlm_jax.data.example import Example
 from vlm_jax.data.scenes import (
@@ -34,6 +38,9 @@ HELD_OUT_SHARE = {
     "mini-docvqa": 0.5,
     "mini-infovqa": 0.5,
     "mini-textvqa": 0.5,
+    "mini-vsr": 0.5,
+    "mini-vqa": 0.5,
+    "mini-caption": 0.5,
 }
 """Task -> the share of its examples whose wording pre-training never uses."""
 
@@ -48,7 +55,8 @@ class Question(NamedTuple):
     choices: tuple[str, ...] | None = None
     """The choices that are written in the text, if any."""
     subtask: str | None = None
-    """The relation of a fact, or how a part of the picture is named ("by place" or "by key")."""
+    """The relation of a fact or between two things, how a part of the picture is named ("by place" or "by key"), or the
+    kind of property or picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +64,27 @@ class Task:
     """A task: how to generate a scene and a question about it."""
 
     name: str
-    family: str
+    family: str | None
     analogue: str
     """The public benchmark that it imitates."""
-    scene: Callable[[np.random.Generator], Scene]
+    scene: Callable[[np.random.Generator], Any]
+    """A scene, or a :class:`TwinClaim` for a task of twins."""
     ask: Callable[[np.random.Generator, Any, bool], Question]
-    """Random generator, scene, whether the wording is held out -> question."""
+    """Random generator, what :meth:`draw` returned, whether the wording is held out -> question."""
+    twins: bool = False
+    """Whether examples ``2 k`` and ``2 k + 1`` ask the same about two pictures, and are answered yes and no."""
+    metric: str = "exact_match"
+
+    def draw(self, rng: np.random.Generator, member: int) -> Scene | Stated:
+        """A scene; of twins the first or the second (``member`` 0 or 1) with the claim about it. One generator draws
+        twins that differ in nothing else, and which of them is answered yes is random."""
+        drawn = self.scene(rng)
+        return drawn.about(bool(rng.integers(2)) != bool(member)) if isinstance(drawn, TwinClaim) else drawn
+
+
+def picture(drawn: Scene | Stated) -> Scene:
+    """The scene of what :meth:`Task.draw` returned."""
+    return drawn.scene if isinstance(drawn, Stated) else drawn
 
 
 def pick(rng: np.random.Generator, options):
@@ -137,6 +160,28 @@ def _ask_part(rng: np.random.Generator, parts, wording: wordings.Wording, held_o
     return Question(text, str(value), subtask="by place" if held_out else "by key")
 
 
+def ask_claim(rng: np.random.Generator, claim: Claim, true: bool, subtask: str, held_out: bool = False) -> Question:
+    """The question whether a claim is true."""
+    words = {"statement": claim.statement, "question": claim.question, "clause": claim.clause}
+    text = _template(rng, wordings.CLAIM, held_out).format(**words)
+    return Question(text, "yes" if true else "no", subtask=subtask)
+
+
+def _ask_stated(rng: np.random.Generator, stated: Stated, held_out: bool) -> Question:
+    return ask_claim(rng, stated.claim, stated.true, stated.subtask, held_out)
+
+
+def random_picture(rng: np.random.Generator) -> Scene:
+    """A picture of any kind that the tasks show."""
+    kinds = (random_emblem, random_form, random_chart, random_signs, random_arrangement, random_arrangement)
+    return pick(rng, kinds)(rng)
+
+
+def _ask_description(rng: np.random.Generator, scene: Scene, held_out: bool) -> Question:
+    text = _template(rng, wordings.DESCRIBE, held_out)
+    return Question(text, caption(scene), subtask=type(scene).__name__.lower())
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -146,27 +191,31 @@ TASKS = {
         Task("mini-docvqa", "perception", "DocVQA", random_form, _ask_field),
         Task("mini-infovqa", "perception", "InfographicVQA", random_chart, _ask_bar),
         Task("mini-textvqa", "perception", "TextVQA", random_signs, _ask_sign),
+        Task("mini-vsr", None, "VSR", random_relation, _ask_stated, twins=True, metric="yes_no"),
+        Task("mini-vqa", None, "VQAv2", random_property, _ask_stated, twins=True, metric="yes_no"),
+        Task("mini-caption", None, "cc_sbu_align", random_picture, _ask_description),
     )
 }
 
 
-def _generator(task: str, split: str, index: int) -> np.random.Generator:
-    """The random generator of one example; no two examples share one."""
-    return np.random.default_rng([WORLD_SEED, list(TASKS).index(task), list(SPLIT_SIZES).index(split), index])
+def _draw(task: str, split: str, index: int) -> tuple[np.random.Generator, Scene | Stated]:
+    """The random generator of an example and what it drew first. No two examples share a generator, except twins."""
+    first, member = divmod(index, 2) if TASKS[task].twins else (index, 0)
+    rng = np.random.default_rng([WORLD_SEED, list(TASKS).index(task), list(SPLIT_SIZES).index(split), first])
+    return rng, TASKS[task].draw(rng, member)
 
 
 def make_scene(task: str, split: str, index: int) -> Scene:
     """The scene that :func:`make_example` draws."""
-    return TASKS[task].scene(_generator(task, split, index))
+    return picture(_draw(task, split, index)[1])
 
 
 def make_example(task: str, split: str, index: int) -> Example:
     """One example of a task. Its picture does not depend on :data:`HELD_OUT_SHARE`."""
-    rng = _generator(task, split, index)
-    scene = TASKS[task].scene(rng)
-    image = draw_scene(scene, rng)
+    rng, drawn = _draw(task, split, index)
+    image = draw_scene(picture(drawn), rng)
     held_out = rng.random() < HELD_OUT_SHARE[task]
-    question = TASKS[task].ask(rng, scene, held_out)
+    question = TASKS[task].ask(rng, drawn, held_out)
     return Example(
         id=f"{task}/{split}/{index:06d}",
         images=(image,),
@@ -175,5 +224,6 @@ def make_example(task: str, split: str, index: int) -> Example:
         choices=question.choices,
         family=TASKS[task].family,
         task=task,
+        metric=TASKS[task].metric,
         subtask=question.subtask,
     )

@@ -1,6 +1,7 @@
 """Endless streams of turns for the three stages of pre-training. A turn is a pure function of its index.
 
-No stream uses a held-out wording, and none shares its random numbers with a benchmark split.
+No stream uses a held-out wording, and none shares its random numbers with a benchmark split. With ``spatial`` a stream
+also teaches where things are; without it, none of its turns is about an arrangement.
 """
 
 from typing import NamedTuple
@@ -9,8 +10,10 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data import scenes, wordings
+from vlm_jax.data.arrangements import direction, random_arrangement
+from vlm_jax.data.claims import random_deduction
 from vlm_jax.data.draw import draw_scene
-from vlm_jax.data.miniworld import TASKS, ask_fact, pick
+from vlm_jax.data.miniworld import TASKS, ask_claim, ask_fact, pick, picture
 from vlm_jax.data.world import ENTITIES, RELATIONS, WORLD_SEED, Entity
 
 
@@ -24,24 +27,29 @@ class Turn(NamedTuple):
     """Whether the message is a question like those of the benchmark tasks."""
 
 
-def text_fact(index: int) -> Turn:
-    """A turn about a fact of an entity, which is given by its name; there is no image."""
-    return _text_fact(_generator(0, index))
+def text_fact(index: int, spatial: bool = False) -> Turn:
+    """A turn about a fact of an entity, which is given by its name, or about what follows from statements; there is no
+    image."""
+    rng = _generator(0, index)
+    return _deduction(rng) if spatial and rng.random() < 0.35 else _text_fact(rng)
 
 
-def alignment(index: int, difficulty: float = 1.0) -> Turn:
+def alignment(index: int, difficulty: float = 1.0, spatial: bool = False) -> Turn:
     """A turn with a picture to name, to describe or to read in full.
 
     Args:
         difficulty: 0 gives mostly pictures of one or two large glyphs, 1 mostly pictures like the benchmarks'.
     """
-    return _alignment(_generator(1, index), difficulty)
+    rng = _generator(1, index)
+    return _described(rng, difficulty) if spatial and rng.random() < 0.2 else _alignment(rng, difficulty)
 
 
-def instruction(index: int) -> Turn:
+def instruction(index: int, spatial: bool = False) -> Turn:
     """A turn with a question like the benchmarks' in a familiar wording, with one part of a picture to read, or of an
     earlier stage."""
     rng = _generator(2, index)
+    if spatial and rng.random() < 0.4:
+        return _spatial_instruction(rng)
     stage = rng.random()
     if stage < 0.2:
         return _alignment(rng, 1.0)
@@ -49,11 +57,53 @@ def instruction(index: int) -> Turn:
         return _text_fact(rng)
     if stage < 0.5:
         return _lookup(rng)
-    task = TASKS[rng.choice(list(_TASK_SHARES), p=list(_TASK_SHARES.values()))]
-    scene = task.scene(rng)
-    image = draw_scene(scene, rng)
-    question = task.ask(rng, scene, False)
+    return _benchmark(rng, str(rng.choice(list(_TASK_SHARES), p=list(_TASK_SHARES.values()))))
+
+
+def spatial_turn(index: int) -> Turn:
+    """A turn of the last stage about an arrangement, or with a picture to describe, or about what follows from
+    statements."""
+    return _spatial_instruction(_generator(3, index))
+
+
+def _spatial_instruction(rng: np.random.Generator) -> Turn:
+    kind = rng.random()
+    if kind < 0.1:
+        return _deduction(rng)
+    if kind < 0.2:
+        return _described(rng, 1.0)
+    if kind < 0.35:
+        return _located(rng)
+    return _benchmark(rng, "mini-vqa" if kind < 0.55 else "mini-vsr")
+
+
+def _benchmark(rng: np.random.Generator, task: str) -> Turn:
+    drawn = TASKS[task].draw(rng, 0)
+    image = draw_scene(picture(drawn), rng)
+    question = TASKS[task].ask(rng, drawn, False)
     return Turn(image, question.text, question.answer, qa=True)
+
+
+def _deduction(rng: np.random.Generator) -> Turn:
+    """A turn that asks whether a claim follows from statements."""
+    text, claim, true = random_deduction(rng)
+    question = ask_claim(rng, claim, true, "")
+    return Turn(None, f"{text} {question.text}", question.answer, qa=bool(rng.random() < 0.5))
+
+
+def _located(rng: np.random.Generator) -> Turn:
+    """A turn that asks where one thing is from another. It is not asked of a thing that another is inside of."""
+    scene = random_arrangement(rng)
+    a, b = (scene.things[i] for i in sorted(rng.permutation(len(scene.things))[:2].tolist(), reverse=True))
+    return Turn(draw_scene(scene, rng), f"Where is the {a.shape} from the {b.shape}?", direction(a, b), qa=False)
+
+
+def _described(rng: np.random.Generator, difficulty: float) -> Turn:
+    """A turn with a picture to describe in a sentence. Easy ones have two things."""
+    count = 2 if rng.random() > difficulty else None
+    drawn = TASKS["mini-caption"].draw(rng, 0) if rng.random() < 0.25 else random_arrangement(rng, count)
+    question = TASKS["mini-caption"].ask(rng, drawn, False)
+    return Turn(draw_scene(picture(drawn), rng), question.text, question.answer, qa=False)
 
 
 _TASK_SHARES = {  # tasks that are harder to learn come more often
@@ -79,7 +129,7 @@ def _lookup(rng: np.random.Generator) -> Turn:
 
 def _generator(stream: int, index: int) -> np.random.Generator:
     """The random generator of one turn. Its seed is longer than a benchmark example's, so the two never coincide."""
-    return np.random.default_rng([WORLD_SEED, len(TASKS) + stream, 0, 0, index])
+    return np.random.default_rng([WORLD_SEED, 6 + stream, 0, 0, index])
 
 
 def _text_fact(rng: np.random.Generator) -> Turn:

@@ -7,6 +7,8 @@ import numpy as np
 
 from vlm_jax.data.world import COLOUR_RGB, ENTITIES, Entity
 
+SIZE = 64
+"""Height and width of every picture, in pixels."""
 FIELD_LABELS = ("AGE", "FEE", "QTY", "TAX", "DAY", "ROW", "BOX", "LOT")
 TALLEST = 8
 
@@ -46,7 +48,35 @@ class Glyphs:
     text: str
 
 
-Scene = Emblem | Form | Chart | Signs | Glyphs
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """A coloured shape at a place. Its centre ``x, y`` is counted in pixels from the upper left corner, and ``radius``
+    is the distance in pixels from the centre that nothing of it exceeds."""
+
+    shape: str
+    colour: str
+    radius: float
+    x: float = SIZE / 2
+    y: float = SIZE / 2
+
+    @property
+    def size(self) -> str:
+        return "big" if self.radius > 9 else "small"
+
+    @property
+    def look(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """Two to four things, no two of one shape or of one colour. They are painted in their order, so a thing inside
+    another comes after it."""
+
+    things: tuple[Thing, ...]
+
+
+Scene = Emblem | Form | Chart | Signs | Glyphs | Arrangement
 
 
 def transcript(scene: Scene) -> str:

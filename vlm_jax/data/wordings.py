@@ -94,6 +94,11 @@ SIGN = Wording(
         "What is written {highest|halfway|lowest}?",
     ),
 )
+CLAIM = Wording(
+    ("{statement} Is this true?", "{question}", "Is it true that {clause}?"),
+    ("{statement} Yes or no?", "Is the statement correct? {statement}", "Does the picture show that {clause}?"),
+)
+DESCRIBE = Wording(("Describe the picture.",), ("What does the picture show?", "Describe everything in one sentence."))
 
 
 def fill_slot(template: str, slot: int) -> str:
@@ -107,7 +112,7 @@ def words(text: str) -> set[str]:
 
 
 def held_out_words() -> tuple[str, ...]:
-    """The words that held-out wordings use and familiar ones do not."""
+    """The words that held-out wordings of the six tasks without arrangements use and familiar ones do not."""
     kinds = [*FACTS.values(), *HINTS.values(), CHOICES, FIELD, BAR, SIGN]
     known = set().union(*(words(t) for kind in kinds for t in kind.familiar))
     return tuple(sorted(set().union(*(words(t) for kind in kinds for t in kind.held_out)) - known))
