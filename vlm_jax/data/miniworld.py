@@ -213,7 +213,8 @@ def make_scene(task: str, split: str, index: int) -> Scene:
 def make_example(task: str, split: str, index: int) -> Example:
     """One example of a task. Its picture does not depend on :data:`HELD_OUT_SHARE`."""
     rng, drawn = _draw(task, split, index)
-    image = draw_scene(picture(drawn), rng)
+    # Twins with a different number of things need different numbers of random values, so they are drawn apart.
+    image = draw_scene(picture(drawn), rng.spawn(1)[0] if TASKS[task].twins else rng)
     held_out = rng.random() < HELD_OUT_SHARE[task]
     question = TASKS[task].ask(rng, drawn, held_out)
     return Example(

@@ -82,9 +82,9 @@ def test_bad_file_is_named(write, tmp_path):
 
 
 def test_built_in_tasks_are_found_by_name():
-    assert task_names()[:8] == [
+    assert task_names()[:11] == [
         "mini-okvqa", "mini-aokvqa", "mini-scienceqa", "mini-docvqa", "mini-infovqa", "mini-textvqa",
-        "knowledge", "perception",
+        "mini-vsr", "mini-vqa", "mini-caption", "knowledge", "perception",
     ]  # fmt: skip
     ids = [e.id for e in load_task("mini-docvqa", split="train", limit=2)]
     assert ids == ["mini-docvqa/train/000000", "mini-docvqa/train/000001"]
