@@ -44,7 +44,7 @@ class Args:
 
     models: tuple[str, ...] = tuple(MESHES)
     """Which models."""
-    jobs: tuple[Literal["trace", "lora", "editors"], ...] = ("trace", "lora", "editors")
+    jobs: tuple[Literal["trace", "lora", "edit"], ...] = ("trace", "lora", "edit")
     """Which jobs; training steps compile for minutes."""
     batch: int = 16
     """Samples per batch, over all chips."""
@@ -65,8 +65,8 @@ def rows(args: Args):
                 options = {**sizes, "remat": remat}
                 yield f"LoRA, all modules, remat {remat}", PlanArgs(model, "lora", topology, training, **options)
                 yield f"LoRA, k = 10, remat {remat}", PlanArgs(model, "lora", topology, training, k=10, **options)
-            if training is not None and "editors" in args.jobs:
-                yield "editors", PlanArgs(model, "editors", topology, training, **sizes)
+            if training is not None and "edit" in args.jobs:
+                yield "edit", PlanArgs(model, "edit", topology, training, **sizes)
 
 
 def line(title: str, result: dict) -> str:

@@ -13,8 +13,9 @@ from eval.artifacts import LMMS_EVAL_SAMPLES, RESULTS
 from eval.evaluation import AnswerOptions, Scored, answer_and_score
 from eval.judging import METRICS, MetricOptions, check_metric
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
+from interventions.options import InterventionOptions
 from interventions.placement.adapters import load_peft, merge
-from interventions.store import describe, digest, load_interventions
+from interventions.store import digest
 from vlm_jax.data import easy_vqa, load_task, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.prompts import P0_PROMPT
@@ -26,7 +27,7 @@ from vlm_jax.runs.startup import start
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(AnswerOptions, MetricOptions, DataOptions, ModelOptions):
+class Args(AnswerOptions, MetricOptions, InterventionOptions, DataOptions, ModelOptions):
     """Let a model answer the questions of a task, and score the answers.
 
     The prompt and the default metric (exact match) are those of P0, the first paper in README.md. With --metric task,
@@ -38,9 +39,6 @@ class Args(AnswerOptions, MetricOptions, DataOptions, ModelOptions):
     p0-knowledge ...), a JSONL file or a folder."""
     adapter: Path | None = None
     """Folder of a LoRA adapter in PEFT's format. It is merged into the model before the questions are answered."""
-    intervention: Path | None = None
-    """File of saved interventions. They act on the model while it answers. An example is the layer cut that
-    interventions.talo writes, which switches layers off."""
     steps: Literal["all", "prefill"] = "all"
     """Where interventions act. all: on the prompt and on generated tokens; prefill: on the prompt only."""
     split: str = "test"
@@ -105,9 +103,8 @@ def main(args: Args) -> None:
     if args.adapter is not None:  # once merged, an adapter acts on every token; --steps does not change that
         model = merge(model, load_peft(model, args.adapter))
         run.pin("adapter", digests(args.adapter))
-    interventions = () if args.intervention is None else load_interventions(args.intervention)
-    for intervention in interventions:
-        print(describe(intervention))
+    interventions = args.interventions(model)
+    run.pin("interventions", digest(interventions))
     answers, scores = answer_and_score(
         run,
         "",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -206,6 +206,7 @@ def evaluate(
     answering: AnswerOptions,
     *,
     title: str,
+    interventions=(),
     label: str = "",
 ) -> dict:
     """:func:`answer_and_score`, done once: the result is written to ``score.json``, and later sessions read it there.
@@ -216,9 +217,8 @@ def evaluate(
     """
 
     def make() -> dict:
-        evaluation = answer_and_score(
-            run, folder, model, processor, examples, metric, answering, title=title, label=label
-        )
+        options: dict[str, Any] = {"title": title, "interventions": interventions, "label": label}
+        evaluation = answer_and_score(run, folder, model, processor, examples, metric, answering, **options)
         scores = evaluation.scored
         per_sample = [record["score"] for record in scores.records]
         return {**scores.results, "scores": per_sample, "clusters": clusters_of(examples).tolist()}

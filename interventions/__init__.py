@@ -9,9 +9,9 @@ from interventions.kinds.attention import AttentionKnockout, UniformAttention
 from interventions.kinds.gates import Gate, HeadGate
 from interventions.kinds.groups import GROUPS, bind, label
 from interventions.kinds.lora import LoRA
-from interventions.kinds.loreft import LoReFT
 from interventions.kinds.patch import Patch, Replace
 from interventions.kinds.project_out import ProjectOut
+from interventions.kinds.reft import LoReFT
 from interventions.store import describe, digest, load_interventions, save_interventions
 from interventions.trace.causal import Trace, causal_trace
 

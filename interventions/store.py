@@ -21,15 +21,20 @@ from vlm_jax.errors import UserError, nearest
 from vlm_jax.sites import Intervention
 
 
-def save_interventions(path: str | Path, interventions: Sequence[Intervention]) -> None:
+def save_interventions(path: str | Path, interventions: Sequence[Intervention], model: str | None = None) -> None:
     """Writes the interventions, in their order, to one file.
+
+    Args:
+        model: the fingerprint of the only model that they are for (:mod:`vlm_jax.checkpoints.fingerprint`), such as the
+            one with which editors were trained; None if they suit any model of the same shape.
 
     Raises:
         UserError: for an intervention whose class is not registered with :func:`interventions.kinds.base.kind`.
     """
     entries, tensors = _packed(interventions)
     modules = [{"module": type(intervention).__module__} for intervention in interventions]
-    Path(path).write_bytes(_file(list(map(dict.__or__, entries, modules)), tensors))
+    own = {} if model is None else {"model": model}
+    Path(path).write_bytes(_file(list(map(dict.__or__, entries, modules)), tensors, **own))
 
 
 def digest(interventions: Sequence[Intervention]) -> str:
@@ -37,8 +42,9 @@ def digest(interventions: Sequence[Intervention]) -> str:
     return hashlib.sha256(_file(*_packed(interventions))).hexdigest()[:12]
 
 
-def _file(entries: list[dict], tensors: dict[str, np.ndarray]) -> bytes:
-    return save(dict(sorted(tensors.items())), metadata={"interventions": json.dumps(entries, sort_keys=True)})
+def _file(entries: list[dict], tensors: dict[str, np.ndarray], **metadata: str) -> bytes:
+    metadata |= {"interventions": json.dumps(entries, sort_keys=True)}
+    return save(dict(sorted(tensors.items())), metadata=metadata)
 
 
 def _packed(interventions: Sequence[Intervention]) -> tuple[list[dict], dict[str, np.ndarray]]:
@@ -84,15 +90,25 @@ def _pack(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
     return name
 
 
-def load_interventions(path: str | Path) -> tuple[Intervention, ...]:
+def load_interventions(path: str | Path, model: str | None = None) -> tuple[Intervention, ...]:
     """The interventions of a file.
 
+    Args:
+        model: the fingerprint of the model on which they will act; None does not check it.
+
     Raises:
-        UserError: for a file that is not a safetensors file, holds a kind that is not registered, or lacks an array.
+        UserError: for a file that is not a safetensors file, holds a kind that is not registered, lacks an array, or is
+            for another model only.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            entries = json.loads((file.metadata() or {})["interventions"])
+            metadata = file.metadata() or {}
+            if model is not None and metadata.get("model", model) != model:
+                raise UserError(
+                    f"{path} was trained with another model (fingerprint {metadata['model']}, this one has {model}): "
+                    "load that model"
+                )
+            entries = json.loads(metadata["interventions"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tuple(_unpack(entry, tensors) for entry in entries)
     except UserError:

@@ -27,6 +27,18 @@ TABLE_1 = Schema(
         "rows.FAMILY": "for each seed, an object: accuracy, standard error and other results on held-out samples",
     },
 )
+EDITING = Schema(
+    "editing_results",
+    {
+        "kind": "the editors' formula",
+        "parameters": "editor -> number of its trained parameters",
+        "trained": "task -> number of its training examples",
+        "tasks.TASK.before": "mean score without the editors, and its 95 % interval over samples",
+        "tasks.TASK.after": "mean score with the editors, and its 95 % interval over samples",
+        "tasks.TASK.change": "after minus before on the same samples, with its 95 % interval, p, and McNemar's test",
+        "tasks.TASK.samples": "number of held-out samples",
+    },
+)
 
 
 def training_log(trained: str) -> Artifact:

@@ -1,59 +1,245 @@
-"""Training of P4's representation editors: the parameters, batch, loss and labels for :func:`train.loop.fit`."""
+"""P4, MRT: trains small editors of a frozen model's representations, and scores the model with and without them.
 
-import flax.struct
+python -m train.edit --model mini-llava-align --train mini-docvqa mini-textvqa --out runs/edit
+"""
+
+import dataclasses
+import functools
+import itertools
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+import tyro
 
-from interventions.kinds.loreft import LoReFT
-from train.objective import prompt_loss
-from train.subsets import FREEZE
+from eval import judging as metrics
+from eval.evaluation import AnswerOptions, evaluate
+from interventions.editing.editors import editor_parameters
+from interventions.editing.options import EditorOptions
+from interventions.figures.base import save_figure
+from interventions.figures.editing import before_and_after
+from interventions.kinds.reft import Editor
+from interventions.statistics import mean_interval, paired
+from interventions.store import load_interventions, save_interventions
+from train.artifacts import EDITING, training_log
+from train.editors import EDITOR_LABELS, Edited, edited_tokens, editor_label, editor_loss
+from train.loop import WATCHING, LoopOptions, fit, forget
+from train.meter import About
+from train.mixture import MixtureOptions
+from train.objective import Epochs, LabelOptions, adamw, scaled_rate, warmup_linear
 from vlm_jax import Model
-from vlm_jax.inputs import Inputs
-from vlm_jax.prompts import Fitted
-from vlm_jax.typing import ArrayLike
+from vlm_jax.checkpoints.fingerprint import fingerprint
+from vlm_jax.data import Example, easy_vqa, source
+from vlm_jax.data.options import DataOptions
+from vlm_jax.data.overlap import check_disjoint
+from vlm_jax.mesh.sharding import own_rows
+from vlm_jax.processor import Processor
+from vlm_jax.prompts import Fitted, fitted, room_of
+from vlm_jax.runs.artifacts import Artifact
+from vlm_jax.runs.command import command
+from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.processes import fetch
+from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.startup import load_tasks, start
 
-#: Editor -> the label of its trained arrays, which is P4's symbol for them.
-EDITOR_LABELS = {"visual": "psi_V", "cross": "psi_c", "prefix": "psi_P", "suffix": "psi_S"}
-
-
-@flax.struct.dataclass
-class Edited:
-    """A frozen model, and the editors that are trained, by name
-    (:func:`interventions.editing.editors.init_editors`)."""
-
-    model: Model
-    editors: dict[str, LoReFT]
-
-
-def editor_label(path: str) -> str:
-    """The rule for :class:`Edited`: the editors' arrays are trained, the model and the slots are frozen."""
-    root, _, rest = path.partition(".")
-    if root != "editors":
-        return FREEZE
-    name, field, *_ = rest.split(".")
-    return EDITOR_LABELS[name] if field == "weights" else FREEZE
+#: P4's peak learning rate, for a model of this width.
+_LR, _WIDTH = 6e-4, 4096
 
 
-@flax.struct.dataclass
-class EditorBatch:
-    """Prompts with their answers.
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions(LabelOptions, LoopOptions):
+    """How editors are trained. The defaults are those of P4's released code."""
 
-    inputs: :meth:`vlm_jax.inputs.Inputs.turned`. where: the tokens on which the editors "prefix" and "suffix" act.
-    index, valid: positions of the gold tokens, and which of them are not padding.
+    epochs: Annotated[int, Range(least=1)] = 3
+    """Number of passes over all training examples."""
+    batch: Annotated[int, Range(least=1)] = 16
+    """Training examples in a micro-batch, which is what runs at once. A step has BATCH x ACCUMULATION examples."""
+    accumulation: Annotated[int, Range(least=1)] = 1
+    """Micro-batches in a step. They run one after the other, and their gradients are averaged."""
+    lr: float | None = None
+    """Peak learning rate of Adam. The rate rises from 0 to the peak, then falls linearly to 0. By default 6e-4 x 4096 /
+    WIDTH, where WIDTH is the model's hidden size; for P4's model, of width 4096, this is P4's rate."""
+    warmup: Annotated[float, Range(least=0, below=1)] = 0.03
+    """Share of the steps in which the learning rate rises."""
+    clip: float = 1.0
+    """Largest global norm of the gradients."""
+    seed: Annotated[int, Range(least=0)] = 0
+    """Seed of the editors' initial arrays and of the order of the training examples."""
+    suffix: Literal["prompt", "published"] = "prompt"
+    """Which tokens the suffix editor changes in training. prompt: the last ones of the prompt, as when the model
+    answers; published: the last ones of the prompt with its answer, as in P4's released training code, though not when
+    the model answers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(EditorOptions, TrainingOptions, MixtureOptions, metrics.MetricOptions, DataOptions, ModelOptions):
+    """Train small editors of a frozen model's representations, and score the model with and without them.
+
+    An editor changes the hidden state of some tokens in a subspace of a few dimensions. There are editors in the vision
+    blocks, behind the projector, and on the first and last tokens of the text in the decoder's layers. This is MRT, the
+    method of P4 (README.md). The labels for --label-lr and --label-decay are psi_V, psi_c, psi_P and psi_S, for the
+    editors visual, cross, prefix and suffix; psi_PS with --tied; psi_M with --kind MoReS.
     """
 
-    inputs: Inputs
-    where: dict[str, Bool[ArrayLike, "batch tokens"]]
-    index: Int[ArrayLike, "batch answer"]
-    valid: Bool[ArrayLike, "batch answer"]
+    eval: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ()
+    """Tasks, families, datasets or JSONL files to score on; their test splits are used. By default the same as
+    --train."""
+    eval_limit: int | None = 300
+    """Largest number of held-out examples of each task."""
+    answering: tyro.conf.OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
+    out: Path = Path("runs/edit")
+    """Folder for the results: editors.safetensors, which other commands take as --intervention, and the answers and
+    scores from before and after. A stopped run with the same options continues there."""
 
 
-def editor_loss(params: Edited, batch: EditorBatch, key: jax.Array) -> Float[Array, ""]:
-    """P4's next-token loss: the mean cross-entropy, in nats, of the gold tokens and the token that ends their turn, in
-    the model with the editors. ``key`` is not used."""
-    inputs = batch.inputs
-    image = jnp.zeros(inputs.input_ids.shape, bool) if inputs.is_image is None else inputs.is_image
-    where = {"visual": None, "cross": image, **batch.where}
-    editors = tuple(editor.replace(where=where[name]) for name, editor in params.editors.items())
-    return prompt_loss(params.model, Fitted(inputs, batch.index, batch.valid), editors)
+def train_editors(
+    model: Model,
+    processor: Processor,
+    editors: dict[str, Editor],
+    examples: list[Example],
+    options: TrainingOptions,
+    name: str = "edit",
+    folder: Path | None = None,
+) -> dict[str, Editor]:
+    """The editors after training. Nothing else is trained, and nothing below the lowest editor is differentiated.
+
+    Args:
+        name: the name of the training, for the progress bar.
+        folder: the folder for the log and the checkpoints; None writes nothing.
+    """
+    epochs = Epochs(len(examples), options.epochs, options.batch, options.accumulation, options.seed)
+    room, process_rows = room_of(examples, processor, model.config), own_rows(options.batch)
+    mark = edited_tokens(editors, options.suffix == "published")
+
+    def step_batch(step: int) -> Fitted:
+        def micro(rows: np.ndarray) -> Fitted:
+            chosen = [examples[row] for row in rows[process_rows]]
+            batch = fitted(chosen, room, processor, model.config, process_rows, mark)
+            return batch._replace(inputs=batch.inputs.turned())
+
+        return jax.tree.map(lambda *parts: np.stack(parts), *map(micro, epochs.rows(step)))
+
+    lr = options.lr if options.lr is not None else scaled_rate(_LR, model.config.text.hidden_size, _WIDTH)
+    schedule = functools.partial(warmup_linear, steps=epochs.steps, warmup=int(options.warmup * epochs.steps))
+    labels = [EDITOR_LABELS[editor] for editor in editors]
+    transforms, rates = options.optimisers(labels, lr, schedule, adamw)
+    about = About(
+        rate=rates,
+        ids=lambda step: [examples[row].id for row in epochs.rows(step).ravel()],
+        tokens=epochs.step_size * room.length,
+    )
+    trained = fit(
+        editor_loss,
+        Edited.of(model, editors),
+        step_batch,
+        transforms,
+        editor_label,
+        steps=epochs.steps,
+        rows=options.batch,
+        seed=options.seed,
+        clip=options.clip,
+        name=name,
+        folder=folder,
+        options=options,
+        about=about,
+    )
+    return trained.params.editors
+
+
+@command
+def main(args: Args) -> None:
+    started = time.perf_counter()
+    args.check_editors()
+    args.check_loop()
+    mixture = args.mixture(args)
+    train = list(itertools.chain(*mixture.values()))
+    tasks = load_tasks(args.eval or args.train, split="test", limit=args.eval_limit, options=args)
+    tested = list(itertools.chain(*tasks.values()))
+    check_disjoint(train, tested)
+    metrics.check_metric(tested, args)
+    args.check_labels([EDITOR_LABELS[name] for name in args.names])
+    data = {"train": args.sources(args)}
+    data["test"] = {name: source(name, split="test", options=args) for name in args.eval or args.train}
+
+    def init(model: Model) -> dict[str, Editor]:
+        return args.init(model, jax.random.key(args.seed))
+
+    run, model, processor = start(
+        args, [*train, *tested], data, check=lambda m: jax.eval_shape(lambda: init(m)), ignored=WATCHING
+    )
+    editors = init(model)
+
+    def score(when: str, acting: tuple = ()) -> dict[str, dict]:
+        return {
+            task: evaluate(
+                run,
+                f"{when}/{task}/",
+                model,
+                processor,
+                examples,
+                args,
+                args.answering,
+                interventions=acting,
+                title=f"{task} {when} training",
+                label=f"{task} {when}",
+            )
+            for task, examples in tasks.items()
+        }
+
+    def make() -> tuple[Editor, ...]:
+        begun = time.perf_counter()
+        trained = train_editors(model, processor, editors, train, args, "edit", run.path("training/_").parent)
+        run.add("training/metrics.jsonl", training_log(f"{args.kind} editors"))
+        run.timed("train", begun)
+        return tuple(fetch(trained).values())
+
+    before = score("before")
+    trained = run.once(
+        "editors.safetensors",
+        make,
+        Artifact("intervention", f"{args.kind} editors of {args.model}, trained on {', '.join(mixture)}"),
+        write=lambda path, made: save_interventions(path, made, model=fingerprint(model)),
+        read=load_interventions,
+    )
+    forget(run.folder / "training", args)
+    after = score("after", trained)
+    results = {
+        "kind": args.kind,
+        "parameters": editor_parameters(editors),
+        "trained": {task: len(examples) for task, examples in mixture.items()},
+        "tasks": {
+            task: {
+                "before": mean_interval(before[task]["scores"]),
+                "after": mean_interval(after[task]["scores"]),
+                "change": paired(after[task]["scores"], before[task]["scores"], clusters=after[task]["clusters"]),
+                "samples": after[task]["samples"],
+            }
+            for task in tasks
+        },
+    }
+    run.save_json("results.json", results, Artifact("metrics", "Scores before and after the editors", EDITING))
+    shown = {task: {when: found[when] for when in ("before", "after")} for task, found in results["tasks"].items()}
+    save_figure(run, "accuracy", before_and_after, "Scores of every task before and after", accuracy=shown)
+    show(results)
+    easy_vqa.show_baseline(tested)
+    print(f"{time.perf_counter() - started:.0f} s; the editors are {run.folder / 'editors.safetensors'}")
+
+
+def show(results: dict) -> None:
+    """Prints the numbers of trained parameters, and every task's score before and after."""
+    parameters = results["parameters"]
+    each = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
+    print(f"{results['kind']}: {sum(parameters.values()):,} trained parameters ({each})")
+    print(f"{'task':20s} before  after [95 %]             change [95 %]")
+    for task, found in results["tasks"].items():
+        before, after, change = found["before"], found["after"], found["change"]
+        spans = [f"[{part['low']:.3f}, {part['high']:.3f}]" for part in (after, change)]
+        print(
+            f"{task:20s} {before['mean']:.3f}   {after['mean']:.3f} {spans[0]}   {change['difference']:+.3f} {spans[1]}"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -103,16 +103,24 @@ class Epochs:
         return order.reshape(self.per_epoch, self.accumulation, self.batch)[number]
 
 
-def scaled_rate(rate: float, width: int) -> float:
-    """The learning rate for a model of this width, if ``rate`` is right for a width of 2560. The best rate of Adam is
+def scaled_rate(rate: float, width: int, of: int = _WIDTH) -> float:
+    """The learning rate for a model of this width, if ``rate`` is right for the width ``of``. The best rate of Adam is
     proportional to 1 / width (muP, Yang et al. 2022)."""
-    return rate * _WIDTH / width
+    return rate * of / width
 
 
 @functools.cache
 def linear_decay(peak: float, steps: int) -> optax.Schedule:
     """A learning rate that falls linearly from ``peak`` to 0 (P0, appendix D)."""
     return optax.linear_schedule(peak, 0.0, steps)
+
+
+@functools.cache
+def warmup_linear(peak: float, steps: int, warmup: int) -> optax.Schedule:
+    """A learning rate that rises linearly from 0 to ``peak`` in ``warmup`` steps, then falls linearly to 0 at the last
+    step."""
+    rise, fall = optax.linear_schedule(0.0, peak, warmup), optax.linear_schedule(peak, 0.0, max(1, steps - warmup))
+    return optax.join_schedules([rise, fall], [warmup])
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from interventions.editing.editors import init_editors
+from interventions.editing.editors import EDITORS, init_editors
 from interventions.engine.chunks import block_of, chunk_of
 from interventions.engine.cost import estimate
 from interventions.engine.grids import patch_grid
@@ -33,8 +33,8 @@ from interventions.engine.variants import first_layers
 from interventions.kinds.add import Add
 from interventions.modules import MODULE_SITES, module_names
 from interventions.placement.adapters import adapter_parameters, init_lora
-from train import edit as train_editors
 from train import trunk
+from train.editors import EDITOR_LABELS, Edited, editor_label, editor_loss
 from train.objective import adamw, linear_decay
 from train.step import Loss, State, Step, update
 from train.subsets import Label, partitioned, split
@@ -50,7 +50,7 @@ from vlm_jax.mesh.hlo import collectives
 from vlm_jax.mesh.sharding import check_mesh, make_mesh, sharding, spec_of
 from vlm_jax.model import Model
 from vlm_jax.nn.flops import head_flops, layers_flops, lora_step_flops, vision_flops
-from vlm_jax.prompts import positions
+from vlm_jax.prompts import Fitted, positions
 from vlm_jax.runs.command import command
 from vlm_jax.runs.ranges import Range, check_ranges
 
@@ -82,9 +82,9 @@ class Args:
 
     model: str = "Qwen3-VL-4B"
     """The model: a published name, an embedded model, a Hugging Face folder or a hub id. Only its config is read."""
-    job: Literal["trace", "lora", "editors", "generate"] = "trace"
+    job: Literal["trace", "lora", "edit", "generate"] = "trace"
     """What to compile for one batch. trace: P0's causal trace, one run for each layer and module; lora: a training step
-    of LoRA; editors: a training step of P4's editors, with one in every vision block and layer; generate: answers to
+    of LoRA; edit: a training step of P4's editors, with one in every vision block and layer; generate: answers to
     questions."""
     topology: str = "v5e:2x4"
     """TPU generation and shape of the slice: v5e:2x4, v6e:4x4, v5p:2x2x4 ..."""
@@ -217,22 +217,22 @@ def lora_job(model: Model, args: Args) -> Job:
     return training_step(trunk.adapter_loss, params, trunk.adapter_label, trunk.ADAPTER_LABELS, data, flops)
 
 
-def editors_job(model: Model, args: Args) -> Job:
+def edit_job(model: Model, args: Args) -> Job:
     """A training step of editors with P4's sizes: rank 6 in the vision tower and behind the projector, and rank 4 on
     the first four and the last four tokens of the text."""
-    params = train_editors.Edited(model, jax.eval_shape(lambda: init_editors(model, key=jax.random.key(0))))
+    params = Edited.of(model, init_editors(model, length=_EDITED, key=jax.random.key(0)))
+    params = params.replace(editors=jax.eval_shape(lambda: params.editors))
     inputs, question, answer = prompts(model.config, args.batch, args.length)
     index, valid = positions(answer)
     ends = {"prefix": question.argmax(1), "suffix": answer.argmax(1) - _EDITED}
     position = np.arange(args.length)
     where = {name: (at[:, None] <= position) & (position < at[:, None] + _EDITED) for name, at in ends.items()}
-    data = train_editors.EditorBatch(inputs.turned(), where, index, valid)
+    where["cross"] = np.zeros(answer.shape, bool) if inputs.is_image is None else np.asarray(inputs.is_image)
+    data = Fitted(inputs.turned(), index, valid, where)
     flops = 2 * (layers_flops(model, args.batch, args.length) + head_flops(model, args.batch * _ANSWER))
     flops += 2 * vision_flops(model, inputs)
-    labels = train_editors.EDITOR_LABELS.values()
-    return training_step(
-        train_editors.editor_loss, params, train_editors.editor_label, labels, by_row(data, model), flops
-    )
+    labels = [EDITOR_LABELS[name] for name in EDITORS]
+    return training_step(editor_loss, params, editor_label, labels, by_row(data, model), flops)
 
 
 def generate_job(model: Model, args: Args) -> Job:
@@ -247,7 +247,7 @@ def generate_job(model: Model, args: Args) -> Job:
 
 
 #: Value of --job -> the function that builds the job.
-JOBS = {"trace": trace_job, "lora": lora_job, "editors": editors_job, "generate": generate_job}
+JOBS = {"trace": trace_job, "lora": lora_job, "edit": edit_job, "generate": generate_job}
 
 
 def abstract_on(config: Config, mesh: jax.sharding.Mesh, dtype: str) -> Model:

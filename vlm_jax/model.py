@@ -122,13 +122,18 @@ class Model(nnx.Module):
         return self.text.window(inputs.attention_mask, inputs.position_ids, start, inputs.is_image)
 
     def features(
-        self, inputs: Inputs, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS
+        self,
+        inputs: Inputs,
+        interventions: Sequence[Any] = (),
+        taps: Mapping[str, Tap] = NO_TAPS,
+        frozen: int = 0,
     ) -> tuple[Features | None, dict[str, Any]]:
-        """Visual features of the images (None without images) and the taps of the vision tower."""
+        """Visual features of the images (None without images) and the taps of the vision tower. A backward pass does
+        not run through the first ``frozen`` vision blocks, in which no intervention may act."""
         if inputs.images is None:
             return None, {}
         assert self.visual is not None, "a text-only model got images"
-        return self.visual(inputs.images, interventions, taps)
+        return self.visual(inputs.images, interventions, taps, frozen)
 
     def embed(
         self,

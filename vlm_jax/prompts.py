@@ -8,7 +8,7 @@ known. The tokeniser's character offsets then give its tokens. No text or token 
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -325,16 +325,24 @@ class Fitted(NamedTuple):
     """The positions of the gold tokens and of the token that ends their turn."""
     valid: Bool[ArrayLike, "batch answer"]
     """Which entries of ``index`` are not padding."""
+    where: dict[str, Bool[ArrayLike, "batch tokens"]] | None = None
+    """Name -> tokens that a training marks (``mark`` of :func:`fitted`)."""
 
 
 def fitted(
-    examples: Sequence[Example], room: Room, processor: Processor, config: Config, at: np.ndarray | None = None
+    examples: Sequence[Example],
+    room: Room,
+    processor: Processor,
+    config: Config,
+    at: np.ndarray | None = None,
+    mark: Callable[[Batch], dict[str, np.ndarray]] | None = None,
 ) -> Fitted:
     """Encodes examples with their answers in the shape ``room``, each row with its own images
     (:meth:`Inputs.aligned`).
 
     Args:
         at: the numbers of these rows in a larger batch.
+        mark: a function that marks tokens of the encoded batch, name -> ``(B, T)`` bool.
     """
     batch = encode(examples, processor, config, step=room.length)
     inputs = batch.inputs
@@ -343,7 +351,7 @@ def fitted(
         blank, _ = config.vision.images(**config.vision.blank(1, 1))
         inputs = inputs.replace(images=blank, image_index=np.full(inputs.input_ids.shape, -1, np.int32))
     answers = positions(batch.spans["answer"] | batch.spans["end"], room.answer)
-    return Fitted(inputs.aligned(room.images, room.patches, at), *answers)
+    return Fitted(inputs.aligned(room.images, room.patches, at), *answers, None if mark is None else mark(batch))
 
 
 def positions(

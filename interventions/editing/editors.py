@@ -1,5 +1,5 @@
-"""Representation editors (P4, MRT): LoReFT on the vision blocks, behind the projector, and at both ends of the text in
-every layer."""
+"""Representation editors (P4, MRT): on the vision blocks, behind the projector, and at both ends of the text in every
+layer."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,71 +9,127 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from interventions.kinds.base import layer_table, slots
-from interventions.kinds.loreft import LoReFT
+from interventions.kinds.reft import Editor, LoReFT
 from vlm_jax import Model
 from vlm_jax.errors import UserError
 
-#: Editor -> the site that it acts at: psi_V on all patches; psi_c on the visual tokens; psi_P and psi_S on the first
-#: and the last tokens of the text.
+#: Editor -> the site that it acts at. visual: psi_V, on all patches; cross: psi_c, on the visual tokens behind the
+#: projector; prefix, suffix: psi_P and psi_S, on the first and the last tokens of the text; ends: psi_P and psi_S tied,
+#: one editor for both; steering: MoReS (arXiv 2412.12359), on the visual tokens in the decoder's layers.
 EDITOR_SITES = {
     "visual": "visual.resid_post",
     "cross": "text.embeddings",
     "prefix": "text.resid_post",
     "suffix": "text.resid_post",
+    "ends": "text.resid_post",
+    "steering": "text.resid_post",
 }
+#: P4's editors.
+EDITORS = ("visual", "cross", "prefix", "suffix")
 
 
 def init_editors(
     model: Model,
     *,
+    kind: type[Editor] = LoReFT,
+    editors: Iterable[str] = EDITORS,
     visual_rank: int = 6,
     rank: int = 4,
     blocks: Iterable[int] | None = None,
     layers: Iterable[int] | None = None,
+    length: int = 4,
     key: PRNGKeyArray,
-) -> dict[str, LoReFT]:
-    """P4's four editors by name (:data:`EDITOR_SITES`), initialised as in its code: R orthogonal, W and b as PyTorch
-    initialises a linear layer. So new editors already change the model.
+) -> dict[str, Editor]:
+    """Editors by name (:data:`EDITOR_SITES`), initialised as in P4's code and in that of ReFT: an orthonormal
+    projection orthogonal, linear maps as PyTorch initialises them, constants uniform in 0 to 1. So new editors already
+    change the model.
 
     Args:
         visual_rank: the rank of psi_V and psi_c.
-        rank: the rank of psi_P and psi_S.
+        rank: the rank of the editors in the decoder's layers.
         blocks, layers: which vision blocks and layers have an editor; None: all. (psi_P in the last layer has no effect
             on the answer, so it gets no gradient.)
+        length: how many tokens psi_P and psi_S edit, at either end of the instruction: the text behind the image,
+            without the last token of the prompt.
 
     Raises:
-        UserError: for a model without a vision tower, for a block or layer that it lacks, or for a rank below 1 or
-            above the width.
+        UserError: for an editor that this model cannot have, for a block or layer that it lacks, or for a rank or
+            length below 1 or a rank above the width.
     """
-    vision = model.config.vision
-    if vision is None:
-        raise UserError("the model has no vision tower to edit: choose a vision-language model")
+    names, vision = list(editors), model.config.vision
+    if vision is None and (of_image := [name for name in names if name not in ("prefix", "suffix", "ends")]):
+        raise UserError(
+            f"the model has no vision tower, so there is nothing for the editor {of_image[0]!r}: choose a "
+            "vision-language model, or only prefix and suffix"
+        )
+    if length < 1:
+        raise UserError(f"the editors' length is {length}: give at least 1")
     depths, width = model.depths, model.config.text.hidden_size
-    keys = jax.random.split(key, len(EDITOR_SITES))
-    return {
-        "visual": _editor("visual", vision.hidden_size, visual_rank, keys[0], depths["visual"], blocks),
-        "cross": _editor("cross", width, visual_rank, keys[1]),
-        "prefix": _editor("prefix", width, rank, keys[2], depths["text"], layers),
-        "suffix": _editor("suffix", width, rank, keys[3], depths["text"], layers),
+    groups = {
+        "visual": None,
+        "cross": "image",
+        "prefix": f"first{length}:instruction",
+        "suffix": f"last{length}:instruction",
+        "ends": f"first{length}:instruction+last{length}:instruction",
+        "steering": "image",
     }
+    made = {}
+    # One key for each editor there is, so that an editor begins alike whichever others there are.
+    for name, own in zip(EDITOR_SITES, jax.random.split(key, len(EDITOR_SITES)), strict=True):
+        if name not in names:
+            continue
+        tower, _, _ = EDITOR_SITES[name].partition(".")
+        depth = None if name == "cross" else depths[tower]
+        where = blocks if name == "visual" else layers
+        features = vision.hidden_size if name == "visual" else width
+        size = visual_rank if name in ("visual", "cross") else rank
+        made[name] = _editor(kind, name, groups[name], features, size, own, depth, where)
+    return made
 
 
 def _editor(
-    name: str, width: int, rank: int, key: PRNGKeyArray, depth: int | None = None, layers: Iterable[int] | None = None
-) -> LoReFT:
+    kind: type[Editor],
+    name: str,
+    group: str | None,
+    width: int,
+    rank: int,
+    key: PRNGKeyArray,
+    depth: int | None,
+    layers: Iterable[int] | None,
+) -> Editor:
     if not 0 < rank <= width:
         raise UserError(f"the rank of the {name} editor is {rank}: give 1 to {width}")
     slot, count = (np.int32(0), 1) if depth is None else (slots(depth, layers), int(layer_table(depth, layers).sum()))
-    r, w, b = jax.random.split(key, 3)
+    u, w, b = jax.random.split(key, 3)
     bound = 1 / np.sqrt(width)
-    weights = (
-        jax.vmap(lambda key: jax.nn.initializers.orthogonal()(key, (width, rank)))(jax.random.split(r, count)),
-        jax.random.uniform(w, (count, width, rank), minval=-bound, maxval=bound),
-        jax.random.uniform(b, (count, rank), minval=-bound, maxval=bound),
-    )
-    return LoReFT(weights={EDITOR_SITES[name]: weights}, slot={EDITOR_SITES[name]: jnp.asarray(slot)})
+    if kind.orthonormal:
+        orthogonal = jax.nn.initializers.orthogonal()
+        projection = jax.vmap(lambda key: orthogonal(key, (width, rank)))(jax.random.split(u, count))
+    else:
+        projection = jax.random.uniform(u, (count, width, rank), minval=-bound, maxval=bound)
+    constant = (-bound, bound) if "W" in kind.sources else (0.0, 1.0)
+    sources = {
+        "W": jax.random.uniform(w, (count, width, rank), minval=-bound, maxval=bound),
+        "b": jax.random.uniform(b, (count, rank), minval=constant[0], maxval=constant[1]),
+    }
+    weights = (projection, *(sources[source] for source in kind.sources))
+    site = EDITOR_SITES[name]
+    return kind(weights={site: weights}, slot={site: jnp.asarray(slot)}, group=group)
 
 
-def editor_parameters(editors: Mapping[str, LoReFT]) -> dict[str, int]:
+def editor_parameters(editors: Mapping[str, Editor]) -> dict[str, int]:
     """Trainable parameters of each editor."""
     return {name: sum(a.size for a in jax.tree.leaves(editor.weights)) for name, editor in editors.items()}
+
+
+def lowest_edited(model: Model, editors: Mapping[str, Editor]) -> tuple[int, int]:
+    """The first vision block and the first layer that a backward pass to the editors runs through. No editor changes
+    anything below."""
+
+    def first(names: Iterable[str], depth: int) -> int:
+        acting = [np.flatnonzero(editors[name].active()[EDITOR_SITES[name]]) for name in names if name in editors]
+        return min((int(found[0]) for found in acting if len(found)), default=depth)
+
+    block = first(["visual"], model.depths["visual"])
+    below_layers = "cross" in editors or "visual" in editors
+    return block, 0 if below_layers else first(("prefix", "suffix", "ends", "steering"), model.depths["text"])

@@ -15,6 +15,8 @@ from interventions.flow.artifacts import ATTENTION, RESULTS, SAMPLES, WINDOWS
 from interventions.flow.knockout import EDGES, Effect, edge, knocked_out_answers, window_effects, window_layers
 from interventions.flow.shares import Reading, read_examples
 from interventions.flow.summary import summarise_answers, summarise_effect, summarise_reading, summarise_received
+from interventions.options import InterventionOptions
+from interventions.store import digest
 from vlm_jax.data import Example, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
@@ -27,7 +29,7 @@ from vlm_jax.runs.startup import load_tasks, start
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(DataOptions, ModelOptions):
+class Args(InterventionOptions, DataOptions, ModelOptions):
     """Measure how visual information flows to text (P1): the attention to the image, answers with parts of the
     attention cut, and the layers in which cuts matter."""
 
@@ -124,7 +126,9 @@ def main(args: Args) -> None:
     run, model, processor = start(args, examples, data)
     edges, window_edges = edges_of(args, FAMILIES[model.config.family].chat.image_end is not None)
     in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
-    batching: dict[str, Any] = {"size": args.batch, "seed": args.seed}
+    acting = args.interventions(model)
+    run.pin("interventions", digest(acting))
+    batching: dict[str, Any] = {"size": args.batch, "seed": args.seed, "interventions": acting}
     to_generate: dict[str, Any] = batching | {
         "modes": args.modes,
         "layers": [None, *in_windows] if args.answers == "windows" else [None],
@@ -136,7 +140,7 @@ def main(args: Args) -> None:
         readings[task] = Reading(
             **run.once(
                 f"{task}/attention.npz",
-                lambda on=on, task=task: read_examples(*on, args.batch, task)._asdict(),
+                lambda on=on, task=task: read_examples(*on, args.batch, task, interventions=acting)._asdict(),
                 Artifact("arrays", f"{task}: what the text attends to", ATTENTION),
             )
         )

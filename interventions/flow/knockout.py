@@ -15,7 +15,7 @@ from interventions.engine.sweep import sweep_runs
 from interventions.engine.variants import stack
 from interventions.flow.shares import encoded
 from interventions.kinds.attention import MODES, AttentionKnockout
-from interventions.kinds.groups import label, members
+from interventions.kinds.groups import GROUPS, bind, check_group, label
 from vlm_jax import Model, generate
 from vlm_jax.data import Example
 from vlm_jax.data.metrics import exact_match, normalise
@@ -23,6 +23,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor, Tokenizer
 from vlm_jax.prompts import batches
 from vlm_jax.runs.processes import fetch, progress
+from vlm_jax.sites import Intervention
 
 #: The default edges (queries:keys) to cut. P1 cuts the first two. With the third, no text reads the image.
 EDGES = ("text:image", "text:image_end", "text:image+image_end")
@@ -39,11 +40,12 @@ def edge(name: str) -> tuple[str, str]:
     Raises:
         UserError: if the name has no colon or names an unknown group.
     """
-    query, colon, key = name.partition(":")
-    if not colon:
+    groups = re.split(r"(?<!\d):", name)  # not at the colon of a part such as first4:question
+    if len(groups) != 2:
         raise UserError(f"{name!r} is not a pair of token groups: write queries:keys, such as text:image")
-    for group in (query, key):
-        members(group)  # raises for an unknown group
+    query, key = groups
+    for group in groups:
+        check_group(group)
     return query, key
 
 
@@ -54,7 +56,10 @@ def knockouts(depth: int, edges: Iterable[str], layers: Iterable[Sequence[int] |
         depth: the model's number of layers.
         options: as for :meth:`AttentionKnockout.between`.
     """
-    return [AttentionKnockout.between(depth, *edge(name), where, **options) for name in edges for where in layers]
+    pairs = [edge(name) for name in edges]
+    cuts = [AttentionKnockout.between(depth, *pair, where, **options) for pair in pairs for where in layers]
+    parts = sorted({part for cut in cuts for part in cut.parts})
+    return [cut.in_order_of((*GROUPS, *parts)) for cut in cuts]  # one table for all, so that a sweep can stack them
 
 
 def window_layers(depth: int, width: int) -> list[list[int]]:
@@ -68,6 +73,7 @@ def knocked_out_answers(
     examples: list[Example],
     edges: Sequence[str] = EDGES,
     *,
+    interventions: Sequence[Intervention] = (),
     modes: Sequence[str] = MODES,
     layers: Sequence[Sequence[int] | None] = (None,),
     size: int = 16,
@@ -81,6 +87,7 @@ def knocked_out_answers(
 
     Args:
         edges: pairs of token groups, "queries:keys".
+        interventions: those that act in all these runs; token groups are bound to every batch.
         layers: sets of layers in which each edge is cut; None for all layers.
         size: rows of a batch.
         seed: of the mode "random_mass".
@@ -94,11 +101,11 @@ def knocked_out_answers(
     forms, records = {form(example.answers[0]) for example in examples}, {}
     options = {"with_answer": False, "step": _LENGTH_STEP}
     for rows, batch in encoded(model, processor, examples, size, f"answers {name}", **options):
-        labels = label(batch)
-        outputs = [((None, None, None), fetch(generate(model, batch.inputs, max_new_tokens)))]
+        labels, base = label(batch), bind(interventions, batch)
+        outputs = [((None, None, None), fetch(generate(model, batch.inputs, max_new_tokens, base)))]
         for mode in modes:
             cuts = [cut.bound(labels) for cut in knockouts(depth, edges, layers, mode=mode, seed=seed)]
-            tokens = fetch(generate_variants(model, batch.inputs, cuts, max_new_tokens))
+            tokens = fetch(generate_variants(model, batch.inputs, cuts, max_new_tokens, base=base))
             outputs += [((*condition, mode), part) for condition, part in zip(conditions, tokens, strict=True)]
         for i, row in enumerate(rows):
             records[row] = [
@@ -162,6 +169,7 @@ def window_effects(
     edges: Sequence[str],
     width: int = 1,
     *,
+    interventions: Sequence[Intervention] = (),
     mode: str = "post_softmax",
     size: int = 16,
     seed: int = 0,
@@ -171,6 +179,7 @@ def window_effects(
 
     Args:
         width: layers of a window.
+        interventions: those that act in all these runs; token groups are bound to every batch.
         size: rows of a batch.
     """
     depth = model.config.text.num_hidden_layers
@@ -179,15 +188,16 @@ def window_effects(
     for rows, batch in batches(examples, processor, model.config, size):
         labels = label(batch)
         bound = stack([cut.bound(labels) for cut in cuts])
-        work.append((rows, batch.inputs, bound, Gold.of(batch.inputs, batch.spans["answer"])))
-    costs = [estimate(model, *rest) for _, *rest in work]
+        sweep = batch.inputs, bound, Gold.of(batch.inputs, batch.spans["answer"])
+        work.append((rows, sweep, bind(interventions, batch)))
+    costs = [estimate(model, *sweep, base=base) for _, sweep, base in work]
     effects: dict[int, tuple] = {}
     bar = progress(total=len(examples), desc=f"windows {name}".strip(), unit="sample", leave=False)
     with Announced(sum(costs[1:], costs[0])), bar:
-        for rows, *rest in work:
-            runs = sweep_runs(model, *rest)
+        for rows, sweep, base in work:
+            runs = sweep_runs(model, *sweep, base=base)
             p = fetch(runs.variants.probability).T.reshape(-1, len(edges), depth + 1)
-            base = fetch(runs.base.probability)
-            effects |= zip(rows, zip(base, p[..., :depth], p[..., depth], strict=True), strict=False)
+            uncut = fetch(runs.base.probability)
+            effects |= zip(rows, zip(uncut, p[..., :depth], p[..., depth], strict=True), strict=False)
             bar.update(len(rows))
     return Effect(*map(np.stack, zip(*(effects[row] for row in range(len(examples))), strict=True)))

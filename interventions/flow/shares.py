@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from interventions.kinds.groups import GROUPS, label, members
+from interventions.kinds.groups import GROUPS, bind, label, members
 from vlm_jax import Inputs, Model, Tap
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches, positions
 from vlm_jax.runs.processes import fetch, progress
+from vlm_jax.sites import Intervention
 from vlm_jax.typing import Array, ArrayLike
 
 _IMAGE, _IMAGE_END = GROUPS.index("image"), GROUPS.index("image_end")
@@ -70,10 +71,13 @@ def _curve(received: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(len(total) + 1) / len(total), np.concatenate([[0.0], total / total[-1]])
 
 
-def text_attention(model: Model, batch: Batch) -> Reading:
+def text_attention(model: Model, batch: Batch, interventions: Sequence[Intervention] = ()) -> Reading:
     """The attention of the text after the image: in the prompt, and in the answer if the batch has it.
 
     The probabilities are summed over the text layer by layer, so no array of layers x tokens x tokens is needed.
+
+    Args:
+        interventions: those that act on the model, bound to the batch.
 
     Raises:
         UserError: if a row has no image.
@@ -82,7 +86,7 @@ def text_attention(model: Model, batch: Batch) -> Reading:
     text, image = np.isin(labels, members("text")), labels == _IMAGE
     if not image.any(1).all():
         raise UserError(f"row {int(np.argmin(image.any(1)))} has no image for its text to read: leave it out")
-    summed = fetch(_summed(model, batch.inputs, text)).transpose(1, 0, 2, 3)
+    summed = fetch(_summed(model, batch.inputs, text, tuple(interventions))).transpose(1, 0, 2, 3)
     groups = labels[:, None] == np.arange(len(GROUPS))[:, None]  # (B, G, T)
     index, valid = positions(image)
     received = np.take_along_axis(summed.mean(2), index[:, None], 2)
@@ -93,20 +97,28 @@ def text_attention(model: Model, batch: Batch) -> Reading:
 
 @jax.jit
 def _summed(
-    model: Model, inputs: Inputs, text: Bool[ArrayLike, "batch tokens"]
+    model: Model, inputs: Inputs, text: Bool[ArrayLike, "batch tokens"], interventions: tuple[Intervention, ...]
 ) -> Float[Array, "layers batch heads tokens"]:
     """The attention probabilities, summed over the queries that ``text`` marks."""
     tap = Tap(reduce=lambda probs: jnp.einsum("bhst,bs->bht", probs, text.astype(probs.dtype)))
-    return model(inputs, taps={"text.attn_probs": tap}).taps["text.attn_probs"]
+    return model(inputs, interventions, taps={"text.attn_probs": tap}).taps["text.attn_probs"]
 
 
 def read_examples(
-    model: Model, processor: Processor, examples: list[Example], size: int = 16, name: str = ""
+    model: Model,
+    processor: Processor,
+    examples: list[Example],
+    size: int = 16,
+    name: str = "",
+    *,
+    interventions: Sequence[Intervention] = (),
 ) -> Reading:
-    """:func:`text_attention` of every example's prompt, without an answer."""
+    """:func:`text_attention` of every example's prompt, without an answer. Interventions that name token groups are
+    bound to every batch."""
     readings: dict[int, tuple] = {}
     for rows, batch in encoded(model, processor, examples, size, f"attention {name}", with_answer=False):
-        readings |= zip(rows, zip(*text_attention(model, batch), strict=True), strict=False)
+        reading = text_attention(model, batch, bind(interventions, batch))
+        readings |= zip(rows, zip(*reading, strict=True), strict=False)
     mass, tokens, received = zip(*(readings[row] for row in range(len(examples))), strict=True)
     most = max(layers.shape[1] for layers in received)
     padded = [np.pad(r, [(0, 0), (0, most - r.shape[1])], constant_values=np.nan) for r in received]

@@ -5,9 +5,9 @@ from interventions.kinds.attention import AttentionKnockout, UniformAttention
 from interventions.kinds.base import KINDS
 from interventions.kinds.gates import Gate, HeadGate
 from interventions.kinds.lora import LoRA
-from interventions.kinds.loreft import LoReFT
 from interventions.kinds.patch import Patch, Replace
 from interventions.kinds.project_out import ProjectOut
+from interventions.kinds.reft import LoReFT
 
 __all__ = [
     "KINDS",

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt32
 
 from interventions.kinds.base import OnTokens, kind, layer_table, option
-from interventions.kinds.groups import GROUPS, members
+from interventions.kinds.groups import GROUPS, is_part, members, tokens_of
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.sites import Context, Intervention
 from vlm_jax.typing import Array, ArrayLike
@@ -25,7 +25,9 @@ class AttentionKnockout(Intervention):
 
     ``group_names`` names the G groups in the order of ``keep``'s axes and of the labels. The names are saved too, so a
     file keeps its meaning when the library gets another group: :meth:`bound` and loading sort the table into the order
-    of :data:`interventions.kinds.groups.GROUPS`. A group that the file does not know keeps its attention.
+    of :data:`interventions.kinds.groups.GROUPS`. A group that the file does not know keeps its attention. Parts of
+    groups, such as "first4:question", can have rows and columns too. Binding gives the tokens with several names a
+    label of their own, whose attention is cut if it is cut under any of the names.
 
     mode:
         post_softmax: the probabilities are multiplied by ``keep``, so they do not sum to 1 any more (P1, equations 3
@@ -62,18 +64,21 @@ class AttentionKnockout(Intervention):
 
         Args:
             depth: the model's number of layers.
-            query, key: token groups, such as "text" and "image".
+            query, key: token groups, such as "text", "image" or "first4:question".
             layers: the layers in which attention is cut; None: all.
             keep: the share of the attention that is kept.
             seed: of the mode "random_mass".
         """
         if mode not in MODES:
             raise UserError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
-        block = np.zeros((len(GROUPS), len(GROUPS)), bool)
-        block[np.ix_(members(query), members(key))] = True
+        parts = sorted({name for group in (query, key) for name in group.split("+") if is_part(name)})
+        names = (*GROUPS, *parts)
+        queries, keys = (_rows(group, names) for group in (query, key))
+        block = np.zeros((len(names), len(names)), bool)
+        block[np.ix_(queries, keys)] = True
         kept = np.where(layer_table(depth, layers)[:, None, None] * block > 0, keep, 1).astype(np.float32)
         random = np.asarray(jax.random.key_data(jax.random.key(seed))) if mode == "random_mass" else None
-        return cls(kept, key=random, mode=mode)
+        return cls(kept, key=random, mode=mode, group_names=names)
 
     @property
     def sites(self) -> frozenset[str]:
@@ -93,8 +98,25 @@ class AttentionKnockout(Intervention):
         cut = (jnp.asarray(self.keep) != 1).any(0)[groups]  # (B, T, G)
         return (cut & (first_key[:, None] <= jnp.arange(length)[:, None])).any(-1)  # no token sees a later one
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of groups in the table."""
+        return tuple(name for name in self.group_names if is_part(name))
+
     def bound(self, labels: Int[ArrayLike, "batch tokens"]) -> "AttentionKnockout":
-        return self.in_order_of(GROUPS).replace(groups=labels)
+        ordered, labels = self.in_order_of((*GROUPS, *self.parts)), np.asarray(labels)
+        if not self.parts:
+            return ordered.replace(groups=labels)
+        marked = [tokens_of(part, labels) for part in self.parts]
+        # A token's label counts up over its parts in binary, on top of its group.
+        labels = labels + len(GROUPS) * sum(mark.astype(np.int32) << i for i, mark in enumerate(marked))
+        names = [{group} for group in GROUPS]
+        for part in self.parts:
+            names += [{*known, part} for known in names]
+        has = np.array([[name in known for name in ordered.group_names] for known in names])
+        keep = jnp.where(has[None, :, :, None], jnp.asarray(ordered.keep)[:, None], 1).min(2)
+        keep = jnp.where(has[None, None], keep[:, :, None], 1).min(3)
+        return ordered.replace(keep=keep, groups=labels, group_names=tuple("&".join(sorted(known)) for known in names))
 
     @classmethod
     def restored(cls, fields: dict[str, Any]) -> "AttentionKnockout":
@@ -103,7 +125,8 @@ class AttentionKnockout(Intervention):
                 "the file's AttentionKnockout does not name the token groups of its table: make it again with "
                 "AttentionKnockout.between and save it"
             )
-        return cls(**fields).in_order_of(GROUPS)
+        read = cls(**fields)
+        return read.in_order_of((*GROUPS, *read.parts))
 
     def in_order_of(self, names: tuple[str, ...]) -> "AttentionKnockout":
         """The same knock-out with ``keep`` and ``groups`` in the order of these group names. New groups keep their
@@ -173,6 +196,14 @@ class AttentionKnockout(Intervention):
         others = jnp.take_along_axis(others, order[:, None, None], -1)
         taken = jnp.clip(mass - (jnp.cumsum(others, -1) - others), 0, others)
         return value - jnp.take_along_axis(taken, jnp.argsort(order, 1)[:, None, None], -1)
+
+
+def _rows(group: str, names: tuple[str, ...]) -> list[int]:
+    """The rows of ``group`` in a table with these names."""
+    rows: set[int] = set()
+    for name in group.split("+"):
+        rows |= {names.index(name)} if is_part(name) else set(members(name))
+    return sorted(rows)
 
 
 @kind

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from interventions.kinds.groups import members
+from interventions.kinds.groups import tokens_of
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, Intervention, Stage, head_axis, stage, token_axis
 from vlm_jax.typing import ArrayLike
@@ -122,7 +122,7 @@ class OnTokens(Intervention):
             return self
         if vision := sorted(site for site in self.sites if stage(site) is Stage.VISION):
             raise UserError(f"{type(self).__name__} acts on tokens of the prompt, but {vision[0]!r} has none of them")
-        where = np.isin(labels, members(self.group))
+        where = tokens_of(self.group, np.asarray(labels))
         if not where.any():
             raise UserError(f"{type(self).__name__} acts on the tokens {self.group!r}, but this batch has none")
         return self.replace(where=where)

@@ -1,6 +1,11 @@
 """Groups of tokens: the parts of a prompt that interventions act on, and between which attention is measured or
-knocked out."""
+knocked out.
 
+A group is named by a name in :data:`GROUPS` or :data:`UNIONS`, by some of its tokens (``first4:question`` or
+``last6:prompt``), or by several of these joined by "+".
+"""
+
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +18,11 @@ from vlm_jax.sites import Intervention
 #: The groups; a token's label is an index into them. "before" and "after" are template text before and after the first
 #: image; "last" is the last token before the answer, which writes the answer's first token.
 GROUPS = ("padding", "before", "image", "image_end", "after", "question", "last", "answer")
-#: Names for several groups. "text" is P1's T, the text behind the image; "writers" are the tokens that write the
-#: answer; "prompt" is everything that is not generated.
+#: Names for several groups. "text" is P1's T, the text behind the image; "instruction" is its part before the last
+#: token of the prompt, which P4 edits; "writers" are the tokens that write the answer; "prompt" is everything that is
+#: not generated.
 UNIONS = {
+    "instruction": ("after", "question"),
     "text": ("after", "question", "last", "answer"),
     "writers": ("last", "answer"),
     "prompt": ("before", "image", "image_end", "after", "question", "last"),
@@ -25,14 +32,54 @@ UNIONS = {
 ROLES = ("first question", "middle question", "last question", "next", "further", "last")
 
 
+_END = re.compile(r"(first|last)(\d+):(.+)")
+
+
 def members(group: str) -> list[int]:
-    """The labels of a group, or of several joined by "+", such as "image+image_end"."""
+    """The labels of a whole group, or of several joined by "+", such as "image+image_end".
+
+    Raises:
+        UserError: for an unknown name, or for a group that is a part of another, such as "first4:question".
+    """
     labels = set()
     for name in group.split("+"):
+        if is_part(name):
+            raise UserError(f"{name!r} is a part of a group, but a whole group is needed here: name one")
         if name not in GROUPS and name not in UNIONS:
             raise UserError(f"unknown token group {name!r}{nearest(name, (*GROUPS, *UNIONS))}")
         labels |= {GROUPS.index(part) for part in UNIONS.get(name, (name,))}
     return sorted(labels)
+
+
+def is_part(name: str) -> bool:
+    """Whether a name stands for some tokens of a group, as "first4:question" does."""
+    return _END.fullmatch(name) is not None
+
+
+def check_group(group: str) -> None:
+    """Raises a UserError if ``group`` names no tokens."""
+    tokens_of(group, np.zeros((1, 0), np.int32))
+
+
+def tokens_of(group: str, labels: Int[np.ndarray, "batch tokens"]) -> Bool[np.ndarray, "batch tokens"]:
+    """The tokens of a group in a batch with these labels.
+
+    ``first4:question`` are the first four tokens of the question in each row. If a row has fewer than eight of them, it
+    is half of them, rounded down, so that the first and the last four never overlap (P4's released code).
+    """
+    chosen = np.zeros(np.shape(labels), bool)
+    for part in group.split("+"):
+        if end := _END.fullmatch(part):
+            whole = np.isin(labels, members(end[3]))
+            count = whole.sum(1, keepdims=True)
+            if int(end[2]) < 1:
+                raise UserError(f"the token group {part!r} has no tokens: give at least 1")
+            place = np.cumsum(whole, 1) if end[1] == "first" else count + 1 - np.cumsum(whole, 1)
+            size = np.where(count < 2 * int(end[2]), count // 2, int(end[2]))
+            chosen |= whole & (place <= size)
+        else:
+            chosen |= np.isin(labels, members(part))
+    return chosen
 
 
 def label(batch: Batch) -> Int32[np.ndarray, "batch tokens"]:

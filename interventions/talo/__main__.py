@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import tyro
 
-from interventions.store import save_interventions
+from interventions.store import digest, save_interventions
 from interventions.talo.artifacts import RESULTS, SAMPLES, TABLE
 from interventions.talo.options import Args
 from interventions.talo.report import compare, records, task_report
@@ -66,11 +66,14 @@ def main(args: Args) -> None:
         args.layers(model.config.text.num_hidden_layers)
 
     run, model, processor = start(args, itertools.chain(*loaded.values()), data, check=check)
+    acting = args.interventions(model)
+    run.pin("interventions", digest(acting))
     tasks, results, lines = {}, {}, []
     for label, examples in loaded.items():
 
         def make(label=label, examples=examples) -> dict:
-            base, correct = tabulate(model, processor, examples, args.cut, batch=args.batch, label=label)
+            options = {"interventions": acting, "batch": args.batch, "label": label}
+            base, correct = tabulate(model, processor, examples, args.cut, **options)
             return {"base": base, "correct": correct}
 
         strata = np.array([subtask(example) for example in examples])

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from interventions.options import InterventionOptions
 from interventions.talo.selection import SelectOptions, Similarity
 from interventions.talo.tables import Cut
 from vlm_jax.data.miniworld import TASKS
@@ -15,13 +16,15 @@ from vlm_jax.runs.ranges import Range
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(SelectOptions, DataOptions, ModelOptions):
+class Args(SelectOptions, InterventionOptions, DataOptions, ModelOptions):
     """Find the layers that hurt each task, choose one to cut on a few samples, and measure the choice on others (P3).
 
     A sample counts as right if greedy decoding would write exactly the first gold answer and then stop.
     """
 
-    task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = tuple(TASKS)
+    task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = tuple(
+        name for name, task in TASKS.items() if task.family
+    )
     """Tasks: names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
     cut: Cut = "attn"
     """What a cut removes from a layer. attn: the attention's output (the paper's choice); uniform: queries are zeroed,

@@ -13,12 +13,14 @@ from interventions.engine.variants import stack
 from interventions.kinds.attention import UniformAttention
 from interventions.kinds.base import layer_table
 from interventions.kinds.gates import Gate
+from interventions.kinds.groups import bind
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import batches
 from vlm_jax.runs.processes import fetch, progress
+from vlm_jax.sites import Intervention
 
 Cut = Literal["attn", "mlp", "block", "uniform"]
 #: Prompts are padded to multiples of this, because compiling a sweep for another shape takes longer than padding.
@@ -46,15 +48,17 @@ def tabulate(
     examples: Sequence[Example],
     cut: Cut = "attn",
     *,
+    interventions: Sequence[Intervention] = (),
     batch: int = 32,
     label: str = "",
 ) -> tuple[Bool[np.ndarray, "samples"], Bool[np.ndarray, "layers samples"]]:
-    """Which examples are answered correctly: by the unchanged model (``base``) and with each layer cut (``correct``).
+    """Which examples are answered correctly: by the uncut model (``base``) and with each layer cut (``correct``).
 
     An answer is correct if the gold token is the likeliest at every token of the gold answer and of its turn's end.
     Greedy decoding would then write exactly ``answers[0]`` and stop.
 
     Args:
+        interventions: those that act in all these runs; token groups are bound to every batch.
         batch: rows of a batch.
         label: label of the progress bar.
     """
@@ -63,12 +67,13 @@ def tabulate(
     groups = list(batches(examples, processor, model.config, batch, step=_LENGTH_STEP))
     golds = [Gold.of(encoded.inputs, encoded.spans["answer"] | encoded.spans["end"]) for _, encoded in groups]
     sweeps = [(encoded.inputs, stack(cuts), gold) for (_, encoded), gold in zip(groups, golds, strict=True)]
-    costs = [estimate(model, *sweep) for sweep in sweeps]
+    bases = [bind(interventions, encoded) for _, encoded in groups]
+    costs = [estimate(model, *sweep, base=base) for sweep, base in zip(sweeps, bases, strict=True)]
     answered = np.zeros((1 + depth, len(examples)), bool)
     bar = progress(total=len(examples), desc=f"cut {cut} {label}".strip(), unit="sample")
     with Announced(sum(costs[1:], costs[0])), bar:
-        for (rows, _), sweep in zip(groups, sweeps, strict=True):
-            runs = fetch(sweep_runs(model, *sweep))
+        for (rows, _), sweep, base in zip(groups, sweeps, bases, strict=True):
+            runs = fetch(sweep_runs(model, *sweep, base=base))
             answered[0, rows] = runs.base.correct[: len(rows)]
             answered[1:, rows] = runs.variants.correct[:, : len(rows)]
             bar.update(len(rows))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import tyro
 
+from interventions.options import InterventionOptions
+from interventions.store import digest
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_task, with_gold_first
 from vlm_jax import Model
@@ -19,7 +21,7 @@ from vlm_jax.runs.startup import start
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(TraceOptions, DataOptions, ModelOptions):
+class Args(TraceOptions, InterventionOptions, DataOptions, ModelOptions):
     """Trace which layers' attention and MLP outputs restore the answer when the prompt is corrupted (P0)."""
 
     task: str = "mini-okvqa"
@@ -40,7 +42,10 @@ def main(args: Args) -> None:
         args.check(model.config.text.num_hidden_layers)
 
     run, model, processor = start(args, examples, data, check=check)
-    summary = trace_task(run, "", model, processor, task_label(args.task), examples, args)
+    acting = args.interventions(model)
+    run.pin("interventions", digest(acting))
+    task = task_label(args.task)
+    summary = trace_task(run, "", model, processor, task, examples, args, interventions=acting)
     print(
         f"{args.task}: {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "
         f"p_clean {summary['p_clean']:.3f}, p_corrupt {summary['p_corrupt']:.3f}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 
 from interventions.engine.grids import layer_windows
-from interventions.kinds.groups import members
+from interventions.kinds.groups import check_group
 from interventions.trace.corruption import CORRUPTIONS, CorruptionName
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.runs.ranges import Range, check_ranges
@@ -69,7 +69,7 @@ class TraceOptions:
             named = " ".join(self.positions) or "empty"
             raise UserError(f"--positions is {named}: give at least one token group, such as all, each once")
         for group in self.positions:
-            members(group)
+            check_group(group)
         layer_windows(depth, self.window)
         if self.replicates > 1 and not CORRUPTIONS[self.corruption].random:
             raise UserError(

@@ -16,9 +16,10 @@ from interventions.engine.sweep import sweep_runs
 from interventions.engine.variants import Variants
 from interventions.figures.base import save_figure
 from interventions.figures.tracing import heatmap, interval_plot
-from interventions.kinds.groups import label, members
+from interventions.kinds.groups import bind, label, tokens_of
 from interventions.modules import MODULE_SITES, cell_names, module_names
 from interventions.statistics import write_effects, write_rows
+from interventions.store import digest
 from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
@@ -35,6 +36,7 @@ from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.log import Log
 from vlm_jax.runs.processes import apart, fetch, progress
+from vlm_jax.sites import Intervention, Stage, stage
 
 
 def trace_examples(
@@ -44,18 +46,26 @@ def trace_examples(
     options: TraceOptions,
     label: str,
     log: Log | None = None,
+    *,
+    interventions: Sequence[Intervention] = (),
 ) -> TaskTrace:
     """Traces every example.
 
     Args:
         log: the file of the samples' records. New ones are appended; those of an earlier session are read from it.
+        interventions: those that act in every run, clean or corrupted; token groups are bound to every batch.
+
+    Raises:
+        UserError: for options that the model or these samples do not allow, or if the corruption changes pictures and
+            an intervention acts in the vision tower.
     """
+    check_corruption(options, interventions)
     options.check(model.config.text.num_hidden_layers)
     examples = [with_gold_first(example, options.gold) for example in examples]
     if options.correct_only:
-        examples = answered(model, processor, examples, options.batch)
+        examples = answered(model, processor, examples, options.batch, interventions)
     log, ids = Log() if log is None else log, [example.id for example in examples]
-    with apart(model) as (team, model):
+    with apart(model, tuple(interventions)) as (team, model, interventions):
         team_rows = team.rows(len(examples))
 
         def groups() -> Iterator[tuple[list[int], Batch]]:
@@ -73,7 +83,7 @@ def trace_examples(
         with progress(total=len(team_rows), desc=f"trace {label}", unit="sample") as bar:
             for rows, batch in part.missing(groups(), ids):
                 bar.update(len(part.records) - bar.n)
-                part.append(trace_batch(corrupt, rows, batch))
+                part.append(trace_batch(corrupt, rows, batch, interventions))
                 bar.update(len(rows))
     log.join(part, ids, team)
     by_id = {record["id"]: record for record in log.records}
@@ -88,13 +98,28 @@ def trace_examples(
     )
 
 
-def trace_batch(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> list[dict]:
+def check_corruption(options: TraceOptions, interventions: Sequence[Intervention]) -> None:
+    """Refuses corruptions of the picture under interventions in the vision tower: the difference that they add to the
+    embeddings is that of the unchanged tower."""
+    in_tower = any(stage(site) is Stage.VISION for intervention in interventions for site in intervention.sites)
+    if in_tower and CORRUPTIONS[options.corruption].visual:
+        raise UserError(
+            f"--corruption {options.corruption} changes the picture, which --intervention changes in the vision tower: "
+            "corrupt the question"
+        )
+
+
+def trace_batch(
+    corrupt: Corrupter, rows: Sequence[int], batch: Batch, interventions: Sequence[Intervention] = ()
+) -> list[dict]:
     """The records of a batch, one per sample, ready for JSON: ``id``, ``task``, ``correct``, ``p_clean``,
     ``p_corrupt (R,)`` and ``ie (R, C)``.
 
     Args:
         rows: the numbers of the batch's examples.
+        interventions: see :func:`trace_examples`.
     """
+    acting = bind(interventions, batch)
     model, options = corrupt.model, corrupt.options
     examples = [corrupt.examples[row] for row in rows]
     read = gold = Gold.of(batch.inputs, batch.spans["answer"])
@@ -104,13 +129,13 @@ def trace_batch(corrupt: Corrupter, rows: Sequence[int], batch: Batch) -> list[d
     features = _features(model, batch.inputs)
     p_corrupt, ie = [], []
     for replicate in range(options.replicates):
-        base = corrupt(rows, batch, replicate)
-        runs = sweep_runs(model, batch.inputs, variants, read, base=base, clean=(), features=features)
+        base = *corrupt(rows, batch, replicate), *acting
+        runs = sweep_runs(model, batch.inputs, variants, read, base=base, clean=acting, features=features)
         clean, corrupted, patched = (measured(r, options.metric) for r in (runs.clean, runs.base, runs.variants))
         patched = patched.reshape(*shape, -1).swapaxes(0, 1).reshape(len(variants), -1)  # layer by layer
         p_corrupt.append(corrupted)
         ie.append((patched - corrupted).T)
-    scores = runs.clean if read is gold else _scores(model, batch.inputs, gold.replace(first=0))
+    scores = runs.clean if read is gold else _scores(model, batch.inputs, gold.replace(first=0), acting)
     correct = fetch(scores.correct)
     return [
         {
@@ -139,8 +164,8 @@ def _features(model: Model, inputs: Inputs):
 
 
 @jax.jit
-def _scores(model: Model, inputs: Inputs, gold: Gold):
-    x, _ = model.hidden(inputs)
+def _scores(model: Model, inputs: Inputs, gold: Gold, interventions: tuple[Intervention, ...]):
+    x, _ = model.hidden(inputs, interventions)
     return gold(model, model.text.norm(x), 0)
 
 
@@ -179,12 +204,18 @@ def foil(examples: Sequence[Example], row: int) -> str:
     return wrong[0] if wrong else counterpart(examples, row).answers[0]
 
 
-def answered(model: Model, processor: Processor, examples: list[Example], size: int) -> list[Example]:
-    """The examples whose gold answer greedy decoding would write."""
+def answered(
+    model: Model,
+    processor: Processor,
+    examples: list[Example],
+    size: int,
+    interventions: Sequence[Intervention] = (),
+) -> list[Example]:
+    """The examples whose gold answer greedy decoding would write, under interventions."""
     right = np.zeros(len(examples), bool)
     for rows, batch in batches(examples, processor, model.config, size, align=PREFIX_BUCKET):
         gold = Gold.of(batch.inputs, batch.spans["answer"]).replace(first=0)
-        right[rows] = fetch(_scores(model, batch.inputs, gold).correct)[: len(rows)]
+        right[rows] = fetch(_scores(model, batch.inputs, gold, bind(interventions, batch)).correct)[: len(rows)]
     kept = [example for example, keep in zip(examples, right, strict=True) if keep]
     if not kept:
         raise UserError("the model answers no sample correctly: drop --correct-only or choose other samples")
@@ -197,7 +228,7 @@ def grid(config: Config, options: TraceOptions, batch: Batch) -> tuple[Variants,
     tokens = None
     if options.positions != ("all",):
         labels = label(batch)
-        tokens = [np.isin(labels, members(group)) for group in options.positions]
+        tokens = [tokens_of(group, labels) for group in options.positions]
         for group, mask in zip(options.positions, tokens, strict=True):
             if not mask.any():
                 raise UserError(f"--positions {group}: a batch of samples has no such token, choose other groups")
@@ -222,6 +253,8 @@ def trace_task(
     task: str,
     examples: list[Example],
     options: TraceOptions,
+    *,
+    interventions: Sequence[Intervention] = (),
 ) -> dict:
     """Traces a task into ``folder`` of a run and returns its summary. If an earlier session finished the trace, it only
     reads the summary.
@@ -233,8 +266,10 @@ def trace_task(
     def make() -> dict:
         begun = time.perf_counter()
         log = run.log(f"{folder}samples.jsonl", Artifact("samples", f"{task}: effects of every sample", SAMPLES))
-        traced = trace_examples(model, processor, examples, options, task, log)
-        summary = {"task": task, "fingerprint": fingerprint(model), **summarise(traced, options)}
+        traced = trace_examples(model, processor, examples, options, task, log, interventions=interventions)
+        # A trace under interventions says nothing about the model alone, so placements refuse its fingerprint.
+        names = [fingerprint(model), *([digest(interventions)] if interventions else [])]
+        summary = {"task": task, "fingerprint": "+".join(names), **summarise(traced, options)}
         run.write(
             f"{folder}trace.parquet",
             lambda path: write_effects(path, {task: traced}, options.eps),

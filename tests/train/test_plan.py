@@ -175,7 +175,7 @@ def test_parameters_apart_are_fetched_in_every_pass(lora):
 
 @pytest.mark.slow
 def test_editors_train_through_the_vision_tower(lora):
-    editors = compiled(Args("mini-qwen3-vl", "editors", mesh="fsdp=8", length=256))
+    editors = compiled(Args("mini-qwen3-vl", "edit", mesh="fsdp=8", length=256))
     assert editors.idle == 0 < lora.idle
     assert editors.collectives["all-gather"][0] > 0 and editors.fits
 

@@ -1,5 +1,6 @@
 """What the vision towers share: the features that they return, and a loop over their blocks."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ def scan_blocks(
     keep: tuple[int, ...] = (),
     interventions: Sequence[Any] = (),
     taps: Mapping[str, Tap] = NO_TAPS,
+    frozen: int = 0,
 ) -> tuple[Float[Array, "images patches width"], Float[Array, "kept images patches width"], dict[str, Any]]:
     """Runs all blocks on ``x``, one after the other.
 
@@ -42,6 +44,8 @@ def scan_blocks(
         keep: the numbers of the blocks whose outputs are returned too, each at most once.
         interventions: the interventions of the forward pass; those at sites of the blocks act here.
         taps: site -> tap; those at sites of the blocks are collected here.
+        frozen: a backward pass does not run through the blocks before this one. No intervention and no tap may act
+            there.
 
     Returns:
         The output of the last block, the outputs of the blocks in ``keep`` (in its order), and the tapped values, site
@@ -53,16 +57,20 @@ def scan_blocks(
 
     taps = {site: tap for site, tap in taps.items() if site in BLOCK_SITES}
 
-    def body(carry, scanned, index):
+    def body(carry, scanned, index, acting=interventions):
         x, kept = carry
         block, slot, entry = scanned
-        probe = Probe(interventions, taps, Context(index))
+        probe = Probe(acting, taps, Context(index))
         x = call(block, constrain(x, "batch", None, None), entry, probe)
         return (x, kept.at[slot].set(x, mode="drop") if kept_count else kept), None, probe.taps
 
     # A backward pass needs the attention of thousands of patches in each block. With jax.checkpoint only the input of
     # each block is stored, and the rest is computed again.
-    body = jax.checkpoint(body)
-    kept = jnp.zeros((kept_count, *x.shape), x.dtype)
-    (x, kept), _, tapped = scan_layers(body, (x, kept), (blocks, slots, each), jnp.arange(depth), taps)
+    run = jax.checkpoint(body)
+    carry = x, jnp.zeros((kept_count, *x.shape), x.dtype)
+    scanned = blocks, slots, each
+    if frozen:
+        below, scanned = (jax.tree.map(lambda a, s=s: a[s], scanned) for s in (slice(frozen), slice(frozen, None)))
+        carry, _, _ = scan_layers(functools.partial(body, acting=()), carry, below, jnp.arange(frozen), {})
+    (x, kept), _, tapped = scan_layers(run, carry, scanned, jnp.arange(frozen, depth), taps)
     return x, kept, tapped

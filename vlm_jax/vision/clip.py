@@ -89,9 +89,9 @@ class VisionTower(nnx.Module):
         return max(self.config.hidden_states)
 
     def __call__(
-        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS
+        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS, frozen: int = 0
     ) -> tuple[Features, dict[str, Any]]:
-        """Visual tokens of every image.
+        """Visual tokens of every image. A backward pass does not run through the first ``frozen`` blocks.
 
         Returns:
             Features, and the taps ``(images, 1 + patches, ...)`` with the class token first; those of the layers have a
@@ -111,6 +111,7 @@ class VisionTower(nnx.Module):
             keep=tuple(h - 1 for h in hidden if h),
             interventions=interventions,
             taps=taps,
+            frozen=frozen,
         )
         states = dict(zip([h for h in hidden if h], kept, strict=True)) | {0: x}
         features = jnp.concatenate([states[h] for h in config.hidden_states], -1)

@@ -113,9 +113,9 @@ class VisionTower(nnx.Module):
         return self.config.depth
 
     def __call__(
-        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS
+        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS, frozen: int = 0
     ) -> tuple[Features, dict[str, Any]]:
-        """Visual tokens of every image.
+        """Visual tokens of every image. A backward pass does not run through the first ``frozen`` blocks.
 
         Returns:
             Features, and the taps ``(images, patches, ...)``; those of the blocks have a leading axis of blocks.
@@ -137,6 +137,7 @@ class VisionTower(nnx.Module):
             each=jnp.asarray(full),
             interventions=interventions,
             taps=taps,
+            frozen=frozen,
         )
         merged = outer("projector.merger", self.merger(x))
         return Features(merged), {**outer.taps, **block_taps}

@@ -71,9 +71,9 @@ class VisionTower(nnx.Module):
         return self.config.depth
 
     def __call__(
-        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS
+        self, images: Images, interventions: Sequence[Any] = (), taps: Mapping[str, Tap] = NO_TAPS, frozen: int = 0
     ) -> tuple[Features, dict[str, Any]]:
-        """Visual tokens of every image.
+        """Visual tokens of every image. A backward pass does not run through the first ``frozen`` blocks.
 
         Returns:
             Features, and the taps ``(images, patches, ...)``; those of the layers have a leading axis of layers.
@@ -87,6 +87,7 @@ class VisionTower(nnx.Module):
             lambda layer, x, _, probe: layer(x, probe),
             interventions=interventions,
             taps=taps,
+            frozen=frozen,
         )
         features = self.multi_modal_projector(self.post_layernorm(x), outer)
         return Features(features), {**outer.taps, **layer_taps}
