@@ -242,7 +242,8 @@ def embedded_batch(model: Model, batch: Batch, size: int = _CHUNK, **storage) ->
 
     def encode(rows: np.ndarray, at: np.ndarray) -> Fitted:
         aligned = inputs.take(rows, min(1, batch.images)).aligned(batch.images, patches, at)
-        return Fitted(aligned, *(part[rows] for part in answers))
+        index, valid = (part[rows] for part in answers)
+        return Fitted(aligned, index, valid)
 
     return _embedded(model, encode, len(inputs.input_ids), size, **storage)
 

@@ -81,7 +81,7 @@ def init_editors(
         tower, _, _ = EDITOR_SITES[name].partition(".")
         depth = None if name == "cross" else depths[tower]
         where = blocks if name == "visual" else layers
-        features = vision.hidden_size if name == "visual" else width
+        features = vision.hidden_size if vision and name == "visual" else width
         size = visual_rank if name in ("visual", "cross") else rank
         made[name] = _editor(kind, name, groups[name], features, size, own, depth, where)
     return made
