@@ -21,7 +21,9 @@ class Args(SelectOptions, DataOptions, ModelOptions):
     A sample counts as right if greedy decoding would write exactly the first gold answer and then stop.
     """
 
-    task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = tuple(TASKS)
+    task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = tuple(
+        name for name, task in TASKS.items() if task.family
+    )
     """Tasks: names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
     cut: Cut = "attn"
     """What a cut removes from a layer. attn: the attention's output (the paper's choice); uniform: queries are zeroed,
