@@ -88,6 +88,8 @@ def transcript(scene: Scene) -> str:
             return text
         case Form(parts) | Chart(parts) | Signs(parts):
             return " ".join(f"{key} {value}" for _, key, value in parts)
+        case Arrangement(things):
+            return " ".join(f"{thing.colour} {thing.shape}" for thing in things)
 
 
 def random_emblem(rng: np.random.Generator) -> Emblem:
