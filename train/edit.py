@@ -193,7 +193,7 @@ def main(args: Args) -> None:
         trained = train_editors(model, processor, editors, train, args, "edit", run.path("training/_").parent)
         run.add("training/metrics.jsonl", training_log(f"{args.kind} editors"))
         run.timed("train", begun)
-        return tuple(fetch(trained).values())
+        return tuple(fetch(trained)[name] for name in sorted(trained))
 
     before = score("before")
     trained = run.once(

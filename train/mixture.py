@@ -31,6 +31,8 @@ class MixtureOptions:
             UserError: for weights that do not fit the tasks, a limit without an example for each task, or a task that
                 has too few examples for its share.
         """
+        if not self.train:
+            raise UserError("--train is empty: give at least one task")
         counts = shares(self.limit, self.weights, len(self.train))
         mixed: dict[str, list[Example]] = {}
         for name, count in zip(self.train, counts, strict=True):
