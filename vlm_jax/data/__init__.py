@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 
-from vlm_jax.data import catalogue, easy_vqa, loading
+from vlm_jax.data import catalogue, digits, easy_vqa, loading
 from vlm_jax.data.example import TASK_FAMILIES, Example
 from vlm_jax.data.folder import open_folder
 from vlm_jax.data.jsonl import read_jsonl
@@ -16,9 +16,9 @@ __all__ = ["Example", "load_task", "source", "task_label", "task_names"]
 
 
 def task_names() -> list[str]:
-    """All names that :func:`load_task` knows: the miniworld's tasks and families, easy-VQA, P0's families of datasets,
+    """All names that :func:`load_task` knows: the miniworld's tasks and families, easy-VQA, digits, P0's families,
     datasets by their plain names, and lmms-eval's tasks."""
-    return [*TASKS, *TASK_FAMILIES, easy_vqa.NAME, *catalogue.names()]
+    return [*TASKS, *TASK_FAMILIES, easy_vqa.NAME, digits.NAME, *catalogue.names()]
 
 
 def task_label(name_or_path: str | pathlib.Path) -> str:
@@ -57,6 +57,8 @@ def load_task(
         return loading.load_named(name, split, limit, options)
     if name == easy_vqa.NAME:
         return easy_vqa.load_easy_vqa(split, limit)
+    if name == digits.NAME:
+        return digits.load_digits(split, limit)
     if name not in (*TASKS, *TASK_FAMILIES):
         if path.is_dir():
             task, opened = open_folder(path, split)
@@ -82,6 +84,8 @@ def source(name_or_path: str | pathlib.Path, *, split: str = "eval", options: Da
         return loading.dataset_source(name, split, options)
     if name == easy_vqa.NAME:
         return easy_vqa.easy_vqa_source()
+    if name == digits.NAME:
+        return digits.digits_source()
     if name in (*TASKS, *TASK_FAMILIES):
         return {"dataset": "miniworld", "seed": WORLD_SEED}
     opened = open_folder(path, split)[1]
