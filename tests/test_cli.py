@@ -17,7 +17,7 @@ import interventions.trace.__main__
 import train.lora
 import train.plan
 import train.pretrain
-import train.study.options
+import train.study.placement.options
 import train.tune
 from eval.evaluation import AnswerOptions
 from interventions import Gate, digest, save_interventions
@@ -246,7 +246,7 @@ ARGS = {
     "eval.accuracy": eval.accuracy.Args,
     "train.lora": train.lora.Args,
     "train.tune": train.tune.Args,
-    "train.study": train.study.options.Args,
+    "train.study": train.study.placement.options.Args,
     "train.plan": train.plan.Args,
     "train.pretrain": train.pretrain.Args,
 }

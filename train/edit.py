@@ -4,14 +4,12 @@ python -m train.edit --model mini-llava-align --train mini-docvqa mini-textvqa -
 """
 
 import dataclasses
-import functools
 import itertools
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
-import numpy as np
 import tyro
 
 from eval import judging as metrics
@@ -24,53 +22,19 @@ from interventions.kinds.reft import Editor
 from interventions.statistics import mean_interval, paired
 from interventions.store import load_interventions, save_interventions
 from train.artifacts import EDITING, training_log
-from train.editors import EDITOR_LABELS, Edited, edited_tokens, editor_label, editor_loss
-from train.loop import WATCHING, LoopOptions, fit, forget
-from train.meter import About
+from train.editors import EDITOR_LABELS, TrainingOptions, train_editors
+from train.loop import WATCHING, forget
 from train.mixture import MixtureOptions
-from train.objective import Epochs, LabelOptions, adamw, scaled_rate, warmup_linear
 from vlm_jax import Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
-from vlm_jax.data import Example, easy_vqa, source
+from vlm_jax.data import easy_vqa, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
-from vlm_jax.mesh.sharding import own_rows
-from vlm_jax.processor import Processor
-from vlm_jax.prompts import Fitted, fitted, room_of
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.processes import fetch
-from vlm_jax.runs.ranges import Range
 from vlm_jax.runs.startup import load_tasks, start
-
-#: P4's peak learning rate, for a model of this width.
-_LR, _WIDTH = 6e-4, 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingOptions(LabelOptions, LoopOptions):
-    """How editors are trained. The defaults are those of P4's released code."""
-
-    epochs: Annotated[int, Range(least=1)] = 3
-    """Number of passes over all training examples."""
-    batch: Annotated[int, Range(least=1)] = 16
-    """Training examples in a micro-batch, which is what runs at once. A step has BATCH x ACCUMULATION examples."""
-    accumulation: Annotated[int, Range(least=1)] = 1
-    """Micro-batches in a step. They run one after the other, and their gradients are averaged."""
-    lr: float | None = None
-    """Peak learning rate of Adam. The rate rises from 0 to the peak, then falls linearly to 0. By default 6e-4 x 4096 /
-    WIDTH, where WIDTH is the model's hidden size; for P4's model, of width 4096, this is P4's rate."""
-    warmup: Annotated[float, Range(least=0, below=1)] = 0.03
-    """Share of the steps in which the learning rate rises."""
-    clip: float = 1.0
-    """Largest global norm of the gradients."""
-    seed: Annotated[int, Range(least=0)] = 0
-    """Seed of the editors' initial arrays and of the order of the training examples."""
-    suffix: Literal["prompt", "published"] = "prompt"
-    """Which tokens the suffix editor changes in training. prompt: the last ones of the prompt, as when the model
-    answers; published: the last ones of the prompt with its answer, as in P4's released training code, though not when
-    the model answers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,60 +56,6 @@ class Args(EditorOptions, TrainingOptions, MixtureOptions, metrics.MetricOptions
     out: Path = Path("runs/edit")
     """Folder for the results: editors.safetensors, which other commands take as --intervention, and the answers and
     scores from before and after. A stopped run with the same options continues there."""
-
-
-def train_editors(
-    model: Model,
-    processor: Processor,
-    editors: dict[str, Editor],
-    examples: list[Example],
-    options: TrainingOptions,
-    name: str = "edit",
-    folder: Path | None = None,
-) -> dict[str, Editor]:
-    """The editors after training. Nothing else is trained, and nothing below the lowest editor is differentiated.
-
-    Args:
-        name: the name of the training, for the progress bar.
-        folder: the folder for the log and the checkpoints; None writes nothing.
-    """
-    epochs = Epochs(len(examples), options.epochs, options.batch, options.accumulation, options.seed)
-    room, process_rows = room_of(examples, processor, model.config), own_rows(options.batch)
-    mark = edited_tokens(editors, options.suffix == "published")
-
-    def step_batch(step: int) -> Fitted:
-        def micro(rows: np.ndarray) -> Fitted:
-            chosen = [examples[row] for row in rows[process_rows]]
-            batch = fitted(chosen, room, processor, model.config, process_rows, mark)
-            return batch._replace(inputs=batch.inputs.turned())
-
-        return jax.tree.map(lambda *parts: np.stack(parts), *map(micro, epochs.rows(step)))
-
-    lr = options.lr if options.lr is not None else scaled_rate(_LR, model.config.text.hidden_size, _WIDTH)
-    schedule = functools.partial(warmup_linear, steps=epochs.steps, warmup=int(options.warmup * epochs.steps))
-    labels = [EDITOR_LABELS[editor] for editor in editors]
-    transforms, rates = options.optimisers(labels, lr, schedule, adamw)
-    about = About(
-        rate=rates,
-        ids=lambda step: [examples[row].id for row in epochs.rows(step).ravel()],
-        tokens=epochs.step_size * room.length,
-    )
-    trained = fit(
-        editor_loss,
-        Edited.of(model, editors),
-        step_batch,
-        transforms,
-        editor_label,
-        steps=epochs.steps,
-        rows=options.batch,
-        seed=options.seed,
-        clip=options.clip,
-        name=name,
-        folder=folder,
-        options=options,
-        about=about,
-    )
-    return trained.params.editors
 
 
 @command

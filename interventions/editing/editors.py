@@ -2,6 +2,7 @@
 layer."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from interventions.kinds.base import layer_table, slots
 from interventions.kinds.reft import Editor, LoReFT
 from vlm_jax import Model
 from vlm_jax.errors import UserError
+from vlm_jax.sites import BLOCK_SITES, LAYER_SITES, Intervention, Stage, stage
 
 #: Editor -> the site that it acts at. visual: psi_V, on all patches; cross: psi_c, on the visual tokens behind the
 #: projector; prefix, suffix: psi_P and psi_S, on the first and the last tokens of the text; ends: psi_P and psi_S tied,
@@ -117,19 +119,26 @@ def _editor(
     return kind(weights={site: weights}, slot={site: jnp.asarray(slot)}, group=group)
 
 
-def editor_parameters(editors: Mapping[str, Editor]) -> dict[str, int]:
-    """Trainable parameters of each editor."""
+def editor_parameters(editors: Mapping[str, Any]) -> dict[str, int]:
+    """Trainable parameters of each editor, or of another intervention with trainable ``weights``."""
     return {name: sum(a.size for a in jax.tree.leaves(editor.weights)) for name, editor in editors.items()}
 
 
-def lowest_edited(model: Model, editors: Mapping[str, Editor]) -> tuple[int, int]:
-    """The first vision block and the first layer that a backward pass to the editors runs through. No editor changes
-    anything below."""
-
-    def first(names: Iterable[str], depth: int) -> int:
-        acting = [np.flatnonzero(editors[name].active()[EDITOR_SITES[name]]) for name in names if name in editors]
-        return min((int(found[0]) for found in acting if len(found)), default=depth)
-
-    block = first(["visual"], model.depths["visual"])
-    below_layers = "cross" in editors or "visual" in editors
-    return block, 0 if below_layers else first(("prefix", "suffix", "ends", "steering"), model.depths["text"])
+def lowest_acting(model: Model, interventions: Iterable[Intervention]) -> tuple[int, int]:
+    """The lowest vision block and the lowest layer in which one of the interventions changes something, or what a lower
+    one changed arrives; the number of blocks or layers where there is none. A backward pass to the interventions'
+    arrays ends there."""
+    block, layer = model.depths["visual"], model.depths["text"]
+    for intervention in interventions:
+        active = intervention.active()
+        for site in intervention.sites:
+            acting = np.flatnonzero(np.atleast_1d(active.get(site, True)))
+            if not len(acting):
+                continue
+            if site in LAYER_SITES:
+                layer = min(layer, int(acting[0]))
+            elif stage(site) is not Stage.EXIT:  # in the tower, behind it, or before the layers
+                layer = 0
+                if site.startswith("visual."):
+                    block = min(block, int(acting[0]) if site in BLOCK_SITES else 0)
+    return block, layer

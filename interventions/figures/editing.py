@@ -22,3 +22,24 @@ def before_and_after(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8)
     return figure
+
+
+@drawer(
+    "intervals", accuracy="section: condition -> mean, low, high", full="the condition that others are compared with"
+)
+def conditions(accuracy: Mapping[str, Mapping], full: str) -> Figure:
+    """Accuracy with its interval: a row for each condition, coloured by section, in the order of the table."""
+    figure, axes = subplots(1, 1, size=(6.5, 1.2 + 0.27 * len(accuracy)))
+    axis = axes[0][0]
+    sections = list(dict.fromkeys(name.split(": ")[0] for name in accuracy))
+    for row, (name, one) in enumerate(reversed(accuracy.items())):
+        section, _, condition = name.partition(": ")
+        colour = f"C{sections.index(section) % 10}"
+        axis.plot([one["low"], one["high"]], [row, row], color=colour, lw=2, solid_capstyle="round")
+        axis.plot(one["mean"], row, "o", color=colour, ms=5)
+        if condition == full:
+            axis.axvline(one["mean"], color=colour, lw=0.8, ls=":")
+    axis.set_yticks(range(len(accuracy)), [name.partition(": ")[2] for name in reversed(accuracy)], fontsize=8)
+    axis.set_xlabel("accuracy on the trained tasks (95 % interval over samples and seeds)", fontsize=8)
+    axis.grid(axis="x", alpha=0.3)
+    return figure

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from interventions.kinds.lora import LoRA
 from interventions.modules import check_names, linears
 from vlm_jax import Model
-from vlm_jax.checkpoints.leaves import leaf_name
-from vlm_jax.errors import UserError
+from vlm_jax.checkpoints.leaves import leaf_name, named_leaves
+from vlm_jax.errors import UserError, nearest
 from vlm_jax.families import FAMILIES
 from vlm_jax.sites import TEXT_LINEARS, null_slots
 
@@ -40,6 +40,30 @@ def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropo
         a = jax.random.uniform(jax.random.fold_in(key, i), (len(layers), inputs, r), minval=-bound, maxval=bound)
         weights[f"text.{name}"] = (a, jnp.zeros((len(layers), r, outputs)))
     return LoRA(weights, _slots(model, placed), jnp.float32(alpha / r), dropout=dropout)
+
+
+def init_lora_on(model: Model, sites: Iterable[str], *, r: int, alpha: float, key: PRNGKeyArray) -> LoRA:
+    """A new adapter, without dropout, on linears of the decoder or of the vision tower, in all of their layers:
+    ``text.self_attn.q_proj``, ``visual.mlp.fc1`` ... A and B begin as in :func:`init_lora`.
+
+    Raises:
+        UserError: for a site that is not a linear of this model's layers.
+    """
+    shapes = {
+        f"{part}.{rest.partition('.')[2].removesuffix('.kernel')}": leaf.shape
+        for name, leaf in named_leaves(model).items()
+        for part, _, rest in [name.partition(".")]
+        if name.endswith(".kernel") and rest.startswith(("layers.", "blocks."))
+    }
+    weights, slot = {}, {}
+    for i, site in enumerate(sites):
+        if site not in shapes:
+            raise UserError(f"the model's layers have no linear {site!r}{nearest(site, shapes)}")
+        (_, inputs, outputs), depth = shapes[site], model.depths[site.partition(".")[0]]
+        bound = 1 / math.sqrt(inputs)
+        a = jax.random.uniform(jax.random.fold_in(key, i), (depth, inputs, r), minval=-bound, maxval=bound)
+        weights[site], slot[site] = (a, jnp.zeros((depth, r, outputs))), jnp.arange(depth, dtype=jnp.int32)
+    return LoRA(weights, slot, jnp.float32(alpha / r))
 
 
 def adapter_parameters(model: Model, names: Iterable[str], r: int) -> int:

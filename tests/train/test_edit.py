@@ -19,7 +19,9 @@ from interventions.trace.__main__ import main as trace_main
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_examples
 from train import edit
+from train import editors as editors_module
 from train.edit import Args
+from train.editors import train_editors
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode
 
@@ -91,7 +93,7 @@ def test_a_stopped_training_goes_on_to_the_same_editors(run, mini, editors, tmp_
     class Stopped(Exception):
         pass
 
-    real, calls = edit.fitted, []
+    real, calls = editors_module.fitted, []
 
     def stopping(*args, **how):
         calls.append(1)
@@ -100,9 +102,9 @@ def test_a_stopped_training_goes_on_to_the_same_editors(run, mini, editors, tmp_
         return real(*args, **how)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(edit, "fitted", stopping)
-        edit.train_editors(model, processor, begun, examples, run, folder=tmp_path)
-    resumed = edit.train_editors(model, processor, begun, examples, run, folder=tmp_path)
+        patch.setattr(editors_module, "fitted", stopping)
+        train_editors(model, processor, begun, examples, run, folder=tmp_path)
+    resumed = train_editors(model, processor, begun, examples, run, folder=tmp_path)
     for editor, whole in zip(resumed.values(), editors, strict=True):
         for a, b in zip(*map(jax.tree.leaves, (editor.weights, whole.weights)), strict=True):
             np.testing.assert_array_equal(a, b)

@@ -212,12 +212,23 @@ def make_scene(task: str, split: str, index: int) -> Scene:
 
 def make_example(task: str, split: str, index: int) -> Example:
     """One example of a task. Its picture does not depend on :data:`HELD_OUT_SHARE`."""
+    return _make(task, split, index)[0]
+
+
+def has_held_out_wording(example: Example) -> bool:
+    """Whether a miniworld example's question has a wording that pre-training never uses."""
+    task, split, index = example.id.split("/")
+    return _make(task, split, int(index))[1]
+
+
+def _make(task: str, split: str, index: int) -> tuple[Example, bool]:
+    """An example, and whether its wording is held out."""
     rng, drawn = _draw(task, split, index)
     # Twins with a different number of things need different numbers of random values, so they are drawn apart.
     image = draw_scene(picture(drawn), rng.spawn(1)[0] if TASKS[task].twins else rng)
     held_out = rng.random() < HELD_OUT_SHARE[task]
     question = TASKS[task].ask(rng, drawn, held_out)
-    return Example(
+    example = Example(
         id=f"{task}/{split}/{index:06d}",
         images=(image,),
         question=question.text,
@@ -228,3 +239,4 @@ def make_example(task: str, split: str, index: int) -> Example:
         metric=TASKS[task].metric,
         subtask=question.subtask,
     )
+    return example, held_out

@@ -10,7 +10,7 @@ import pytest
 from gradients import value_and_grad
 
 from interventions import GROUPS, bind, label
-from interventions.editing.editors import EDITOR_SITES, editor_parameters, init_editors, lowest_edited
+from interventions.editing.editors import EDITOR_SITES, editor_parameters, init_editors, lowest_acting
 from interventions.editing.options import EditorOptions
 from interventions.kinds.groups import tokens_of
 from interventions.kinds.reft import EDITOR_KINDS
@@ -144,7 +144,7 @@ def test_the_backward_pass_ends_at_the_lowest_editor():
     model = abstract(config_of("mini-qwen3-vl"))
 
     def lowest(**options):
-        return lowest_edited(model, EditorOptions(**options).init(model, KEY))
+        return lowest_acting(model, EditorOptions(**options).init(model, KEY).values())
 
     assert lowest() == (1, 0) and lowest(blocks=("2", "3")) == (2, 0)
     assert lowest(editors=("prefix", "suffix")) == (4, 1)  # no block, and the layers from 1 on

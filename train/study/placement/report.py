@@ -18,7 +18,7 @@ from interventions.modules import module_names
 from interventions.statistics import normalised, write_rows
 from interventions.trace.result import bounds, by_module
 from train.study.artifacts import RUNS, SUMMARY
-from train.study.recipes import RECIPES
+from train.study.placement.recipes import RECIPES
 from vlm_jax.errors import UserError
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
@@ -31,7 +31,7 @@ def report(run: Run, results: dict[str, dict], args) -> str:
     """Writes ``tables/``, ``figures/``, ``summary.json`` and ``results.parquet``.
 
     Args:
-        results: model -> the result of :func:`train.study.study.run_study`.
+        results: model -> the result of :func:`train.study.placement.study.run_study`.
 
     Returns:
         The main table and the findings, as Markdown.

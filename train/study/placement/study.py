@@ -7,7 +7,7 @@ from eval import judging as metrics
 from interventions.modules import module_names
 from interventions.placement.rules import choose_modules, find_placement
 from train.study.experiment import Experiment
-from train.study.options import Args, conditions
+from train.study.placement.options import Args, conditions
 from vlm_jax.data import Example, load_task
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError

@@ -13,7 +13,7 @@ from interventions.modules import check_k, default_k
 from interventions.placement.rules import find_placement
 from interventions.trace.corruption import CORRUPTIONS
 from interventions.trace.options import TraceOptions
-from train.study.recipes import RECIPES
+from train.study.placement.recipes import RECIPES
 from train.trunk import LoRAOptions
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
@@ -22,9 +22,8 @@ from vlm_jax.runs.ranges import Range
 
 # The command line lists the names; static checkers cannot compute them.
 if TYPE_CHECKING:
-    RecipeName = CorruptionName = str
+    CorruptionName = str
 else:
-    RecipeName = Literal[tuple(RECIPES)]
     CorruptionName = Literal[tuple(CORRUPTIONS)]
 
 
@@ -42,8 +41,9 @@ class Args(DataOptions, LoadOptions):
     first paper in README.md.
     """
 
-    recipe: RecipeName = "p0"
-    """The study to run: which placements it compares, and which paper's numbers its tables show."""
+    recipe: Literal["p0"] = "p0"
+    """The study to run. Each has options of its own: --recipe NAME --help shows them. p0: this one. p4, p4-full and
+    p4-control: P4's representation editors."""
     models: Annotated[tuple[str, ...], _list("MODEL")] = ("mini-qwen3-vl", "mini-gemma3")
     """The models to study: embedded models, Hugging Face folders or hub ids."""
     families: Annotated[tuple[str, ...], _list("TASK")] = ("knowledge", "perception")

@@ -43,8 +43,8 @@ class Estimate:
 
     @classmethod
     def of(cls, experiment: Experiment, conditions: Sequence, args) -> "Estimate":
-        """The estimate for conditions from :func:`train.study.options.conditions`. It is too high if placements choose
-        the same modules: the estimate counts each of them, but the study trains them once."""
+        """The estimate for conditions from :func:`train.study.placement.options.conditions`. It is too high if
+        placements choose the same modules: the estimate counts each of them, but the study trains them once."""
         model, families = experiment.model, list(args.families)
         depth = experiment.depth
         rows = [example for family in families for example in experiment.traced[family][: _SAMPLE // 2]]

@@ -17,12 +17,12 @@ from interventions.placement.scores import ModuleScore
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, summarise
 from train.study import experiment as experiments
-from train.study import report as reports
 from train.study.experiment import Experiment
-from train.study.options import Args, check_options, conditions
-from train.study.recipes import RECIPES
-from train.study.report import Outcomes, comparisons, predictions, report
-from train.study.study import examples_by_split
+from train.study.placement import report as reports
+from train.study.placement.options import Args, check_options, conditions
+from train.study.placement.recipes import RECIPES
+from train.study.placement.report import Outcomes, comparisons, predictions, report
+from train.study.placement.study import examples_by_split
 from vlm_jax.errors import UserError
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
@@ -80,7 +80,9 @@ def test_refusals(changed, message):
 
 
 def test_a_family_with_too_few_examples_is_refused(monkeypatch):
-    monkeypatch.setattr("train.study.study.load_task", lambda name, split, limit, options: ["example"] * min(limit, 5))
+    monkeypatch.setattr(
+        "train.study.placement.study.load_task", lambda name, split, limit, options: ["example"] * min(limit, 5)
+    )
     with pytest.raises(UserError, match="perception has 5 examples to eval, not 6: lower --eval"):
         examples_by_split(Args(families=("perception", "knowledge"), trace=5, train=5, eval=6))
 

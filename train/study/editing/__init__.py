@@ -1,0 +1,1 @@
+"""P4: which editors matter, where, at which rank, against LoRA?"""

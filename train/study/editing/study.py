@@ -1,0 +1,178 @@
+"""Runs P4's study: every condition is trained with every seed and scored on the same held-out examples."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from eval.evaluation import evaluate
+from interventions.editing.editors import editor_parameters
+from interventions.placement.adapters import init_lora_on
+from interventions.store import load_interventions, save_interventions
+from train import tune
+from train.artifacts import training_log
+from train.editors import train_editors
+from train.loop import forget
+from train.objective import scaled_rate
+from train.study.editing.options import Args
+from train.study.editing.recipes import Condition
+from vlm_jax import Model, save
+from vlm_jax.data import Example
+from vlm_jax.processor import Processor
+from vlm_jax.runs.artifacts import Artifact
+from vlm_jax.runs.folder import Run
+from vlm_jax.runs.processes import fetch
+from vlm_jax.sites import TEXT_LINEARS, VISUAL_LINEARS
+
+#: P0's learning rate of LoRA, for a model of width 2560, and its rank and alpha.
+_LORA_LR, _RANK, _ALPHA = 2e-4, 64, 16.0
+#: Linears of the decoder that get LoRA if there is little room (Hu et al. 2022).
+_FEW = ("text.self_attn.q_proj", "text.self_attn.v_proj")
+
+
+class Cell(NamedTuple):
+    """The result of one training."""
+
+    parameters: int
+    """Number of trained parameters."""
+    scores: np.ndarray
+    """Of every held-out example."""
+    step_seconds: float | None
+    """Mean time of a training step; None if there was no training, or if it was too short to tell."""
+
+
+class Study(NamedTuple):
+    """What all cells share."""
+
+    args: Args
+    run: Run
+    model: Model
+    processor: Processor
+    trained: list[Example]
+    tested: list[Example]
+
+    def cell(self, condition: Condition, seed: int) -> Cell:
+        """The held-out scores of a condition that was trained with this seed."""
+        folder = f"cells/{condition.name.replace(' / ', '-').replace(', ', '-').replace(' ', '-')}"
+        if condition.editors is None and condition.lora is None and not condition.decoder:
+            return Cell(0, self._scored(folder, condition.name, self.model), None)
+        folder = f"{folder}/seed-{seed}"
+        options = dataclasses.replace(self.args, seed=seed, suffix=condition.suffix)
+        if condition.decoder:
+            model = self._tuned(folder, condition.name, options)
+            parameters = sum(leaf.size for leaf in jax.tree.leaves(model.text))
+            return Cell(parameters, self._scored(folder, condition.name, model), self._step_seconds(folder))
+        editors = self._begun(condition, seed)
+        if condition.lora is not None:
+            options = dataclasses.replace(options, lr=self._lr(_LORA_LR))
+        trained = self._once(
+            f"{folder}/interventions.safetensors",
+            condition.name,
+            lambda training: train_editors(
+                self.model, self.processor, editors, self.trained, options, condition.name, training
+            ),
+        )
+        scores = self._scored(folder, condition.name, self.model, trained)
+        return Cell(sum(editor_parameters(editors).values()), scores, self._step_seconds(folder))
+
+    def _lr(self, rate: float) -> float:
+        width = self.model.config.text.hidden_size
+        return self.args.lr if self.args.lr is not None else scaled_rate(rate, width)
+
+    def _begun(self, condition: Condition, seed: int) -> dict[str, Any]:
+        """The untrained interventions of a condition."""
+        key = jax.random.key(seed)
+        if condition.editors is not None:
+            return condition.editors.init(self.model, key)
+        text = [f"text.{name}" for names in TEXT_LINEARS.values() for name in names]
+        match condition.lora:
+            case "decoder":
+                sites, rank = text, _RANK
+            case "decoder and tower":
+                linears = {f"visual.{name}" for names in VISUAL_LINEARS.values() for name in names}
+                assert self.model.visual is not None, "P4's study is of vision-language models"
+                sites, rank = [*text, *sorted(linears & self.model.visual.SITES)], _RANK
+            case _:  # as large as MRT
+                sites, rank = list(_FEW), self._rank_as_large_as_mrt()
+        return {"lora": init_lora_on(self.model, sites, r=rank, alpha=_ALPHA, key=key)}
+
+    def _rank_as_large_as_mrt(self) -> int:
+        """The rank at which LoRA on :data:`_FEW` linears is nearest in size to MRT's editors."""
+        full = self.args.chosen()[0].editors
+        assert full is not None
+        wanted = sum(editor_parameters(full.init(self.model, jax.random.key(0))).values())
+        one = sum(
+            editor_parameters(
+                {"lora": init_lora_on(self.model, _FEW, r=1, alpha=_ALPHA, key=jax.random.key(0))}
+            ).values()
+        )
+        return max(1, round(wanted / one))
+
+    def _once(self, name: str, title: str, train: Callable) -> tuple:
+        folder = name.rpartition("/")[0]
+
+        def make() -> tuple:
+            begun = time.perf_counter()
+            trained = train(self.run.path(f"{folder}/training/_").parent)
+            self.run.add(f"{folder}/training/metrics.jsonl", training_log(title))
+            self.run.timed(f"train {folder}", begun)
+            return tuple(fetch(trained)[part] for part in sorted(trained))
+
+        loaded = self.run.once(
+            name,
+            make,
+            Artifact("intervention", f"{title}: what was trained"),
+            write=save_interventions,
+            read=load_interventions,
+        )
+        forget(self.run.folder / folder / "training", self.args)
+        return loaded
+
+    def _tuned(self, folder: str, title: str, options: Args) -> Model:
+        """The model whose whole decoder was tuned."""
+        told = tune.Args(
+            epochs=options.epochs,
+            batch=options.batch * options.accumulation,
+            lr=self._lr(_LORA_LR / 10),
+            seed=options.seed,
+            save_every=options.save_every,
+        )
+
+        def make() -> Model:
+            training = self.run.path(f"{folder}/training/_").parent
+            tuned = tune.tune(self.model, self.processor, self.trained, told, training)
+            self.run.add(f"{folder}/training/metrics.jsonl", training_log(title))
+            return tuned
+
+        tuned = self.run.once(
+            f"{folder}/model",
+            make,
+            Artifact("model", f"{self.args.model} after {title}"),
+            write=lambda path, tuned: (save(tuned, path), self.processor.save_pretrained(path)),
+            read=lambda path: self.args.load_model(str(path))[0],
+        )
+        forget(self.run.folder / folder / "training", self.args)
+        return tuned
+
+    def _scored(self, folder: str, title: str, model: Model, acting: tuple = ()) -> np.ndarray:
+        scored = evaluate(
+            self.run,
+            f"{folder}/",
+            model,
+            self.processor,
+            self.tested,
+            self.args,
+            self.args.answering,
+            interventions=acting,
+            title=title,
+            label=title,
+        )
+        return np.array(scored["scores"])
+
+    def _step_seconds(self, folder: str) -> float | None:
+        lines = (self.run.folder / folder / "training/metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["step_seconds"]

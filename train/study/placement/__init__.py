@@ -1,0 +1,1 @@
+"""P0: does it matter where LoRA goes?"""
