@@ -24,9 +24,7 @@ def before_and_after(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     return figure
 
 
-@drawer(
-    "intervals", accuracy="section: condition -> mean, low, high", full="the condition that others are compared with"
-)
+@drawer("intervals", accuracy="section: condition -> mean, low, high", full="what others are compared with")
 def conditions(accuracy: Mapping[str, Mapping], full: str) -> Figure:
     """Accuracy with its interval: a row for each condition, coloured by section, in the order of the table."""
     figure, axes = subplots(1, 1, size=(6.5, 1.2 + 0.27 * len(accuracy)))

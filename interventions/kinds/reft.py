@@ -18,6 +18,13 @@ from vlm_jax.sites import Context
 from vlm_jax.typing import ArrayLike
 
 
+def orthonormal(projection: Float[ArrayLike, "width rank"]) -> Float[Array, "width rank"]:
+    """The orthonormal factor of a projection's QR decomposition, in float32. Its signs are fixed, so it is a smooth
+    function of the projection, and an orthonormal projection is its own factor."""
+    u, upper = jnp.linalg.qr(projection.astype(jnp.float32))
+    return u * jnp.where(jnp.diagonal(upper) < 0, -1, 1)
+
+
 @flax.struct.dataclass
 class Editor(OnTokens):
     """What the editors share.
@@ -56,10 +63,7 @@ class Editor(OnTokens):
             )
         slot, used = slot_at(self.slot[site], len(projection), ctx)
         u = projection[slot]
-        if self.orthonormal:
-            u, upper = jnp.linalg.qr(u.astype(jnp.float32))
-            u = u * jnp.where(jnp.diagonal(upper) < 0, -1, 1)
-        u = u.astype(value.dtype)
+        u = (orthonormal(u) if self.orthonormal else u).astype(value.dtype)
         edited = value + self.source(value, u, *(array[slot] for array in arrays)) @ u.T
         return self.only(site, jnp.where(used, edited, value), value, ctx)
 

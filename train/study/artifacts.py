@@ -37,7 +37,7 @@ EDITING_SUMMARY = Schema(
         "rows.parameters": "number of trained parameters",
         "rows.seeds": "number of trainings",
         "rows.step_seconds": "mean time of a training step, without compiling; null without a training",
-        "rows.accuracy.PART": "mean score on a part of the held-out examples with its 95 % interval over samples and seeds",
+        "rows.accuracy.PART": "mean score on a part of the held-out examples, with its 95 % interval",
         "rows.minus_full": "less the full method on the trained tasks: difference, interval, p, p adjusted by Holm",
         "reported": "the paper's numbers",
     },

@@ -47,9 +47,10 @@ def _depths(*words: str) -> list[Condition]:
 
 
 _METHOD = Condition(FULL, "method", EditorOptions())
+_OTHERS = {name: tuple(other for other in _EDITORS if other != name) for name in _EDITORS}
 _REMOVED = _editing(
     "without one editor",
-    **{f"without {name}": {"editors": tuple(e for e in _EDITORS if e != name)} for name in _EDITORS},
+    **{f"without {name}": {"editors": _OTHERS[name]} for name in _EDITORS},
 )
 _ALONE = _editing("one editor alone", **{f"{name} alone": {"editors": (name,)} for name in _EDITORS})
 _PUBLISHED = Condition("published suffix", "method", EditorOptions(), suffix="published")
