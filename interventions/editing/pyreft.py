@@ -29,10 +29,6 @@ _COMPONENTS = {
     "visual.resid_post": "vision.block_output",
     "text.embeddings": "input",
 }
-    "text.resid_post": "block_output",
-    "visual.resid_post": "vision.block_output",
-    "text.embeddings": "input",
-}
 _TYPE = "<class 'pyreft.interventions.{}Intervention'>"
 
 
