@@ -274,8 +274,8 @@ def _embedded(
     def parts() -> Iterator[Trunk]:
         process_rows = own_rows(size)
         for rows in _chunks(count, size):
-            inputs, *answers = encode(rows[process_rows], process_rows)
-            yield _embed(model, *placed_rows((inputs.turned(), *answers), size))
+            part = encode(rows[process_rows], process_rows)
+            yield _embed(model, *placed_rows((part.inputs.turned(), part.index, part.valid), size))
 
     return stored(parts(), count, **storage)
 
