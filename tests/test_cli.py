@@ -14,9 +14,11 @@ import eval.accuracy
 import interventions.flow.__main__
 import interventions.talo.options
 import interventions.trace.__main__
+import train.edit
 import train.lora
 import train.plan
 import train.pretrain
+import train.study.editing.options
 import train.study.placement.options
 import train.tune
 from eval.evaluation import AnswerOptions
@@ -246,7 +248,9 @@ ARGS = {
     "eval.accuracy": eval.accuracy.Args,
     "train.lora": train.lora.Args,
     "train.tune": train.tune.Args,
+    "train.edit": train.edit.Args,
     "train.study": train.study.placement.options.Args,
+    "train.study --recipe p4": train.study.editing.options.Args,
     "train.plan": train.plan.Args,
     "train.pretrain": train.pretrain.Args,
 }
@@ -258,6 +262,8 @@ EXPECTED = {
     "eval.accuracy": "--task --limit --out --adapter --intervention --metric --answer-batch",
     "train.lora": "--placement --batch --accumulation --out --train --eval --trace --lr --epochs --r --noise-scale",
     "train.tune": "--train --eval --eval-limit --parts --batch --lr --epochs --answer-batch --out",
+    "train.edit": "--model --preset --train --eval --limit --eval-limit --epochs --kind --suffix --answer-batch --out",
+    "train.study --recipe p4": "--recipe --model --train --eval --limit --eval-limit --seeds --conditions --out",
     "train.study": "--recipe --models --batch --lr --epochs --noise-scale --answer-batch --trace --train --eval --out",
 }
 
