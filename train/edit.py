@@ -145,10 +145,9 @@ def show(results: dict) -> None:
     print(f"{'task':20s} before  after [95 %]             change [95 %]")
     for task, found in results["tasks"].items():
         before, after, change = found["before"], found["after"], found["change"]
-        spans = [f"[{part['low']:.3f}, {part['high']:.3f}]" for part in (after, change)]
-        print(
-            f"{task:20s} {before['mean']:.3f}   {after['mean']:.3f} {spans[0]}   {change['difference']:+.3f} {spans[1]}"
-        )
+        now = f"{after['mean']:.3f} [{after['low']:.3f}, {after['high']:.3f}]"
+        moved = f"{change['difference']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+        print(f"{task:20s} {before['mean']:.3f}   {now}   {moved}")
 
 
 if __name__ == "__main__":

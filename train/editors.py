@@ -41,6 +41,10 @@ EDITOR_LABELS = {
 }
 
 
+#: A function of an encoded batch: editor -> the tokens that it changes, ``(B, T)`` bool.
+Mark = Callable[[Batch], dict[str, np.ndarray]]
+
+
 @flax.struct.dataclass
 class Edited:
     """A frozen model, and the editors that are trained, by name
@@ -68,9 +72,7 @@ def editor_label(path: str) -> str:
     return EDITOR_LABELS[name] if field == "weights" else FREEZE
 
 
-def edited_tokens(
-    editors: Mapping[str, Intervention], published: bool = False
-) -> Callable[[Batch], dict[str, np.ndarray]]:
+def edited_tokens(editors: Mapping[str, Intervention], published: bool = False) -> Mark:
     """A function that marks the tokens of each editor in an encoded batch: those of its group. A row may have none.
 
     Args:
@@ -151,16 +153,18 @@ def train_editors(
     options: TrainingOptions,
     name: str = "edit",
     folder: Path | None = None,
+    mark: Mark | None = None,
 ) -> dict[str, Any]:
     """The editors after training. Nothing else is trained, and nothing below the lowest editor is differentiated.
 
     Args:
         name: the name of the training, for the progress bar.
         folder: the folder for the log and the checkpoints; None writes nothing.
+        mark: marks the tokens of each editor in an encoded batch; None for those of their groups.
     """
     epochs = Epochs(len(examples), options.epochs, options.batch, options.accumulation, options.seed)
     room, process_rows = room_of(examples, processor, model.config), own_rows(options.batch)
-    mark = edited_tokens(editors, options.suffix == "published")
+    mark = mark or edited_tokens(editors, options.suffix == "published")
 
     def step_batch(step: int) -> Fitted:
         def micro(rows: np.ndarray) -> Fitted:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from train.study.control.main import run_control
+from train.study.control.options import Args as ControlArgs
 from train.study.editing.main import run_study
 from train.study.editing.options import Args as EditingArgs
 from train.study.placement.main import run_placements
@@ -27,6 +29,7 @@ STUDIES = {
     "p0": Study(PlacementArgs, run_placements),
     "p4": Study(EditingArgs, run_study),
     "p4-full": Study(EditingArgs, run_study),
+    "p4-control": Study(ControlArgs, run_control),
 }
 
 

@@ -42,3 +42,22 @@ EDITING_SUMMARY = Schema(
         "reported": "the paper's numbers",
     },
 )
+CONTROL_ANSWERS = Schema(
+    "control_answers",
+    {
+        "kind": "fixed, rewording N, another class, or own question",
+        "id": "the picture and what was asked",
+        "question": "the question",
+        "true": "the true answer",
+        "answer": "what the model wrote, in lower case",
+    },
+)
+CONTROL_SUMMARY = Schema(
+    "control_summary",
+    {
+        "rows.task": "the pictures",
+        "rows.condition": "which tokens were edited, or unedited",
+        "rows.right": "of the unedited model: share of true answers, with its 95 % interval over questions",
+        "rows.MEASURE": "share of answers that were turned or stayed, with its 95 % interval over questions",
+    },
+)
