@@ -55,8 +55,7 @@ class Args(LabelOptions):
     """The stages to run. Each starts from the model of the stage before it."""
     spatial: bool = False
     """Whether every stage also teaches where things are: what follows from statements such as "The star is left of the
-    cross.", pictures with several shapes to describe, and questions about them (mini-vsr, mini-vqa, mini-caption).
-    mini-llava and mini-gemma3 learnt this, mini-qwen3-vl did not."""
+    cross.", pictures with several shapes to describe, and questions about them (mini-vsr, mini-vqa, mini-caption)."""
     steps: tuple[int, int, int] = (500, 3000, 2600)
     """Number of training steps in each of the three stages."""
     turns: tuple[int, int, int] = (12000, 24000, 36000)

@@ -47,6 +47,7 @@ CONTROL_ANSWERS = Schema(
     {
         "kind": "fixed, rewording N, another class, or own question",
         "id": "the picture and what was asked",
+        "picture": "the picture",
         "question": "the question",
         "true": "the true answer",
         "answer": "what the model wrote, in lower case",
@@ -57,7 +58,7 @@ CONTROL_SUMMARY = Schema(
     {
         "rows.task": "the pictures",
         "rows.condition": "which tokens were edited, or unedited",
-        "rows.right": "of the unedited model: share of true answers, with its 95 % interval over questions",
-        "rows.MEASURE": "share of answers that were turned or stayed, with its 95 % interval over questions",
+        "rows.right": "of the unedited model: share of true answers, with its 95 % interval over pictures",
+        "rows.MEASURE": "share of answers that were turned or stayed, with its 95 % interval over pictures",
     },
 )

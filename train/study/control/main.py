@@ -2,8 +2,9 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import jax
 import numpy as np
 
 from eval.tables import Table
@@ -12,7 +13,8 @@ from train.loop import WATCHING
 from train.study.artifacts import CONTROL_SUMMARY
 from train.study.control.options import Args
 from train.study.control.places import PLACES, check_grid
-from train.study.control.study import CLASSES, Control, pictures_of
+from train.study.control.study import CLASSES, Control, begun, pictures_of
+from vlm_jax import Model
 from vlm_jax.data import source
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.processes import progress
@@ -30,7 +32,12 @@ def run_control(args: Args) -> None:
     pictures = {task: pictures_of(task) for task in args.tasks}
     every = [example for both in pictures.values() for split in both for example, _ in split[:50]]
     data = {task: source(task) for task in args.tasks}
-    run, model, processor = start(args, every, data, check=check_grid, ignored=WATCHING)
+
+    def check(model: Model) -> None:
+        check_grid(model)
+        jax.eval_shape(lambda: begun(model, args.rank, jax.random.key(0)))
+
+    run, model, processor = start(args, every, data, check=check, ignored=WATCHING)
     rows = []
     for task in args.tasks:
         control = Control(args, run, task, pictures[task], model, processor).base()
@@ -57,34 +64,30 @@ def run_control(args: Args) -> None:
     print(f"{time.perf_counter() - began:.0f} s; tables and editors are in {args.out}")
 
 
-def right(records) -> dict:
-    """How often the unedited model answers the fixed question and its rewordings as is true."""
-    scores = [record["answer"] == record["true"] for record in records if record["kind"] not in ("own question",)]
-    return mean_interval(np.array(scores, float))
+def right(records: Iterable[dict]) -> dict:
+    """How often the unedited model answers the questions about classes as is true."""
+    scores: dict[str, list[float]] = {}
+    for record in records:
+        if record["kind"] != "own question":
+            scores.setdefault(record["picture"], []).append(float(record["answer"] == record["true"]))
+    return mean_interval(np.array([np.mean(values) for values in scores.values()]))
 
 
 def measure(edited: Sequence[dict], unedited: Sequence[dict]) -> dict[str, list[float]]:
-    """The scores of one class under a condition.
+    """The scores of one class under a condition: for each measure, the mean of each picture's questions.
 
     An answer is turned if the unedited model gave the true one and the edited model gives the other. It is unchanged if
-    both give the same. Only questions that the unedited model answers right count.
+    both give the same. Of the questions about classes only those count that the unedited model answers right.
     """
-    scores: dict[str, list[float]] = {name: [] for name in MEASURES}
+    scores: dict[str, dict[str, list[float]]] = {name: {} for name in MEASURES}
     for now, before in zip(edited, unedited, strict=True):
         assert now["id"] == before["id"], "both asked the same"
         if before["answer"] != before["true"] and now["kind"] != "own question":
             continue
-        other = {"yes": "no", "no": "yes"}.get(now["true"])
-        match now["kind"]:
-            case "fixed":
-                scores[MEASURES[0]].append(float(now["answer"] == other))
-            case "another class":
-                scores[MEASURES[2]].append(float(now["answer"] == before["answer"]))
-            case "own question":
-                scores[MEASURES[3]].append(float(now["answer"] == before["answer"]))
-            case _:
-                scores[MEASURES[1]].append(float(now["answer"] == other))
-    return scores
+        name = {"fixed": 0, "another class": 2, "own question": 3}.get(now["kind"], 1)
+        expected = {"yes": "no", "no": "yes"}[now["true"]] if name < 2 else before["answer"]
+        scores[MEASURES[name]].setdefault(now["picture"], []).append(float(now["answer"] == expected))
+    return {name: [float(np.mean(values)) for values in of.values()] for name, of in scores.items()}
 
 
 def _span(found: dict) -> str:

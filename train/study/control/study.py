@@ -56,6 +56,12 @@ def pictures_of(task: str) -> Pictures:
     return Pictures(of("train"), of("test"))
 
 
+def begun(model: Model, rank: int, key: jax.Array) -> dict[str, Any]:
+    """The untrained editors, in all layers of the decoder. They name no tokens, because the condition does."""
+    (editor,) = init_editors(model, editors=("steering",), rank=rank, key=key).values()
+    return {"steering": editor.replace(group=None)}
+
+
 class Control(NamedTuple):
     """What all trainings of one task share."""
 
@@ -103,15 +109,14 @@ class Control(NamedTuple):
         examples = [turned(ask(picture, name, shown)) for picture, shown in chosen]
         if condition == "shuffled labels":
             examples = shuffled(examples, self.args.seed)
-        key = jax.random.key(self.args.seed)
-        begun = {"steering": _everywhere(init_editors(self.model, editors=("steering",), rank=self.args.rank, key=key))}
+        untrained = begun(self.model, self.args.rank, jax.random.key(self.args.seed))
         folder = f"{self.task}/{condition.replace(' ', '-')}/{name}"
 
         def make() -> tuple[Editor, ...]:
             training = self.run.path(f"{folder}/training/_").parent
             title = f"{self.task} {name}, {condition}"
             trained = train_editors(
-                self.model, self.processor, begun, examples, self.args, title, training, mark_of(condition)
+                self.model, self.processor, untrained, examples, self.args, title, training, mark_of(condition)
             )
             self.run.add(f"{folder}/training/metrics.jsonl", training_log(title))
             return tuple(fetch(trained).values())
@@ -162,6 +167,7 @@ class Control(NamedTuple):
                 {
                     "kind": kind,
                     "id": example.id,
+                    "picture": example.image_id or example.id.split("/")[1],
                     "question": example.question,
                     "true": example.answers[0],
                     "answer": text,
@@ -170,11 +176,6 @@ class Control(NamedTuple):
             ]
 
         return self.run.once(f"{folder}/answers.jsonl", make, Artifact("samples", title, CONTROL_ANSWERS))
-
-
-def _everywhere(editors: dict[str, Any]) -> Any:
-    """The editor without its own group of tokens, because the condition names them."""
-    return editors["steering"].replace(group=None)
 
 
 def _answered(
