@@ -35,6 +35,7 @@ from interventions import (
 )
 from interventions.kinds import KINDS
 from interventions.kinds.base import kind, option
+from interventions.kinds.reft import EDITOR_KINDS
 from vlm_jax import Intervention
 from vlm_jax.errors import UserError
 
@@ -58,6 +59,8 @@ def knock(mode, **how):
     return AttentionKnockout.between(LAYERS, **BETWEEN, mode=mode, **how).replace(groups=GROUP_LABELS)
 
 
+#: Shapes of the editors' arrays besides the projection.
+SOURCES = {"W": (2, WIDTH, 3), "b": (2, 3)}
 SAVED = {
     "Patch": Patch({"text.attn_out": normal(2, 2, LENGTH, WIDTH)}, {"text.attn_out": SLOT}, WHERE),
     "Patch of heads": Patch(
@@ -83,6 +86,14 @@ SAVED = {
     "LoReFT": LoReFT(
         {"text.resid_post": (normal(2, WIDTH, 3), normal(2, WIDTH, 3), normal(2, 3))}, {"text.resid_post": SLOT}
     ),
+    **{
+        name: cls(
+            {"text.resid_post": (normal(2, WIDTH, 3), *(normal(*SOURCES[part]) for part in cls.sources))},
+            {"text.resid_post": SLOT},
+        )
+        for name, cls in EDITOR_KINDS.items()
+        if name != "LoReFT"
+    },
     "LoRA": LoRA(
         {"text.self_attn.q_proj": (normal(2, WIDTH, 3), normal(2, 3, HEADS * HEAD_DIM))},
         {"text.self_attn.q_proj": SLOT},

@@ -133,6 +133,7 @@ def test_traces_run_the_edited_model(mini, editors, examples):
     assert np.abs(traced.p_clean - plain.p_clean).max() > 1e-3 and np.abs(traced.ie - plain.ie).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_flow_runs_the_edited_model(mini, editors, examples):
     model, processor = mini
     batch = encode(examples, processor, model.config)
@@ -149,6 +150,7 @@ def test_flow_runs_the_edited_model(mini, editors, examples):
     assert [record["output"] for record in records if record["edge"] is None] == wanted
 
 
+@pytest.mark.slow
 def test_talo_runs_the_edited_model(mini, editors, examples):
     base, correct = tabulate(*mini, examples, batch=4, interventions=editors)
     batch = encode(examples, mini[1], mini[0].config)

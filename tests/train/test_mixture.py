@@ -51,7 +51,10 @@ def test_a_mixture_has_the_first_examples_of_each_task():
     "options, says",
     [
         (MixtureOptions(("mini-docvqa", "mini-docvqa"), 8), "names mini-docvqa twice"),
-        (MixtureOptions(("mini-docvqa", "mini-vsr"), 8000), "mini-docvqa has 3000 training examples, but its share"),
+        (
+            MixtureOptions(("digits", "mini-vsr"), 2002),
+            "digits has 1000 training examples, but its share of --limit 2002 is",
+        ),
         (MixtureOptions(("mini-docvq",), 8), "did you mean 'mini-docvqa'"),
         (MixtureOptions((), 8), "--train is empty"),
     ],

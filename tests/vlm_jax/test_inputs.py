@@ -446,7 +446,8 @@ def test_a_room_holds_what_each_example_needs(processor, config, monkeypatch):
     assert room.patches == max(b.inputs.images.patch_mask.shape[1] for b in apart if b.inputs.images is not None)
     shapes = set()
     for example, alone in zip(examples, apart, strict=True):
-        inputs, index, valid = prompts.fitted([example], room, processor, config)
+        inputs, index, valid, where = prompts.fitted([example], room, processor, config)
+        assert where is None
         shapes.add(tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index, valid))))
         length = alone.inputs.attention_mask.sum()
         np.testing.assert_array_equal(inputs.input_ids[0, :length], alone.inputs.input_ids[0, :length])

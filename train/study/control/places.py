@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -19,8 +20,9 @@ _CONTRAST = 0.5
 
 def check_grid(model: Model) -> None:
     """Refuses a model whose visual tokens are not one for each patch, so that the object's tokens are not known."""
-    side = getattr(model.config.vision, "side", None)
-    if side is None or model.config.vision.tokens != side**2:
+    vision: Any = model.config.vision
+    side = getattr(vision, "side", None)
+    if side is None or vision.tokens != side**2:
         raise UserError("controllability needs one visual token for each patch: choose a LLaVA")
 
 
