@@ -126,8 +126,8 @@ def warmup_linear(peak: float, steps: int, warmup: int) -> optax.Schedule:
 @functools.cache
 def warmup_cosine(peak: float, steps: int, warmup: int, end: float = 0.0) -> optax.Schedule:
     """A learning rate that rises linearly from 0 to ``peak`` in ``warmup`` steps, then falls along a cosine to ``end``
-    at the last step."""
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
+    at the last step. It rises in fewer steps if there are no more than ``warmup``."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, steps - 1), steps, end)
 
 
 @functools.cache

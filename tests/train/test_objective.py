@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tyro
 
-from train.objective import Epochs, LabelOptions, adamw, linear_decay, scaled_rate, warmup_cosine
+from train.objective import Epochs, LabelOptions, adamw, linear_decay, scaled_rate, warmup_cosine, warmup_linear
 from vlm_jax import UserError
 
 
@@ -33,6 +33,12 @@ def test_schedules_and_rates():
     assert [float(rate(step)) for step in (0, 5, 10)] == [1, 0.5, 0]
     rate = warmup_cosine(1.0, 30, 10, 0.1)
     assert [round(float(rate(step)), 6) for step in (0, 5, 10, 20, 30)] == [0, 0.5, 1, 0.55, 0.1]
+    assert [round(float(warmup_linear(1.0, 12, 2)(step)), 6) for step in (0, 1, 2, 7, 12)] == [0, 0.5, 1, 0.5, 0]
+    for steps in (1, 2):  # too few for the warm-up
+        assert np.isfinite([float(warmup_cosine(1.0, steps, 5)(step)) for step in range(steps)]).all()
+        assert np.isfinite([float(warmup_linear(1.0, steps, 5)(step)) for step in range(steps)]).all()
+    assert float(warmup_cosine(1.0, 1, 1)(0)) == 1.0
+    assert scaled_rate(6e-4, 128, 4096) == pytest.approx(6e-4 * 32)
     assert scaled_rate(2e-4, 2560) == 2e-4 and scaled_rate(2e-4, 1280) == pytest.approx(4e-4)
 
 

@@ -51,7 +51,7 @@ def run_control(args: Args) -> None:
             for measured, value in values.items():
                 found.setdefault(condition, {}).setdefault(measured, []).extend(value)
         for condition, values in found.items():
-            rows.append({"task": task, "condition": condition, **{m: mean_interval(v) for m, v in values.items()}})
+            rows.append({"task": task, "condition": condition, **{m: _interval(v) for m, v in values.items()}})
     content = {"rows": rows}
     run.save_json("summary.json", content, Artifact("metrics", "Answers turned and unchanged", CONTROL_SUMMARY))
     cells = [(row["task"], row["condition"], *(_span(row[m]) for m in MEASURES)) for row in rows if "right" not in row]
@@ -90,5 +90,12 @@ def measure(edited: Sequence[dict], unedited: Sequence[dict]) -> dict[str, list[
     return {name: [float(np.mean(values)) for values in of.values()] for name, of in scores.items()}
 
 
+def _interval(values: list[float]) -> dict:
+    """The mean over pictures and its interval; None where no question counts."""
+    return mean_interval(np.array(values)) if values else {"mean": None, "low": None, "high": None}
+
+
 def _span(found: dict) -> str:
+    if found["mean"] is None:
+        return "-"
     return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
