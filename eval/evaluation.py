@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -217,8 +217,18 @@ def evaluate(
     """
 
     def make() -> dict:
-        options: dict[str, Any] = {"title": title, "interventions": interventions, "label": label}
-        evaluation = answer_and_score(run, folder, model, processor, examples, metric, answering, **options)
+        evaluation = answer_and_score(
+            run,
+            folder,
+            model,
+            processor,
+            examples,
+            metric,
+            answering,
+            title=title,
+            interventions=interventions,
+            label=label,
+        )
         scores = evaluation.scored
         per_sample = [record["score"] for record in scores.records]
         return {**scores.results, "scores": per_sample, "clusters": clusters_of(examples).tolist()}

@@ -11,7 +11,7 @@ from interventions.kinds.groups import GROUPS, bind, label
 from interventions.kinds.lora import LoRA
 from interventions.kinds.patch import Patch, Replace
 from interventions.kinds.project_out import ProjectOut
-from interventions.kinds.reft import LoReFT
+from interventions.kinds.reft import ConsReFT, DiReFT, LobiReFT, LoReFT, NodiReFT, NoReFT
 from interventions.store import describe, digest, load_interventions, save_interventions
 from interventions.trace.causal import Trace, causal_trace
 
@@ -19,12 +19,17 @@ __all__ = [
     "GROUPS",
     "Add",
     "AttentionKnockout",
+    "ConsReFT",
+    "DiReFT",
     "Gate",
     "Gold",
     "HeadGate",
     "LoRA",
     "LoReFT",
+    "LobiReFT",
     "Logits",
+    "NoReFT",
+    "NodiReFT",
     "Noise",
     "Patch",
     "ProjectOut",

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -22,7 +22,7 @@ from interventions.kinds.reft import Editor
 from interventions.statistics import mean_interval, paired
 from interventions.store import load_interventions, save_interventions
 from train.artifacts import EDITING, training_log
-from train.editors import EDITOR_LABELS, TrainingOptions, train_editors
+from train.editors import EDITOR_LABELS, TrainingOptions, edited_tokens, train_editors
 from train.loop import WATCHING, forget
 from train.mixture import MixtureOptions
 from vlm_jax import Model
@@ -30,10 +30,12 @@ from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
+from vlm_jax.errors import UserError
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.processes import fetch
+from vlm_jax.runs.ranges import Range
 from vlm_jax.runs.startup import load_tasks, start
 
 
@@ -52,6 +54,12 @@ class Args(EditorOptions, TrainingOptions, MixtureOptions, metrics.MetricOptions
     --train."""
     eval_limit: int | None = 300
     """Largest number of held-out examples of each task."""
+    suffix: Literal["prompt", "published"] = "prompt"
+    """Which tokens the suffix editor changes in training. prompt: the last ones of the prompt, as when the model
+    answers; published: the last ones of the prompt with its answer, as in P4's released training code, though not when
+    the model answers."""
+    seed: Annotated[int, Range(least=0)] = 0
+    """Seed of the editors' initial arrays and of the order of the training examples."""
     answering: tyro.conf.OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
     out: Path = Path("runs/edit")
     """Folder for the results: editors.safetensors, which other commands take as --intervention, and the answers and
@@ -69,6 +77,8 @@ def main(args: Args) -> None:
     tested = list(itertools.chain(*tasks.values()))
     check_disjoint(train, tested)
     metrics.check_metric(tested, args)
+    if args.suffix == "published" and "suffix" not in args.names:
+        raise UserError("--suffix published needs the editor suffix, which is not trained here: drop it")
     args.check_labels([EDITOR_LABELS[name] for name in args.names])
     data = {"train": args.sources(args)}
     data["test"] = {name: source(name, split="test", options=args) for name in args.eval or args.train}
@@ -100,7 +110,9 @@ def main(args: Args) -> None:
 
     def make() -> tuple[Editor, ...]:
         begun = time.perf_counter()
-        trained = train_editors(model, processor, editors, train, args, "edit", run.path("training/_").parent)
+        training = {"seed": args.seed, "folder": run.path("training/_").parent}
+        mark = edited_tokens(editors, args.suffix == "published")
+        trained = train_editors(model, processor, editors, train, args, mark=mark, **training)
         run.add("training/metrics.jsonl", training_log(f"{args.kind} editors"))
         run.timed("train", begun)
         return tuple(fetch(trained)[name] for name in sorted(trained))

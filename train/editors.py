@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import flax.struct
 import jax
@@ -130,19 +130,13 @@ class TrainingOptions(LabelOptions, LoopOptions):
     """Training examples in a micro-batch, which is what runs at once. A step has BATCH x ACCUMULATION examples."""
     accumulation: Annotated[int, Range(least=1)] = 1
     """Micro-batches in a step. They run one after the other, and their gradients are averaged."""
-    lr: float | None = None
+    lr: Annotated[float | None, Range(above=0)] = None
     """Peak learning rate of Adam. The rate rises from 0 to the peak, then falls linearly to 0. By default 6e-4 x 4096 /
     WIDTH, where WIDTH is the model's hidden size; for P4's model, of width 4096, this is P4's rate."""
     warmup: Annotated[float, Range(least=0, below=1)] = 0.03
     """Share of the steps in which the learning rate rises."""
-    clip: float = 1.0
+    clip: Annotated[float, Range(above=0)] = 1.0
     """Largest global norm of the gradients."""
-    seed: Annotated[int, Range(least=0)] = 0
-    """Seed of the editors' initial arrays and of the order of the training examples."""
-    suffix: Literal["prompt", "published"] = "prompt"
-    """Which tokens the suffix editor changes in training. prompt: the last ones of the prompt, as when the model
-    answers; published: the last ones of the prompt with its answer, as in P4's released training code, though not when
-    the model answers."""
 
 
 def train_editors(
@@ -151,6 +145,8 @@ def train_editors(
     editors: dict[str, Any],
     examples: list[Example],
     options: TrainingOptions,
+    *,
+    seed: int = 0,
     name: str = "edit",
     folder: Path | None = None,
     mark: Mark | None = None,
@@ -158,13 +154,14 @@ def train_editors(
     """The editors after training. Nothing else is trained, and nothing below the lowest editor is differentiated.
 
     Args:
+        seed: seed of the order of the training examples.
         name: the name of the training, for the progress bar.
         folder: the folder for the log and the checkpoints; None writes nothing.
         mark: marks the tokens of each editor in an encoded batch; None for those of their groups.
     """
-    epochs = Epochs(len(examples), options.epochs, options.batch, options.accumulation, options.seed)
+    epochs = Epochs(len(examples), options.epochs, options.batch, options.accumulation, seed)
     room, process_rows = room_of(examples, processor, model.config), own_rows(options.batch)
-    mark = mark or edited_tokens(editors, options.suffix == "published")
+    mark = mark or edited_tokens(editors)
 
     def step_batch(step: int) -> Fitted:
         def micro(rows: np.ndarray) -> Fitted:
@@ -191,7 +188,7 @@ def train_editors(
         editor_label,
         steps=epochs.steps,
         rows=options.batch,
-        seed=options.seed,
+        seed=seed,
         clip=options.clip,
         name=name,
         folder=folder,

@@ -126,11 +126,10 @@ def turn_range(stage: str, step: int, steps: int, count: int) -> tuple[int, int]
     return max(0, high - count // 2), high
 
 
-def run_stage(stage: str, model: Model, processor: Processor, args: Args, folder: Path, until: int) -> Model:
+def run_stage(stage: str, model: Model, pool: Pool, args: Args, folder: Path, until: int) -> Model:
     """Trains the model in one stage up to step ``until``, and returns it."""
     i = STAGES.index(stage)
     steps, turns = args.steps[i], args.turns[i]
-    pool = Pool.encode(turns_of(stage, turns, args.spatial), processor, model.config)
     folder.mkdir(parents=True, exist_ok=True)
 
     def batches(step: int) -> Fitted:
@@ -185,13 +184,14 @@ def main(args: Args) -> None:
         if stage in args.stages:
             model, processor = load(base)
             assert processor is not None, "the writers of untrained models write a processor"
-            started = time.perf_counter()
+            started, number = time.perf_counter(), STAGES.index(stage)
+            pool = Pool.encode(turns_of(stage, args.turns[number], args.spatial), processor, model.config)
             if stage == "instruct" and not (half / "model.safetensors").is_file():
                 copy_files(untrained, half)
                 # The stage then goes on from the checkpoint of this step, so it is as if it had not stopped.
-                save(run_stage(stage, model, processor, args, folder, args.steps[2] // 2), half)
+                save(run_stage(stage, model, pool, args, folder, args.steps[number] // 2), half)
                 run.add("half", Artifact("model", f"{args.model} after half of the stage 'instruct'"))
-            model = run_stage(stage, model, processor, args, folder, args.steps[STAGES.index(stage)])
+            model = run_stage(stage, model, pool, args, folder, args.steps[number])
             copy_files(untrained, folder)  # the folder of the stage before also has that stage's metrics and recipe
             save(model, folder)
             if stage == "text":

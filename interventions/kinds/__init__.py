@@ -7,16 +7,21 @@ from interventions.kinds.gates import Gate, HeadGate
 from interventions.kinds.lora import LoRA
 from interventions.kinds.patch import Patch, Replace
 from interventions.kinds.project_out import ProjectOut
-from interventions.kinds.reft import LoReFT
+from interventions.kinds.reft import ConsReFT, DiReFT, LobiReFT, LoReFT, NodiReFT, NoReFT
 
 __all__ = [
     "KINDS",
     "Add",
     "AttentionKnockout",
+    "ConsReFT",
+    "DiReFT",
     "Gate",
     "HeadGate",
     "LoRA",
     "LoReFT",
+    "LobiReFT",
+    "NoReFT",
+    "NodiReFT",
     "Noise",
     "Patch",
     "ProjectOut",

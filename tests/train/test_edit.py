@@ -103,8 +103,8 @@ def test_a_stopped_training_goes_on_to_the_same_editors(run, mini, editors, tmp_
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(editors_module, "fitted", stopping)
-        train_editors(model, processor, begun, examples, run, folder=tmp_path)
-    resumed = train_editors(model, processor, begun, examples, run, folder=tmp_path)
+        train_editors(model, processor, begun, examples, run, seed=run.seed, folder=tmp_path)
+    resumed = train_editors(model, processor, begun, examples, run, seed=run.seed, folder=tmp_path)
     for editor, whole in zip(resumed.values(), editors, strict=True):
         for a, b in zip(*map(jax.tree.leaves, (editor.weights, whole.weights)), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -171,6 +171,9 @@ def test_talo_runs_the_edited_model(mini, editors, examples):
         ({"weights": (1.0, 2.0)}, "--weights is 1.0 2.0"),
         ({"label_lr": {"psi_X": 1e-4}}, "--label-lr names 'psi_X': use a label of this training"),
         ({"epochs": 0}, "--epochs"),
+        ({"clip": 0.0}, "--clip is 0.0"),
+        ({"lr": -1e-3}, "--lr is -0.001"),
+        ({"suffix": "published", "tied": True}, "--suffix published needs the editor suffix"),
         ({"warmup": 1.0}, "--warmup"),
         ({"eval": ("mini-vsr", "mini-vsr")}, "each (and each file name) once"),
     ],

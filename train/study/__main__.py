@@ -34,10 +34,10 @@ STUDIES = {
 
 
 def options() -> type:
-    """The options of the recipe that the command line names. An unknown recipe is refused when they are parsed."""
+    """The options of the recipe that the command line names."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="p0")
-    return STUDIES.get(first.parse_known_args()[0].recipe, STUDIES["p0"]).options
+    first.add_argument("--recipe", default="p0", choices=tuple(STUDIES))
+    return STUDIES[first.parse_known_args()[0].recipe].options
 
 
 @command

@@ -36,7 +36,7 @@ EDITING_SUMMARY = Schema(
         "rows.section": "what the condition is about",
         "rows.parameters": "number of trained parameters",
         "rows.seeds": "number of trainings",
-        "rows.step_seconds": "mean time of a training step, without compiling; null without a training",
+        "rows.step_seconds": "median time of a training step, without compiling; null without a training",
         "rows.accuracy.PART": "mean score on a part of the held-out examples, with its 95 % interval",
         "rows.minus_full": "less the full method on the trained tasks: difference, interval, p, p adjusted by Holm",
         "reported": "the paper's numbers",

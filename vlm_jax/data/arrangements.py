@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm_jax.data.scenes import SIZE, Arrangement, Thing
+from vlm_jax.data.scenes import SIZE, Arrangement, Thing, pick
 from vlm_jax.data.world import COLOUR_RGB, SHAPES
 
 CONVERSE = {
@@ -96,7 +96,7 @@ def random_twins(rng: np.random.Generator, relation: str, count: int) -> Twins:
 def random_arrangement(rng: np.random.Generator, count: int | None = None) -> Arrangement:
     """An arrangement of ``count`` things, by default two to four, as in the first or second picture of twins."""
     count = int(rng.integers(2, 5)) if count is None else count
-    return random_twins(rng, SPATIAL[rng.integers(len(SPATIAL))], count).pictures[rng.integers(2)]
+    return random_twins(rng, pick(rng, SPATIAL), count).pictures[rng.integers(2)]
 
 
 def _looks(rng: np.random.Generator, relation: str, count: int) -> list[Thing]:

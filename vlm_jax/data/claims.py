@@ -1,12 +1,12 @@
 """Claims that are true of one picture and false of its twin, and what one claim in text says about another."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from vlm_jax.data.arrangements import CONVERSE, SPATIAL, random_arrangement, random_twins
-from vlm_jax.data.scenes import Arrangement
+from vlm_jax.data.scenes import Arrangement, pick
 from vlm_jax.data.world import COLOUR_RGB, SHAPES
 
 DENIES = {
@@ -64,7 +64,7 @@ class TwinClaim(NamedTuple):
 
 def random_relation(rng: np.random.Generator) -> TwinClaim:
     """A claim that a relation holds between two things."""
-    relation = _pick(rng, SPATIAL)
+    relation = pick(rng, SPATIAL)
     twins = random_twins(rng, relation, int(rng.integers(2, 5)))
     things = twins.pictures[0].things
     a, b = (_name(rng, things[i].shape, things[i].colour) for i in (twins.a, twins.b))
@@ -73,7 +73,7 @@ def random_relation(rng: np.random.Generator) -> TwinClaim:
 
 def random_property(rng: np.random.Generator) -> TwinClaim:
     """A claim about a colour, a shape or the number of things, without any relation."""
-    kind = _pick(rng, ("colour", "shape", "count"))
+    kind = pick(rng, ("colour", "shape", "count"))
     picture = random_arrangement(rng, 4 if kind == "count" else None)
     things = list(picture.things)
     if kind == "count":
@@ -88,7 +88,7 @@ def random_property(rng: np.random.Generator) -> TwinClaim:
         things[j], things[i] = (dataclasses.replace(things[k], colour=c) for k, c in zip((j, i), colours, strict=True))
     else:
         claim = Claim("there", "is", f"a {things[i].shape}")
-        new = _pick(rng, [shape for shape in SHAPES if shape not in {thing.shape for thing in things}])
+        new = pick(rng, [shape for shape in SHAPES if shape not in {thing.shape for thing in things}])
         things[i] = dataclasses.replace(things[i], shape=new)
     return TwinClaim(claim, kind, (picture, Arrangement(tuple(things))))
 
@@ -98,16 +98,16 @@ def random_deduction(rng: np.random.Generator) -> tuple[str, Claim, bool]:
     them."""
     shapes, colours = rng.permutation(SHAPES).tolist(), rng.permutation(list(COLOUR_RGB)).tolist()
     a, b, c, d = (_name(rng, *look) for look in zip(shapes[:4], colours[:4], strict=True))
-    relation, true = _pick(rng, SPATIAL), bool(rng.integers(2))
-    given = relation if true else _pick(rng, [r for r in SPATIAL if relation in DENIES[r]])
+    relation, true = pick(rng, SPATIAL), bool(rng.integers(2))
+    given = relation if true else pick(rng, [r for r in SPATIAL if relation in DENIES[r]])
     if relation in ("left of", "right of", "above", "below") and rng.random() < 0.3:
         given = relation if true else CONVERSE[relation]
         premises = [_said(rng, a, given, c), _said(rng, c, given, b)]  # the two together say it of a and b
     else:
         premises = [_said(rng, a, given, b)]
     if rng.random() < 0.5:
-        one, other = _pick(rng, ((c, d), (a, d), (d, b)))
-        premises.append(_said(rng, one, _pick(rng, SPATIAL), other))
+        one, other = pick(rng, ((c, d), (a, d), (d, b)))
+        premises.append(_said(rng, one, pick(rng, SPATIAL), other))
     text = " ".join(premises[i].statement for i in rng.permutation(len(premises)))
     return text, _relation(a, relation, b), true
 
@@ -125,7 +125,3 @@ def _said(rng: np.random.Generator, a: str, relation: str, b: str) -> Claim:
 
 def _name(rng: np.random.Generator, shape: str, colour: str) -> str:
     return shape if rng.random() < 0.5 else f"{colour} {shape}"
-
-
-def _pick(rng: np.random.Generator, options: Any) -> Any:
-    return options[rng.integers(len(options))]

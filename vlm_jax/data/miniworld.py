@@ -24,6 +24,7 @@ from vlm_jax.data.scenes import (
     Form,
     Scene,
     Signs,
+    pick,
     random_chart,
     random_emblem,
     random_form,
@@ -85,11 +86,6 @@ class Task:
 def picture(drawn: Scene | Stated) -> Scene:
     """The scene of what :meth:`Task.draw` returned."""
     return drawn.scene if isinstance(drawn, Stated) else drawn
-
-
-def pick(rng: np.random.Generator, options):
-    """One of ``options`` at random. Unlike NumPy's ``choice`` it does not turn them into an array."""
-    return options[rng.integers(len(options))]
 
 
 def ask_fact(

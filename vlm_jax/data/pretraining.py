@@ -13,7 +13,8 @@ from vlm_jax.data import scenes, wordings
 from vlm_jax.data.arrangements import direction, random_arrangement
 from vlm_jax.data.claims import random_deduction
 from vlm_jax.data.draw import draw_scene
-from vlm_jax.data.miniworld import TASKS, ask_claim, ask_fact, pick, picture
+from vlm_jax.data.miniworld import TASKS, ask_claim, ask_fact, picture
+from vlm_jax.data.scenes import pick
 from vlm_jax.data.world import ENTITIES, RELATIONS, WORLD_SEED, Entity
 
 

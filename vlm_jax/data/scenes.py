@@ -2,6 +2,7 @@
 
 import dataclasses
 import string
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,11 @@ def transcript(scene: Scene) -> str:
             return " ".join(f"{key} {value}" for _, key, value in parts)
         case Arrangement(things):
             return " ".join(f"{thing.colour} {thing.shape}" for thing in things)
+
+
+def pick(rng: np.random.Generator, options: Any) -> Any:
+    """One of ``options`` at random. Unlike NumPy's ``choice`` it does not turn them into an array."""
+    return options[rng.integers(len(options))]
 
 
 def random_emblem(rng: np.random.Generator) -> Emblem:

@@ -88,6 +88,8 @@ def test_which_tokens_are_edited(pictures, llava):
     np.testing.assert_array_equal(everything, labels != GROUPS.index("padding"))
     np.testing.assert_array_equal(paper.sum(1), random.sum(1))
     assert (random <= everything).all() and (random != paper).any()
+    longer = encode([example for example, _ in pictures.tested[:4]], processor, model.config, step=256)
+    np.testing.assert_array_equal(PLACES["random tokens"](longer)[:, : random.shape[1]], random)  # whatever the padding
     np.testing.assert_array_equal(random, PLACES["random tokens"](batch))
     np.testing.assert_array_equal(PLACES["shuffled labels"](batch), paper)
 

@@ -65,8 +65,15 @@ def test_the_recipe_decides_the_options(monkeypatch):
 
     assert chosen("--recipe", "p4", "--limit", "8") is Args and chosen("--recipe=p4-full") is Args
     assert chosen() is chosen("--recipe", "p0") is command.PlacementArgs
-    assert chosen("--recipe", "p5") is command.PlacementArgs  # which refuses it
+    with pytest.raises(SystemExit):
+        chosen("--recipe", "p5")
     assert chosen("--recipes", "p4") is command.PlacementArgs
+
+
+def test_a_study_without_a_trained_task_to_compare_on_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(Args(train=("mini-vsr",), eval=("digits",), limit=4, eval_limit=4, out=tmp_path / "run"))
+    assert "--eval has none of the tasks of --train" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,8 @@ class Args(TrainingOptions, ModelOptions):
         "digits",
     )
     """The pictures: easy-vqa has three classes (shapes), of digits five are turned."""
+    seed: Annotated[int, Range(least=0)] = 0
+    """Seed of the choice of pictures, of the editors' initial arrays and of the trainings' order."""
     limit: Annotated[int, Range(least=2)] = 160
     """Number of pictures to train the editors of a class on. Half of them show the class."""
     eval_limit: Annotated[int, Range(least=2)] = 40
@@ -44,7 +46,7 @@ class Args(TrainingOptions, ModelOptions):
     """Number of questions with which the model is tuned before."""
     base_epochs: Annotated[int, Range(least=1)] = 3
     """Number of passes over these questions."""
-    base_lr: float = 1e-3
+    base_lr: Annotated[float, Range(above=0)] = 1e-3
     """Peak learning rate of this tuning, with AdamW, of all parameters."""
     out: Path = Path("runs/control")
     """Folder for the results. A stopped study with the same options continues there."""

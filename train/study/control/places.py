@@ -52,7 +52,9 @@ def _random(batch: Batch) -> np.ndarray:
     wanted, prompt = _paper(batch), _everywhere(batch)
     chosen = np.zeros_like(prompt)
     for row, (some, all_) in enumerate(zip(wanted, prompt, strict=True)):
-        rng = np.random.default_rng(zlib.crc32(np.asarray(batch.inputs.input_ids[row][all_]).tobytes() + bytes(some)))
+        rng = np.random.default_rng(
+            zlib.crc32(np.asarray(batch.inputs.input_ids[row][all_]).tobytes() + some[all_].tobytes())
+        )
         chosen[row, rng.choice(np.flatnonzero(all_), int(some.sum()), replace=False)] = True
     return chosen
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,18 +10,16 @@ import numpy as np
 
 import vlm_jax
 from interventions.editing.editors import init_editors
-from interventions.kinds.reft import Editor
-from interventions.store import load_interventions, save_interventions
 from train import tune
-from train.artifacts import training_log
 from train.editors import Mark, train_editors
-from train.loop import forget
 from train.study.artifacts import CONTROL_ANSWERS
 from train.study.control.options import Args
 from train.study.control.places import mark_of
 from train.study.control.questions import FIXED, REWORDINGS, ask, balanced, shuffled, turned
-from vlm_jax import Model, save
+from train.study.stages import trained_interventions, tuned_model
+from vlm_jax import Model
 from vlm_jax.data import Example, load_task
+from vlm_jax.data.scenes import pick
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import batches
 from vlm_jax.runs.artifacts import Artifact
@@ -74,35 +73,24 @@ class Control(NamedTuple):
 
     def base(self) -> "Control":
         """The same with a model that was tuned to answer all wordings of the question, for all classes."""
-        rng = np.random.default_rng(self.args.seed)
+        rng, wordings = np.random.default_rng(self.args.seed), (FIXED, *REWORDINGS)
         classes, examples = CLASSES[self.task][1], []
+        showing = {name: [pair for pair in self.pictures.trained if pair[1] == name] for name in classes}
         for number in range(self.args.base_examples):
             name = classes[number % len(classes)]
-            ((picture, shown),) = balanced(self.pictures.trained, name, 2, rng)[:1]
-            wordings = (FIXED, *REWORDINGS)
-            examples.append(ask(picture, name, shown, wordings[rng.integers(len(wordings))]))
-        told = tune.Args(
+            # The picture shows the class in half of the questions.
+            other = classes[(number + rng.integers(1, len(classes))) % len(classes)]
+            picture, shown = pick(rng, showing[name if rng.random() < 0.5 else other])
+            asked = ask(picture, name, shown, pick(rng, wordings))
+            examples.append(dataclasses.replace(asked, id=f"{number}/{asked.id}"))
+        options = tune.Args(
             parts=("text", "visual"), epochs=self.args.base_epochs, batch=32, lr=self.args.base_lr, seed=self.args.seed
         )
-        unique = [dataclasses.replace(e, id=f"{number}/{e.id}") for number, e in enumerate(examples)]
+        title = f"{self.args.model} after questions about {self.task}"
+        on = self.model, self.processor, examples, options, self.args
+        return self._replace(model=tuned_model(self.run, f"{self.task}/base", title, *on))
 
-        def make() -> Model:
-            training = self.run.path(f"{self.task}/base/training/_").parent
-            tuned = tune.tune(self.model, self.processor, unique, told, training)
-            self.run.add(f"{self.task}/base/training/metrics.jsonl", training_log(f"{self.task}: the model to edit"))
-            return tuned
-
-        model = self.run.once(
-            f"{self.task}/base/model",
-            make,
-            Artifact("model", f"{self.args.model} after questions about {self.task}"),
-            write=lambda path, tuned: (save(tuned, path), self.processor.save_pretrained(path)),
-            read=lambda path: self.args.load_model(str(path))[0],
-        )
-        forget(self.run.folder / self.task / "base/training", told)
-        return self._replace(model=model)
-
-    def editors(self, name: str, condition: str) -> tuple[Editor, ...]:
+    def editors(self, name: str, condition: str) -> tuple[Any, ...]:
         """Editors that were trained to turn the answer to the fixed question about a class."""
         rng = np.random.default_rng([self.args.seed, CLASSES[self.task][1].index(name)])
         chosen = balanced(self.pictures.trained, name, self.args.limit, rng)
@@ -112,24 +100,13 @@ class Control(NamedTuple):
         untrained = begun(self.model, self.args.rank, jax.random.key(self.args.seed))
         folder = f"{self.task}/{condition.replace(' ', '-')}/{name}"
 
-        def make() -> tuple[Editor, ...]:
-            training = self.run.path(f"{folder}/training/_").parent
-            title = f"{self.task} {name}, {condition}"
-            trained = train_editors(
-                self.model, self.processor, untrained, examples, self.args, title, training, mark_of(condition)
-            )
-            self.run.add(f"{folder}/training/metrics.jsonl", training_log(title))
-            return tuple(fetch(trained).values())
+        title = f"{self.task} {name}, {condition}"
 
-        trained = self.run.once(
-            f"{folder}/editors.safetensors",
-            make,
-            Artifact("intervention", f"{self.task}: editors that turn the answer about {name}, {condition}"),
-            write=save_interventions,
-            read=load_interventions,
-        )
-        forget(self.run.folder / folder / "training", self.args)
-        return trained
+        def train(training: Path) -> dict[str, Any]:
+            how = {"seed": self.args.seed, "name": title, "folder": training, "mark": mark_of(condition)}
+            return train_editors(self.model, self.processor, untrained, examples, self.args, **how)
+
+        return trained_interventions(self.run, folder, title, self.model, train, self.args)
 
     def questions(self, name: str) -> dict[str, list[Example]]:
         """What is asked about a class on held-out pictures, each with the true answer: the fixed question, its
@@ -182,7 +159,7 @@ def _answered(
     model: Model,
     processor: Processor,
     examples: Sequence[Example],
-    editors: tuple[Editor, ...],
+    editors: tuple[Any, ...],
     mark: Mark | None,
     title: str,
 ) -> list[str]:

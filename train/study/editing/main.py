@@ -10,6 +10,7 @@ from train.study.editing.report import report
 from train.study.editing.study import Study
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.data.overlap import check_disjoint
+from vlm_jax.errors import UserError
 from vlm_jax.runs.processes import progress
 from vlm_jax.runs.startup import load_tasks, start
 
@@ -22,6 +23,9 @@ def run_study(args: Args) -> None:
     trained = list(itertools.chain(*mixture.values()))
     tasks = load_tasks(args.eval, split="test", limit=args.eval_limit, options=args)
     tested = list(itertools.chain(*tasks.values()))
+    trained_on = {example.task for example in trained}
+    if not trained_on & {example.task for example in tested}:
+        raise UserError("--eval has none of the tasks of --train, on which the conditions are compared: add one")
     check_disjoint(trained, tested)
     metrics.check_metric(tested, args)
     data = {"train": args.sources(args)}
@@ -34,7 +38,6 @@ def run_study(args: Args) -> None:
         if condition.name == "zero-shot" and cells[condition]:
             continue  # nothing is trained, so another seed would be the same
         cells[condition].append(study.cell(condition, seed))
-    trained_on = {example.task for example in trained}
     print(report(run, cells, tested, metrics.clusters_of(tested), trained_on))
     for examples in tasks.values():
         easy_vqa.show_baseline(examples)

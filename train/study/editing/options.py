@@ -27,8 +27,8 @@ class Args(TrainingOptions, MixtureOptions, MetricOptions, DataOptions, ModelOpt
     """Compare P4's representation editors (MRT) with parts of themselves, with other sizes and places, and with LoRA
     and full tuning, all trained on the same mixture of tasks for the same number of steps.
 
-    The learning rate of LoRA and of the decoder is P0's, 2e-4 x 2560 / WIDTH, and a tenth of it, unless --lr sets one
-    for all.
+    Unless --lr sets one for all, the learning rate of LoRA is P0's, 2e-4 x 2560 / WIDTH, and that of the whole decoder
+    a tenth of LoRA's.
     """
 
     recipe: Literal["p4", "p4-full"] = "p4"

@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,20 +11,16 @@ import numpy as np
 from eval.evaluation import evaluate
 from interventions.editing.editors import editor_parameters
 from interventions.placement.adapters import init_lora_on
-from interventions.store import load_interventions, save_interventions
 from train import tune
-from train.artifacts import training_log
-from train.editors import train_editors
-from train.loop import forget
+from train.editors import edited_tokens, train_editors
 from train.objective import scaled_rate
 from train.study.editing.options import Args
 from train.study.editing.recipes import Condition
-from vlm_jax import Model, save
+from train.study.stages import trained_interventions, tuned_model
+from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.processor import Processor
-from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
-from vlm_jax.runs.processes import fetch
 from vlm_jax.sites import TEXT_LINEARS, VISUAL_LINEARS
 
 #: P0's learning rate of LoRA, for a model of width 2560, and its rank and alpha.
@@ -42,7 +37,7 @@ class Cell(NamedTuple):
     scores: np.ndarray
     """Of every held-out example."""
     step_seconds: float | None
-    """Mean time of a training step; None if there was no training, or if it was too short to tell."""
+    """Time of a training step; None if there was no training, or if it was too short to tell."""
 
 
 class Study(NamedTuple):
@@ -61,21 +56,20 @@ class Study(NamedTuple):
         if condition.editors is None and condition.lora is None and not condition.decoder:
             return Cell(0, self._scored(folder, condition.name, self.model), None)
         folder = f"{folder}/seed-{seed}"
-        options = dataclasses.replace(self.args, seed=seed, suffix=condition.suffix)
         if condition.decoder:
-            model = self._tuned(folder, condition.name, options)
+            model = self._tuned(folder, condition.name, seed)
             parameters = sum(leaf.size for leaf in jax.tree.leaves(model.text))
             return Cell(parameters, self._scored(folder, condition.name, model), self._step_seconds(folder))
-        editors = self._begun(condition, seed)
+        editors, options = self._begun(condition, seed), self.args
         if condition.lora is not None:
             options = dataclasses.replace(options, lr=self._lr(_LORA_LR))
-        trained = self._once(
-            f"{folder}/interventions.safetensors",
-            condition.name,
-            lambda training: train_editors(
-                self.model, self.processor, editors, self.trained, options, condition.name, training
-            ),
-        )
+        mark = edited_tokens(editors, condition.suffix == "published")
+
+        def train(training: Path) -> dict[str, Any]:
+            on = self.model, self.processor, editors, self.trained
+            return train_editors(*on, options, seed=seed, name=condition.name, folder=training, mark=mark)
+
+        trained = trained_interventions(self.run, folder, condition.name, self.model, train, self.args)
         scores = self._scored(folder, condition.name, self.model, trained)
         return Cell(sum(editor_parameters(editors).values()), scores, self._step_seconds(folder))
 
@@ -112,51 +106,16 @@ class Study(NamedTuple):
         )
         return max(1, round(wanted / one))
 
-    def _once(self, name: str, title: str, train: Callable) -> tuple:
-        folder = name.rpartition("/")[0]
-
-        def make() -> tuple:
-            begun = time.perf_counter()
-            trained = train(self.run.path(f"{folder}/training/_").parent)
-            self.run.add(f"{folder}/training/metrics.jsonl", training_log(title))
-            self.run.timed(f"train {folder}", begun)
-            return tuple(fetch(trained)[part] for part in sorted(trained))
-
-        loaded = self.run.once(
-            name,
-            make,
-            Artifact("intervention", f"{title}: what was trained"),
-            write=save_interventions,
-            read=load_interventions,
-        )
-        forget(self.run.folder / folder / "training", self.args)
-        return loaded
-
-    def _tuned(self, folder: str, title: str, options: Args) -> Model:
+    def _tuned(self, folder: str, title: str, seed: int) -> Model:
         """The model whose whole decoder was tuned."""
-        told = tune.Args(
-            epochs=options.epochs,
-            batch=options.batch * options.accumulation,
+        options = tune.Args(
+            epochs=self.args.epochs,
+            batch=self.args.batch * self.args.accumulation,
             lr=self._lr(_LORA_LR / 10),
-            seed=options.seed,
-            save_every=options.save_every,
+            seed=seed,
+            save_every=self.args.save_every,
         )
-
-        def make() -> Model:
-            training = self.run.path(f"{folder}/training/_").parent
-            tuned = tune.tune(self.model, self.processor, self.trained, told, training)
-            self.run.add(f"{folder}/training/metrics.jsonl", training_log(title))
-            return tuned
-
-        tuned = self.run.once(
-            f"{folder}/model",
-            make,
-            Artifact("model", f"{self.args.model} after {title}"),
-            write=lambda path, tuned: (save(tuned, path), self.processor.save_pretrained(path)),
-            read=lambda path: self.args.load_model(str(path))[0],
-        )
-        forget(self.run.folder / folder / "training", self.args)
-        return tuned
+        return tuned_model(self.run, folder, title, self.model, self.processor, self.trained, options, self.args)
 
     def _scored(self, folder: str, title: str, model: Model, acting: tuple = ()) -> np.ndarray:
         scored = evaluate(
@@ -174,5 +133,7 @@ class Study(NamedTuple):
         return np.array(scored["scores"])
 
     def _step_seconds(self, folder: str) -> float | None:
+        """The median over the lines of the training's log, each a mean over some steps."""
         lines = (self.run.folder / folder / "training/metrics.jsonl").read_text().splitlines()
-        return json.loads(lines[-1])["step_seconds"]
+        seconds = [found for line in lines if (found := json.loads(line)["step_seconds"])]
+        return float(np.median(seconds)) if seconds else None
