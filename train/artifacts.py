@@ -14,6 +14,7 @@ STEPS = Schema(
         "compile_seconds": "time for compiling during these steps",
         "mfu": "achieved FLOP/s of the matmuls as a share of the chips' peak; null if the peak is not known",
         "peak_memory_gib": "largest memory use so far, of the first device; on a CPU, of the process",
+        "step_memory_gib": "with --step-memory: memory of a step on one device, as its compiled program states it",
         "seconds": "time since this session began; a continued training has several sessions",
     },
 )
@@ -35,6 +36,19 @@ EDITING = Schema(
         "trained": "task -> number of its training examples",
         "tasks.TASK.before": "mean score without the editors, and its 95 % interval over samples",
         "tasks.TASK.after": "mean score with the editors, and its 95 % interval over samples",
+        "tasks.TASK.change": "after minus before on the same samples, with its 95 % interval, p, and McNemar's test",
+        "tasks.TASK.samples": "number of held-out samples",
+    },
+)
+REGISTERING = Schema(
+    "registering_results",
+    {
+        "registers": "the registers: their number, token, mask and positions",
+        "parameters": "number of trained parameters",
+        "trained": "task -> number of its training examples",
+        "tasks.TASK.before": "mean score of the model as it was, and its 95 % interval over samples",
+        "tasks.TASK.untuned": "the same with registers and their mask, before training",
+        "tasks.TASK.after": "the same after training",
         "tasks.TASK.change": "after minus before on the same samples, with its 95 % interval, p, and McNemar's test",
         "tasks.TASK.samples": "number of held-out samples",
     },

@@ -19,7 +19,7 @@ from train.meter import About, Meter, Tracker, check_trackers
 from train.preemption import end, preemption
 from train.profiling import Profile
 from train.readings import Readings
-from train.step import Loss, State, Step, update
+from train.step import Loss, State, Step, step_bytes, update
 from train.subsets import Label, all_trained, partitioned, split
 from vlm_jax.mesh.sharding import placed, placed_rows
 from vlm_jax.runs.processes import first, is_first, progress
@@ -42,6 +42,9 @@ class LoopOptions:
     profile_steps: Annotated[int, Range(least=0)] = 0
     """Number of steps to profile, beginning with the third. The profile goes to profile/, beside metrics.jsonl; xprof
     and TensorBoard show it."""
+    step_memory: bool = False
+    """Also write to the log what memory a step needs on one device, as its compiled program states it. The step is
+    compiled once more for this, or read from the cache of compiled programs."""
 
     def check_loop(self) -> None:
         """Raises a UserError for a number outside its range, or for a tracker that is not installed."""
@@ -148,7 +151,10 @@ def fit(
             batch = next(made)
             batch = placed(batch, None, "batch") if rows is None else placed_rows(batch, rows, axis=1)
             profile.before(done)
-            state, metrics = update(state, rest, batch, jax.random.fold_in(jax.random.key(seed), number), step=step)
+            inputs = rest, batch, jax.random.fold_in(jax.random.key(seed), number)
+            state, metrics = update(state, *inputs, step=step)
+            if number == begun and meter is not None and options and options.step_memory:
+                meter.step_bytes = step_bytes(state, *inputs, step=step)
             profile.after(done, state)
             readings.add(done, metrics)
             ending = ends(done)

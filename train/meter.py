@@ -71,6 +71,7 @@ class Meter:
     * ``mfu``: the FLOPs of the steps as a share of the devices' bfloat16 peak; None on a CPU. A frozen kernel counts
       4 FLOPs for each parameter and token instead of 6, because it gets no gradient.
     * ``peak_memory_gib``: of the first device, or of the process on a CPU.
+    * ``step_memory_gib``: of a step on one device, if :attr:`step_bytes` is set.
     * ``seconds`` since the session began.
 
     Numbers that are not finite are written as null.
@@ -82,6 +83,7 @@ class Meter:
         self.file, self.about, self.last = folder / "metrics.jsonl", about, after
         self.begun = self.then = time.perf_counter()
         self.compiled = _compiling.seconds
+        self.step_bytes: int | None = None
         self.sinks: list[Callable[[dict], None]] = []
         self.stack = contextlib.ExitStack()
         if is_first():
@@ -108,6 +110,8 @@ class Meter:
         if about.flops is not None:
             full = None if kind is None else kind.flops_per_second * jax.device_count()
             record["mfu"] = None if full is None else round(about.flops / each / full, 4)
+        if self.step_bytes is not None:
+            record["step_memory_gib"] = round(self.step_bytes / 2**30, 4)
         record |= {"peak_memory_gib": round(_peak() / 2**30, 3), "seconds": round(now - self.begun, 2)}
         self.last, self.then, self.compiled = step, now, compiled
         for sink in self.sinks:

@@ -204,9 +204,8 @@ def lora_job(model: Model, args: Args) -> Job:
     data = trunk.Trunk(
         x=x,
         deepstack=jax.ShapeDtypeStruct((args.batch, stack, *x.shape[1:]), args.dtype) if stack else None,
-        attention_mask=inputs.attention_mask,
+        tokens=inputs.tokens,
         position_ids=inputs.position_ids.swapaxes(0, 1),
-        is_image=inputs.is_image,
         index=index,
         valid=valid,
         target=index,

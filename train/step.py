@@ -112,6 +112,15 @@ def update(state: State, rest: Rest, batch, key: jax.Array, *, step: Step) -> tu
     return state, metrics
 
 
+def step_bytes(state: State, rest: Rest, batch, key: jax.Array, *, step: Step) -> int:
+    """The memory, in bytes on one device, of a compiled :func:`update`: its arguments, its results, and what it needs
+    in between. It compiles the step again, or reads it from the cache of compiled programs."""
+    memory = update.lower(state, rest, batch, key, step=step).compile().memory_analysis()
+    assert memory is not None, "every backend of JAX states the memory of its programs"
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+
+
 def _gradients(state: State, rest: Rest, batch, key: jax.Array, step: Step) -> tuple[dict, Any, tuple]:
     """Gradients of the trained leaves, new counters, and ``(losses, metrics)``, from all micro-batches."""
     count = jax.tree.leaves(batch)[0].shape[0]

@@ -32,12 +32,15 @@ def all_trained(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ByPart:
-    """The rule that labels a model's leaf with its part ("text", "visual") if that part is trained, else "freeze"."""
+    """The rule that labels a model's leaf with its part ("text", "visual") if that part is trained, else "freeze". The
+    part "registers" is the embeddings of registers alone."""
 
     trained: tuple[str, ...]
 
     def __call__(self, path: str) -> str:
         part = path.partition(".")[0]
+        if "registers" in self.trained and path.startswith("text.register_embeddings."):
+            return "registers"
         return part if part in self.trained else FREEZE
 
 

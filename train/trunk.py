@@ -33,6 +33,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import even, own_rows, placed_rows
 from vlm_jax.nn.flops import lora_step_flops
+from vlm_jax.nn.visibility import Tokens
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
 from vlm_jax.runs.processes import fetch, first
@@ -139,9 +140,8 @@ class Trunk:
 
     x: Float[ArrayLike, "*micro examples tokens width"]
     deepstack: Float[ArrayLike, "*micro examples layers tokens width"] | None
-    attention_mask: Bool[ArrayLike, "*micro examples tokens"]
+    tokens: Tokens
     position_ids: Int[ArrayLike, "*micro examples 3 tokens"]
-    is_image: Bool[ArrayLike, "*micro examples tokens"] | None
     index: Int[ArrayLike, "*micro examples answer"]
     valid: Bool[ArrayLike, "*micro examples answer"]
     target: Int[ArrayLike, "*micro examples answer"]
@@ -152,7 +152,7 @@ class Trunk:
 
     def window(self, model: Model):
         """Positions and masks for the decoder (:meth:`vlm_jax.nn.decoder.Decoder.window`)."""
-        return model.text.window(self.attention_mask, self.position_ids.swapaxes(0, 1), is_image=self.is_image)
+        return model.text.window(self.tokens, self.position_ids.swapaxes(0, 1))
 
     def run(self, model: Model, low: int, high: int, **options) -> Float[Array, "examples tokens width"]:
         """``x`` after layers ``low`` to ``high - 1``."""
@@ -221,7 +221,7 @@ def _embed(model: Model, inputs: Inputs, index, valid) -> Trunk:
     (x, deepstack), _ = model.embed(inputs.turned())
     deepstack = None if deepstack is None else deepstack.swapaxes(0, 1)
     target = jnp.take_along_axis(inputs.input_ids, index, 1)
-    return Trunk(x, deepstack, inputs.attention_mask, inputs.position_ids, inputs.is_image, index, valid, target)
+    return Trunk(x, deepstack, inputs.tokens, inputs.position_ids, index, valid, target)
 
 
 @functools.partial(jax.jit, static_argnames="lowest")

@@ -43,7 +43,7 @@ _LR = 2e-5
 class Args(LabelOptions, LoopOptions, metrics.MetricOptions, DataOptions, ModelOptions):
     """Fine-tune whole parts of a model on a task, and score the model on held-out examples before and after.
 
-    The labels for --label-lr and --label-decay are the trained parts: text, visual.
+    The labels for --label-lr and --label-decay are the trained parts: text, visual, registers.
     """
 
     train: str = "mini-docvqa"
@@ -54,8 +54,11 @@ class Args(LabelOptions, LoopOptions, metrics.MetricOptions, DataOptions, ModelO
     """Largest number of training examples."""
     eval_limit: int | None = 300
     """Largest number of held-out examples."""
-    parts: Annotated[tuple[Literal["text", "visual"], ...], tyro.conf.arg(metavar="PART [PART ...]")] = ("text",)
-    """The parts to train. text: the text decoder with its embeddings; visual: the vision tower with the projector."""
+    parts: Annotated[tuple[Literal["text", "visual", "registers"], ...], tyro.conf.arg(metavar="PART [PART ...]")] = (
+        "text",
+    )
+    """The parts to train. text: the text decoder with its embeddings; visual: the vision tower with the projector;
+    registers: the embeddings of its registers alone, if they have any of their own (train.register)."""
     epochs: Annotated[int, Range(least=1)] = 3
     """Number of passes over all training examples."""
     batch: Annotated[int, Range(least=1)] = 16
@@ -76,6 +79,7 @@ class Args(LabelOptions, LoopOptions, metrics.MetricOptions, DataOptions, ModelO
 def check_parts(model: Model, args: Args) -> None:
     """Refuses parts that the model lacks, and labels that are not among the parts."""
     parts = sorted({name.partition(".")[0] for name in named_leaves(model)})
+    parts += ["registers"] * (model.text.register_embeddings is not None)
     if missing := set(args.parts) - set(parts):
         raise UserError(f"the model has no part {sorted(missing)[0]!r}: it has {', '.join(parts)}")
     args.check_labels(args.parts)

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import PRNGKeyArray
 
 from vlm_jax.errors import UserError
+from vlm_jax.registers import Registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TextConfig:
     bidirectional_images: the tokens of an image see each other in both directions.
     max_position_embeddings: the most tokens that a prompt may have; the tokenizer may set a lower limit.
     attention: "xla" or "splash", a kernel for passes that do not look at the scores (:mod:`vlm_jax.nn.kernels`).
+    registers: the register tokens behind every image; None if there are none.
     """
 
     vocab_size: int
@@ -73,11 +75,13 @@ class TextConfig:
     bidirectional_images: bool = False
     max_position_embeddings: int | None = None
     attention: str = "xla"
+    registers: Registers | None = None
 
     @property
     def only_causal(self) -> bool:
         """Whether in every layer each token sees itself, all real tokens before it, and nothing else."""
-        return {kind for kind, _ in self.rope} == {"full_attention"} and not self.bidirectional_images
+        masked = self.registers is not None and self.registers.mask != "none"
+        return {kind for kind, _ in self.rope} == {"full_attention"} and not self.bidirectional_images and not masked
 
     @property
     def mrope(self) -> bool:
@@ -110,6 +114,11 @@ class VisionConfig:
         for side in self.conv_shape:
             size *= side
         return size
+
+    @property
+    def any_size(self) -> bool:
+        """Whether the tower takes images of any size."""
+        return False
 
     def limit_pixels(self, image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
         """Sets the image processor's pixel budget, for towers that take images of any size.
@@ -168,7 +177,24 @@ def with_attention(config: Config, attention: str) -> Config:
         raise UserError(f"unknown attention {attention!r}: use 'xla' or 'splash'")
     if attention == "splash" and not config.text.only_causal:
         raise UserError(
-            f"attention 'splash' is causal and nothing else, but a {config.family} has sliding layers or images that "
-            "see both ways: use 'xla'"
+            f"attention 'splash' is causal and nothing else, but this {config.family} has sliding layers, images that "
+            "see both ways, or registers that hide images: use 'xla'"
         )
     return dataclasses.replace(config, text=dataclasses.replace(config.text, attention=attention))
+
+
+def with_registers(config: Config, registers: Registers | None) -> Config:
+    """The config of the same model with registers behind every image.
+
+    Raises:
+        UserError: for a text-only model, for a token that the model lacks, or if the model's attention cannot do it.
+    """
+    if registers is not None and config.vision is None:
+        raise UserError(f"{config.family} is a text-only model, so there are no images for registers: choose another")
+    if registers is not None and not 0 <= registers.token_id < config.text.vocab_size:
+        raise UserError(
+            f"the registers are copies of token {registers.token_id}, but the model has {config.text.vocab_size} "
+            "tokens: they belong to another model"
+        )
+    changed = dataclasses.replace(config, text=dataclasses.replace(config.text, registers=registers))
+    return with_attention(changed, config.text.attention)

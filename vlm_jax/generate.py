@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int32, PRNGKeyArray
 
 from vlm_jax.errors import UserError
-from vlm_jax.inputs import Inputs
+from vlm_jax.inputs import Inputs, bucket
 from vlm_jax.model import Embedded, Model
 from vlm_jax.nn.decoder import StackedKeyValues, Window
+from vlm_jax.nn.visibility import visible_to_new
 from vlm_jax.sites import NO_TAPS, Context, Probe, check_sites
 from vlm_jax.typing import Array
 
@@ -30,6 +31,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     key: PRNGKeyArray | None = None,
+    drop_images: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> Int32[Array, "batch {max_new_tokens}"]:
@@ -42,6 +44,9 @@ def generate(
             the interventions changed, but are not changed themselves.
         temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled with ``key``.
         top_p: sample from the smallest set of tokens whose total probability is at least this.
+        drop_images: after the prompt, the cache keeps only the keys and values that new tokens may see: those of the
+            images are gone. It needs a model whose registers hide the images from the text
+            (:class:`vlm_jax.registers.Registers`). The new tokens are the same.
         eos_token_id: one or several ids that end a row; None stands for the config's.
         pad_token_id: fills a row after its end; None stands for the config's.
 
@@ -52,7 +57,8 @@ def generate(
         UserError: for options that are not possible, or an intervention that touches nothing.
     """
     check_sites(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
-    options = decoding(model, max_new_tokens, steps, eos_token_id, pad_token_id)
+    held = held_tokens(model, inputs, interventions) if drop_images else None
+    options = decoding(model, max_new_tokens, steps, eos_token_id, pad_token_id, held)
     if temperature and key is None:
         raise UserError("sampling needs a key: pass key=jax.random.key(seed)")
     sampling = (jnp.float32(temperature), jnp.float32(top_p), key) if temperature else None
@@ -62,13 +68,15 @@ def generate(
 class Decoding(NamedTuple):
     """The static options of a generation: changing them compiles another program.
 
-    count: the number of new tokens. eos: the ids that end a row.
+    count: the number of new tokens. eos: the ids that end a row. held: how many of the prompt's tokens the cache keeps;
+    None: all.
     """
 
     count: int
     steps: str
     eos: tuple[int, ...]
     pad: int
+    held: int | None = None
 
 
 def decoding(
@@ -77,6 +85,7 @@ def decoding(
     steps: str = "all",
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    held: int | None = None,
 ) -> Decoding:
     """The options of :func:`generate`, checked, with the config's tokens where they are None."""
     if count < 1:
@@ -86,7 +95,26 @@ def decoding(
     eos = model.config.eos_token_ids if eos_token_id is None else eos_token_id
     eos = tuple(eos) if isinstance(eos, Sequence) else (eos,)
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
-    return Decoding(count, steps, eos, pad)
+    return Decoding(count, steps, eos, pad, held)
+
+
+def held_tokens(model: Model, inputs: Inputs, interventions: Sequence[Any] = ()) -> int:
+    """How many tokens of a prompt the cache must keep for the new ones, rounded up: those that they may see.
+
+    Raises:
+        UserError: if they may see the images, or if an intervention needs the keys of the whole prompt.
+    """
+    registers = model.config.text.registers
+    if registers is None or not registers.hides_images:
+        why = "it has no registers" if registers is None else f"the mask of its registers is {registers.mask!r}"
+        raise UserError(f"the text of this model reads its images ({why}): leave drop_images out")
+    for intervention in interventions:
+        if on := sorted(intervention.sites & {"text.attn_scores", "text.attn_probs"}):
+            raise UserError(
+                f"{type(intervention).__name__} acts on the attention ({on[0]}) to the whole prompt: leave drop_images "
+                "out"
+            )
+    return min(bucket(int(visible_to_new(inputs.tokens, registers).sum(1).max())), inputs.input_ids.shape[1])
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -127,13 +155,23 @@ def continued(
     interventions = interventions if options.steps == "all" else ()
     # The cache has free slots for the new tokens after the prompt. A slot becomes visible when it is filled.
     room = [(0, 0), (0, 0), (0, count), (0, 0), (0, 0)]
-    cache = jnp.pad(k, room), jnp.pad(v, room)
     position = 1 + jnp.max(jnp.where(inputs.attention_mask, inputs.position_ids.max(0), -1), 1)
     # The position of each key in its row's text: sliding layers compare it with the query's.
     prompt_positions = jnp.where(inputs.attention_mask, inputs.position_ids[0], 0)
+    prompt_visible, held = visible_to_new(inputs.tokens, model.config.text.registers), length
+    if options.held is not None:
+        assert not past, "a shared prefix keeps all of its tokens"
+        held = options.held
+        # The tokens that stay, in their order; rows with fewer of them are filled up with others, which stay invisible.
+        kept = jnp.argsort(~prompt_visible, axis=1, stable=True)[:, :held]
+        k, v = (jnp.take_along_axis(array, kept[None, :, :, None, None], 2) for array in (k, v))
+        prompt_positions, prompt_visible = (
+            jnp.take_along_axis(array, kept, 1) for array in (prompt_positions, prompt_visible)
+        )
+    cache = jnp.pad(k, room), jnp.pad(v, room)
     key_positions = jnp.concatenate([prompt_positions, position[:, None] + jnp.arange(count)], 1)
-    prompt_visible = jnp.pad(inputs.attention_mask, [(0, 0), (0, count)])
-    bounds = [0, *([start] if past else []), start + length + count]
+    prompt_visible = jnp.pad(prompt_visible, [(0, 0), (0, count)])
+    bounds = [0, *([start] if past else []), start + held + count]
 
     def choose(logits, step):
         if sampling is None:
@@ -152,16 +190,16 @@ def continued(
         step, out, (k, v), done = state
         token = out[:, step - 1]
         positions = jnp.broadcast_to((position + step - 1)[None, :, None], (3, batch, 1))
-        slots, filled = jnp.arange(start + length + count), start + length
+        slots, filled = jnp.arange(start + held + count), start + held
         visible = prompt_visible | ((slots >= filled) & (slots < filled + step - 1))[None]
         past_mask = text.visible(visible[:, None], positions[0], key_positions)
         own_mask = jnp.ones((len(past_mask), batch, 1, 1), bool)
         masks = tuple(past_mask[..., low:high] for low, high in itertools.pairwise(bounds))
-        window = Window(text.rope(positions), own_mask, masks, start=filled + step - 1, decoding=True)
+        window = Window(text.rope(positions), own_mask, masks, start=start + length + step - 1, decoding=True)
         probe = Probe(interventions, NO_TAPS, Context(start=window.start, decoding=True))
         x = probe("text.embeddings", text.embed(token)[:, None])
         x, (new_k, new_v), _ = text.scan(x, window, past=(*past, (k, v)), interventions=interventions)
-        slot = (0, 0, length + step - 1, 0, 0)
+        slot = (0, 0, held + step - 1, 0, 0)
         cache = jax.lax.dynamic_update_slice(k, new_k, slot), jax.lax.dynamic_update_slice(v, new_v, slot)
         token = jnp.where(done, options.pad, choose(text.head(x, probe)[:, 0], step))
         return step + 1, out.at[:, step].set(token), cache, done | is_end(token)

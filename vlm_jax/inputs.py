@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int, Int32
 
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError
+from vlm_jax.nn.visibility import Tokens
+from vlm_jax.registers import Registers, image_ends, place
 from vlm_jax.typing import ArrayLike
 
 #: Sequence lengths and patch counts are rounded up to multiples of these, so that many samples have few shapes.
@@ -48,6 +50,8 @@ class Inputs:
     images: None for text.
     image_index: which visual token replaces the token's embedding, -1 for none. Visual tokens are numbered through all
         images of the batch, padding included. None for text.
+    register_index: the number of each register within its image, -1 for other tokens. None for text, and for a model
+        without registers.
     """
 
     input_ids: Int[ArrayLike, "batch tokens"]
@@ -55,6 +59,7 @@ class Inputs:
     position_ids: Int[ArrayLike, "3 batch tokens"]
     images: Images | None = None
     image_index: Int[ArrayLike, "batch tokens"] | None = None
+    register_index: Int[ArrayLike, "batch tokens"] | None = None
 
     @classmethod
     def from_hf(
@@ -67,8 +72,10 @@ class Inputs:
         image_grid_thw: Any = None,
         mm_token_type_ids: Any = None,
         token_type_ids: Any = None,
+        register_index: Any = None,
     ) -> "Inputs":
-        """Inputs, as NumPy arrays, from what a transformers processor returns.
+        """Inputs, as NumPy arrays, from what a transformers processor returns. If the model has registers, they are put
+        behind the images.
 
         Args:
             input_ids, attention_mask: ``(batch, tokens)``, padded on either side.
@@ -77,6 +84,7 @@ class Inputs:
                 width)``.
             mm_token_type_ids, token_type_ids: ``(batch, tokens)``, 1 for image tokens. Without them a token is an image
                 token if its id is ``config.image_token_id``.
+            register_index: if the prompts have registers already, their numbers, as in the field of this name.
 
         Raises:
             UserError: if the image tokens in the prompts do not match the images.
@@ -103,21 +111,35 @@ class Inputs:
                 f"the prompts hold {visual.sum()} image tokens but the {len(counts)} images make {sum(counts)}: "
                 "pass the arrays of one processor call unchanged"
             )
+        registers = config.text.registers
+        if images is None:
+            register_index = None
+        elif registers is not None and register_index is None:
+            ids, mask, visual, register_index = _with_registers(ids, mask, visual, counts, registers)
+        stays = np.zeros_like(mask)
+        if registers is not None and register_index is not None and registers.positions == "first":
+            stays = np.asarray(register_index) > 0
         if config.text.mrope and vision is not None and images is not None:
             merge = vision.spatial_merge_size
-            positions = rope_index(mask, visual, np.asarray(image_grid_thw, int).reshape(-1, 3), merge)
+            positions = rope_index(mask, visual, np.asarray(image_grid_thw, int).reshape(-1, 3), merge, stays)
         else:
-            positions = np.broadcast_to(np.where(mask, np.cumsum(mask, 1) - 1, 0).astype(np.int32), (3, *mask.shape))
+            positions = np.where(mask, np.cumsum(mask & ~stays, 1) - 1, 0)
+            positions = np.broadcast_to(positions.astype(np.int32), (3, *mask.shape))
         if images is None:
             return cls(ids, mask, positions)
         index = np.full(ids.shape, -1, np.int32)
         index[visual] = np.concatenate([image * images.stride + np.arange(count) for image, count in enumerate(counts)])
-        return cls(ids, mask, positions, images, index)
+        return cls(ids, mask, positions, images, index, register_index)
 
     @property
     def is_image(self) -> Bool[ArrayLike, "batch tokens"] | None:
         """Which tokens are visual ones; None without images."""
         return None if self.image_index is None else self.image_index >= 0
+
+    @property
+    def tokens(self) -> Tokens:
+        """What decides who sees whom, besides the order of the tokens."""
+        return Tokens(self.attention_mask, self.is_image, self.register_index)
 
     def take(self, rows: Sequence[int] | Int[np.ndarray, " rows"], images: int | None = None) -> "Inputs":
         """The batch of these ``rows``, with only their images (NumPy arrays only).
@@ -140,7 +162,8 @@ class Inputs:
         def pick(array):
             return np.pad(array[used_images], [(0, missing)] + [(0, 0)] * (array.ndim - 1))
 
-        return text.replace(images=jax.tree.map(pick, self.images), image_index=index)
+        registers = None if self.register_index is None else self.register_index[rows]
+        return text.replace(images=jax.tree.map(pick, self.images), image_index=index, register_index=registers)
 
     def aligned(self, images: int, patches: int, at: Int[np.ndarray, " batch"] | None = None) -> "Inputs":
         """The same rows with the images laid out by row: ``images`` images for each row, padding included.
@@ -187,7 +210,37 @@ class Inputs:
             attention_mask=self.attention_mask[:, :length],
             position_ids=self.position_ids[:, :, :length],
             image_index=None if self.image_index is None else self.image_index[:, :length],
+            register_index=None if self.register_index is None else self.register_index[:, :length],
         )
+
+
+def _with_registers(
+    ids: np.ndarray, mask: np.ndarray, visual: np.ndarray, counts: Sequence[int], registers: Registers
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, mask, visual tokens and registers' numbers of prompts into which registers are put. They are padded on
+    the side on which they were; ``counts`` are the visual tokens of each image, through all rows."""
+    rows, images = [], list(counts)
+    for row_ids, real, row_visual in zip(ids, mask, visual, strict=True):
+        own = []
+        while sum(own) < row_visual.sum():
+            own.append(images.pop(0))
+        if sum(own) != row_visual.sum():
+            raise UserError("a row of the prompts holds a part of an image: pass the processor's arrays unchanged")
+        placed = place(row_ids[real], image_ends(row_visual[real], own), registers)
+        rows.append((placed.ids(row_ids[real], registers), placed.kept(row_visual[real]), placed.number))
+    length = max(len(row) for row, *_ in rows)
+    left = bool((~mask[:, 0]).any() and mask[:, -1].all())
+
+    def padded(arrays: Sequence[np.ndarray], fill: int, dtype: Any) -> np.ndarray:
+        out = np.full((len(rows), length), fill, dtype)
+        for row, array in zip(out, arrays, strict=True):
+            row[length - len(array) if left else 0 :][: len(array)] = array
+        return out
+
+    new_ids, new_visual, number = zip(*rows, strict=True)
+    pad = int(ids[~mask][0]) if (~mask).any() else 0
+    real = padded([np.ones(len(row), bool) for row in new_ids], 0, bool)
+    return padded(new_ids, pad, np.int32), real, padded(new_visual, 0, bool), padded(number, -1, np.int32)
 
 
 def rope_index(
@@ -195,6 +248,7 @@ def rope_index(
     visual: Bool[np.ndarray, "batch tokens"],
     grids: Int[np.ndarray, "images 3"],
     merge: int,
+    stays: Bool[np.ndarray, "batch tokens"] | None = None,
 ) -> Int32[np.ndarray, "3 batch tokens"]:
     """Temporal, height and width positions of Qwen-VL's multimodal rotary embedding.
 
@@ -206,7 +260,9 @@ def rope_index(
         mask: False for padding. visual: the image tokens.
         grids: frames, rows and columns of patches of each image, in the order of the prompts.
         merge: patches along the side of a visual token.
+        stays: text tokens that have the position of the token before them.
     """
+    stays = np.zeros_like(mask) if stays is None else stays
     positions = np.zeros((3, *mask.shape), np.int32)
     pending_grids = iter(grids)
     for row in range(len(mask)):
@@ -214,6 +270,7 @@ def rope_index(
         position, done = 0, 0
         while done < len(columns):
             if not visual[row, columns[done]]:
+                position -= int(stays[row, columns[done]])
                 positions[:, row, columns[done]] = position
                 position, done = position + 1, done + 1
                 continue

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
-from vlm_jax.config import Config
+from vlm_jax.config import Config, with_registers
 from vlm_jax.families import backbone_config
 from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import constrain
 from vlm_jax.nn.decoder import Decoder, Window
+from vlm_jax.registers import Registers
 from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check_sites
 from vlm_jax.typing import Array
 from vlm_jax.vision.blocks import Features
@@ -102,6 +103,23 @@ class Model(nnx.Module):
         shapes = jax.eval_shape(lambda: Model(config, jax.random.key(0)))
         return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(self.text))
 
+    def with_registers(self, registers: Registers | None) -> "Model":
+        """The same arrays with registers behind every image, or without. Inputs must be encoded with the new model's
+        config. Embeddings of registers begin as copies of their token's.
+
+        Raises:
+            UserError: see :func:`vlm_jax.config.with_registers`.
+        """
+        config = with_registers(self.config, registers)
+        model = jax.eval_shape(lambda: Model(config, jax.random.key(0)))
+        own = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(self)}
+        paths, structure = jax.tree_util.tree_flatten_with_path(model)
+        if registers is not None and registers.trained:
+            (name,) = (jax.tree_util.keystr(path) for path, _ in paths if "register_embeddings" in str(path))
+            weight = self.text.embed_tokens.weight[...]
+            own[name] = jnp.tile(weight[registers.token_id], (registers.count, 1))
+        return jax.tree.unflatten(structure, [own[jax.tree_util.keystr(path)] for path, _ in paths])
+
     def sites(self, inputs: Inputs) -> frozenset[str]:
         """The sites that a pass over these inputs has."""
         if inputs.images is None:
@@ -119,7 +137,7 @@ class Model(nnx.Module):
 
     def window(self, inputs: Inputs, start: int = 0) -> Window:
         """The masks and rotary angles of the tokens from ``start`` on."""
-        return self.text.window(inputs.attention_mask, inputs.position_ids, start, inputs.is_image)
+        return self.text.window(inputs.tokens, inputs.position_ids, start)
 
     def features(
         self,
@@ -156,7 +174,7 @@ class Model(nnx.Module):
 
     def merge(self, inputs: Inputs, features: Features | None) -> Embedded:
         """Token embeddings, replaced by visual tokens where ``inputs.image_index`` names one."""
-        x = constrain(self.text.embed(inputs.input_ids), "batch", None, None)
+        x = constrain(self.text.embed(inputs.input_ids, inputs.register_index), "batch", None, None)
         if features is None:
             return Embedded(x, None)
         assert inputs.image_index is not None, "inputs without images got visual features"

@@ -23,6 +23,7 @@ from vlm_jax.families import FAMILIES
 from vlm_jax.families.base import Chat
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
 from vlm_jax.processor import Processor
+from vlm_jax.registers import Registers, image_ends, place
 from vlm_jax.runs.processes import everywhere
 from vlm_jax.typing import ArrayLike
 
@@ -42,7 +43,7 @@ PLAIN_PROMPT = "{QUESTION}"
 _PLACEHOLDER = "\ue000"
 #: Number of examples that are encoded together. It limits the memory that their images need.
 _WINDOW = 512
-SPANS = ("image", "image_end", "question", "answer", "end")
+SPANS = ("image", "image_end", "register", "question", "answer", "end")
 
 
 class Batch(NamedTuple):
@@ -50,7 +51,8 @@ class Batch(NamedTuple):
 
     inputs: Inputs
     spans: dict[str, Bool[np.ndarray, "batch tokens"]]
-    """Name of a span -> its tokens ``(B, T)``. ``image``: visual tokens; ``image_end``: the token that closes an image;
+    """Name of a span -> its tokens ``(B, T)``. ``image``: visual tokens; ``image_end``: the token that closes an image,
+    unless it is a register; ``register``: the registers behind images (:class:`vlm_jax.registers.Registers`);
     ``question``: the tokens in place of ``{QUESTION}``; ``answer``: the gold tokens; ``end``: the token that ends the
     answer's turn."""
     images: int
@@ -89,9 +91,10 @@ def encode(
     total = bucket(max(len(row.ids) for row in rows), step)
     ids = np.full((len(rows), total), config.pad_token_id, np.int32)
     mask = np.zeros((len(rows), total), bool)
+    number = np.full((len(rows), total), -1, np.int32)
     spans = {name: np.zeros((len(rows), total), bool) for name in SPANS}
     for i, row in enumerate(rows):
-        ids[i, : len(row.ids)], mask[i, : len(row.ids)] = row.ids, True
+        ids[i, : len(row.ids)], mask[i, : len(row.ids)], number[i, : len(row.ids)] = row.ids, True, row.number
         for name, span in row.spans.items():
             spans[name][i, : len(row.ids)] = span
     return Batch(
@@ -102,6 +105,7 @@ def encode(
             mm_token_type_ids=spans["image"] if images else None,
             pixel_values=pixels.get("pixel_values"),
             image_grid_thw=pixels.get("image_grid_thw"),
+            register_index=number if config.text.registers is not None else None,
         ),
         spans,
         max(len(example.images) for example in examples),
@@ -120,10 +124,12 @@ def _sizes(images: Iterable[Image.Image], processor: Processor, config: Config) 
 
 
 class _Tokens(NamedTuple):
-    """The token ids of one example, and span -> which of the tokens belong to it, ``(T,)`` bool."""
+    """The token ids of one example; span -> which of the tokens belong to it, ``(T,)`` bool; and each register's number
+    within its image, -1 for other tokens."""
 
-    ids: list[int]
+    ids: Sequence[int] | np.ndarray
     spans: dict[str, np.ndarray]
+    number: np.ndarray
 
 
 def _tokens(
@@ -149,17 +155,31 @@ def _tokens(
     context = min(tokenizer.model_max_length, config.text.max_position_embeddings or tokenizer.model_max_length)
     rows = []
     for i, (example, ids) in enumerate(zip(examples, tokens["input_ids"], strict=True)):
-        if len(ids) > context:
-            raise UserError(
-                f"example {example.id!r} has {len(ids)} tokens, but the model takes {context}: "
-                "shorten its question or use smaller images"
-            )
         begin, end = np.array(tokens["offset_mapping"][i]).T
         spans = {name: np.zeros(len(ids), bool) for name in SPANS}
         for name, low, high in ranges[i]:
             spans[name] |= (begin < high) & (end > low)
-        rows.append(_Tokens(ids, spans))
+        row = _Tokens(ids, spans, np.full(len(ids), -1))
+        if config.text.registers is not None:
+            row = _with_registers(row, [tokens for _, tokens in sizes[i]], config.text.registers)
+        if len(row.ids) > context:
+            count = (row.number >= 0).sum()
+            raise UserError(
+                f"example {example.id!r} has {len(row.ids)} tokens{f', {count} of them registers' if count else ''}, "
+                f"but the model takes {context}: "
+                + ("use fewer registers" if count else "shorten its question or use smaller images")
+            )
+        rows.append(row)
     return rows
+
+
+def _with_registers(row: _Tokens, counts: list[int], registers: Registers) -> _Tokens:
+    """The tokens with registers behind each image; ``counts`` are the images' numbers of visual tokens."""
+    ids = np.asarray(row.ids)
+    placed = place(ids, image_ends(row.spans["image"], counts), registers)
+    spans = {name: placed.kept(span) for name, span in row.spans.items()}
+    spans["register"] = placed.number >= 0
+    return _Tokens(placed.ids(ids, registers), spans, placed.number)
 
 
 @contextlib.contextmanager
@@ -349,7 +369,9 @@ def fitted(
     if room.images and inputs.images is None:  # other rows of the batch have images, so these need blank ones
         assert config.vision is not None, "a text-only model has no images"
         blank, _ = config.vision.images(**config.vision.blank(1, 1))
-        inputs = inputs.replace(images=blank, image_index=np.full(inputs.input_ids.shape, -1, np.int32))
+        none = np.full(inputs.input_ids.shape, -1, np.int32)
+        registers = None if config.text.registers is None else none
+        inputs = inputs.replace(images=blank, image_index=none, register_index=registers)
     answers = positions(batch.spans["answer"] | batch.spans["end"], room.answer)
     return Fitted(inputs.aligned(room.images, room.patches, at), *answers, None if mark is None else mark(batch))
 

@@ -75,8 +75,7 @@ def _program(
 def _prefix_cache(model: Model, inputs: Inputs, base, entire, start: int) -> tuple:
     """The keys and values of the base run's first ``start`` tokens, ``(L, B, start, G, head_dim)`` twice, as the one
     segment of the past."""
-    is_image = None if inputs.is_image is None else inputs.is_image[:, :start]
-    window = model.text.window(inputs.attention_mask[:, :start], inputs.position_ids[:, :, :start], is_image=is_image)
+    window = model.text.window(inputs.tokens.first(start), inputs.position_ids[:, :, :start])
     deepstack = None if entire.deepstack is None else entire.deepstack[:, :, :start]
     _, keys_and_values, _ = model.text.scan(entire.x[:, :start], window, deepstack=deepstack, interventions=base)
     return (keys_and_values,)

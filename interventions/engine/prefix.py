@@ -1,11 +1,12 @@
 """The shared prefix: how many tokens are the same in all runs of a sweep, and so are computed once."""
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Int
 
 from interventions.engine.read import ReadOut
 from interventions.engine.variants import Variants, first_token, stack
 from vlm_jax import Inputs, Model
+from vlm_jax.nn.visibility import both_ways
 
 #: The shared prefix ends at a multiple of this, so that prompts of nearly the same shape share a program.
 PREFIX_BUCKET = 8
@@ -24,14 +25,14 @@ def shared_prefix(model: Model, inputs: Inputs, variants: Variants, read: ReadOu
 def possible_prefix(model: Model, inputs: Inputs, start: int) -> int:
     """The longest possible prefix of at most ``start`` tokens."""
     start = start // PREFIX_BUCKET * PREFIX_BUCKET
-    if model.config.text.bidirectional_images and inputs.is_image is not None:
-        start = outside_images(np.asarray(inputs.is_image), start)
-    return start
+    text = model.config.text
+    block = both_ways(inputs.tokens, text.registers, text.bidirectional_images)
+    return start if block is None else outside_blocks(np.asarray(block), start)
 
 
-def outside_images(is_image: Bool[np.ndarray, "batch tokens"], start: int) -> int:
-    """The nearest index at or before ``start`` that is not inside an image. The tokens of an image see each other, so a
-    prefix must not end between them."""
-    while start and (is_image[:, start - 1] & is_image[:, start]).any():
+def outside_blocks(block: Int[np.ndarray, "batch tokens"], start: int) -> int:
+    """The nearest index at or before ``start`` that is not inside a block of tokens that see each other in both
+    directions (:func:`vlm_jax.nn.visibility.both_ways`). A prefix must not end between them."""
+    while start and ((block[:, start - 1] == block[:, start]) & (block[:, start] > 0)).any():
         start -= 1
     return start

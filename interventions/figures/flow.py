@@ -8,7 +8,10 @@ from matplotlib.figure import Figure
 
 from interventions.figures.base import drawer, subplots
 
-_COLOURS = {"before": "#bab0ac", "image": "#4e79a7", "image_end": "#e15759", "text": "#76b7b2"}
+_COLOURS = {
+    **{"before": "#bab0ac", "image": "#4e79a7", "image_end": "#e15759"},
+    **{"register": "#f28e2b", "text": "#76b7b2"},
+}
 _MODES = {"post_softmax": "#4e79a7", "pre_softmax": "#59a14f", "random_mass": "#bab0ac", "value_norm": "#d4a6c8"}
 
 
@@ -30,16 +33,16 @@ def attention(tasks: Mapping[str, Mapping]) -> Figure:
     figure, axes = _panels(len(tasks), 2)
     for (left, right), (task, shares) in zip(axes, tasks.items(), strict=True):
         bottom = np.zeros(len(shares["to_image"]["mean"]))
-        for group in ("image", "image_end", "before", "text"):
+        for group in ("image", "image_end", "register", "before", "text"):
             if f"to_{group}" in shares:
                 mean = np.array(shares[f"to_{group}"]["mean"], float)
-                name = {"image_end": "end of image", "before": "before the image", "text": "text itself"}.get(
-                    group, group
-                )
+                names = {"image_end": "end of image", "register": "registers", "before": "before the image"}
+                name = {**names, "text": "text itself"}.get(group, group)
                 left.bar(range(len(mean)), mean, bottom=bottom, width=0.85, color=_COLOURS[group], label=name)
                 bottom = bottom + mean
         left.set(title=f"{task}: where the text's attention goes", ylim=(0, 1), ylabel="share, mean over heads")
-        right.set(title=f"{task}: image / (image + end of image)", ylim=(0, 1.02), ylabel="share (P1, equation 2)")
+        end = "registers" if "to_register" in shares else "end of image"
+        right.set(title=f"{task}: image / (image + {end})", ylim=(0, 1.02), ylabel="share (P1, equation 2)")
         if "ratio" in shares:
             _band(right, shares["ratio"], _COLOURS["image"], label="mean, 95 % interval")
             right.axhline(shares["ratio_if_uniform"], color="black", ls=":", label="uniform attention")

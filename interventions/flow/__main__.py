@@ -12,11 +12,20 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from interventions.flow.artifacts import ATTENTION, RESULTS, SAMPLES, WINDOWS
-from interventions.flow.knockout import EDGES, Effect, edge, knocked_out_answers, window_effects, window_layers
+from interventions.flow.knockout import (
+    EDGES,
+    WINDOW_EDGES,
+    Effect,
+    edge,
+    knocked_out_answers,
+    window_effects,
+    window_layers,
+)
 from interventions.flow.shares import Reading, read_examples
 from interventions.flow.summary import summarise_answers, summarise_effect, summarise_reading, summarise_received
 from interventions.options import InterventionOptions
 from interventions.store import digest
+from vlm_jax.config import Config
 from vlm_jax.data import Example, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
@@ -39,7 +48,8 @@ class Args(InterventionOptions, DataOptions, ModelOptions):
     """How many samples of each task to use."""
     edges: tuple[str, ...] | None = None
     """Which attention is cut while answers are generated, as QUERIES:KEYS. Both are token groups, several joined by +.
-    By default text:image and, if the model has an end-of-image token, text:image_end and text:image+image_end."""
+    By default text:image and, if the model has an end-of-image token, text:image_end and text:image+image_end; in a
+    model with registers, text:register and text:image+register."""
     modes: tuple[Literal["post_softmax", "pre_softmax", "random_mass", "value_norm"], ...] = (
         "post_softmax",
         "pre_softmax",
@@ -53,9 +63,10 @@ class Args(InterventionOptions, DataOptions, ModelOptions):
     """Generate answers with edges cut in all layers at once, or also in every window of layers."""
     window: int = 3
     """How many neighbouring layers a window has."""
-    window_edges: tuple[str, ...] = ("text:image", "question:image", "writers:image", "text:question")
+    window_edges: tuple[str, ...] | None = None
     """Which attention is cut in windows, to measure the probability of the gold answer. "writers" are the tokens whose
-    outputs are the answer."""
+    outputs are the answer. By default text:image, question:image, writers:image and text:question; if registers hide
+    the image from the text, the same with the registers."""
     batch: Annotated[int, Range(least=1)] = 16
     """Samples that are run at once. Larger batches are faster and need more memory."""
     max_new_tokens: Annotated[int, Range(least=1)] = 12
@@ -73,36 +84,48 @@ def check_images(examples: Iterable[Example]) -> None:
             raise UserError(f"example {example.id!r} has no image for its text to read: leave it out")
 
 
-def edges_of(args: Args, image_end: bool) -> tuple[list[str], list[str]]:
-    """The edges that are cut while answers are generated, and those that are cut in windows. Defaults that need an
-    end-of-image token are left out if the model has none.
+_NO_END = "this model has no end-of-image token (text follows its image tokens directly)"
 
-    Args:
-        image_end: whether the model has an end-of-image token.
+
+def edges_of(args: Args, config: Config) -> tuple[list[str], list[str]]:
+    """The edges that are cut while answers are generated, and those that are cut in windows. Defaults are those that
+    this model has.
 
     Raises:
         UserError: for an edge that is unknown, named twice or not possible in this model.
     """
-    lacks = "this model has no end-of-image token (text follows its image tokens directly)"
-    chosen = (EDGES if args.edges is None else args.edges), args.window_edges
-    for name in (*chosen[0], *chosen[1]):
+    registers = config.text.registers
+    lacking = {"register": "this model has no registers", "image_end": _NO_END}
+    if registers is not None:
+        lacking = {"image_end": "this model has registers in place of an end-of-image token"}
+    elif FAMILIES[config.family].chat.image_end is not None:
+        del lacking["image_end"]
+    edges, windows = list(args.edges or ()), list(args.window_edges or ())
+    if args.edges is None:
+        edges = [name.replace("image_end", "register") if registers is not None else name for name in EDGES]
+        edges = [name for name in edges if not any(group in name for group in lacking)]
+        if "image_end" in lacking and registers is None:
+            print(f"note: {_NO_END}, so nothing is cut from it")
+    if args.window_edges is None:
+        hidden = registers is not None and registers.hides_images
+        windows = [name.replace("image", "register") if hidden else name for name in WINDOW_EDGES]
+    for name in (*edges, *windows):
         edge(name)
-        if "image_end" in name and not image_end and (args.edges is not None or name in args.window_edges):
-            raise UserError(f"{lacks}: drop {name}")
-    if args.edges is None and not image_end:
-        print(f"note: {lacks}, so nothing is cut from it")
-        chosen = [name for name in EDGES if "image_end" not in name], args.window_edges
-    for names, option in zip((*chosen, args.modes), ("edges", "window-edges", "modes"), strict=True):
+        if absent := [group for group in lacking if group in name]:
+            raise UserError(f"{lacking[absent[0]]}: drop {name}")
+    for names, option in zip((edges, windows, args.modes), ("edges", "window-edges", "modes"), strict=True):
         if not names or len(set(names)) < len(names):
             raise UserError(f"--{option} is {' '.join(names) or 'empty'}: name at least one, and none twice")
-    return list(chosen[0]), list(chosen[1])
+    return edges, windows
 
 
 def _report(task: str, results: dict) -> None:
     """Prints what was measured on a task: attention layer by layer, then the answers without each edge."""
     attention = results["attention"]
     names = [
-        name for name in ("to_image", "to_image_end", "ratio", "tokens_for_80", "tokens_for_90") if name in attention
+        name
+        for name in ("to_image", "to_image_end", "to_register", "ratio", "tokens_for_80", "tokens_for_90")
+        if name in attention
     ]
     print(f"{task}: {results['samples']} samples\n  layer  " + "  ".join(f"{name:>13s}" for name in names))
     for layer in range(len(attention["to_image"]["mean"])):
@@ -124,7 +147,7 @@ def main(args: Args) -> None:
     check_images(examples)
     data = {name: source(name, split="trace", options=args) for name in args.task}
     run, model, processor = start(args, examples, data)
-    edges, window_edges = edges_of(args, FAMILIES[model.config.family].chat.image_end is not None)
+    edges, window_edges = edges_of(args, model.config)
     in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
     acting = args.interventions(model)
     run.pin("interventions", digest(acting))

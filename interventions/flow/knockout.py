@@ -27,6 +27,8 @@ from vlm_jax.sites import Intervention
 
 #: The default edges (queries:keys) to cut. P1 cuts the first two. With the third, no text reads the image.
 EDGES = ("text:image", "text:image_end", "text:image+image_end")
+#: The default edges to cut in windows of layers.
+WINDOW_EDGES = ("text:image", "question:image", "writers:image", "text:question")
 #: Prompts are padded to multiples of this, because compiling generation for another shape takes longer than padding.
 _LENGTH_STEP = 64
 #: Why an output is not a possible answer. The model ends at once; it writes no readable text; or its text is not one of

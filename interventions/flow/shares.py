@@ -18,7 +18,9 @@ from vlm_jax.runs.processes import fetch, progress
 from vlm_jax.sites import Intervention
 from vlm_jax.typing import Array, ArrayLike
 
-_IMAGE, _IMAGE_END = GROUPS.index("image"), GROUPS.index("image_end")
+_IMAGE = GROUPS.index("image")
+#: S of P1: the end-of-image token or, in a model with registers, the registers.
+_END = members("image_end+register")
 
 
 class Reading(NamedTuple):
@@ -39,14 +41,14 @@ class Reading(NamedTuple):
 
     def ratio(self) -> Float[np.ndarray, "samples layers"]:
         """Equation 2, from sums over heads: attention to the image, divided by attention to the image and
-        the end of the image."""
-        image, end = self.mass[..., _IMAGE].sum(-1), self.mass[..., _IMAGE_END].sum(-1)
+        the end of the image, or the registers."""
+        image, end = self.mass[..., _IMAGE].sum(-1), self.mass[..., _END].sum((-2, -1))
         with np.errstate(invalid="ignore"):  # a layer with a sliding window may see neither
             return image / (image + end)
 
     def uniform(self) -> Float[np.ndarray, "samples"]:
-        """The value of equation 2 if all tokens of image and end of image get equal attention."""
-        return self.tokens[:, _IMAGE] / (self.tokens[:, _IMAGE] + self.tokens[:, _IMAGE_END])
+        """The value of equation 2 if all tokens of image and end of image, or registers, get equal attention."""
+        return self.tokens[:, _IMAGE] / (self.tokens[:, _IMAGE] + self.tokens[:, _END].sum(1))
 
     def cumulative(self, grid: Float[np.ndarray, "points"]) -> Float[np.ndarray, "samples layers points"]:
         """The share of the image's attention that goes to its most attended tokens, where

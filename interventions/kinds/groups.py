@@ -16,8 +16,10 @@ from vlm_jax.prompts import Batch
 from vlm_jax.sites import Intervention
 
 #: The groups; a token's label is an index into them. "before" and "after" are template text before and after the first
-#: image; "last" is the last token before the answer, which writes the answer's first token.
-GROUPS = ("padding", "before", "image", "image_end", "after", "question", "last", "answer")
+#: image; "last" is the last token before the answer, which writes the answer's first token; "register" are the
+#: registers behind images, the end-of-image token included. It is the newest group and therefore the last one, so that
+#: arrays of older runs keep their meaning.
+GROUPS = ("padding", "before", "image", "image_end", "after", "question", "last", "answer", "register")
 #: Names for several groups. "text" is P1's T, the text behind the image; "instruction" is its part before the last
 #: token of the prompt, which P4 edits; "writers" are the tokens that write the answer; "prompt" is everything that is
 #: not generated.
@@ -25,7 +27,7 @@ UNIONS = {
     "instruction": ("after", "question"),
     "text": ("after", "question", "last", "answer"),
     "writers": ("last", "answer"),
-    "prompt": ("before", "image", "image_end", "after", "question", "last"),
+    "prompt": ("before", "image", "image_end", "register", "after", "question", "last"),
     "all": GROUPS[1:],
 }
 #: The six roles of ROME (Meng et al. 2022), with the question as the subject.
@@ -88,8 +90,8 @@ def label(batch: Batch) -> Int32[np.ndarray, "batch tokens"]:
     # In a row without an image, "after" begins at the question.
     marks = np.where(spans["image"].any(1, keepdims=True), spans["image"], spans["question"])
     labels = np.where(np.maximum.accumulate(marks, 1), GROUPS.index("after"), GROUPS.index("before"))
-    for name, span in (("image", "image"), ("image_end", "image_end"), ("question", "question"), ("answer", "answer")):
-        labels[spans[span]] = GROUPS.index(name)
+    for name in ("image", "image_end", "register", "question", "answer"):
+        labels[spans[name]] = GROUPS.index(name)
     labels[spans["end"]] = GROUPS.index("answer")
     labels[np.arange(len(labels)), _answer_begins(batch) - 1] = GROUPS.index("last")
     return np.where(mask, labels, GROUPS.index("padding")).astype(np.int32)

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 
 import vlm_jax
+from interventions.editing.editors import init_editors
 from interventions.placement.adapters import init_lora, lowest_layer, pad
 from interventions.trace.causal import causal_trace
 from tests.helpers.gradients import value_and_grad
-from train import trunk
+from train import editors, trunk
 from train.subsets import split
 from vlm_jax.data import load_task
 from vlm_jax.mesh.sharding import constrain, make_mesh, placed
-from vlm_jax.prompts import encode
+from vlm_jax.prompts import Fitted, encode, positions
 
 assert jax.device_count() == 8
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -39,6 +40,16 @@ def lora(model, batch, seed=0):
     trained, rest = split(trunk.Adapted(model, adapter, lowest_layer(adapter)), trunk.adapter_label)
     data = trunk.trunk(model, batch, lowest_layer(adapter))
     value, grads = jax.jit(value_and_grad(trunk.adapter_loss))(trained, rest, data, jax.random.key(0))
+    return [value, *jax.tree.leaves(grads)]
+
+
+def edited(model, batch, seed=0):
+    """The editors' loss and its gradients."""
+    begun = init_editors(model, layers=[1, 3], blocks=[1], key=jax.random.key(seed))
+    trained, rest = split(editors.Edited.of(model, begun), editors.editor_label)
+    index, valid = positions(batch.spans["answer"] | batch.spans["end"])
+    data = Fitted(batch.inputs.turned(), index, valid, editors.edited_tokens(begun)(batch))
+    value, grads = jax.jit(value_and_grad(editors.editor_loss))(trained, rest, data, jax.random.key(0))
     return [value, *jax.tree.leaves(grads)]
 
 
@@ -68,6 +79,7 @@ def jobs(model, batch, prompts, noise):
         "autoencoder": autoencoder(),
         "trace": trace(model, batch, noise),
         "lora": lora(model, batch),
+        "editors": edited(model, batch),
         "generate": generated(model, prompts),
     }
 
@@ -97,6 +109,7 @@ for name, meshes in MESHES.items():
     other = {
         "trace": trace(model, batch, noise[::-1]),
         "lora": lora(model, batch, seed=1),
+        "editors": edited(model, batch, seed=1),
         "autoencoder": autoencoder(1),
     }
     other = jax.device_get({**other, "generate": generated(model, turned)})

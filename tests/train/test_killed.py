@@ -25,8 +25,12 @@ COMMANDS = {
         *("--corruptions", "swapped_image", "--epochs", "2", "--r", "4", "--trace-batch", "4"),
         *("--save-every", "2"),
     ],
+    "edit": [
+        *("train.edit", "--model", "mini-qwen3-vl", "--train", "mini-okvqa", "--limit", "24", "--eval-limit", "12"),
+        *("--epochs", "4", "--batch", "4", "--save-every", "2"),
+    ],
 }
-KILLS = {"trace": 2, "study": 1}
+KILLS = {"trace": 2, "study": 1, "edit": 2}
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,23 @@ def test_a_tracker_that_is_not_installed(monkeypatch):
         LoopOptions(track=("wandb",)).check_loop()
 
 
+def test_step_memory_is_that_of_the_arrays_and_grows_with_them(tmp_path):
+    """A step that reads a batch of n x n numbers and multiplies it by itself holds two such arrays."""
+    found = {}
+    for n in (256, 512):
+        (folder := tmp_path / str(n)).mkdir()
+        batch = np.ones((1, n, n), np.float32)
+        options = {"folder": folder, "options": LoopOptions(step_memory=True), "log_every": 1}
+        tx = {"train": optax.sgd(0.1)}
+        fit(
+            lambda w, x, key: jnp.mean((w * x @ x) ** 2), jnp.ones(()), {0: batch, 1: batch}.get, tx, steps=2, **options
+        )
+        first, second = records(folder)
+        assert first["step_memory_gib"] == second["step_memory_gib"]
+        found[n] = first["step_memory_gib"] * 2**30 / (4 * n**2)
+    assert all(2 <= arrays < 8 for arrays in found.values()), found
+
+
 def test_profile(tmp_path):
     train(tmp_path, profile_steps=2)
     assert [path for path in (tmp_path / "profile").rglob("*.xplane.pb") if path.stat().st_size]

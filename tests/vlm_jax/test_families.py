@@ -169,7 +169,7 @@ def test_shared_prefix_does_not_end_inside_an_image(loaded, examples, monkeypatc
     error, effect = errors()
     assert error < 1e-5 and effect > 1e-3
     # The control: without the rule, the families that need it are wrong, and the others are not.
-    monkeypatch.setattr(prefix, "outside_images", lambda is_image, start: start)
+    monkeypatch.setattr(prefix, "outside_blocks", lambda block, start: start)
     error, _ = errors()
     assert (error > 1e-4) == model.config.text.bidirectional_images, (error, effect)
 

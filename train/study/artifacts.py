@@ -37,6 +37,7 @@ EDITING_SUMMARY = Schema(
         "rows.parameters": "number of trained parameters",
         "rows.seeds": "number of trainings",
         "rows.step_seconds": "median time of a training step, without compiling; null without a training",
+        "rows.step_memory_gib": "memory of a training step on one device, as its compiled program states it; or null",
         "rows.accuracy.PART": "mean score on a part of the held-out examples, with its 95 % interval",
         "rows.minus_full": "less the full method on the trained tasks: difference, interval, p, p adjusted by Holm",
         "reported": "the paper's numbers",

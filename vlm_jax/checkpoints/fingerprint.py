@@ -24,6 +24,8 @@ def fingerprint(model: Model) -> str:
     """
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if k != "hf"}
     del config["text"]["attention"]  # the choice of a kernel does not change the function that is computed
+    if config["text"]["registers"] is None:  # as in results that are older than registers
+        del config["text"]["registers"]
     leaves = named_leaves(model)
     sums = fetch(checksums(leaves))
     described = [[name, list(leaves[name].shape), [int(word) for word in sums[name]]] for name in sorted(leaves)]

@@ -1,5 +1,6 @@
 """Writes a model as a Hugging Face folder."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vlm_jax.checkpoints.leaves import named_leaves, rows_of, tensor_count
-from vlm_jax.checkpoints.sources import INDEX, ORBAX, SINGLE
+from vlm_jax.checkpoints.sources import INDEX, ORBAX, REGISTERS, SINGLE
+from vlm_jax.config import Config
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 from vlm_jax.families.key_table import Row
@@ -42,6 +44,7 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
         shards[-1].append((row, i))
         filled += size
     index: dict[str, str] = {}
+    registers = registers_json(model.config)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for number, shard in enumerate(shards):
             file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
@@ -50,23 +53,32 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
                 value = np.asarray(leaves[row.path][i] if row.stacked else leaves[row.path])
                 tensors[family.on_disk(row.hf.format(i))] = np.ascontiguousarray(row.op.to_hf(value, model.config))
             try:
-                save_file(tensors, Path(scratch) / file, metadata={"format": "pt"})
+                save_file(tensors, Path(scratch) / file, metadata={"format": "pt", **registers})
             except (SafetensorError, OSError) as error:
                 raise UserError(f"cannot write {folder / file} ({error}): free the disk or choose another") from None
             index |= dict.fromkeys(tensors, file)
         (Path(scratch) / "config.json").write_text(json.dumps(config_to_save(model), indent=2) + "\n")
+        if registers:
+            (Path(scratch) / REGISTERS).write_text(registers["registers"] + "\n")
         if len(shards) > 1:
             total = sum(leaf.nbytes for leaf in leaves.values())
             value = {"metadata": {"total_size": total}, "weight_map": index}
             (Path(scratch) / INDEX).write_text(json.dumps(value, indent=2) + "\n")
         # Files of an earlier checkpoint would be loaded instead of this one.
-        for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
+        for stale in (*folder.glob("model*.safetensors"), folder / INDEX, folder / REGISTERS):
             stale.unlink(missing_ok=True)
         shutil.rmtree(folder / ORBAX, ignore_errors=True)
         for file in sorted(Path(scratch).iterdir()):
             file.chmod(0o644)
             shutil.move(file, folder / file.name)
     return folder
+
+
+def registers_json(config: Config) -> dict[str, str]:
+    """The model's registers as JSON, as an entry of the weights' metadata, which shows that ``registers.json`` belongs
+    to them; {} without registers."""
+    registers = config.text.registers
+    return {} if registers is None else {"registers": json.dumps(dataclasses.asdict(registers), sort_keys=True)}
 
 
 def config_to_save(model: Model) -> dict:

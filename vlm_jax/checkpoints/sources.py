@@ -4,13 +4,16 @@ import os
 from pathlib import Path
 
 from vlm_jax import families
-from vlm_jax.config import Config
+from vlm_jax.config import Config, with_registers
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files import read_json
+from vlm_jax.registers import Registers
 
 #: The folder of the embedded models.
 MINI = Path(__file__).parents[1] / "mini"
 SINGLE, INDEX, ORBAX = "model.safetensors", "model.safetensors.index.json", "orbax"
+#: The file that says which registers a model was trained with.
+REGISTERS = "registers.json"
 
 
 def embedded_models() -> list[str]:
@@ -50,11 +53,17 @@ def resolve(source: str | os.PathLike) -> Path:
 
 
 def read_config(folder: Path) -> Config:
-    """The config of a Hugging Face folder."""
+    """The config of a Hugging Face folder, with its registers."""
     where = folder / "config.json"
     hf = read_json(where)
     if (folder / "generation_config.json").is_file():
         # Often only this file has the tokens at which generation stops.
         generation = read_json(folder / "generation_config.json")
         hf |= {k: generation[k] for k in ("eos_token_id", "pad_token_id") if generation.get(k) is not None}
-    return families.read_config(hf, str(where))
+    config, own = families.read_config(hf, str(where)), folder / REGISTERS
+    if not own.is_file():
+        return config
+    try:
+        return with_registers(config, Registers.from_json(read_json(own), str(own)))
+    except UserError as error:
+        raise UserError(f"{own}: {error}") from None

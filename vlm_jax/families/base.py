@@ -75,6 +75,7 @@ def decoder_rows(prefix: str, head: str = "lm_head") -> tuple[Row, ...]:
     norms += ("pre_feedforward_layernorm", "post_feedforward_layernorm")
     return (
         Row(f"{prefix}.embed_tokens.weight", "text.embed_tokens.weight", KEEP),
+        Row(f"{prefix}.register_embeddings.weight", "text.register_embeddings.weight", KEEP),
         *(row for name in linears for row in linear(f"{layer}.{name}", f"text.layers.{name}")),
         *(Row(f"{layer}.{name}.weight", f"text.layers.{name}.weight", KEEP) for name in norms),
         Row(f"{prefix}.norm.weight", "text.norm.weight", KEEP),

@@ -14,6 +14,7 @@ from vlm_jax.config import TextConfig
 from vlm_jax.mesh.sharding import constrain
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, attend, rotate
 from vlm_jax.nn.rope import rotary
+from vlm_jax.nn.visibility import Tokens, visible
 from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, Tap, scan_layers
 from vlm_jax.typing import Array, ArrayLike
 
@@ -157,14 +158,25 @@ class Decoder(nnx.Module):
         embed, layers, head = jax.random.split(key, 3)
         self.config = config
         self.embed_tokens = Embedding(embed, config.vocab_size, config.hidden_size)
+        own = config.registers if config.registers is not None and config.registers.trained else None
+        self.register_embeddings = None if own is None else Embedding(embed, own.count, config.hidden_size)
         self.layers = jax.vmap(lambda k: Layer(k, config))(jax.random.split(layers, config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.unit_offset_norm)
         # A tied head reads embed_tokens: a reference to it here would be a second leaf, which is trained separately.
         self.lm_head = None if config.tie_word_embeddings else Linear(head, config.hidden_size, config.vocab_size)
 
-    def embed(self, input_ids: Int[ArrayLike, "*batch"]) -> Float[Array, "*batch width"]:
-        """Token embeddings."""
+    def embed(
+        self, input_ids: Int[ArrayLike, "*batch"], register_index: Int[ArrayLike, "*batch"] | None = None
+    ) -> Float[Array, "*batch width"]:
+        """Token embeddings, and those of registers that have embeddings of their own.
+
+        Args:
+            register_index: the number of each register within its image, -1 for other tokens.
+        """
         x = self.embed_tokens(input_ids)
+        if self.register_embeddings is not None and register_index is not None:
+            own = self.register_embeddings(jnp.maximum(register_index, 0))
+            x = jnp.where(jnp.asarray(register_index)[..., None] >= 0, own, x)
         return x if self.config.embed_scale == 1 else x * jnp.asarray(self.config.embed_scale, x.dtype)
 
     def rope(
@@ -196,30 +208,17 @@ class Decoder(nnx.Module):
                 masks.append(visible)
         return jnp.stack(masks)
 
-    def window(
-        self,
-        attention_mask: Bool[ArrayLike, "batch length"],
-        position_ids: Int[ArrayLike, "3 batch length"],
-        start: int = 0,
-        is_image: Bool[ArrayLike, "batch length"] | None = None,
-    ) -> Window:
-        """The causal window of the tokens from ``start`` on; the earlier tokens are its past, in one segment.
-
-        Where ``config.bidirectional_images``, consecutive image tokens (``is_image``) also see each other.
-        """
-        length = attention_mask.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))[None]
-        if not self.config.bidirectional_images:
-            is_image = None
-        if is_image is not None:
-            first = is_image & ~jnp.pad(is_image, [(0, 0), (1, 0)])[:, :-1]
-            block = jnp.where(is_image, jnp.cumsum(first, 1), 0)
-            causal = causal | ((block[:, :, None] == block[:, None, :]) & is_image[:, :, None])
-        positions = position_ids[0]
-        mask = self.visible((causal & attention_mask[:, None, :])[:, start:], positions[:, start:], positions)
+    def window(self, tokens: Tokens, position_ids: Int[ArrayLike, "3 batch length"], start: int = 0) -> Window:
+        """The window of the tokens from ``start`` on; the earlier tokens are its past, in one segment."""
+        config, positions = self.config, position_ids[0]
+        seen = visible(tokens, config.registers, config.bidirectional_images)
+        causal = tokens.is_image is None or not (
+            config.bidirectional_images or (config.registers is not None and config.registers.mask == "mitre")
+        )
+        mask = self.visible(seen[:, start:], positions[:, start:], positions)
         rope = self.rope(position_ids[:, :, start:])
         past_mask = (mask[..., :start],) if start else ()
-        return Window(rope, mask[..., start:], past_mask, is_image is None, start)
+        return Window(rope, mask[..., start:], past_mask, causal, start)
 
     def at(self, window: Window, index: Int[ArrayLike, ""] | int) -> Window:
         """The window as layer ``index`` sees it, without the axis of kinds."""

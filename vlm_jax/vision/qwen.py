@@ -35,6 +35,10 @@ class QwenVision(VisionConfig):
         """Patches that become one visual token."""
         return self.spatial_merge_size**2
 
+    @property
+    def any_size(self) -> bool:
+        return True
+
     def limit_pixels(self, image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
         size = image_processor.size
         least = (self.patch_size * self.spatial_merge_size) ** 2  # one visual token

@@ -29,9 +29,12 @@ from interventions.flow.shares import Reading, read_examples, text_attention
 from interventions.flow.summary import summarise_reading
 from interventions.kinds.groups import GROUPS, members
 from vlm_jax import Inputs, UserError
+from vlm_jax.checkpoints.sources import read_config, resolve
+from vlm_jax.config import with_registers
 from vlm_jax.data import Example, load_task
 from vlm_jax.families import FAMILIES
 from vlm_jax.prompts import SPANS, Batch, encode
+from vlm_jax.registers import Registers
 
 ROWS = {  # of which the last part is the question
     "qwen3_vl": [[5, (4, 6), 9], [2, (8, 10), 4, (4, 6), 6]],
@@ -244,12 +247,46 @@ def test_text_alone_is_refused(refused, tmp_path):
 
 def test_llava_has_no_end_of_image(tmp_path, capsys):
     assert FAMILIES["llava"].chat.image_end is None
+    llava, qwen = (read_config(resolve(name)) for name in ("mini-llava", "mini-qwen3-vl"))
     for options in ({"edges": ("text:image", "text:image_end")}, {"edges": None, "window_edges": ("text:image_end",)}):
         with pytest.raises(UserError, match=r"no end-of-image token.*: drop text:image_end$"):
-            command.edges_of(args(tmp_path, **options), False)
-    assert command.edges_of(args(tmp_path, edges=None), False) == (["text:image"], ["text:image"])
+            command.edges_of(args(tmp_path, **options), llava)
+    assert command.edges_of(args(tmp_path, edges=None), llava) == (["text:image"], ["text:image"])
     assert "note: this model has no end-of-image token" in capsys.readouterr().out
-    assert command.edges_of(args(tmp_path, edges=None), True)[0] == list(EDGES)
+    assert command.edges_of(args(tmp_path, edges=None), qwen)[0] == list(EDGES)
+
+
+@pytest.mark.parametrize("mask", ["register", "none"])
+def test_registers_are_the_end_of_the_image(tmp_path, mask):
+    """In the default edges; in windows too, where they hide the image."""
+    config = with_registers(read_config(resolve("mini-qwen3-vl")), Registers(4, 5, mask))
+    edges, windows = command.edges_of(args(tmp_path, edges=None, window_edges=None), config)
+    assert edges == ["text:image", "text:register", "text:image+register"]
+    assert windows[:2] == (
+        ["text:image", "question:image"] if mask == "none" else ["text:register", "question:register"]
+    )
+    with pytest.raises(UserError, match="registers in place of an end-of-image token: drop text:image_end"):
+        command.edges_of(args(tmp_path, edges=("text:image_end",)), config)
+    with pytest.raises(UserError, match="no registers: drop text:register"):
+        command.edges_of(args(tmp_path, edges=("text:register",)), read_config(resolve("mini-qwen3-vl")))
+
+
+def test_attention_to_registers(capsys):
+    """Its share is read, and equation 2 sets the image against it; where the image is hidden, all goes there."""
+    model, processor = vlm_jax.load("mini-qwen3-vl")
+    examples = load_task("mini-okvqa", split="trace", limit=4)
+    ratios = {}
+    for mask in ("register", "none"):
+        registered = model.with_registers(
+            Registers(4, processor.tokenizer.convert_tokens_to_ids("<|vision_end|>"), mask)
+        )
+        reading = read_examples(registered, processor, examples)
+        assert (reading.tokens[:, GROUPS.index("register")] == 4).all()
+        summary = summarise_reading(reading)
+        parts = [np.array(summary[f"to_{name}"]["mean"]) for name in ("before", "image", "register", "text")]
+        np.testing.assert_allclose(sum(parts), 1, atol=1e-5)
+        ratios[mask] = np.array(summary["ratio"]["mean"])
+    assert (ratios["register"] == 0).all() and (ratios["none"] > 0.05).all()
 
 
 @pytest.mark.slow

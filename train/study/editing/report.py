@@ -51,6 +51,7 @@ def report(
             "parameters": of[0].parameters,
             "seeds": len(of),
             "step_seconds": float(np.mean(steps)) if steps else None,
+            "step_memory_gib": of[0].step_gib,
             "accuracy": {
                 name: paired(scores[condition.name][:, where], np.zeros(where.sum()), clusters=clusters[where])
                 for name, where in parts.items()
@@ -76,7 +77,7 @@ def report(
     }
     save_figure(run, "figures/conditions", draw_conditions, "Accuracy of every condition", accuracy=shown, full=FULL)
     table = Table(
-        ("condition", "trained", *parts, f"minus {FULL}", "p (Holm)", "s / step"),
+        ("condition", "trained", *parts, f"minus {FULL}", "p (Holm)", "s / step", "GiB / step"),
         [_cells(row, list(parts)) for row in rows],
     )
     table.save(run, "tables/conditions", "Accuracy of every condition on held-out examples")
@@ -95,4 +96,5 @@ def _cells(row: dict, parts: list[str]) -> tuple[str, ...]:
         "-" if difference is None else span(difference, "difference", "+"),
         "-" if difference is None else f"{difference['p_holm']:.3f}",
         "-" if row["step_seconds"] is None else f"{row['step_seconds']:.2f}",
+        "-" if row["step_memory_gib"] is None else f"{row['step_memory_gib']:.2f}",
     )

@@ -38,6 +38,8 @@ class Cell(NamedTuple):
     """Of every held-out example."""
     step_seconds: float | None
     """Time of a training step; None if there was no training, or if it was too short to tell."""
+    step_gib: float | None
+    """Memory of a training step on one device, as its compiled program states it; None without a training."""
 
 
 class Study(NamedTuple):
@@ -54,13 +56,13 @@ class Study(NamedTuple):
         """The held-out scores of a condition that was trained with this seed."""
         folder = f"cells/{condition.name.replace(' / ', '-').replace(', ', '-').replace(' ', '-')}"
         if condition.editors is None and condition.lora is None and not condition.decoder:
-            return Cell(0, self._scored(folder, condition.name, self.model), None)
+            return Cell(0, self._scored(folder, condition.name, self.model), None, None)
         folder = f"{folder}/seed-{seed}"
         if condition.decoder:
             model = self._tuned(folder, condition.name, seed)
             parameters = sum(leaf.size for leaf in jax.tree.leaves(model.text))
-            return Cell(parameters, self._scored(folder, condition.name, model), self._step_seconds(folder))
-        editors, options = self._begun(condition, seed), self.args
+            return Cell(parameters, self._scored(folder, condition.name, model), *self._step_cost(folder))
+        editors, options = self._begun(condition, seed), dataclasses.replace(self.args, step_memory=True)
         if condition.lora is not None:
             options = dataclasses.replace(options, lr=self._lr(_LORA_LR))
         mark = edited_tokens(editors, condition.suffix == "published")
@@ -71,7 +73,7 @@ class Study(NamedTuple):
 
         trained = trained_interventions(self.run, folder, condition.name, self.model, train, self.args)
         scores = self._scored(folder, condition.name, self.model, trained)
-        return Cell(sum(editor_parameters(editors).values()), scores, self._step_seconds(folder))
+        return Cell(sum(editor_parameters(editors).values()), scores, *self._step_cost(folder))
 
     def _lr(self, rate: float) -> float:
         width = self.model.config.text.hidden_size
@@ -114,6 +116,7 @@ class Study(NamedTuple):
             lr=self._lr(_LORA_LR / 10),
             seed=seed,
             save_every=self.args.save_every,
+            step_memory=True,
         )
         return tuned_model(self.run, folder, title, self.model, self.processor, self.trained, options, self.args)
 
@@ -132,8 +135,11 @@ class Study(NamedTuple):
         )
         return np.array(scored["scores"])
 
-    def _step_seconds(self, folder: str) -> float | None:
-        """The median over the lines of the training's log, each a mean over some steps."""
+    def _step_cost(self, folder: str) -> tuple[float | None, float]:
+        """Seconds and GiB of a step. The seconds are the median over the lines of the training's log, each a mean over
+        some steps."""
         lines = (self.run.folder / folder / "training/metrics.jsonl").read_text().splitlines()
-        seconds = [found for line in lines if (found := json.loads(line)["step_seconds"])]
-        return float(np.median(seconds)) if seconds else None
+        records = [json.loads(line) for line in lines]
+        seconds = [record["step_seconds"] for record in records if record["step_seconds"]]
+        gib = max(record["step_memory_gib"] for record in records if "step_memory_gib" in record)
+        return float(np.median(seconds)) if seconds else None, gib
