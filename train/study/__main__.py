@@ -15,6 +15,8 @@ from train.study.editing.main import run_study
 from train.study.editing.options import Args as EditingArgs
 from train.study.placement.main import run_placements
 from train.study.placement.options import Args as PlacementArgs
+from train.study.registering.main import run_registering
+from train.study.registering.options import Args as RegisteringArgs
 from vlm_jax.runs.command import command
 
 
@@ -27,6 +29,7 @@ class Study(NamedTuple):
 
 STUDIES = {
     "p0": Study(PlacementArgs, run_placements),
+    "p1": Study(RegisteringArgs, run_registering),
     "p4": Study(EditingArgs, run_study),
     "p4-full": Study(EditingArgs, run_study),
     "p4-control": Study(ControlArgs, run_control),

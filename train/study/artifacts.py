@@ -43,6 +43,33 @@ EDITING_SUMMARY = Schema(
         "reported": "the paper's numbers",
     },
 )
+REGISTERING_ANSWERS = Schema(
+    "registering_answers",
+    {
+        "id": "the sample's id",
+        "task": "its task",
+        "answers": "the gold answers",
+        "output": "the generated text",
+        "raw": "the generated text with its special tokens",
+        "correct": "whether the output is a gold answer",
+        "failure": "why the output is not a possible answer; null if it is one",
+        "cut": "output, correct and failure if text cannot read the registers; only with registers",
+    },
+)
+REGISTERING_SUMMARY = Schema(
+    "registering_summary",
+    {
+        "rows.condition": "what text may read of a picture, and the training data",
+        "rows.section": "what the condition is about",
+        "rows.seeds": "number of trainings",
+        "rows.accuracy.PART": "mean score on all held-out examples, a family's or a task's, with its 95 % interval",
+        "rows.failed": "share of outputs that are no possible answer, with its 95 % interval",
+        "rows.cut": "accuracy if text cannot read the registers either, with its 95 % interval; null without registers",
+        "rows.compared_with": "the condition that shows what this one loses",
+        "rows.difference": "less that condition: difference, interval, p, p adjusted by Holm",
+        "reported": "the paper's numbers",
+    },
+)
 CONTROL_ANSWERS = Schema(
     "control_answers",
     {

@@ -99,9 +99,9 @@ def test_the_report_compares_with_the_method(tested, tmp_path):
     conditions = [Condition(FULL, "method", EditorOptions()), Condition("worse", "a section", EditorOptions())]
     conditions.append(Condition("zero-shot", "baseline"))
     cells = {
-        conditions[0]: [Cell(100, scores, 0.5) for scores in full],
-        conditions[1]: [Cell(50, scores, 0.25) for scores in worse],
-        conditions[2]: [Cell(0, np.zeros(len(tested)), None)],
+        conditions[0]: [Cell(100, scores, 0.5, 0.1) for scores in full],
+        conditions[1]: [Cell(50, scores, 0.25, 0.1) for scores in worse],
+        conditions[2]: [Cell(0, np.zeros(len(tested)), None, None)],
     }
     run = Run.open(tmp_path / "run", Args())
     run.begin()
