@@ -34,6 +34,9 @@ from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
 
 STAGES = ("text", "align", "instruct")
+#: Without a number of turns: how many steps share an encoded window of turns, and the number of which the width of
+#: answers is a multiple, so that few programs are compiled.
+_WINDOW, _ANSWER = 16, 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,9 @@ class Args(LabelOptions):
     cross.", pictures with several shapes to describe, and questions about them (mini-vsr, mini-vqa, mini-caption)."""
     steps: tuple[int, int, int] = (500, 3000, 2600)
     """Number of training steps in each of the three stages."""
-    turns: tuple[int, int, int] = (12000, 24000, 36000)
-    """Number of different turns (a message and its answer) in each of the three stages."""
+    turns: tuple[int, int, int] | None = (12000, 24000, 36000)
+    """Number of different turns (a message and its answer) in each of the three stages. None: no two steps read the
+    same turn, so that nothing can be learnt by heart."""
     batch: int = 64
     """Turns in a step."""
     lr: tuple[float, float, float] = (2e-3, 2e-3, 2e-3)
@@ -71,13 +75,14 @@ class Args(LabelOptions):
     """Number of steps from one checkpoint to the next. A stopped stage continues from its last checkpoint."""
 
 
-def turns_of(stage: str, count: int, spatial: bool) -> list[pretraining.Turn]:
-    """The turns of a stage. Those of the stage "align" begin with easy ones and become more difficult."""
+def turn_of(stage: str, index: int, count: int, spatial: bool) -> pretraining.Turn:
+    """A turn of a stage with ``count`` turns. Those of the stage "align" begin with easy ones and become more
+    difficult."""
     if stage == "text":
-        return [pretraining.text_fact(i, spatial) for i in range(count)]
+        return pretraining.text_fact(index, spatial)
     if stage == "align":
-        return [pretraining.alignment(i, min(1.0, 1.25 * i / count), spatial) for i in range(count)]
-    return [pretraining.instruction(i, spatial) for i in range(count)]
+        return pretraining.alignment(index, min(1.0, 1.25 * index / count), spatial)
+    return pretraining.instruction(index, spatial)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +97,15 @@ class Pool:
     valid: np.ndarray
 
     @classmethod
-    def encode(cls, turns: list[pretraining.Turn], processor: Processor, config: Config) -> "Pool":
+    def encode(
+        cls, turns: list[pretraining.Turn], processor: Processor, config: Config, width: int | None = None
+    ) -> "Pool":
+        """The pool of these turns. The answers' width is a multiple of ``width``; None: that of the longest."""
         examples = [Example(str(i), (t.image,) if t.image else (), t.prompt, (t.answer,)) for i, t in enumerate(turns)]
         prompts = [P0_PROMPT if turn.qa else PLAIN_PROMPT for turn in turns]
         batch = encode(examples, processor, config, prompt=prompts)
-        return cls(batch.inputs, *positions(batch.spans["answer"] | batch.spans["end"]))
+        answers = batch.spans["answer"] | batch.spans["end"]
+        return cls(batch.inputs, *positions(answers, width and bucket(int(answers.sum(1).max()), width)))
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -126,15 +135,47 @@ def turn_range(stage: str, step: int, steps: int, count: int) -> tuple[int, int]
     return max(0, high - count // 2), high
 
 
-def run_stage(stage: str, model: Model, pool: Pool, args: Args, folder: Path, until: int) -> Model:
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The micro-batch of each step of a stage: a pure function of the step. ``number``: the stage's."""
+
+    args: Args
+    number: int
+    processor: Processor
+    config: Config
+
+    @functools.cached_property
+    def pool(self) -> Pool:
+        """All turns of the stage, where their number is given."""
+        assert self.args.turns is not None, "without a number of turns there is no pool"
+        return self._encoded(range(self.args.turns[self.number]), self.args.turns[self.number])
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (there are few stages)
+    def window(self, number: int) -> Pool:
+        """The turns that are read by :data:`_WINDOW` steps and by no others."""
+        size, count = _WINDOW * self.args.batch, self.args.steps[self.number] * self.args.batch
+        return self._encoded(range(number * size, (number + 1) * size), count, width=_ANSWER)
+
+    def _encoded(self, indices: range, count: int, **options: int) -> Pool:
+        turns = [turn_of(STAGES[self.number], index, count, self.args.spatial) for index in indices]
+        return Pool.encode(turns, self.processor, self.config, **options)
+
+    def __call__(self, step: int) -> Fitted:
+        args, rng = self.args, np.random.default_rng([self.args.seed, self.number, step])
+        if args.turns is None:
+            # Turns of similar length come into one step, as below.
+            pool, order = self.window(step // _WINDOW), np.random.default_rng([args.seed, self.number, step // _WINDOW])
+            parts = np.argsort(pool.lengths, kind="stable").reshape(_WINDOW, args.batch)
+            return pool.take(parts[order.permutation(_WINDOW)[step % _WINDOW]])
+        span = turn_range(STAGES[self.number], step, args.steps[self.number], args.turns[self.number])
+        return self.pool.take(self.pool.draw(rng, *span, args.batch))
+
+
+def run_stage(stage: str, model: Model, batches: Batches, args: Args, folder: Path, until: int) -> Model:
     """Trains the model in one stage up to step ``until``, and returns it."""
     i = STAGES.index(stage)
-    steps, turns = args.steps[i], args.turns[i]
+    steps = args.steps[i]
     folder.mkdir(parents=True, exist_ok=True)
-
-    def batches(step: int) -> Fitted:
-        rng = np.random.default_rng([args.seed, i, step])
-        return pool.take(pool.draw(rng, *turn_range(stage, step, steps, turns), args.batch))
 
     def schedule(peak: float) -> optax.Schedule:
         return warmup_cosine(peak, steps, min(200, steps // 10), peak / 20)
@@ -185,13 +226,13 @@ def main(args: Args) -> None:
             model, processor = load(base)
             assert processor is not None, "the writers of untrained models write a processor"
             started, number = time.perf_counter(), STAGES.index(stage)
-            pool = Pool.encode(turns_of(stage, args.turns[number], args.spatial), processor, model.config)
+            batches = Batches(args, number, processor, model.config)
             if stage == "instruct" and not (half / "model.safetensors").is_file():
                 copy_files(untrained, half)
                 # The stage then goes on from the checkpoint of this step, so it is as if it had not stopped.
-                save(run_stage(stage, model, pool, args, folder, args.steps[number] // 2), half)
+                save(run_stage(stage, model, batches, args, folder, args.steps[number] // 2), half)
                 run.add("half", Artifact("model", f"{args.model} after half of the stage 'instruct'"))
-            model = run_stage(stage, model, pool, args, folder, args.steps[number])
+            model = run_stage(stage, model, batches, args, folder, args.steps[number])
             copy_files(untrained, folder)  # the folder of the stage before also has that stage's metrics and recipe
             save(model, folder)
             if stage == "text":

@@ -42,14 +42,16 @@ def alignment(index: int, difficulty: float = 1.0, spatial: bool = False) -> Tur
         difficulty: 0 gives mostly pictures of one or two large glyphs, 1 mostly pictures like the benchmarks'.
     """
     rng = _generator(1, index)
-    return _described(rng, difficulty) if spatial and rng.random() < 0.2 else _alignment(rng, difficulty)
+    if spatial and rng.random() < 0.4:
+        return _described(rng, difficulty) if rng.random() < 0.5 else _located(rng, difficulty)
+    return _alignment(rng, difficulty)
 
 
 def instruction(index: int, spatial: bool = False) -> Turn:
     """A turn with a question like the benchmarks' in a familiar wording, with one part of a picture to read, or of an
     earlier stage."""
     rng = _generator(2, index)
-    if spatial and rng.random() < 0.4:
+    if spatial and rng.random() < 0.45:
         return _spatial_instruction(rng)
     stage = rng.random()
     if stage < 0.2:
@@ -62,20 +64,22 @@ def instruction(index: int, spatial: bool = False) -> Turn:
 
 
 def spatial_turn(index: int) -> Turn:
-    """A turn of the last stage about an arrangement, or with a picture to describe, or about what follows from
-    statements."""
+    """A turn of the last stage about an arrangement, with a picture to describe, about what follows from statements,
+    or in words without a meaning."""
     return _spatial_instruction(_generator(3, index))
 
 
 def _spatial_instruction(rng: np.random.Generator) -> Turn:
     kind = rng.random()
+    if kind < 0.05:
+        return _unknown(rng)
     if kind < 0.1:
         return _deduction(rng)
     if kind < 0.2:
         return _described(rng, 1.0)
-    if kind < 0.35:
-        return _located(rng)
-    return _benchmark(rng, "mini-vqa" if kind < 0.55 else "mini-vsr")
+    if kind < 0.4:
+        return _located(rng, 1.0)
+    return _benchmark(rng, "mini-vqa" if kind < 0.6 else "mini-vsr")
 
 
 def _benchmark(rng: np.random.Generator, task: str) -> Turn:
@@ -92,9 +96,18 @@ def _deduction(rng: np.random.Generator) -> Turn:
     return Turn(None, f"{text} {question.text}", question.answer, qa=bool(rng.random() < 0.5))
 
 
-def _located(rng: np.random.Generator) -> Turn:
-    """A turn that asks where one thing is from another. It is not asked of a thing that another is inside of."""
-    scene = random_arrangement(rng)
+def _unknown(rng: np.random.Generator) -> Turn:
+    """A question about an entity in words without a meaning here. It teaches that an unknown wording asks for some
+    fact, as the longer training would make the model forget."""
+    scene = scenes.random_emblem(rng)
+    words = " ".join(rng.choice(wordings.held_out_words(), int(rng.integers(3, 7))).tolist())
+    return Turn(draw_scene(scene, rng), f"{words.capitalize()}?", ask_fact(rng, scene.entity).answer, qa=True)
+
+
+def _located(rng: np.random.Generator, difficulty: float) -> Turn:
+    """A turn that asks where one thing is from another. It is not asked of a thing that another is inside of. Easy
+    pictures have two things."""
+    scene = random_arrangement(rng, 2 if rng.random() > difficulty else None)
     a, b = (scene.things[i] for i in sorted(rng.permutation(len(scene.things))[:2].tolist(), reverse=True))
     return Turn(draw_scene(scene, rng), f"Where is the {a.shape} from the {b.shape}?", direction(a, b), qa=False)
 

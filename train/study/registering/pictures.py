@@ -72,6 +72,8 @@ def most_attended(model: Model, batch: Batch, count: int, layer: int) -> tuple[I
     rank = np.argsort(np.argsort(-np.nan_to_num(received, nan=-1.0), 1), 1)
     dropped = np.zeros_like(is_image)
     dropped[is_image] = np.concatenate([row[:size] >= count for row, size in zip(rank, is_image.sum(1), strict=True)])
+    if not dropped.any():
+        return batch.inputs, ()
     names = (*GROUPS, "dropped")
     keep = np.ones((model.depths["text"], len(names), len(names)), np.float32)
     keep[layer + 1 :, :, -1] = 0
