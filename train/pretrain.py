@@ -135,7 +135,7 @@ def turn_range(stage: str, step: int, steps: int, count: int) -> tuple[int, int]
     return max(0, high - count // 2), high
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, because a window's cache needs a hash
 class Batches:
     """The micro-batch of each step of a stage: a pure function of the step. ``number``: the stage's."""
 
