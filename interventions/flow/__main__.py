@@ -49,7 +49,8 @@ class Args(InterventionOptions, DataOptions, ModelOptions):
     edges: tuple[str, ...] | None = None
     """Which attention is cut while answers are generated, as QUERIES:KEYS. Both are token groups, several joined by +.
     By default text:image and, if the model has an end-of-image token, text:image_end and text:image+image_end; in a
-    model with registers, text:register and text:image+register."""
+    model with registers, text:register and text:image+register instead, or text:register alone if they hide the image
+    from the text."""
     modes: tuple[Literal["post_softmax", "pre_softmax", "random_mass", "value_norm"], ...] = (
         "post_softmax",
         "pre_softmax",
@@ -101,13 +102,15 @@ def edges_of(args: Args, config: Config) -> tuple[list[str], list[str]]:
     elif FAMILIES[config.family].chat.image_end is not None:
         del lacking["image_end"]
     edges, windows = list(args.edges or ()), list(args.window_edges or ())
-    if args.edges is None:
+    hidden = registers is not None and registers.hides_images
+    if args.edges is None and hidden:
+        edges = ["text:register"]
+    elif args.edges is None:
         edges = [name.replace("image_end", "register") if registers is not None else name for name in EDGES]
         edges = [name for name in edges if not any(group in name for group in lacking)]
         if "image_end" in lacking and registers is None:
             print(f"note: {_NO_END}, so nothing is cut from it")
     if args.window_edges is None:
-        hidden = registers is not None and registers.hides_images
         windows = [name.replace("image", "register") if hidden else name for name in WINDOW_EDGES]
     for name in (*edges, *windows):
         edge(name)
@@ -191,14 +194,15 @@ def main(args: Args) -> None:
     parts = {
         part: {task: result[part] for task, result in results.items()} for part in ("attention", "answers", "windows")
     }
-    received = {task: summarise_received(reading) for task, reading in readings.items()}
+    received = {task: summarise_received(reading) for task, reading in readings.items() if reading.of_image}
     for name, draw, title, shown in (
         ("attention", figures.attention, "Where the text's attention goes, by layer", parts["attention"]),
         ("cumulative", figures.cumulative, "How the image's attention is spread over its tokens", received),
         ("answers", figures.answers, "Accuracy with edges cut in all layers", parts["answers"]),
         ("windows", figures.windows, "Change of p(gold) with edges cut in windows of layers", parts["windows"]),
     ):
-        save_figure(run, name, draw, title, tasks=shown)
+        if shown:
+            save_figure(run, name, draw, title, tasks=shown)
     run.save_json("results.json", results, Artifact("metrics", "Attention, answers and effects of every task", RESULTS))
     print(f"written to {args.out}")
 

@@ -34,6 +34,11 @@ class Reading(NamedTuple):
     received: Float[np.ndarray, "samples layers image_tokens"]
     """The attention to each image token, mean over heads; NaN where a sample has fewer tokens."""
 
+    @property
+    def of_image(self) -> bool:
+        """Whether any text attends to the image. None does where registers hide it."""
+        return bool((self.mass[..., _IMAGE] > 0).any())
+
     def share(self, group: str) -> Float[np.ndarray, "samples layers heads"]:
         """The share of the text's attention that goes to a group: equation 1 divided by |T|."""
         text = self.tokens[:, members("text")].sum(1)

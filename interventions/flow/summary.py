@@ -12,13 +12,14 @@ from interventions.statistics import mean_interval
 
 def summarise_reading(reading: Reading, seed: int = 0) -> dict:
     """Means and intervals for each layer: the share of the text's attention that goes to each group (mean over heads),
-    equation 2, and the share of image tokens that get 80 and 90 % of the image's attention."""
+    equation 2, and the share of image tokens that get 80 and 90 % of the image's attention, if it gets any."""
     named = ("before", "image", "image_end", "register", "text")
     groups = [name for name in named if reading.tokens[:, members(name)].any()]
     summary = {f"to_{group}": mean_interval(reading.share(group).mean(2), seed) for group in groups}
     if "image_end" in groups or "register" in groups:
         summary |= {"ratio": mean_interval(reading.ratio(), seed), "ratio_if_uniform": float(reading.uniform().mean())}
-    summary |= {f"tokens_for_{part}": mean_interval(reading.needed(part / 100), seed) for part in (80, 90)}
+    if reading.of_image:
+        summary |= {f"tokens_for_{part}": mean_interval(reading.needed(part / 100), seed) for part in (80, 90)}
     return summary
 
 

@@ -56,6 +56,28 @@ def test_every_stage_keeps_its_own_metrics(out):
     assert steps == {"text": [1], "align": [1]}
 
 
+def test_without_a_number_of_turns_every_step_reads_new_ones(out, monkeypatch):
+    """All turns of a window once, a step's by itself whenever it is asked for, and easy ones first."""
+    model, processor = vlm_jax.load(out / "untrained")
+    args = pretrain.Args(out=out, steps=(1, 32, 1), turns=None, batch=4)
+    asked: list[int] = []
+    real = pretrain.turn_of
+
+    def watched(stage, index, count, spatial):
+        assert (stage, count) == ("align", 32 * 4)
+        asked.append(index)
+        return real(stage, index, count, spatial)
+
+    monkeypatch.setattr(pretrain, "turn_of", watched)
+    batches = pretrain.Batches(args, 1, processor, model.config)
+    steps = [batches(step) for step in range(32)]
+    assert sorted(asked) == list(range(32 * 4))
+    again = pretrain.Batches(args, 1, processor, model.config)(20)
+    np.testing.assert_array_equal(again.inputs.input_ids, steps[20].inputs.input_ids)
+    pixels = {step.inputs.images.pixel_values[0, row].tobytes() for step in steps for row in range(4)}
+    assert len(pixels) == 32 * 4
+
+
 def test_another_run_is_refused(out, capsys):
     """Before anything is changed; which stages to run, and how often to save, makes no other run."""
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}

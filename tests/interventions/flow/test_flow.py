@@ -106,7 +106,9 @@ def test_reading_equals_transformers(tmp_path):
 
 def test_uniform_attention_reads_four_fifths_from_four_fifths():
     mass = np.ones((1, 1, 1, len(GROUPS)), np.float32)
-    reading = Reading(mass, np.full((1, len(GROUPS)), 10), np.full((1, 1, 10), 0.1, np.float32))
+    tokens = np.full((1, len(GROUPS)), 10)
+    mass[..., GROUPS.index("register")] = tokens[:, GROUPS.index("register")] = 0
+    reading = Reading(mass, tokens, np.full((1, 1, 10), 0.1, np.float32))
     np.testing.assert_allclose(reading.cumulative(np.linspace(0, 1, 5))[0, 0], np.linspace(0, 1, 5), atol=1e-6)
     assert reading.uniform() == reading.ratio() == 0.5
 
@@ -261,7 +263,7 @@ def test_registers_are_the_end_of_the_image(tmp_path, mask):
     """In the default edges; in windows too, where they hide the image."""
     config = with_registers(read_config(resolve("mini-qwen3-vl")), Registers(4, 5, mask))
     edges, windows = command.edges_of(args(tmp_path, edges=None, window_edges=None), config)
-    assert edges == ["text:image", "text:register", "text:image+register"]
+    assert edges == (["text:image", "text:register", "text:image+register"] if mask == "none" else ["text:register"])
     assert windows[:2] == (
         ["text:image", "question:image"] if mask == "none" else ["text:register", "question:register"]
     )
@@ -286,6 +288,7 @@ def test_attention_to_registers(capsys):
         parts = [np.array(summary[f"to_{name}"]["mean"]) for name in ("before", "image", "register", "text")]
         np.testing.assert_allclose(sum(parts), 1, atol=1e-5)
         ratios[mask] = np.array(summary["ratio"]["mean"])
+        assert reading.of_image == (mask == "none") == ("tokens_for_80" in summary)
     assert (ratios["register"] == 0).all() and (ratios["none"] > 0.05).all()
 
 
