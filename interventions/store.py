@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from interventions.kinds import KINDS
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.files import order_metadata
 from vlm_jax.sites import Intervention
 
 
@@ -35,6 +36,7 @@ def save_interventions(path: str | Path, interventions: Sequence[Intervention], 
     modules = [{"module": type(intervention).__module__} for intervention in interventions]
     own = {} if model is None else {"model": model}
     Path(path).write_bytes(_file(list(map(dict.__or__, entries, modules)), tensors, **own))
+    order_metadata(Path(path))
 
 
 def digest(interventions: Sequence[Intervention]) -> str:

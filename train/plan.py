@@ -39,7 +39,7 @@ from train.objective import adamw, linear_decay
 from train.step import Loss, State, Step, update
 from train.subsets import Label, partitioned, split
 from vlm_jax.checkpoints.leaves import abstract, leaf_name
-from vlm_jax.config import Config, with_attention
+from vlm_jax.config import Config, with_attention, with_registers
 from vlm_jax.errors import UserError
 from vlm_jax.generate import decoding
 from vlm_jax.generate import generation_program as generation
@@ -376,7 +376,8 @@ def compiled(args: Args) -> Plan:
         UserError: for an unknown model or slice, a mesh that does not match them, or a job that does not fit.
     """
     check_ranges(args)
-    config = with_attention(config_of(args.model), args.attention)
+    # Registers are text of --length, and a mask costs nothing.
+    config = with_attention(with_registers(config_of(args.model), None), args.attention)
     devices = topology(args.topology)
     mesh = make_mesh(args.mesh, devices)
     check_mesh(config, mesh)

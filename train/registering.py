@@ -24,6 +24,9 @@ from vlm_jax.sites import TEXT_LINEARS
 #: What is trained -> the default peak learning rate for a model of width 2560.
 _LR = {"decoder": 2e-5, "lora": 2e-4, "registers": 2e-3}
 
+#: LoRA's rank and alpha.
+_RANK, _ALPHA = 64, 16.0
+
 
 class Preset(NamedTuple):
     """The values of the options that are not given. lr: None stands for :data:`_LR`."""
@@ -46,23 +49,24 @@ class RegisterOptions(LoopOptions, ModelOptions):
     registers: int = 16
     """Number of registers behind every image. Where a model closes an image with a token, this is the first of them."""
     mask: Mask = "register"
-    """Who sees whom, besides the causal order. register: text does not see images (P1); mitre: also, images do not see
-    registers, and the registers of an image see each other in both directions; gist: text behind registers sees
-    nothing before them; none, blind: controls in which text sees everything, or neither images nor registers."""
+    """Who sees whom, besides the causal order. register: text does not see images (P1); mitre: as register, and images
+    do not see registers, and the registers of an image see each other in both directions; gist: as register, and text
+    does not see the text before the first registers; none, blind: controls in which text sees everything, or neither
+    images nor registers."""
     positions: Positions = "text"
     """Positions of the registers. text: one after the other, like text; first: all at the position of the first."""
     token: str | None = None
-    """The token that is repeated. By default the one that closes an image or, in a model without such a token (LLaVA),
-    the one that ends a text."""
+    """The token that is repeated, in a model without a token that closes an image (LLaVA). By default the one that ends
+    a text."""
     trainable: Literal["decoder", "lora", "registers"] = "decoder"
     """What is trained. decoder: the text decoder with its embeddings; lora: LoRA in all its linears, which is then
     added to them; registers: only embeddings of the registers' own."""
     own_embeddings: bool = False
     """With --trainable decoder: the registers have embeddings of their own, instead of the token's."""
-    r: Annotated[int, Range(least=1)] = 64
-    """Rank of LoRA."""
-    alpha: Annotated[float, Range(above=0)] = 16.0
-    """LoRA's output is scaled by ALPHA / R."""
+    r: Annotated[int | None, Range(least=1)] = None
+    """With --trainable lora: the rank, 64 by default."""
+    alpha: Annotated[float | None, Range(above=0)] = None
+    """With --trainable lora: its output is scaled by ALPHA / R; 16 by default."""
     preset: Literal["default", "paper"] = "default"
     """The values of the options below that are not given. default: 3 epochs, batch 16, seed 0; paper: 10 epochs, batch
     32, learning rate 2e-7, seed 42, and images of 784 to 50176 pixels where the model takes images of any size."""
@@ -85,6 +89,7 @@ class RegisterOptions(LoopOptions, ModelOptions):
     def load(self) -> tuple[Model, Processor]:
         """The model with its registers, not yet trained, and its processor."""
         model, processor = super().load()
+        check_without_registers(model)
         vision, (low, high) = model.config.vision, PRESETS[self.preset].pixels
         if vision is not None and vision.any_size and low is not None:
             vision.limit_pixels(processor.image_processor, self.min_pixels or low, self.max_pixels or high)
@@ -96,15 +101,26 @@ class RegisterOptions(LoopOptions, ModelOptions):
         Raises:
             UserError: for a count below 1, a token that the tokeniser lacks, or options that exclude each other.
         """
-        if self.own_embeddings and self.trainable == "lora":
-            raise UserError("--own-embeddings are not trained by --trainable lora: drop one of them")
+        if self.own_embeddings and self.trainable != "decoder":
+            raise UserError(f"--own-embeddings belongs to --trainable decoder, here it is {self.trainable}: drop one")
+        if self.trainable != "lora" and (self.r is not None or self.alpha is not None):
+            raise UserError(f"--r and --alpha belong to --trainable lora, here it is {self.trainable}: drop them")
         tokenizer = processor.tokenizer
-        token = self.token or FAMILIES[model.config.family].chat.image_end or tokenizer.eos_token
+        end = FAMILIES[model.config.family].chat.image_end
+        if self.token is not None and end is not None:
+            raise UserError(f"this model closes images with {end}, which becomes the register: drop --token")
+        token = self.token or end or tokenizer.eos_token
         number = tokenizer.convert_tokens_to_ids(token)
         if number is None or tokenizer.convert_ids_to_tokens(number) != token:
             raise UserError(f"--token is {token!r}, which is no token of this model: name one, with its brackets")
         own = self.own_embeddings or self.trainable == "registers"
         return Registers(self.registers, number, self.mask, self.positions, own)
+
+
+def check_without_registers(model: Model) -> None:
+    """Refuses a model that has registers already."""
+    if model.config.text.registers is not None:
+        raise UserError("the model has registers already: name the one from which it was made")
 
 
 def train_registers(
@@ -122,7 +138,8 @@ def train_registers(
     loop = {field.name: getattr(options, field.name) for field in dataclasses.fields(LoopOptions)}
     if options.trainable == "lora":
         sites = [f"text.{name}" for names in TEXT_LINEARS.values() for name in names]
-        lora = init_lora_on(model, sites, r=options.r, alpha=options.alpha, key=jax.random.key(seed))
+        r, alpha = options.r or _RANK, options.alpha or _ALPHA
+        lora = init_lora_on(model, sites, r=r, alpha=alpha, key=jax.random.key(seed))
         training = TrainingOptions(epochs=epochs, batch=batch, lr=lr, **loop)
         how = {"seed": seed, "name": "register", "folder": folder}
         return merge(model, train_editors(model, processor, {"lora": lora}, examples, training, **how)["lora"])
@@ -140,4 +157,4 @@ def trained_parameters(model: Model, options: RegisterOptions) -> int:
         case "registers":
             return options.registers * model.config.text.hidden_size
     kernels = [leaf.shape for leaf in jax.tree.leaves(model.text.layers) if leaf.ndim == 3]
-    return sum(depth * options.r * (inputs + outputs) for depth, inputs, outputs in kernels)
+    return sum(depth * (options.r or _RANK) * (inputs + outputs) for depth, inputs, outputs in kernels)

@@ -57,7 +57,7 @@ def generate(
         UserError: for options that are not possible, or an intervention that touches nothing.
     """
     check_sites(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
-    held = held_tokens(model, inputs, interventions) if drop_images else None
+    held = held_tokens(model, inputs, interventions if steps == "all" else ()) if drop_images else None
     options = decoding(model, max_new_tokens, steps, eos_token_id, pad_token_id, held)
     if temperature and key is None:
         raise UserError("sampling needs a key: pass key=jax.random.key(seed)")

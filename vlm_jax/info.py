@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import tyro
 
 from vlm_jax.checkpoints.leaves import abstract, named_leaves
-from vlm_jax.checkpoints.sources import embedded_models, read_config, resolve
+from vlm_jax.checkpoints.sources import REGISTERS, embedded_models, read_config, resolve
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.published import PUBLISHED, published_config
@@ -23,6 +23,7 @@ from vlm_jax.vision.vit import ViTVision
 
 MODEL_PARTS = ("vision tower", "projector", "embeddings", "decoder layers", "final norm", "head")
 _TEXT_PARTS: dict[str, str] = dict(zip(("embed_tokens", "layers", "norm", "lm_head"), MODEL_PARTS[2:], strict=True))
+_TEXT_PARTS["register_embeddings"] = "embeddings"
 _PROJECTOR = {site.removeprefix("projector.") for site in PROJECTOR_SITES}
 
 
@@ -58,7 +59,9 @@ def config_of(source: str) -> Config:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return read_config(Path(snapshot_download(source, allow_patterns=["config.json", "generation_config.json"])))
+        return read_config(
+            Path(snapshot_download(source, allow_patterns=["config.json", "generation_config.json", REGISTERS]))
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"cannot fetch the config of {source!r} from the hub ({type(error).__name__}): check the id and the "
@@ -119,6 +122,9 @@ def describe_shapes(config: Config) -> dict[str, str]:
     if text.sliding_window:
         count = text.layer_types.count("sliding_attention")
         descriptions["window"] = f"{count} of {text.num_hidden_layers} layers see {text.sliding_window} tokens back"
+    if text.registers is not None:
+        own = " with embeddings of their own" if text.registers.trained else ""
+        descriptions["registers"] = f"{text.registers.count} behind every image{own}, mask {text.registers.mask}"
     if vision is None:
         return descriptions
     patch = vision.patch_size

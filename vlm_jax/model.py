@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
 from vlm_jax.config import Config, with_registers
+from vlm_jax.errors import UserError
 from vlm_jax.families import backbone_config
 from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import constrain
@@ -99,13 +100,15 @@ class Model(nnx.Module):
         """
         if self.visual is None:
             return self
-        config = backbone_config(self.config)
+        plain = self.with_registers(None)
+        config = backbone_config(plain.config)
         shapes = jax.eval_shape(lambda: Model(config, jax.random.key(0)))
-        return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(self.text))
+        return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(plain.text))
 
     def with_registers(self, registers: Registers | None) -> "Model":
         """The same arrays with registers behind every image, or without. Inputs must be encoded with the new model's
-        config. Embeddings of registers begin as copies of their token's.
+        config. Embeddings of registers are kept if as many of the same token had some, else they begin as copies of the
+        token's.
 
         Raises:
             UserError: see :func:`vlm_jax.config.with_registers`.
@@ -114,7 +117,13 @@ class Model(nnx.Module):
         model = jax.eval_shape(lambda: Model(config, jax.random.key(0)))
         own = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(self)}
         paths, structure = jax.tree_util.tree_flatten_with_path(model)
-        if registers is not None and registers.trained:
+        old = self.config.text.registers
+        same = (
+            old is not None
+            and registers is not None
+            and (old.count, old.token_id) == (registers.count, registers.token_id)
+        )
+        if registers is not None and registers.trained and not (same and old is not None and old.trained):
             (name,) = (jax.tree_util.keystr(path) for path, _ in paths if "register_embeddings" in str(path))
             weight = self.text.embed_tokens.weight[...]
             own[name] = jnp.tile(weight[registers.token_id], (registers.count, 1))
@@ -136,7 +145,15 @@ class Model(nnx.Module):
         return {"text": self.config.text.num_hidden_layers, "visual": visual, "deepstack": len(levels)}
 
     def window(self, inputs: Inputs, start: int = 0) -> Window:
-        """The masks and rotary angles of the tokens from ``start`` on."""
+        """The masks and rotary angles of the tokens from ``start`` on.
+
+        Raises:
+            UserError: if the prompts have registers and the model has not, or the other way round.
+        """
+        has = inputs.register_index is not None
+        if inputs.image_index is not None and has != (self.config.text.registers is not None):
+            prompts, model = ("registers", "none") if has else ("no registers", "some")
+            raise UserError(f"the prompts have {prompts}, but the model has {model}: encode them with its config")
         return self.text.window(inputs.tokens, inputs.position_ids, start)
 
     def features(

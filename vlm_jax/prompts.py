@@ -167,7 +167,7 @@ def _tokens(
             raise UserError(
                 f"example {example.id!r} has {len(row.ids)} tokens{f', {count} of them registers' if count else ''}, "
                 f"but the model takes {context}: "
-                + ("use fewer registers" if count else "shorten its question or use smaller images")
+                + ("use fewer registers" if len(ids) <= context else "shorten its question or use smaller images")
             )
         rows.append(row)
     return rows

@@ -12,8 +12,9 @@ from vlm_jax.errors import UserError, nearest
 
 #: Mask -> pairs (class of token, class that it does not see). Registers follow their image, so they see it in every
 #: mask. The classes: "image"; "register"; "before", the text before the first registers; "text", all other text.
-#: register: P1's. mitre: also, images do not see registers, and the registers of an image see each other in both
-#: directions (Qu et al. 2025). gist: text behind registers sees nothing before them (Mu et al. 2023; VoCo-LLaMA).
+#: register: P1's. mitre: as register, and images do not see registers, and the registers of an image see each other in
+#: both directions (Qu et al. 2025). gist: as register, and text does not see the text before the first registers (Mu et
+#: al. 2023; VoCo-LLaMA).
 #: none, blind: controls, in which text sees everything, or neither images nor registers.
 MASKS: dict[str, tuple[tuple[str, str], ...]] = {
     "register": (("text", "image"),),
@@ -72,8 +73,11 @@ class Registers:
         fields = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(value, dict) or not {"count", "token_id"} <= value.keys() <= fields:
             raise UserError(f"{where} must have count and token_id, and nothing but {', '.join(sorted(fields))}")
-        if not isinstance(value["token_id"], int) or not isinstance(value.get("trained", False), bool):
+        texts = [value.get(name, "") for name in ("mask", "positions")]
+        if type(value["token_id"]) is not int or not isinstance(value.get("trained", False), bool):
             raise UserError(f"{where}: token_id must be a number and trained true or false")
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: mask and positions must be text")
         return cls(**value)
 
 

@@ -39,6 +39,6 @@ def conditions(accuracy: Mapping[str, Mapping], full: str) -> Figure:
         if condition == full:
             axis.axvline(one["mean"], color=colour, lw=0.8, ls=":")
     axis.set_yticks(range(len(accuracy)), [name.partition(": ")[2] for name in reversed(accuracy)], fontsize=8)
-    axis.set_xlabel("accuracy on the trained tasks (95 % interval over samples and seeds)", fontsize=8)
+    axis.set_xlabel("accuracy (95 % interval over samples and seeds)", fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     return figure

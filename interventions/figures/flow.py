@@ -9,8 +9,11 @@ from matplotlib.figure import Figure
 from interventions.figures.base import drawer, subplots
 
 _COLOURS = {
-    **{"before": "#bab0ac", "image": "#4e79a7", "image_end": "#e15759"},
-    **{"register": "#f28e2b", "text": "#76b7b2"},
+    "before": "#bab0ac",
+    "image": "#4e79a7",
+    "image_end": "#e15759",
+    "register": "#f28e2b",
+    "text": "#76b7b2",
 }
 _MODES = {"post_softmax": "#4e79a7", "pre_softmax": "#59a14f", "random_mass": "#bab0ac", "value_norm": "#d4a6c8"}
 

@@ -70,7 +70,7 @@ def results_of(run) -> dict:
 
 @pytest.mark.parametrize("trainable", ["lora", "registers"])
 def test_other_trained_parts(run, trainable):
-    args = dataclasses.replace(run, trainable=trainable, r=2)
+    args = dataclasses.replace(run, trainable=trainable, r=2 if trainable == "lora" else None)
     model, processor = args.load()
     examples = load_task("mini-okvqa", split="train", limit=8)
     trained = train_registers(model, processor, examples, args)
@@ -141,8 +141,10 @@ def test_the_papers_preset():
     [
         ({"registers": 0}, "number of registers is 0: give at least 1"),
         ({"registers": 600}, r"6\d\d tokens, 600 of them registers, but the model takes 512"),
-        ({"token": "<|vision_ed|>"}, r"'<\|vision_ed\|>', which is no token of this model"),
-        ({"trainable": "lora", "own_embeddings": True}, "drop one of them"),
+        ({"token": "</s>"}, r"closes images with <\|vision_end\|>, which becomes the register: drop --token"),
+        ({"model": "mini-llava", "token": "</ss>"}, "'</ss>', which is no token of this model"),
+        ({"r": 8}, "--r and --alpha belong to --trainable lora, here it is decoder"),
+        ({"trainable": "lora", "own_embeddings": True}, "belongs to --trainable decoder, here it is lora"),
         ({"attention": "splash"}, "registers that hide images"),
         ({"train": ("mini-okvq",)}, "did you mean 'mini-okvqa'"),
         ({"epochs": 0}, "--epochs is 0"),
@@ -153,6 +155,11 @@ def test_refused(options, says, tmp_path, capsys):
         register.main(Args(**{"registers": 4, "train": TASKS, "out": tmp_path / "out", **SMALL, **options}))
     assert stopped.value.code == 2 and not (tmp_path / "out").exists()
     assert re.search(says, capsys.readouterr().err)
+
+
+def test_a_model_with_registers_is_refused(run):
+    with pytest.raises(UserError, match="has registers already"):
+        dataclasses.replace(run, model=str(run.out / "model")).load()
 
 
 def test_a_text_only_model_is_refused(tmp_path):

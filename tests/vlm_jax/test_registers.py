@@ -12,14 +12,17 @@ import pytest
 from model_folders import VISION
 
 import vlm_jax
-from interventions import AttentionKnockout, bind
+from interventions import AttentionKnockout, bind, causal_trace
+from interventions.engine import prefix
 from interventions.kinds.groups import GROUPS, label
 from vlm_jax import Inputs, Model, UserError
 from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.checkpoints.sources import read_config
 from vlm_jax.config import with_registers
+from vlm_jax.convert import convert
 from vlm_jax.data import Example, load_task
 from vlm_jax.families import FAMILIES
+from vlm_jax.info import describe_shapes, parameter_counts
 from vlm_jax.nn.decoder import Decoder
 from vlm_jax.nn.visibility import Tokens, visible, visible_to_new
 from vlm_jax.prompts import encode
@@ -363,10 +366,55 @@ def test_saved_and_loaded(loaded, folder, examples, tmp_path):
     refused("belong to another model", {**saved, "token_id": 10**6})
     refused("unknown mask 'regster'; did you mean 'register'", {**saved, "mask": "regster"})
     refused("must have count and token_id", {"count": 3})
+    refused("mask and positions must be text", {**saved, "mask": ["register"]})
     refused("registers.json is missing", None)
     vlm_jax.save(loaded[0], tmp_path)  # a model without registers replaces it whole
     assert not (tmp_path / "registers.json").exists()
     vlm_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["qwen3_vl"], indirect=True, scope="module")
+def test_other_commands_know_a_model_with_registers(loaded, examples, tmp_path):
+    """Its Orbax folder, its description, its text-only backbone and its plan."""
+    model = registered(loaded, trained=True)
+    vlm_jax.save(model, tmp_path / "hf")
+    loaded[1].save_pretrained(tmp_path / "hf")
+    convert(str(tmp_path / "hf"), tmp_path / "orbax")
+    again, processor = vlm_jax.load(tmp_path / "orbax")
+    batch = encode(examples, processor, again.config)
+    np.testing.assert_array_equal(logits_of(again, batch), logits_of(model, batch))
+    (tmp_path / "orbax/registers.json").write_text(json.dumps({"count": 4, "token_id": 7, "trained": True}))
+    with pytest.raises(UserError, match="trained with"):
+        vlm_jax.load(tmp_path / "orbax")
+    counts = parameter_counts(model.config)
+    assert counts["total"] == parameter_counts(loaded[0].config)["total"] + 4 * 128
+    assert describe_shapes(model.config)["registers"].startswith("4 behind every image with embeddings of their own")
+    for a, b in zip(jax.tree.leaves(model.backbone()), jax.tree.leaves(loaded[0].backbone()), strict=True):
+        np.testing.assert_array_equal(a, b)
+    same = model.with_registers(model.config.text.registers).text.register_embeddings.weight[...]
+    np.testing.assert_array_equal(same, model.text.register_embeddings.weight[...])
+
+
+@pytest.mark.parametrize("folder", ["gemma3"], indirect=True, scope="module")
+def test_sweeps_share_no_part_of_a_block_of_registers(loaded, examples, monkeypatch):
+    """Noise on the third register: under mitre the ones before it see it."""
+    model = registered(loaded, mask="mitre")
+    batch = encode(examples[:3], loaded[1], model.config)
+    noisy = batch.inputs.register_index == 2
+    noise = 20 * np.random.default_rng(0).standard_normal((*noisy.shape, 128), np.float32)
+
+    def gap():
+        runs = [
+            causal_trace(model, batch.inputs, noisy, batch.spans["answer"], noise=noise, engine=engine)
+            for engine in ("sweep", "naive")
+        ]
+        return np.abs(runs[0].p_corrupt - runs[1].p_corrupt).max()
+
+    assert gap() < 1e-5
+    monkeypatch.setattr(prefix, "PREFIX_BUCKET", 1)
+    assert gap() < 1e-5
+    monkeypatch.setattr(prefix, "outside_blocks", lambda block, start: start)
+    assert gap() > 1e-6  # the control
 
 
 @of_vision_models
@@ -376,7 +424,11 @@ def test_refused(loaded, examples):
     with pytest.raises(UserError, match="it has no registers"):
         vlm_jax.generate(model, inputs, 2, drop_images=True)
     masked = registered(loaded)
+    with pytest.raises(UserError, match="the prompts have no registers, but the model has some"):
+        vlm_jax.generate(masked, inputs, 2)
     batch = encode(examples, processor, masked.config, with_answer=False)
+    with pytest.raises(UserError, match="the prompts have registers, but the model has none"):
+        model(batch.inputs)
     cut = AttentionKnockout.between(masked.depths["text"], "text", "register")
     with pytest.raises(UserError, match="AttentionKnockout acts on the attention"):
         vlm_jax.generate(masked, batch.inputs, 2, bind([cut], batch), drop_images=True)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_jax.checkpoints.leaves import abstract, leaf_name, rows_of, tensor_count
 from vlm_jax.checkpoints.orbax import load_orbax
-from vlm_jax.checkpoints.save import registers_json
-from vlm_jax.checkpoints.sources import INDEX, ORBAX, REGISTERS, SINGLE, read_config, resolve
+from vlm_jax.checkpoints.save import check_registers
+from vlm_jax.checkpoints.sources import INDEX, ORBAX, SINGLE, read_config, resolve
 from vlm_jax.config import Config, with_attention
 from vlm_jax.configure import check_precision
 from vlm_jax.errors import UserError
@@ -63,7 +63,8 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
     else:
         with ExitStack() as stack:
             tensors = _open(folder, config, stack)
-            _check_registers(folder, config, tensors)
+            for handle in {id(handle): handle for handle, _ in tensors.values()}.values():
+                check_registers(folder, config, (handle.metadata() or {}).get("registers"))
             rows = _coverage(config, tensors, folder)
             leaves = {row.path: _read_parameter(row, leaf, tensors, config, dtype, mesh) for row, leaf in rows}
     check_precision({leaf.dtype for leaf in leaves.values()})
@@ -118,19 +119,6 @@ def _open(folder: Path, config: Config, stack: ExitStack) -> dict[str, tuple[Any
                 raise UserError(f"{folder} holds {known} twice, as {key} and {tensors[known][1]}: remove one of them")
             tensors[known] = handle, key
     return tensors
-
-
-def _check_registers(folder: Path, config: Config, tensors: dict[str, tuple[Any, str]]) -> None:
-    """Refuses weights that were trained with other registers than ``registers.json`` names."""
-    expected = registers_json(config).get("registers")
-    for handle in {id(handle): handle for handle, _ in tensors.values()}.values():
-        found = (handle.metadata() or {}).get("registers")
-        if found != expected:
-            says = "is missing" if expected is None else f"says {expected}"
-            trained = "without registers" if found is None else f"with {found}"
-            raise UserError(
-                f"{folder / REGISTERS} {says}, but the weights were trained {trained}: fetch the folder again, whole"
-            )
 
 
 def _coverage(config: Config, tensors: dict, folder: Path) -> list[tuple[Row, jax.ShapeDtypeStruct]]:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from vlm_jax.checkpoints.leaves import abstract, named_leaves
-from vlm_jax.checkpoints.save import config_to_save
-from vlm_jax.checkpoints.sources import ORBAX
+from vlm_jax.checkpoints.save import check_registers, config_to_save, registers_json
+from vlm_jax.checkpoints.sources import ORBAX, REGISTERS
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import sharding
@@ -22,6 +22,9 @@ def save_orbax(model: Model, folder: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / ORBAX).absolute(), named_leaves(model), force=True)
     (folder / "config.json").write_text(json.dumps(config_to_save(model), indent=2) + "\n")
+    for place in (folder, folder / ORBAX):  # the second copy shows that the first belongs to these arrays
+        if registers := registers_json(model.config).get("registers"):
+            (place / REGISTERS).write_text(registers + "\n")
 
 
 def load_orbax(folder: Path, config: Config, dtype, mesh) -> dict[str, jax.Array]:
@@ -32,6 +35,8 @@ def load_orbax(folder: Path, config: Config, dtype, mesh) -> dict[str, jax.Array
             values.
     """
     path = (folder / ORBAX).absolute()
+    own = path / REGISTERS
+    check_registers(folder, config, own.read_text().strip() if own.is_file() else None)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             saved = checkpointer.metadata(path).item_metadata.tree

@@ -18,6 +18,7 @@ from vlm_jax.config import Config
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 from vlm_jax.families.key_table import Row
+from vlm_jax.files import order_metadata
 from vlm_jax.model import Model
 
 
@@ -54,6 +55,7 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
                 tensors[family.on_disk(row.hf.format(i))] = np.ascontiguousarray(row.op.to_hf(value, model.config))
             try:
                 save_file(tensors, Path(scratch) / file, metadata={"format": "pt", **registers})
+                order_metadata(Path(scratch) / file)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"cannot write {folder / file} ({error}): free the disk or choose another") from None
             index |= dict.fromkeys(tensors, file)
@@ -79,6 +81,21 @@ def registers_json(config: Config) -> dict[str, str]:
     to them; {} without registers."""
     registers = config.text.registers
     return {} if registers is None else {"registers": json.dumps(dataclasses.asdict(registers), sort_keys=True)}
+
+
+def check_registers(folder: Path, config: Config, found: str | None) -> None:
+    """Refuses weights that were trained with other registers than ``registers.json`` names.
+
+    Args:
+        found: what is written beside the weights; None for nothing.
+    """
+    expected = registers_json(config).get("registers")
+    if found != expected:
+        says = "is missing" if expected is None else f"says {expected}"
+        trained = "without registers" if found is None else f"with {found}"
+        raise UserError(
+            f"{folder / REGISTERS} {says}, but the weights were trained {trained}: fetch the folder again, whole"
+        )
 
 
 def config_to_save(model: Model) -> dict:

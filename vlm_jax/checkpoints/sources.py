@@ -63,7 +63,8 @@ def read_config(folder: Path) -> Config:
     config, own = families.read_config(hf, str(where)), folder / REGISTERS
     if not own.is_file():
         return config
+    registers = Registers.from_json(read_json(own), str(own))
     try:
-        return with_registers(config, Registers.from_json(read_json(own), str(own)))
+        return with_registers(config, registers)
     except UserError as error:
         raise UserError(f"{own}: {error}") from None

@@ -135,11 +135,11 @@ class Study(NamedTuple):
         )
         return np.array(scored["scores"])
 
-    def _step_cost(self, folder: str) -> tuple[float | None, float]:
+    def _step_cost(self, folder: str) -> tuple[float | None, float | None]:
         """Seconds and GiB of a step. The seconds are the median over the lines of the training's log, each a mean over
         some steps."""
         lines = (self.run.folder / folder / "training/metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         seconds = [record["step_seconds"] for record in records if record["step_seconds"]]
-        gib = max(record["step_memory_gib"] for record in records if "step_memory_gib" in record)
+        gib = max((record["step_memory_gib"] for record in records if "step_memory_gib" in record), default=None)
         return float(np.median(seconds)) if seconds else None, gib

@@ -5,14 +5,16 @@ import time
 
 from eval.judging import clusters_of
 from train.loop import WATCHING
+from train.registering import check_without_registers
 from train.study.registering.options import Args
 from train.study.registering.report import report
-from train.study.registering.study import Study, training_sets
+from train.study.registering.study import Study, study_options, training_sets
 from vlm_jax import Model
 from vlm_jax.data import Example, source
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
+from vlm_jax.prompts import check_fit
 from vlm_jax.runs.processes import progress
 from vlm_jax.runs.startup import load_tasks, start
 
@@ -38,7 +40,10 @@ def run_registering(args: Args) -> None:
             raise UserError(f"example {example.id!r} has {len(example.images)} images: this study needs one in each")
     data = {"train": {name: source(name, split="train", options=args) for name in (args.captions, *args.questions)}}
     data["test"] = {name: source(name, split="test", options=args) for name in args.questions}
-    run, model, processor = start(args, everything, data, ignored=WATCHING)
+    run, model, processor = start(args, everything, data, check=check_without_registers, ignored=WATCHING)
+    for options in {c.registers: study_options(args, c, 0) for c in conditions if c.registers is not None}.values():
+        masked = model.with_registers(options.registers_of(model, processor))  # refused here, before any training
+        check_fit(everything, processor, masked.config)
     if args.layer >= model.depths["text"] - 1:
         raise UserError(f"--layer is {args.layer}: the model has {model.depths['text']} layers, name an earlier one")
     fewest = fewest_visual_tokens(tested, model, processor)

@@ -64,6 +64,11 @@ class Args(LoopOptions, DataOptions, ModelOptions):
         """
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError("--seeds needs at least one number, and none twice: correct it")
+        if self.limit < 2 * len(self.questions):
+            raise UserError(
+                f"--limit is {self.limit}: give at least {2 * len(self.questions)}, because half of the examples "
+                "of one training are captions, and the tasks share the others"
+            )
         names = [condition.name for condition in CONDITIONS]
         for name in self.conditions:
             if name not in names:

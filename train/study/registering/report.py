@@ -29,10 +29,8 @@ def report(run: Run, cells: Mapping[Condition, list[Cell]], tested: list[Example
         The table, as Markdown.
     """
     task = np.array([example.task for example in tested])
-    families = {
-        name: np.isin(task, sorted({e.task for e in tested if e.family == name}))
-        for name in dict.fromkeys(example.family or "other" for example in tested)
-    }
+    family = np.array([example.family or "other" for example in tested])
+    families = {name: family == name for name in dict.fromkeys(family.tolist())}
     parts = {
         "all": np.ones(len(tested), bool),
         **families,

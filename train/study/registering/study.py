@@ -1,5 +1,6 @@
 """Runs P1's study of Registering: every condition is trained with every seed and asked the same questions."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class Study(NamedTuple):
     def cell(self, condition: Condition, seed: int) -> Cell:
         """The answers of a condition that was trained with this seed."""
         folder = "cells/" + condition.name.replace(", ", "-").replace(" ", "-")
-        options = self.options(condition, seed)
+        options = study_options(self.args, condition, seed)
         folder += f"/seed-{seed}" if condition.data is not None else ""
 
         def make() -> list[dict]:
@@ -87,19 +88,6 @@ class Study(NamedTuple):
             None if cut is None else np.array(cut, float),
         )
 
-    def options(self, condition: Condition, seed: int) -> RegisterOptions:
-        """The options of train.register for a condition."""
-        args = self.args
-        return RegisterOptions(
-            registers=condition.registers or 1,
-            mask=condition.mask,
-            epochs=args.epochs,
-            batch=args.batch,
-            lr=args.lr,
-            seed=seed,
-            **{name: getattr(args, name) for name in LoopOptions.__dataclass_fields__},
-        )
-
     def prepared(self, model: Model, condition: Condition, batch: Batch) -> tuple[Any, tuple[Any, ...]]:
         """The inputs and interventions with which a condition answers."""
         match condition.reduced:
@@ -112,10 +100,9 @@ class Study(NamedTuple):
     def answered(self, model: Model, title: str, prepare: Callable[[Batch], tuple[Any, Sequence[Any]]]) -> list[dict]:
         """A record for each held-out example: what the model answers, and whether this is right."""
         args, tokenizer = self.args, self.processor.tokenizer
-        forms = {
-            task: {form(example.answers[0]) for example in examples}
-            for task, examples in itertools.groupby(self.tested, lambda example: example.task)
-        }
+        forms: dict[str, set[str]] = {}
+        for example in self.tested:
+            forms.setdefault(example.task, set()).add(form(example.answers[0]))
         options = {"with_answer": False, "step": _STEP}
         records: dict[int, dict] = {}
         with progress(total=len(self.tested), desc=title, unit="sample", leave=False) as bar:
@@ -128,6 +115,19 @@ class Study(NamedTuple):
                     records[row] = {"id": example.id, "task": example.task, **known}
                 bar.update(len(rows))
         return [records[row] for row in range(len(self.tested))]
+
+
+def study_options(args: Args, condition: Condition, seed: int) -> RegisterOptions:
+    """The options of train.register for a condition."""
+    return RegisterOptions(
+        registers=condition.registers or 1,
+        mask=condition.mask,
+        epochs=args.epochs,
+        batch=args.batch,
+        lr=args.lr,
+        seed=seed,
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(LoopOptions)},
+    )
 
 
 def training_sets(args: Args) -> dict[Data, list[Example]]:
