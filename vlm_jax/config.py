@@ -176,10 +176,10 @@ def with_attention(config: Config, attention: str) -> Config:
     if attention not in ("xla", "splash"):
         raise UserError(f"unknown attention {attention!r}: use 'xla' or 'splash'")
     if attention == "splash" and not config.text.only_causal:
-        raise UserError(
-            f"attention 'splash' is causal and nothing else, but this {config.family} has sliding layers, images that "
-            "see both ways, or registers that hide images: use 'xla'"
-        )
+        why = f"a {config.family} has sliding layers or images that see both ways"
+        if dataclasses.replace(config.text, registers=None).only_causal:
+            why = "this model has registers that hide images"
+        raise UserError(f"attention 'splash' is causal and nothing else, but {why}: use 'xla'")
     return dataclasses.replace(config, text=dataclasses.replace(config.text, attention=attention))
 
 

@@ -90,8 +90,10 @@ def label(batch: Batch) -> Int32[np.ndarray, "batch tokens"]:
     # In a row without an image, "after" begins at the question.
     marks = np.where(spans["image"].any(1, keepdims=True), spans["image"], spans["question"])
     labels = np.where(np.maximum.accumulate(marks, 1), GROUPS.index("after"), GROUPS.index("before"))
-    for name in ("image", "image_end", "register", "question", "answer"):
+    for name in ("image", "image_end", "question", "answer"):
         labels[spans[name]] = GROUPS.index(name)
+    if batch.inputs.register_index is not None:
+        labels[np.asarray(batch.inputs.register_index) >= 0] = GROUPS.index("register")
     labels[spans["end"]] = GROUPS.index("answer")
     labels[np.arange(len(labels)), _answer_begins(batch) - 1] = GROUPS.index("last")
     return np.where(mask, labels, GROUPS.index("padding")).astype(np.int32)

@@ -31,6 +31,9 @@ def counted(monkeypatch) -> dict:
         def __exit__(self, *error):
             return self.inner.__exit__(*error)
 
+        def metadata(self):
+            return self.inner.metadata()
+
         def keys(self):
             return self.inner.keys()
 

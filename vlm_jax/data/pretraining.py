@@ -177,8 +177,8 @@ _VOCABULARY = wordings.held_out_words() + tuple(value for values in RELATIONS.va
 
 
 def _echo(rng: np.random.Generator) -> Turn:
-    """A turn that asks to repeat words. It teaches the model to tell apart the words of the held-out wordings, which no
-    other turn uses."""
+    """A turn that asks to repeat words. It teaches the model to tell apart the words of the held-out wordings, which
+    have no meaning in any turn."""
     words = " ".join(rng.choice(_VOCABULARY, int(rng.integers(2, 5))).tolist())
     return Turn(None, f"Repeat: {words}", words, qa=False)
 
