@@ -15,13 +15,11 @@ import pytest
 import tyro
 
 from eval.evaluation import answer
-from interventions.editing.editors import init_editors
 from interventions.flow.knockout import knocked_out_answers
 from interventions.placement.adapters import init_lora
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_examples
 from train import tune
-from train.editors import TrainingOptions, train_editors
 from train.loop import LoopOptions, fit
 from train.trunk import LoRAOptions, embedded_examples, train_lora
 from vlm_jax import UserError, prompts
@@ -32,7 +30,7 @@ from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
-from vlm_jax.runs.processes import everywhere, fetch, is_first
+from vlm_jax.runs.processes import everywhere, is_first
 
 processes.LOST_SECONDS = int(os.environ.get("LOST_SECONDS", processes.LOST_SECONDS))
 MODULES = ["L1-attn", "L3-mlp"]
@@ -113,9 +111,6 @@ def main(args: Args) -> None:
     run.path(f"encoded/{jax.process_index()}.json").write_text(json.dumps(sorted(seen)))
     lora = train_lora(model, MODULES, data, options, "lora", run.path("training/_").parent)
     tune.tune(model, processor, train, tune.Args(batch=8, epochs=1, seed=args.seed), run.path("tune/_").parent)
-    begun = init_editors(model, layers=[1, 3], blocks=[1], key=jax.random.key(args.seed))
-    editing = TrainingOptions(batch=4, accumulation=2, epochs=args.epochs)
-    edited = train_editors(model, processor, begun, train, editing, seed=args.seed)
     start = init_lora(
         model, MODULES, r=options.r, alpha=options.alpha, dropout=options.dropout, key=jax.random.key(options.seed)
     )
@@ -123,13 +118,6 @@ def main(args: Args) -> None:
         f"lora {site} {half}": after - before
         for site, pair in sorted(lora.weights.items())
         for half, after, before in zip("AB", pair, start.weights[site], strict=True)
-    }
-    changes |= {
-        f"editor {name} {part}": np.asarray(after) - np.asarray(before)
-        for name, editor in fetch(edited).items()
-        for part, (after, before) in enumerate(
-            zip(jax.tree.leaves(editor.weights), jax.tree.leaves(begun[name].weights), strict=True)
-        )
     }
     half = halved(run.folder / "half", HALF)["w"]
     if jax.process_count() > 1 and run.config["mesh"] and "fsdp" in run.config["mesh"]:
