@@ -161,13 +161,14 @@ class Batches:
         return Pool.encode(turns, self.processor, self.config, **options)
 
     def __call__(self, step: int) -> Fitted:
-        args, rng = self.args, np.random.default_rng([self.args.seed, self.number, step])
+        args = self.args
         if args.turns is None:
             # Turns of similar length come into one step, as below.
             pool, order = self.window(step // _WINDOW), np.random.default_rng([args.seed, self.number, step // _WINDOW])
             parts = np.argsort(pool.lengths, kind="stable").reshape(_WINDOW, args.batch)
             return pool.take(parts[order.permutation(_WINDOW)[step % _WINDOW]])
         span = turn_range(STAGES[self.number], step, args.steps[self.number], args.turns[self.number])
+        rng = np.random.default_rng([args.seed, self.number, step])
         return self.pool.take(self.pool.draw(rng, *span, args.batch))
 
 

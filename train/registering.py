@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 
-from interventions.placement.adapters import init_lora_on, merge
+from interventions.modules import module_names
+from interventions.placement.adapters import adapter_parameters, init_lora_on, merge
 from train import tune
 from train.editors import TrainingOptions, train_editors
 from train.loop import LoopOptions
@@ -150,11 +151,10 @@ def train_registers(
 
 def trained_parameters(model: Model, options: RegisterOptions) -> int:
     """How many numbers are trained."""
-    decoder = sum(leaf.size for leaf in jax.tree.leaves(model.text))
     match options.trainable:
         case "decoder":
-            return decoder
+            return sum(leaf.size for leaf in jax.tree.leaves(model.text))
         case "registers":
             return options.registers * model.config.text.hidden_size
-    kernels = [leaf.shape for leaf in jax.tree.leaves(model.text.layers) if leaf.ndim == 3]
-    return sum(depth * (options.r or _RANK) * (inputs + outputs) for depth, inputs, outputs in kernels)
+        case "lora":
+            return adapter_parameters(model, module_names(model.depths["text"]), options.r or _RANK)

@@ -15,6 +15,13 @@ _COLOURS = {
     "register": "#f28e2b",
     "text": "#76b7b2",
 }
+_NAMES = {
+    "before": "before the image",
+    "image": "image",
+    "image_end": "end of image",
+    "register": "registers",
+    "text": "text itself",
+}
 _MODES = {"post_softmax": "#4e79a7", "pre_softmax": "#59a14f", "random_mass": "#bab0ac", "value_norm": "#d4a6c8"}
 
 
@@ -39,9 +46,7 @@ def attention(tasks: Mapping[str, Mapping]) -> Figure:
         for group in ("image", "image_end", "register", "before", "text"):
             if f"to_{group}" in shares:
                 mean = np.array(shares[f"to_{group}"]["mean"], float)
-                names = {"image_end": "end of image", "register": "registers", "before": "before the image"}
-                name = {**names, "text": "text itself"}.get(group, group)
-                left.bar(range(len(mean)), mean, bottom=bottom, width=0.85, color=_COLOURS[group], label=name)
+                left.bar(range(len(mean)), mean, bottom=bottom, width=0.85, color=_COLOURS[group], label=_NAMES[group])
                 bottom = bottom + mean
         left.set(title=f"{task}: where the text's attention goes", ylim=(0, 1), ylabel="share, mean over heads")
         end = "registers" if "to_register" in shares else "end of image"

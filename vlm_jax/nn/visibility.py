@@ -35,8 +35,9 @@ def visible(
     block = both_ways(tokens, registers, bidirectional_images)
     if block is not None:
         seen = seen | ((block[:, :, None] == block[:, None, :]) & (block[:, :, None] > 0))
-    for query, key in _hidden(tokens, registers):
-        classes = _classes(tokens)
+    hidden = _hidden(tokens, registers)
+    classes = _classes(tokens) if hidden else {}
+    for query, key in hidden:
         seen = seen & ~(classes[query][:, :, None] & classes[key][:, None, :])
     return seen & mask[:, None, :]
 

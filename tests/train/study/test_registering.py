@@ -83,14 +83,12 @@ def test_as_many_tokens_as_the_picture_has_change_nothing(loaded):
         assert np.abs(logits_of(model, *make(model, batch, 2)) - whole).max() > 1e-2
 
 
+@pytest.mark.parametrize("loaded", ["mini-llava"], indirect=True)  # the oracle has no DeepStack
 def test_pooling_is_the_prompt_with_means_in_it(loaded):
     """By hand: the visual tokens of a block are replaced by their mean in the embeddings, and all but the first are cut
     out of the prompt, whose other tokens keep their positions."""
     model, batch = loaded
     inputs, acting = pooled(model, batch, 4)
-    features = model.features(batch.inputs)[0]
-    if features.deepstack is not None:
-        pytest.skip("the oracle has no DeepStack")
     row = 2
     kept = np.asarray(inputs.attention_mask)[row]
     visual = batch.spans["image"][row]
