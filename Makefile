@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m train.lora --placement task_diff --batch 8 --accumulation 1 --out runs/demo
 
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# The slowest tests are listed, because the whole must stay within the 45 minutes of continuous integration.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 # What every change must pass.
 test: $(VENV)/installed-test

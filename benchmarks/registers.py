@@ -24,7 +24,7 @@ import vlm_jax
 from vlm_jax import Inputs, Model
 from vlm_jax.checkpoints.sources import read_config, resolve
 from vlm_jax.config import Config, with_registers
-from vlm_jax.generate import held_tokens
+from vlm_jax.generate import decoding, generation_program, held_tokens
 from vlm_jax.registers import Registers
 
 #: Text before and behind the picture, in tokens.
@@ -104,12 +104,25 @@ def medians(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def cache_bytes(jaxpr) -> int | None:
+    """The bytes of the cache that a generation's loop carries from token to token; None without such a loop."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            cache = [out.aval for out in equation.outvars if out.aval.ndim == 5]
+            return sum(array.size * array.dtype.itemsize for array in cache)
+        for inner in equation.params.values():
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                found = cache_bytes(getattr(inner, "jaxpr", inner))
+                if found is not None:
+                    return found
+    return None
+
+
 def main(args: Args) -> None:
     vlm_jax.configure()
     print(machine())
     config = decoder(args)
     model = jax.jit(lambda: Model(dataclasses.replace(config, vision=None), jax.random.key(0)))()
-    each = 2 * args.layers * config.text.num_key_value_heads * config.text.head_dim * 4
     print("| visual tokens | batch | cache MiB a prompt | without the picture | tokens/s | without | times as fast |")
     print("|---|---|---|---|---|---|---|")
     rows = []
@@ -130,10 +143,13 @@ def main(args: Args) -> None:
                 batch * args.new_tokens / (seconds[f"{counts[1]} {drop}"] - seconds[f"{counts[0]} {drop}"])
                 for drop in (False, True)
             ]
-            kept = [
-                each * (tokens + counts[1]) / 2**20
-                for tokens in (inputs.input_ids.shape[1], held_tokens(model, inputs))
-            ]
+            kept = []
+            for held in (None, held_tokens(model, inputs)):
+                options = decoding(model, counts[1], eos_token_id=(), held=held)
+                program = jax.make_jaxpr(generation_program, static_argnums=3)(model, inputs, (), options, None)
+                cache = cache_bytes(program.jaxpr)
+                assert cache, "a generation of several tokens has a loop with a cache"
+                kept.append(cache / batch / 2**20)
             rows.append({"image_tokens": image_tokens, "batch": batch, "cache_mib": kept, "tokens_per_second": rates})
             print(
                 f"| {image_tokens:,} | {batch} | {kept[0]:.1f} | {kept[1]:.1f} | {rates[0]:,.1f} | {rates[1]:,.1f} | "

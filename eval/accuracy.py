@@ -5,7 +5,7 @@ python -m eval.accuracy --task mini-docvqa --limit 300 --out runs/docvqa
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,14 +16,15 @@ from eval.results import file_name, lmms_eval_results, lmms_eval_samples
 from interventions.options import InterventionOptions
 from interventions.placement.adapters import load_peft, merge
 from interventions.store import digest
-from vlm_jax.data import easy_vqa, load_task, source
+from vlm_jax.data import easy_vqa, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.prompts import P0_PROMPT
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import digests
 from vlm_jax.runs.options import ModelOptions
-from vlm_jax.runs.startup import start
+from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.startup import load_examples, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Args(AnswerOptions, MetricOptions, InterventionOptions, DataOptions, Model
     split: str = "test"
     """Which part of a named task to use: trace, train, eval or test. For a public dataset, all gives every row that its
     benchmark scores."""
-    limit: int | None = 300
+    limit: Annotated[int | None, Range(least=1)] = 300
     """Largest number of samples to evaluate; None for all of them."""
     out: Path = Path("runs/accuracy")
     """Folder for the results: results.json, samples.jsonl, and samples_TASK.jsonl in the format of lmms-eval. A stopped
@@ -96,12 +97,12 @@ def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]
 
 @command
 def main(args: Args) -> None:
-    examples = load_task(args.task, split=args.split, limit=args.limit, options=args)
+    examples = load_examples(args.task, split=args.split, limit=args.limit, options=args)
     check_metric(examples, args)
     data = source(args.task, split=args.split, options=args)
     run, model, processor = start(args, examples, data, with_answer=False)
     if args.adapter is not None:  # once merged, an adapter acts on every token; --steps does not change that
-        model = merge(model, load_peft(model, args.adapter))
+        model = merge(model, load_peft(model, args.adapter, args.model))
         run.pin("adapter", digests(args.adapter))
     interventions = args.interventions(model)
     run.pin("interventions", digest(interventions))

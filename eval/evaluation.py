@@ -18,7 +18,7 @@ from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.log import Log
 from vlm_jax.runs.processes import apart, fetch, gathered, progress
-from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.ranges import BATCH, Range
 
 #: Prompts are padded to a multiple of this many tokens. Padding costs less time than compiling generation for more
 #: lengths.
@@ -29,7 +29,7 @@ _LENGTH_STEP = 64
 class AnswerOptions:
     """How answers are generated. Decoding is greedy: each token is the most probable one."""
 
-    batch: Annotated[int, Range(least=1), tyro.conf.arg(name="answer-batch")] = 64
+    batch: Annotated[int, BATCH, tyro.conf.arg(name="answer-batch")] = 64
     """Questions that are answered together. Larger batches are faster and need more memory."""
     max_new_tokens: Annotated[int, Range(least=1)] = 12
     """Largest number of tokens in an answer. Longer answers are cut off."""
@@ -65,6 +65,9 @@ def answer(
         label: the title of the progress bar.
         prompt: the user's message, in which ``{QUESTION}`` stands for the question.
         log: the file to which each batch's answers are written. Answers that it already holds are not generated again.
+
+    Raises:
+        UserError: naming the example for which the model's scores are not finite.
     """
     log, ids = Log() if log is None else log, [example.id for example in examples]
     shapes: set = set()
@@ -83,12 +86,13 @@ def answer(
             for rows, encoded in part.missing(groups(), ids):
                 bar.update(len(part.records) - bar.n)
                 bound = bind(interventions, encoded)
-                tokens = fetch(vlm_jax.generate(model, encoded.inputs, max_new_tokens, bound, steps=steps))
-                texts = processor.tokenizer.batch_decode(tokens[: len(rows)], skip_special_tokens=True)
+                names = [ids[row] for row in rows]
+                tokens = vlm_jax.generate(model, encoded.inputs, max_new_tokens, bound, steps=steps, names=names)
+                texts = processor.tokenizer.batch_decode(fetch(tokens)[: len(rows)], skip_special_tokens=True)
                 part.append([{"id": ids[row], "answer": text.strip()} for row, text in zip(rows, texts, strict=True)])
                 bar.update(len(rows))
     log.join(part, ids, team)
-    by_id = {record["id"]: record["answer"] for record in log.records}
+    by_id = log.texts("answer")
     compiled = set().union(*gathered(sorted(map(str, shapes))))
     return Answers([by_id[example.id] for example in examples], len(compiled))
 

@@ -12,13 +12,13 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import bootstrap
 
 from vlm_jax.data import Example
+from vlm_jax.data.choices import extract_choice
 from vlm_jax.data.metrics import (
     LETTERS,
     NORMALISATIONS,
     anls,
     evalai,
     exact_match,
-    extract_choice,
     extract_yes_no,
     normalise,
     relaxed_match,
@@ -26,7 +26,7 @@ from vlm_jax.data.metrics import (
 )
 from vlm_jax.errors import UserError, nearest
 
-VERSION = 1
+VERSION = 2
 """The version of the metrics' definitions. Raise it when a change gives the same answers different scores."""
 
 
@@ -192,11 +192,13 @@ def _judge_choice(example: Example, prediction: str, _: MetricOptions) -> Judged
     choices, gold, lettered = _question(example)
     choice = extract_choice(prediction, choices, lettered=lettered)
     right = exact_match(prediction, [LETTERS[gold] if lettered else choices[gold]], "strip")
-    return Judged(float(choice == gold), None if choice is None else LETTERS[choice], {"strict": float(right)})
+    read = None if choice is None else LETTERS[choice] if choice < len(LETTERS) else choices[choice]
+    return Judged(float(choice == gold), read, {"strict": float(right)})
 
 
-#: Stand-ins for choices whose letters are known but not their texts. A question may have up to eight choices.
-_UNKNOWN_CHOICES = ("",) * 8
+#: A question of whose choices only the letters are known is taken to have this many, or more if the right letter is a
+#: later one.
+_UNKNOWN_CHOICES = 8
 
 
 def _question(example: Example) -> tuple[Sequence[str], int, bool]:
@@ -205,7 +207,8 @@ def _question(example: Example) -> tuple[Sequence[str], int, bool]:
     gold, choices = example.gold, example.choices
     letters = [a.strip() for a in example.answers if len(a.strip()) == 1 and a.strip() in LETTERS]
     if choices is None and letters:  # only the question's text contains the choices
-        return _UNKNOWN_CHOICES, LETTERS.index(letters[0]), True
+        gold = LETTERS.index(letters[0])
+        return ("",) * max(_UNKNOWN_CHOICES, gold + 1), gold, True
     if choices is None:
         raise UserError(f"example {example.id!r} has no choices: choose another --metric, or give its line choices")
     if gold is None:
@@ -214,8 +217,10 @@ def _question(example: Example) -> tuple[Sequence[str], int, bool]:
         indices += [LETTERS.index(letter) for letter in letters if LETTERS.index(letter) < len(choices)]
         if not indices:
             raise UserError(f"example {example.id!r}: no gold answer is one of its choices: correct one of them")
+        if len(set(indices)) > 1:
+            raise UserError(f"example {example.id!r} has several right choices: choose the metric exact_match")
         gold = indices[0]
-    return choices, gold, LETTERS[gold] in letters
+    return choices, gold, gold < len(LETTERS) and LETTERS[gold] in letters
 
 
 def _judge_yes_no(example: Example, prediction: str, _: MetricOptions) -> Judged:

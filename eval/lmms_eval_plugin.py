@@ -19,6 +19,7 @@ from interventions import Gold, Scores, bind, load_interventions
 from interventions.placement.adapters import load_peft, merge
 from vlm_jax.configure import configure
 from vlm_jax.data import Example
+from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import PLAIN_PROMPT, batches
 from vlm_jax.runs.options import ModelOptions
@@ -76,7 +77,7 @@ def _plugin() -> type:
             options = ModelOptions(model=pretrained, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
             self.model, self.processor = options.load()
             if adapter is not None:
-                self.model = merge(self.model, load_peft(self.model, Path(adapter)))
+                self.model = merge(self.model, load_peft(self.model, Path(adapter), pretrained))
             self.interventions = () if intervention is None else load_interventions(intervention)
             self.steps, self.max_new_tokens, self.batch = steps, int(max_new_tokens), int(batch_size)
 
@@ -85,8 +86,10 @@ def _plugin() -> type:
             visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or ()
             if any(not hasattr(visual, "convert") for visual in visuals):
                 raise UserError(f"task {task} shows something other than images: choose a task about images")
-            images = tuple(visual.convert("RGB") for visual in visuals)
-            return Example(f"{row}/{task}/{doc_id}", images, text.replace("<image>", "").strip(), (gold,))
+            # A task may show one image twice, or mention images in other words; they then come before the text.
+            marked = text.count(IMAGE_MARK) == len(visuals)
+            text = text if marked else text.replace(IMAGE_MARK, "")
+            return Example(f"{row}/{task}/{doc_id}", tuple(visuals), text.strip(), (gold,))
 
         def generate_until(self, requests: list) -> list[str]:
             """Greedy answers, each cut off at the first stop text of its task."""

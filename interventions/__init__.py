@@ -1,5 +1,6 @@
 """Interventions on a forward pass, the sweep engine, and one room per analysis."""
 
+from interventions.dictionary import Dictionary
 from interventions.engine.generation import generate_variants
 from interventions.engine.read import Gold, Logits, Scores
 from interventions.engine.sweep import sweep, sweep_runs
@@ -8,6 +9,7 @@ from interventions.kinds.add import Add, Noise
 from interventions.kinds.attention import AttentionKnockout, UniformAttention
 from interventions.kinds.gates import Gate, HeadGate
 from interventions.kinds.groups import GROUPS, bind, label
+from interventions.kinds.latents import Latents
 from interventions.kinds.lora import LoRA
 from interventions.kinds.patch import Patch, Replace
 from interventions.kinds.project_out import ProjectOut
@@ -21,9 +23,11 @@ __all__ = [
     "AttentionKnockout",
     "ConsReFT",
     "DiReFT",
+    "Dictionary",
     "Gate",
     "Gold",
     "HeadGate",
+    "Latents",
     "LoRA",
     "LoReFT",
     "LobiReFT",

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from interventions.kinds import KINDS
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.files import order_metadata
+from vlm_jax.files import check_regular, order_metadata, parse_json
 from vlm_jax.sites import Intervention
 
 
@@ -34,14 +34,19 @@ def save_interventions(path: str | Path, interventions: Sequence[Intervention], 
     """
     entries, tensors = _packed(interventions)
     modules = [{"module": type(intervention).__module__} for intervention in interventions]
-    own = {} if model is None else {"model": model}
-    Path(path).write_bytes(_file(list(map(dict.__or__, entries, modules)), tensors, **own))
+    entries = list(map(dict.__or__, entries, modules))
+    own = {"digest": _hash(entries, tensors)} | ({} if model is None else {"model": model})
+    Path(path).write_bytes(_file(entries, tensors, **own))
     order_metadata(Path(path))
 
 
 def digest(interventions: Sequence[Intervention]) -> str:
     """A hash of the kinds, options and arrays of the interventions."""
-    return hashlib.sha256(_file(*_packed(interventions))).hexdigest()[:12]
+    return _hash(*_packed(interventions))
+
+
+def _hash(entries: list[dict], tensors: dict[str, np.ndarray]) -> str:
+    return hashlib.sha256(_file(entries, tensors)).hexdigest()[:12]
 
 
 def _file(entries: list[dict], tensors: dict[str, np.ndarray], **metadata: str) -> bytes:
@@ -99,9 +104,10 @@ def load_interventions(path: str | Path, model: str | None = None) -> tuple[Inte
         model: the fingerprint of the model on which they will act; None does not check it.
 
     Raises:
-        UserError: for a file that is not a safetensors file, holds a kind that is not registered, lacks an array, or is
-            for another model only.
+        UserError: for a file that is not a safetensors file, is damaged, holds no intervention or a kind that is not
+            registered, lacks an array, has one with a number that is not finite, or is for another model only.
     """
+    check_regular(Path(path))
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -110,8 +116,17 @@ def load_interventions(path: str | Path, model: str | None = None) -> tuple[Inte
                     f"{path} was trained with another model (fingerprint {metadata['model']}, this one has {model}): "
                     "load that model"
                 )
-            entries = json.loads(metadata["interventions"])
+            entries = parse_json(metadata["interventions"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not entries:
+            raise UserError(f"{path} holds no intervention, so it would change nothing: save at least one")
+        for name, tensor in tensors.items():
+            if tensor.dtype.kind in "iu" and tensor.dtype.itemsize < 4:
+                raise UserError(f"{path}: {name} is stored as {tensor.dtype}, which no kind has: save it again")
+            if not np.isfinite(tensor.astype(np.float32 if tensor.dtype.kind in "fV" else tensor.dtype)).all():
+                raise UserError(f"{path}: {name} holds a number that is not finite: train or save it again")
+        if (own := metadata.get("digest")) is not None and own != (found := _hash(entries, tensors)):
+            raise UserError(f"{path} is damaged (its digest is {found} instead of {own}): save or fetch it again")
         return tuple(_unpack(entry, tensors) for entry in entries)
     except UserError:
         raise

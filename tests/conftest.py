@@ -12,9 +12,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is here to compile, not to look for a TPU
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
-    # Commands keep compiled programs in the user's home. Tests share them within one run and begin without any.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vlm-jax-compiled-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    # Commands keep compiled programs in the user's home. Tests share them within one run and begin without any, unless
+    # they are given a folder, as continuous integration does for its two runs.
+    if "TEST_COMPILATION_CACHE" in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TEST_COMPILATION_CACHE"]
+    else:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vlm-jax-compiled-")
+        atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
 

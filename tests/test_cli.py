@@ -11,6 +11,7 @@ import tyro
 from PIL import Image
 
 import eval.accuracy
+import interventions.diff.options
 import interventions.flow.__main__
 import interventions.talo.options
 import interventions.trace.__main__
@@ -18,14 +19,19 @@ import train.edit
 import train.lora
 import train.plan
 import train.pretrain
+import train.register
+import train.sae
+import train.study.control.options
+import train.study.diffing.options
 import train.study.editing.options
 import train.study.placement.options
+import train.study.registering.options
 import train.tune
 from eval.evaluation import AnswerOptions
 from interventions import Gate, digest, save_interventions
 from interventions.trace.options import TraceOptions
 from vlm_jax.data.miniworld import make_example
-from vlm_jax.runs.ranges import flag
+from vlm_jax.runs.ranges import Range, flag
 
 LINE = {"id": "1", "image": "a.png", "question": "What is it?", "answers": ["sun"]}
 
@@ -90,7 +96,7 @@ def test_bad_line(refused, tmp_path, command, line, says):
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)
 def test_empty_task(refused, tmp_path, command):
     assert "data.jsonl" in refused(command, task=write_jsonl(tmp_path, ""))
-    assert "at least one" in refused(command, limit=0)
+    assert "--limit is 0: give at least 1" in refused(command, limit=0)
 
 
 def test_question_that_does_not_fit(refused, tmp_path):
@@ -119,7 +125,13 @@ def test_trace_options(refused, options, says):
     [
         ({"placement": "task_dif"}, "did you mean 'task_diff'"),
         ({"k": 17}, "16 modules"),
-        ({"k": 0}, "16 modules"),
+        ({"k": 0}, "at least 1"),
+        ({"lr": float("nan")}, "--lr is nan: give a number above 0"),
+        ({"lr": 1e30}, "--lr is 1e+30: give at most 100"),
+        ({"alpha": 0.0}, "--alpha is 0.0: give a number above 0"),
+        ({"trunk_gib": -1.0}, "--trunk-gib is -1.0: give at least 0"),
+        ({"seed": 2**63}, "--seed is 9223372036854775808: give at most"),
+        ({"batch": 10**9}, "--batch is 1000000000: give at most 65536"),
         ({"train": "0"}, "at least one"),
         ({"train": "mini-okvq"}, "did you mean 'mini-okvqa'"),
         ({"trace": "mini-okvqa"}, "needs traced examples of perception"),
@@ -249,8 +261,14 @@ ARGS = {
     "train.lora": train.lora.Args,
     "train.tune": train.tune.Args,
     "train.edit": train.edit.Args,
+    "train.register": train.register.Args,
+    "train.sae": train.sae.Args,
+    "interventions.diff": interventions.diff.options.Args,
     "train.study": train.study.placement.options.Args,
+    "train.study --recipe p1": train.study.registering.options.Args,
+    "train.study --recipe p2": train.study.diffing.options.Args,
     "train.study --recipe p4": train.study.editing.options.Args,
+    "train.study --recipe p4-control": train.study.control.options.Args,
     "train.plan": train.plan.Args,
     "train.pretrain": train.pretrain.Args,
 }
@@ -263,6 +281,9 @@ EXPECTED = {
     "train.lora": "--placement --batch --accumulation --out --train --eval --trace --lr --epochs --r --noise-scale",
     "train.tune": "--train --eval --eval-limit --parts --batch --lr --epochs --answer-batch --out",
     "train.edit": "--model --preset --train --eval --limit --eval-limit --epochs --kind --suffix --answer-batch --out",
+    "train.register": "--model --registers --mask --train --eval --limit --eval-limit --epochs --out",
+    "train.sae": "--model --sites --layers --latents --k --init --task --out",
+    "interventions.diff": "--base --adapted --model --out",
     "train.study --recipe p4": "--recipe --model --train --eval --limit --eval-limit --seeds --conditions --out",
     "train.study": "--recipe --models --batch --lr --epochs --noise-scale --answer-batch --trace --train --eval --out",
 }
@@ -312,10 +333,26 @@ def test_a_flag_means_the_same_in_every_command():
         for option, name in options_of(cls).items():
             owners[name].add(option.partition(".")[0])
     shared = {"TraceOptions", "MetricOptions", "AnswerOptions", "DataOptions", "DeviceOptions"}
-    #: Names that flow, plan and pretrain have for the same thing, though not from the shared classes.
-    same = {"--max-new-tokens", "--window", "--mesh"}
+    #: Names that flow, plan, pretrain and a study have for the same thing, though not from the shared classes.
+    same = {"--answer-batch", "--max-new-tokens", "--window", "--mesh"}
     mixed = {name for name, classes in owners.items() if len(classes) > 1 and classes & shared}
     assert mixed <= same, mixed
+
+
+def numbers_without_range(cls: type):
+    """The number fields of a command's options that accept any number, in groups too."""
+    for field in dataclasses.fields(cls):
+        kind, notes = field.type, getattr(field.type, "__metadata__", ())
+        kind = getattr(kind, "__origin__", kind) if notes else kind
+        if dataclasses.is_dataclass(kind):
+            yield from numbers_without_range(kind)
+        elif re.search(r"\b(int|float)\b", str(kind)) and not any(isinstance(note, Range) for note in notes):
+            yield field.name
+
+
+@pytest.mark.parametrize("cls", ARGS.values(), ids=ARGS)
+def test_every_number_has_a_range(cls):
+    assert not list(numbers_without_range(cls))
 
 
 def test_the_command_line_reaches_the_groups():
@@ -338,7 +375,7 @@ def test_the_command_line_reaches_the_groups():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_refused_before_anything_is_read(refused, monkeypatch, options, says):
-    monkeypatch.setattr(train.lora, "load_task", lambda *args, **kwargs: pytest.fail("read"))
+    monkeypatch.setattr(train.lora, "load_examples", lambda *args, **kwargs: pytest.fail("read"))
     assert says in refused(train.lora, **options)
 
 
@@ -353,3 +390,9 @@ def test_refused_before_anything_is_read(refused, monkeypatch, options, says):
 def test_traces_that_would_not_be_read_or_be_taken_for_another_score(refused, tmp_path, placement, family, says):
     options = {"train": "4", "eval": "4", "trace": "4", "traces": {family: tmp_path}}
     assert says in refused(train.lora, placement=placement, **options)
+
+
+def test_one_trace_for_two_families(refused, tmp_path):
+    traces = {"knowledge": tmp_path, "perception": tmp_path / "." / ""}
+    says = refused(train.lora, train="4", eval="4", trace="4", traces=traces)
+    assert "--traces gives knowledge and perception the same folder" in says

@@ -18,6 +18,23 @@ STEPS = Schema(
         "seconds": "time since this session began; a continued training has several sessions",
     },
 )
+DICTIONARY_STEPS = Schema(
+    "dictionary_steps",
+    {
+        **STEPS.fields,
+        "loss": "mean loss of the dictionaries that have not broken off",
+        "grad_norm": "mean of their gradients' norms",
+        "losses": "loss of each dictionary: FVU, plus the auxiliary and the sparsity loss",
+        "alive": "whether each dictionary is still trained; false after its loss stopped being a number",
+        "fvu": "fraction of variance unexplained in the step's tokens, of each dictionary",
+        "l0": "mean number of active latents in a token, of each dictionary",
+        "fvu_image": "as fvu, of the step's visual tokens; null without any",
+        "fvu_text": "as fvu, of the step's other tokens; null without any",
+        "l0_image": "as l0, of the step's visual tokens; null without any",
+        "l0_text": "as l0, of the step's other tokens; null without any",
+        "dead": "share of latents that were not active for --dead-after tokens, of each dictionary",
+    },
+)
 TABLE_1 = Schema(
     "lora_results",
     {
@@ -55,6 +72,6 @@ REGISTERING = Schema(
 )
 
 
-def training_log(trained: str) -> Artifact:
+def training_log(trained: str, schema: Schema = STEPS) -> Artifact:
     """The artifact of a training's ``metrics.jsonl``. ``trained`` says what was trained."""
-    return Artifact("training", f"Training of {trained}: loss and speed by step", STEPS)
+    return Artifact("training", f"Training of {trained}: loss and speed by step", schema)

@@ -24,7 +24,7 @@ from vlm_jax.data import Example
 from vlm_jax.mesh.sharding import own_rows
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, Fitted, fitted, room_of
-from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.ranges import BATCH, RATE, Range
 from vlm_jax.sites import Intervention
 
 #: P4's peak learning rate, for a model of this width.
@@ -126,11 +126,11 @@ class TrainingOptions(LabelOptions, LoopOptions):
 
     epochs: Annotated[int, Range(least=1)] = 3
     """Number of passes over all training examples."""
-    batch: Annotated[int, Range(least=1)] = 16
+    batch: Annotated[int, BATCH] = 16
     """Training examples in a micro-batch, which is what runs at once. A step has BATCH x ACCUMULATION examples."""
     accumulation: Annotated[int, Range(least=1)] = 1
     """Micro-batches in a step. They run one after the other, and their gradients are averaged."""
-    lr: Annotated[float | None, Range(above=0)] = None
+    lr: Annotated[float | None, RATE] = None
     """Peak learning rate of Adam. The rate rises from 0 to the peak, then falls linearly to 0. By default 6e-4 x 4096 /
     WIDTH, where WIDTH is the model's hidden size; for P4's model, of width 4096, this is P4's rate."""
     warmup: Annotated[float, Range(least=0, below=1)] = 0.03

@@ -112,9 +112,10 @@ def fit(
         project: a function of the pytree that is applied after each update, for constraints such as rows of norm 1. It
             returns the pytree with changed trained leaves; changes to frozen leaves have no effect.
         counters: a pytree of arrays that the loss gets and returns changed. They get no gradients.
-        members: how many trainings run side by side. The loss returns one loss for each of them (as from jax.vmap),
-            and every trained leaf has a leading axis of this size. Each member has its own optimiser. A member whose
-            loss or gradient stops being a number keeps its parameters from before and is reported; the others go on.
+        members: how many trainings run side by side; a mesh divides them among its devices. The loss returns one loss
+            for each of them (as from jax.vmap), and every trained leaf has a leading axis of this size. Each member has
+            its own optimiser. A member whose loss or gradient stops being a number keeps its parameters from before and
+            is reported; the others go on.
         name: the name of the training, for the progress bar and messages.
         folder: the folder for ``metrics.jsonl`` (:class:`train.meter.Meter`) and checkpoints; None writes nothing.
         options: how the training is saved and watched; None saves no checkpoints. If there is a checkpoint, the
@@ -133,7 +134,10 @@ def fit(
     about = about or About()
     trained, rest = split(params, label)
     step = Step(loss, partitioned(transforms, label, clip), project, members)
-    state, rest = placed(step.begin(trained, counters)), placed(rest)
+    # Members are independent, so each device can have some of them. (Several processes could then not read each other's
+    # counts of living members, so there every device has all.)
+    divided = ["batch"] if members and jax.process_count() == 1 else []
+    state, rest = placed(step.begin(trained, counters), *divided), placed(rest)
     step = dataclasses.replace(step, places=_places(state))
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(_saving(folder, options))

@@ -7,6 +7,7 @@ python -m train.lora --placement task_diff --out runs/demo
 import dataclasses
 import functools
 import itertools
+import re
 import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -31,7 +32,7 @@ from train.study.experiment import Experiment
 from train.trunk import LoRAOptions
 from vlm_jax import Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
-from vlm_jax.data import Example, easy_vqa, load_task, source
+from vlm_jax.data import Example, easy_vqa, source
 from vlm_jax.data.example import TASK_FAMILIES
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
@@ -40,7 +41,7 @@ from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.ranges import Range
-from vlm_jax.runs.startup import start
+from vlm_jax.runs.startup import load_examples, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Args(LoRAOptions, DataOptions, ModelOptions):
     file with a list of module names such as ["L2-attn"]."""
     baselines: bool = True
     """For comparison, also train LoRA on all modules and on K random modules."""
-    k: int | None = None
+    k: Annotated[int | None, Range(least=1)] = None
     """Number of modules that get LoRA. By default the same share of all modules as in P0, which is 10 of 72. For
     mini-qwen3-vl with its 16 modules, this is 2."""
     train: str = "450"
@@ -73,7 +74,7 @@ class Args(LoRAOptions, DataOptions, ModelOptions):
     traces: dict[str, Path] = dataclasses.field(default_factory=dict)
     """Finished traces to use instead of tracing: FAMILY FOLDER [FAMILY FOLDER ...]. Each folder is a run folder of
     interventions.trace."""
-    limit: int | None = None
+    limit: Annotated[int | None, Range(least=1)] = None
     """Largest number of examples to read from each task, dataset or file. It does not limit a number that is given to
     --train, --eval or --trace."""
     random_seeds: Annotated[tuple[int, ...], Range(least=0), tyro.conf.arg(metavar="SEED [SEED ...]")] = (42, 43, 44)
@@ -110,12 +111,17 @@ def examples_by_family(source: str, split: str, args: Args) -> dict[str, list[Ex
     Args:
         source: a number of examples for each family, the name of a task or dataset, or a JSONL file.
     """
-    if source.lstrip("-").isdigit():
-        return {family: load_task(family, split=split, limit=int(source), options=args) for family in TASK_FAMILIES}
+    if _is_count(source):
+        return {family: load_examples(family, split=split, limit=int(source), options=args) for family in TASK_FAMILIES}
     by_family: dict[str, list[Example]] = {}
-    for example in load_task(source, split=split, limit=args.limit, options=args):
+    for example in load_examples(source, split=split, limit=args.limit, options=args):
         by_family.setdefault(example.family or example.task, []).append(example)
     return by_family
+
+
+def _is_count(source: str) -> bool:
+    """Whether a source is a number of examples, and not a name."""
+    return re.fullmatch("-?[0-9]{1,9}", source) is not None
 
 
 def read_examples(args: Args) -> Examples:
@@ -151,7 +157,8 @@ def check_traces(args: Args, needed: str | None, families: list[str]) -> None:
     """Refuses ``--traces`` that the placement would not read, or would take for another score.
 
     Raises:
-        UserError: if the placement needs no restoration rate (RR), or if a trace is named for another family.
+        UserError: if the placement needs no restoration rate (RR), if a trace is named for another family, or one for
+            two families.
     """
     if args.traces and needed != "rr":
         score = "no score" if needed is None else f"the score {needed}"
@@ -161,13 +168,16 @@ def check_traces(args: Args, needed: str | None, families: list[str]) -> None:
     for family in args.traces:
         if family not in families:
             raise UserError(f"--traces names the family {family!r}, which is not placed{nearest(family, families)}")
+    folders = [folder.resolve() for folder in args.traces.values()]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--traces gives {' and '.join(args.traces)} the same folder: give each family its own trace")
 
 
 def sources(args: Args, examples: Examples) -> dict[str, dict]:
     """Split -> where its examples come from, for the manifest. ``{}`` if the option is a number, because then the
     examples are from the miniworld, which comes with the library."""
     names = {"train": args.train, "test": args.eval, **({"trace": args.trace} if examples.traced else {})}
-    return {split: {} if name.isdigit() else source(name, split=split, options=args) for split, name in names.items()}
+    return {split: {} if _is_count(name) else source(name, split=split, options=args) for split, name in names.items()}
 
 
 def placements_by_condition(args: Args, scoring: Scoring, families: list[str]) -> dict[str, list[dict[str, list[str]]]]:
@@ -204,8 +214,8 @@ def check_options(args: Args, model: Model) -> None:
     modules_to_place(args, depth)
     if args.placement.endswith(".json"):
         read_names(Path(args.placement), depth)
-    if not args.random_seeds:
-        raise UserError("--random-seeds is empty: give at least one seed")
+    if not args.random_seeds or len(set(args.random_seeds)) < len(args.random_seeds):
+        raise UserError("--random-seeds needs at least one seed, and none twice: correct it")
     args.check_loop()
     args.tracing.check(depth)
     args.tracing.check_modules()
@@ -223,7 +233,7 @@ def module_scores(args: Args, experiment: Experiment, examples: Examples) -> dic
         return {}
     model_fingerprint = fingerprint(experiment.model)
     scores = {
-        family: read_trace(args.traces[family], model_fingerprint)
+        family: read_trace(args.traces[family], model_fingerprint, experiment.model.config.text.num_hidden_layers)
         if family in args.traces
         else experiment.scores(needed, family)
         for family in examples.to_score

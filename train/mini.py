@@ -232,7 +232,7 @@ def write_gemma3(folder: Path, spatial: bool = False) -> None:
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
         "dtype": "float32",
-        "mm_tokens_per_image": 16,
+        "mm_tokens_per_image": 64,
         "image_token_index": vocab["<image_soft_token>"],
         "boi_token_index": vocab["<start_of_image>"],
         "eoi_token_index": vocab["<end_of_image>"],
@@ -242,8 +242,8 @@ def write_gemma3(folder: Path, spatial: bool = False) -> None:
             **_DECODER,
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": 32,
-            # A prompt has about 100 tokens. Two of the eight layers see all of them, the others only 64.
-            "sliding_window": 64,
+            # A prompt has about 150 tokens. Two of the eight layers see all of them, the others only 128.
+            "sliding_window": 128,
             "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
             "rope_parameters": {
                 "full_attention": {"rope_type": "default", "rope_theta": 100000.0},

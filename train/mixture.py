@@ -10,6 +10,7 @@ import tyro
 from vlm_jax.data import Example, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
+from vlm_jax.runs.ranges import Range
 from vlm_jax.runs.startup import load_tasks
 
 
@@ -19,9 +20,9 @@ class MixtureOptions:
 
     train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ("mini-docvqa",)
     """Tasks, families, datasets or JSONL files to train on. Several make a mixture."""
-    limit: int | None = 600
+    limit: Annotated[int | None, Range(least=1)] = 600
     """Number of training examples, over all tasks. None takes all of every task, without balance."""
-    weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="WEIGHT [WEIGHT ...]")] = ()
+    weights: Annotated[tuple[float, ...], Range(above=0), tyro.conf.arg(metavar="WEIGHT [WEIGHT ...]")] = ()
     """The share of each task of --train in the mixture, relative to the others. By default all are equal."""
 
     def mixture(self, options: DataOptions) -> dict[str, list[Example]]:

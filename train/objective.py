@@ -6,8 +6,8 @@ step.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from vlm_jax import Model
 from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import Fitted
+from vlm_jax.runs.ranges import Range
 from vlm_jax.sites import Intervention
 from vlm_jax.typing import ArrayLike
 
@@ -131,9 +132,11 @@ def warmup_cosine(peak: float, steps: int, warmup: int, end: float = 0.0) -> opt
 
 
 @functools.cache
-def adamw(schedule: optax.Schedule, decay: float = 0.0) -> optax.GradientTransformation:
+def adamw(
+    schedule: optax.Schedule, decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)
+) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019)."""
-    return optax.adamw(schedule, weight_decay=decay)
+    return optax.adamw(schedule, *betas, weight_decay=decay)
 
 
 @functools.cache
@@ -154,20 +157,18 @@ def muon_adamw(schedule: optax.Schedule, decay: float = 0.02) -> optax.GradientT
 class LabelOptions:
     """Learning rates and weight decays for some of the trained parameters, which are named by their labels."""
 
-    label_lr: dict[str, float] = dataclasses.field(default_factory=dict)
+    label_lr: Annotated[dict[str, float], Range(least=0, most=100)] = dataclasses.field(default_factory=dict)
     """Peak learning rates for the parameters with these labels, instead of --lr: LABEL RATE [LABEL RATE ...], such as
     lora_b 3e-3."""
-    label_decay: dict[str, float] = dataclasses.field(default_factory=dict)
+    label_decay: Annotated[dict[str, float], Range(least=0, most=100)] = dataclasses.field(default_factory=dict)
     """Weight decays for the parameters with these labels: LABEL DECAY [LABEL DECAY ...], such as lora_b 0.01."""
 
     def check_labels(self, labels: Sequence[str]) -> None:
-        """Raises a UserError for a label that the training does not have, or for a rate or decay below 0."""
+        """Raises a UserError for a label that the training does not have."""
         for flag, values in (("--label-lr", self.label_lr), ("--label-decay", self.label_decay)):
-            for label, value in values.items():
+            for label in values:
                 if label not in labels:
                     raise UserError(f"{flag} names {label!r}: use a label of this training ({', '.join(labels)})")
-                if not (math.isfinite(value) and value >= 0):
-                    raise UserError(f"{flag} {label} is {value}: give a number of 0 or more")
 
     def optimisers(
         self,

@@ -22,6 +22,7 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from interventions.dictionary import Dictionary
 from interventions.editing.editors import EDITORS, init_editors
 from interventions.engine.chunks import block_of, chunk_of
 from interventions.engine.cost import estimate
@@ -34,6 +35,7 @@ from interventions.kinds.add import Add
 from interventions.modules import MODULE_SITES, module_names
 from interventions.placement.adapters import adapter_parameters, init_lora
 from train import trunk
+from train.dictionaries import DictionaryLoss, Members, member_label, unit_decoder
 from train.editors import EDITOR_LABELS, Edited, editor_label, editor_loss
 from train.objective import adamw, linear_decay
 from train.step import Loss, State, Step, update
@@ -52,7 +54,7 @@ from vlm_jax.model import Model
 from vlm_jax.nn.flops import head_flops, layers_flops, lora_step_flops, vision_flops
 from vlm_jax.prompts import Fitted, positions
 from vlm_jax.runs.command import command
-from vlm_jax.runs.ranges import Range, check_ranges
+from vlm_jax.runs.ranges import BATCH, Range, check_ranges
 
 #: What a user can change if a job does not fit.
 _ADVICE = (
@@ -82,10 +84,11 @@ class Args:
 
     model: str = "Qwen3-VL-4B"
     """The model: a published name, an embedded model, a Hugging Face folder or a hub id. Only its config is read."""
-    job: Literal["trace", "lora", "edit", "generate"] = "trace"
+    job: Literal["trace", "lora", "edit", "generate", "sae"] = "trace"
     """What to compile for one batch. trace: P0's causal trace, one run for each layer and module; lora: a training step
     of LoRA; edit: a training step of P4's editors, with one in every vision block and layer; generate: answers to
-    questions."""
+    questions; sae: a training step of P2's dictionaries, one for the residual stream of every layer, without the model
+    itself."""
     topology: str = "v5e:2x4"
     """TPU generation and shape of the slice: v5e:2x4, v6e:4x4, v5p:2x2x4 ..."""
     mesh: str = "data=8"
@@ -93,15 +96,17 @@ class Args:
     split the batch, fsdp also splits the parameters, tensor splits attention heads and MLPs."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the parameters."""
-    batch: Annotated[int, Range(least=1)] = 8
-    """Samples in a batch, over all chips."""
+    batch: Annotated[int, BATCH] = 8
+    """Samples in a batch, over all chips; for --job sae tokens, which every dictionary reads."""
     length: Annotated[int, Range(least=1)] = 1024
     """Tokens in a prompt, with its image and answer."""
     r: Annotated[int, Range(least=1)] = 64
     """Rank of LoRA, for --job lora."""
-    k: int | None = None
-    """Number of modules (a layer's attention or MLP) that get LoRA, spread over all layers, for --job lora. By default
-    all of them."""
+    k: Annotated[int | None, Range(least=1)] = None
+    """For --job lora: number of modules (a layer's attention or MLP) that get LoRA, spread over all layers; by default
+    all of them. For --job sae: number of latents that are active in a token; by default 50."""
+    latents: Annotated[int, Range(least=1)] = 32_768
+    """Number of latents of a dictionary, for --job sae."""
     remat: Literal["full", "some", "none"] = "some"
     """Which activations LoRA's backward pass computes again instead of storing them. full: all of a layer's, which
     needs the least memory; some: all except two wide ones of the MLP; none: only the cheap ones."""
@@ -245,8 +250,44 @@ def generate_job(model: Model, args: Args) -> Job:
     return Job(generation, (model, inputs, ()), kwargs, flops, reads=count, unknown=count - 1)
 
 
+def sae_job(model: Model, args: Args) -> Job:
+    """A training step of TopK dictionaries of the residual stream of every layer. The mesh divides them among the
+    chips."""
+    depth, width = model.depths["text"], model.config.text.hidden_size
+    mesh, k = jax.tree.leaves(model)[0].sharding.mesh, 50 if args.k is None else args.k
+    if not 0 < k <= args.latents:
+        raise UserError(f"--k is {k}: a dictionary has {args.latents} latents")
+
+    def member(*shape: int, dtype: Any = jnp.float32, axis: int = 0) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec(*(None,) * axis, *spec_of(shape[axis : axis + 1], ("batch",), dict(mesh.shape)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    sizes = {
+        "W_enc": (width, args.latents),
+        "b_enc": (args.latents,),
+        "W_dec": (args.latents, width),
+        "b_dec": (width,),
+    }
+    dictionary = Dictionary(**{name: member(depth, *shape) for name, shape in sizes.items()}, architecture="topk", k=k)
+    params = Members(dictionary, member(depth, dtype=jnp.int32), member(depth))
+    counters = {name: member(depth, args.latents, dtype=t) for name, t in (("idle", jnp.int32), ("fired", jnp.float32))}
+    counters |= {"steps": member(depth, dtype=jnp.int32), "threshold": member(depth)}
+    tx = partitioned({"dictionary": adamw(linear_decay(1e-4, 1000))}, member_label)
+    trained, rest = split(params, member_label)
+    loss = DictionaryLoss("topk", k, min(args.latents, width // 2), 10_000_000, 0.05)
+    step = Step(loss, tx, unit_decoder, depth)
+    state = jax.eval_shape(step.begin, trained, counters)
+    state = jax.tree.map(lambda a: member(*a.shape, dtype=a.dtype), state)
+    step = dataclasses.replace(step, places=tuple(leaf.sharding for leaf in jax.tree.leaves(state)))
+    data = {"text.resid_post": member(1, depth, args.batch, width, axis=1)}
+    # Products of tokens x width x latents: the encoder's output and gradient; the decoder's, and that of its input;
+    # and the decoder's three once more for the dead latents.
+    flops = 8 * 2.0 * depth * args.batch * width * args.latents
+    return Job(update, (state, rest, data, jax.random.key(0)), {"step": step}, flops, reads=2)
+
+
 #: Value of --job -> the function that builds the job.
-JOBS = {"trace": trace_job, "lora": lora_job, "edit": edit_job, "generate": generate_job}
+JOBS = {"trace": trace_job, "lora": lora_job, "edit": edit_job, "generate": generate_job, "sae": sae_job}
 
 
 def abstract_on(config: Config, mesh: jax.sharding.Mesh, dtype: str) -> Model:

@@ -7,9 +7,10 @@ import dataclasses
 import functools
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -17,11 +18,14 @@ import optax
 import tyro
 
 from train import mini
+from train.inherit import inherited
 from train.loop import LoopOptions, fit
 from train.meter import About
 from train.objective import LabelOptions, model_loss, muon_adamw, warmup_cosine
 from train.subsets import TRAINABLE_PARTS, ByPart
 from vlm_jax import Model, load, save
+from vlm_jax.checkpoints.fingerprint import fingerprint
+from vlm_jax.checkpoints.load import load_processor
 from vlm_jax.checkpoints.sources import read_config
 from vlm_jax.config import Config
 from vlm_jax.data import Example, pretraining
@@ -32,6 +36,7 @@ from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, Fitted, encode, positions
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
+from vlm_jax.runs.ranges import BATCH, RATE, Range
 
 STAGES = ("text", "align", "instruct")
 #: Without a number of turns: how many steps share an encoded window of turns, and the number of which the width of
@@ -59,19 +64,25 @@ class Args(LabelOptions):
     spatial: bool = False
     """Whether every stage also teaches where things are: what follows from statements such as "The star is left of the
     cross.", pictures with several shapes to describe, and questions about them (mini-vsr, mini-vqa, mini-caption)."""
-    steps: tuple[int, int, int] = (500, 3000, 2600)
+    steps: Annotated[tuple[int, int, int], Range(least=0)] = (500, 3000, 2600)
     """Number of training steps in each of the three stages."""
-    turns: tuple[int, int, int] | None = (12000, 24000, 36000)
+    turns: Annotated[tuple[int, int, int] | None, Range(least=0)] = (12000, 24000, 36000)
     """Number of different turns (a message and its answer) in each of the three stages. None: no two steps read the
     same turn, so that nothing can be learnt by heart."""
-    batch: int = 64
+    decoder: str | None = None
+    """A model of the same shape (an embedded name or a folder) whose decoder the first stage starts from. None: random
+    weights. Tokens that it lacks start as the mean of those in which it writes them."""
+    tower: str | None = None
+    """A model of the same shape whose vision tower and projector the first stage starts from, as LLaVA starts from a
+    trained CLIP. None: random weights."""
+    batch: Annotated[int, BATCH] = 64
     """Turns in a step."""
-    lr: tuple[float, float, float] = (2e-3, 2e-3, 2e-3)
+    lr: Annotated[tuple[float, float, float], RATE] = (2e-3, 2e-3, 2e-3)
     """Peak learning rate of each stage. The rate rises from 0 to the peak, then falls along a cosine to a twentieth of
     it. The optimiser is Muon for matrices and AdamW for the rest."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0)] = 0
     """Seed of the initial weights and of the order of the data."""
-    save_every: int = 500
+    save_every: Annotated[int, Range(least=1)] = 500
     """Number of steps from one checkpoint to the next. A stopped stage continues from its last checkpoint."""
 
 
@@ -214,11 +225,17 @@ def main(args: Args) -> None:
     run = Run.open(args.out, args, ignored=("stages", "save_every"))
     run.begin()  # writes the configuration before the stages write their own files into the folder
     base = untrained = args.out / "untrained"
-    mini.WRITERS[args.model](base, args.spatial)
-    config = read_config(base)
-    model = jax.jit(functools.partial(Model, config))(jax.random.key(args.seed))
-    save(model, base)
-    run.add("untrained", Artifact("model", f"{args.model} with random weights"))
+    with tempfile.TemporaryDirectory() as temporary:  # an earlier run's model stays until this is the same run
+        mini.WRITERS[args.model](Path(temporary), args.spatial)
+        config = read_config(Path(temporary))
+        model = jax.jit(functools.partial(Model, config))(jax.random.key(args.seed))
+        processor = load_processor(Path(temporary), config)
+        assert processor is not None, "the writers of untrained models write a processor"
+        model = inherited(model, processor.tokenizer, args.decoder, args.tower)
+        run.pin("untrained", fingerprint(model), from_the_start=True)
+        copy_files(Path(temporary), base)
+        save(model, base)
+    run.add("untrained", Artifact("model", f"{args.model} before its training"))
     half = args.out / "half"
     last = max(map(STAGES.index, args.stages), default=-1)
     for stage in STAGES[: last + 1]:

@@ -4,31 +4,29 @@ python -m train.register --registers 4 --train mini-okvqa mini-docvqa --out runs
 """
 
 import dataclasses
-import itertools
 import time
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 
 from eval import judging as metrics
-from eval.evaluation import AnswerOptions, evaluate
+from eval.evaluation import AnswerOptions
 from interventions.figures.base import save_figure
 from interventions.figures.editing import before_and_after
-from interventions.statistics import mean_interval, paired
-from train.artifacts import REGISTERING, training_log
-from train.loop import WATCHING, forget
+from train.artifacts import REGISTERING
+from train.kept import tuned_model
+from train.loop import WATCHING
 from train.mixture import MixtureOptions
 from train.registering import RegisterOptions, train_registers, trained_parameters
-from vlm_jax import Model, save
-from vlm_jax.data import easy_vqa, source
+from train.scored import MixedData, compared, score_tasks, show_tasks
+from vlm_jax import Model
+from vlm_jax.data import easy_vqa
 from vlm_jax.data.options import DataOptions
-from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
-from vlm_jax.runs.processes import fetch, is_first
-from vlm_jax.runs.startup import load_tasks, start
+from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.startup import start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Args(RegisterOptions, MixtureOptions, metrics.MetricOptions, DataOptions):
     eval: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ()
     """Tasks, families, datasets or JSONL files to score on; their test splits are used. By default the same as
     --train."""
-    eval_limit: int | None = 300
+    eval_limit: Annotated[int | None, Range(least=1)] = 300
     """Largest number of held-out examples of each task."""
     answering: tyro.conf.OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
     out: Path = Path("runs/register")
@@ -55,73 +53,32 @@ class Args(RegisterOptions, MixtureOptions, metrics.MetricOptions, DataOptions):
 def main(args: Args) -> None:
     started = time.perf_counter()
     args.check_loop()
-    mixture = args.mixture(args)
-    train = list(itertools.chain(*mixture.values()))
-    tasks = load_tasks(args.eval or args.train, split="test", limit=args.eval_limit, options=args)
-    tested = list(itertools.chain(*tasks.values()))
-    check_disjoint(train, tested)
-    metrics.check_metric(tested, args)
-    data = {"train": args.sources(args)}
-    data["test"] = {name: source(name, split="test", options=args) for name in args.eval or args.train}
-    run, model, processor = start(args, [*train, *tested], data, ignored=WATCHING)
+    data = MixedData.read(args)
+    run, model, processor = start(args, [*data.train, *data.tested], data.sources, ignored=WATCHING)
 
-    def score(when: str, model: Model) -> dict[str, dict]:
-        return {
-            task: evaluate(
-                run,
-                f"{when}/{task}/",
-                model,
-                processor,
-                examples,
-                args,
-                args.answering,
-                title=f"{task} {when}",
-                label=f"{task} {when}",
-            )
-            for task, examples in tasks.items()
-        }
+    def train(folder: Path) -> Model:
+        return train_registers(model, processor, data.train, args, folder)
 
-    def make_model() -> Model:
-        begun = time.perf_counter()
-        tuned = train_registers(model, processor, train, args, run.path("training/_").parent)
-        run.add("training/metrics.jsonl", training_log(f"{args.model} with registers"))
-        run.timed("train", begun)
-        return fetch(tuned, keep=is_first()) if jax.process_count() > 1 else tuned
-
-    scores = {"before": score("before", model.with_registers(None)), "untuned": score("untuned", model)}
-    tuned = run.once(
-        "model",
-        make_model,
-        Artifact("model", f"{args.model} with {args.registers} registers, tuned on {', '.join(mixture)}"),
-        write=lambda path, tuned: (save(tuned, path), processor.save_pretrained(path)),
-        read=lambda path: args.load_model(str(path))[0],
-    )
-    forget(run.folder / "training", args)
-    scores["after"] = score("after", tuned)
+    scores = {
+        "before": score_tasks(run, "before", data.tasks, model.with_registers(None), processor, args),
+        "untuned": score_tasks(run, "untuned", data.tasks, model, processor, args),
+    }
+    title = f"{args.model} with {args.registers} registers, tuned on {', '.join(data.mixture)}"
+    tuned = tuned_model(run, "model", title, processor, train, args, args)
+    scores["after"] = score_tasks(run, "after", data.tasks, tuned, processor, args)
     registers = model.config.text.registers
     assert registers is not None, "RegisterOptions.load gives the model registers"
     results = {
         "registers": dataclasses.asdict(registers),
         "parameters": trained_parameters(model, args),
-        "trained": {task: len(examples) for task, examples in mixture.items()},
-        "tasks": {
-            task: {
-                **{when: mean_interval(of[task]["scores"]) for when, of in scores.items()},
-                "change": paired(
-                    scores["after"][task]["scores"],
-                    scores["before"][task]["scores"],
-                    clusters=scores["after"][task]["clusters"],
-                ),
-                "samples": scores["after"][task]["samples"],
-            }
-            for task in tasks
-        },
+        "trained": {task: len(examples) for task, examples in data.mixture.items()},
+        "tasks": compared(scores),
     }
     run.save_json("results.json", results, Artifact("metrics", "Scores without and with registers", REGISTERING))
     shown = {task: {when: found[when] for when in scores} for task, found in results["tasks"].items()}
     save_figure(run, "accuracy", before_and_after, "Scores without registers, untuned and tuned", accuracy=shown)
     show(results)
-    easy_vqa.show_baseline(tested)
+    easy_vqa.show_baseline(data.tested)
     print(f"{time.perf_counter() - started:.0f} s; the tuned model is {run.folder / 'model'}")
 
 
@@ -129,12 +86,7 @@ def show(results: dict) -> None:
     """Prints the number of trained parameters, and every task's scores."""
     registers = results["registers"]
     print(f"{registers['count']} registers, mask {registers['mask']}: {results['parameters']:,} trained parameters")
-    print(f"{'task':20s} before  untuned  tuned [95 %]             change [95 %]")
-    for task, found in results["tasks"].items():
-        after, change = found["after"], found["change"]
-        now = f"{after['mean']:.3f} [{after['low']:.3f}, {after['high']:.3f}]"
-        moved = f"{change['difference']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
-        print(f"{task:20s} {found['before']['mean']:.3f}   {found['untuned']['mean']:.3f}    {now}   {moved}")
+    show_tasks(results["tasks"], ("before", "untuned", "after"))
 
 
 if __name__ == "__main__":

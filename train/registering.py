@@ -19,7 +19,7 @@ from vlm_jax.families import FAMILIES
 from vlm_jax.processor import Processor
 from vlm_jax.registers import Mask, Positions, Registers
 from vlm_jax.runs.options import ModelOptions
-from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.ranges import BATCH, RATE, Range
 from vlm_jax.sites import TEXT_LINEARS
 
 #: What is trained -> the default peak learning rate for a model of width 2560.
@@ -47,14 +47,14 @@ PRESETS = {"default": Preset(3, 16, 0), "paper": Preset(10, 32, 42, 2e-7, (784, 
 class RegisterOptions(LoopOptions, ModelOptions):
     """Which registers a model gets, and how it is trained with them."""
 
-    registers: int = 16
+    registers: Annotated[int, Range(least=1)] = 16
     """Number of registers behind every image. Where a model closes an image with a token, this is the first of them."""
     mask: Mask = "register"
     """Who sees whom, besides the causal order. register: text does not see images (P1); mitre: as register, and images
     do not see registers, and the registers of an image see each other in both directions; gist: as register, and text
     does not see the text before the first registers; none, blind: controls in which text sees everything, or neither
     images nor registers."""
-    positions: Positions = "text"
+    position_ids: Positions = "text"
     """Positions of the registers. text: one after the other, like text; first: all at the position of the first."""
     token: str | None = None
     """The token that is repeated, in a model without a token that closes an image (LLaVA). By default the one that ends
@@ -73,12 +73,19 @@ class RegisterOptions(LoopOptions, ModelOptions):
     32, learning rate 2e-7, seed 42, and images of 784 to 50176 pixels where the model takes images of any size."""
     epochs: Annotated[int | None, Range(least=1)] = None
     """Number of passes over all training examples."""
-    batch: Annotated[int | None, Range(least=1)] = None
+    batch: Annotated[int | None, BATCH] = None
     """Training examples in a step."""
-    lr: Annotated[float | None, Range(above=0)] = None
+    lr: Annotated[float | None, RATE] = None
     """Peak learning rate of AdamW, after a rise from 0. By default for a model of width WIDTH and --trainable decoder
     2e-5 x 2560 / WIDTH, ten times as much for lora, and a hundred times for registers. The rate then falls to 0,
     along a cosine, with lora linearly."""
+    warmup: Annotated[float | None, Range(least=0, below=1)] = None
+    """Share of the steps in which the learning rate rises. By default one in 30, with lora 0.03."""
+    decay: Annotated[float | None, Range(least=0, most=100)] = None
+    """Weight decay of AdamW, by default 0. Not with --trainable lora."""
+    betas: Annotated[tuple[float, float] | None, Range(least=0, below=1)] = None
+    """How much AdamW's means of the gradients and of their squares keep from one step to the next, by default 0.9 and
+    0.999. Not with --trainable lora."""
     seed: Annotated[int | None, Range(least=0)] = None
     """Seed of the order of the training examples, and of LoRA's initial arrays."""
 
@@ -106,6 +113,8 @@ class RegisterOptions(LoopOptions, ModelOptions):
             raise UserError(f"--own-embeddings belongs to --trainable decoder, here it is {self.trainable}: drop one")
         if self.trainable != "lora" and (self.r is not None or self.alpha is not None):
             raise UserError(f"--r and --alpha belong to --trainable lora, here it is {self.trainable}: drop them")
+        if self.trainable == "lora" and (self.decay is not None or self.betas is not None):
+            raise UserError("--decay and --betas do not belong to --trainable lora: drop them")
         tokenizer = processor.tokenizer
         end = FAMILIES[model.config.family].chat.image_end
         if self.token is not None and end is not None:
@@ -115,7 +124,7 @@ class RegisterOptions(LoopOptions, ModelOptions):
         if number is None or tokenizer.convert_ids_to_tokens(number) != token:
             raise UserError(f"--token is {token!r}, which is no token of this model: name one, with its brackets")
         own = self.own_embeddings or self.trainable == "registers"
-        return Registers(self.registers, number, self.mask, self.positions, own)
+        return Registers(self.registers, number, self.mask, self.position_ids, own)
 
 
 def check_without_registers(model: Model) -> None:
@@ -136,16 +145,18 @@ def train_registers(
     lr = options.value("lr")
     lr = scaled_rate(_LR[options.trainable], model.config.text.hidden_size) if lr is None else lr
     epochs, batch, seed = (options.value(name) for name in ("epochs", "batch", "seed"))
+    given = {name: getattr(options, name) for name in ("warmup", "decay", "betas")}
+    given = {name: value for name, value in given.items() if value is not None}
     loop = {field.name: getattr(options, field.name) for field in dataclasses.fields(LoopOptions)}
     if options.trainable == "lora":
         sites = [f"text.{name}" for names in TEXT_LINEARS.values() for name in names]
         r, alpha = options.r or _RANK, options.alpha or _ALPHA
         lora = init_lora_on(model, sites, r=r, alpha=alpha, key=jax.random.key(seed))
-        training = TrainingOptions(epochs=epochs, batch=batch, lr=lr, **loop)
+        training = TrainingOptions(epochs=epochs, batch=batch, lr=lr, **given, **loop)
         how = {"seed": seed, "name": "register", "folder": folder}
         return merge(model, train_editors(model, processor, {"lora": lora}, examples, training, **how)["lora"])
     part = "text" if options.trainable == "decoder" else "registers"
-    training = tune.Args(parts=(part,), epochs=epochs, batch=batch, lr=lr, seed=seed, **loop)
+    training = tune.Args(parts=(part,), epochs=epochs, batch=batch, lr=lr, seed=seed, **given, **loop)
     return tune.tune(model, processor, examples, training, folder)
 
 

@@ -30,6 +30,7 @@ from train.subsets import FREEZE
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
+from vlm_jax.files import read_json
 from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import even, own_rows, placed_rows
 from vlm_jax.nn.flops import lora_step_flops
@@ -37,7 +38,7 @@ from vlm_jax.nn.visibility import Tokens
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
 from vlm_jax.runs.processes import fetch, first
-from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.ranges import BATCH, RATE, Range
 from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
 from vlm_jax.typing import Array, ArrayLike
 
@@ -67,17 +68,17 @@ class LoRAOptions(LabelOptions, LoopOptions):
 
     r: Annotated[int, Range(least=1)] = 64
     """Rank of LoRA: the number of rows of A and of columns of B."""
-    alpha: float = 16.0
+    alpha: Annotated[float, Range(above=0)] = 16.0
     """LoRA's product B A is multiplied by alpha / r."""
     dropout: Annotated[float, Range(least=0, below=1)] = 0.05
     """Share of LoRA's inputs that are set to 0 at random during training."""
     epochs: Annotated[int, Range(least=1)] = 3
     """Number of passes over all training examples."""
-    batch: Annotated[int, Range(least=1)] = 4
+    batch: Annotated[int, BATCH] = 4
     """Training examples in a micro-batch, which is what runs at once. A step has BATCH x ACCUMULATION examples."""
     accumulation: Annotated[int, Range(least=1)] = 2
     """Micro-batches in a step. They run one after the other, and their gradients are averaged."""
-    lr: float | None = None
+    lr: Annotated[float | None, RATE] = None
     """Learning rate at the first step. It falls linearly to 0. By default 2e-4 x 2560 / WIDTH, where WIDTH is the
     model's hidden size; for P0's model, of width 2560, this is P0's rate."""
     seed: Annotated[int, Range(least=0)] = 0
@@ -86,7 +87,7 @@ class LoRAOptions(LabelOptions, LoopOptions):
     """Which activations are computed again in the backward pass instead of being stored. full: all of a layer's, which
     needs the least memory and the most time; some: all except two wide outputs of the MLP, gate and up; none: only
     those that are cheap to compute, which needs the most memory."""
-    trunk_gib: float = 4.0
+    trunk_gib: Annotated[float, Range(least=0)] = 4.0
     """The layers below the lowest adapter are run once for each training example, and their outputs are stored: in
     memory if they take at most this many GiB, else in a temporary file."""
 
@@ -428,7 +429,7 @@ def check_same(file: Path, settings: dict) -> None:
 def _check_same(file: Path, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))
     if file.is_file():
-        kept = json.loads(file.read_text())
+        kept = read_json(file)
         differ = sorted(k for k in settings.keys() | kept.keys() if settings.get(k) != kept.get(k))
         if differ:
             shown = ", ".join(f"{k} {kept.get(k)!r} there, {settings.get(k)!r} here" for k in differ)

@@ -14,26 +14,24 @@ import tyro
 
 from eval import judging as metrics
 from eval.evaluation import AnswerOptions, evaluate
-from train.artifacts import training_log
-from train.loop import WATCHING, LoopOptions, fit, forget
+from train.kept import tuned_model
+from train.loop import WATCHING, LoopOptions, fit
 from train.meter import About
-from train.objective import Epochs, LabelOptions, model_loss, scaled_rate, warmup_cosine
+from train.objective import Epochs, LabelOptions, adamw, model_loss, scaled_rate, warmup_cosine
 from train.subsets import TRAINABLE_PARTS, ByPart
-from vlm_jax import Model, save
+from vlm_jax import Model
 from vlm_jax.checkpoints.leaves import named_leaves
-from vlm_jax.data import Example, easy_vqa, load_task, source
+from vlm_jax.data import Example, easy_vqa, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import own_rows
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Fitted, fitted, room_of
-from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
-from vlm_jax.runs.processes import fetch, is_first
-from vlm_jax.runs.ranges import Range
-from vlm_jax.runs.startup import start
+from vlm_jax.runs.ranges import BATCH, RATE, Range
+from vlm_jax.runs.startup import load_examples, start
 
 #: A common peak learning rate for full fine-tuning of a model of width 2560.
 _LR = 2e-5
@@ -50,9 +48,9 @@ class Args(LabelOptions, LoopOptions, metrics.MetricOptions, DataOptions, ModelO
     """Task, family, dataset or JSONL file to train on."""
     eval: str | None = None
     """Task, family, dataset or JSONL file to score on; its test split is used. By default the same as --train."""
-    limit: int | None = 3000
+    limit: Annotated[int | None, Range(least=1)] = 3000
     """Largest number of training examples."""
-    eval_limit: int | None = 300
+    eval_limit: Annotated[int | None, Range(least=1)] = 300
     """Largest number of held-out examples."""
     parts: Annotated[tuple[Literal["text", "visual", "registers"], ...], tyro.conf.arg(metavar="PART [PART ...]")] = (
         "text",
@@ -61,11 +59,17 @@ class Args(LabelOptions, LoopOptions, metrics.MetricOptions, DataOptions, ModelO
     registers: the embeddings of its registers alone, if they have any of their own (train.register)."""
     epochs: Annotated[int, Range(least=1)] = 3
     """Number of passes over all training examples."""
-    batch: Annotated[int, Range(least=1)] = 16
+    batch: Annotated[int, BATCH] = 16
     """Training examples in a step."""
-    lr: float | None = None
+    lr: Annotated[float | None, RATE] = None
     """Peak learning rate of the optimiser AdamW. The rate rises from 0 to the peak, then falls to 0 along a cosine. By
     default 2e-5 x 2560 / WIDTH, where WIDTH is the model's hidden size."""
+    warmup: Annotated[float, Range(least=0, below=1)] = 1 / 30
+    """Share of the steps in which the learning rate rises."""
+    decay: Annotated[float, Range(least=0, most=100)] = 0.0
+    """Weight decay of AdamW."""
+    betas: Annotated[tuple[float, float], Range(least=0, below=1)] = (0.9, 0.999)
+    """How much AdamW's means of the gradients and of their squares keep from one step to the next."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of the random order of the training examples."""
     answering: tyro.conf.OmitArgPrefixes[AnswerOptions] = dataclasses.field(default_factory=AnswerOptions)
@@ -96,8 +100,10 @@ def tune(model: Model, processor: Processor, examples: list[Example], args: Args
         return jax.tree.map(lambda a: a[None], batch._replace(inputs=batch.inputs.turned()))
 
     lr = args.lr if args.lr is not None else scaled_rate(_LR, model.config.text.hidden_size)
-    schedule = functools.partial(warmup_cosine, steps=epochs.steps, warmup=max(1, epochs.steps // 30))
-    transforms, rates = args.optimisers(args.parts, lr, schedule)
+    warmup = max(1, int(args.warmup * epochs.steps + 1e-9))
+    schedule = functools.partial(warmup_cosine, steps=epochs.steps, warmup=warmup)
+    optimiser = functools.partial(adamw, betas=args.betas)
+    transforms, rates = args.optimisers(args.parts, lr, schedule, optimiser, args.decay)
     about = About(
         rate=rates,
         ids=lambda step: [examples[row].id for row in epochs.rows(step)[0]],
@@ -125,9 +131,9 @@ def tune(model: Model, processor: Processor, examples: list[Example], args: Args
 def main(args: Args) -> None:
     started = time.perf_counter()
     task = args.eval or args.train
-    train = load_task(args.train, split="train", limit=args.limit, options=args)
-    test = load_task(task, split="test", limit=args.eval_limit, options=args)
-    check_disjoint(train, test)
+    examples = load_examples(args.train, split="train", limit=args.limit, options=args)
+    test = load_examples(task, split="test", limit=args.eval_limit, options=args)
+    check_disjoint(examples, test)
     metrics.check_metric(test, args)
     args.check_loop()
     if not args.parts:
@@ -135,33 +141,23 @@ def main(args: Args) -> None:
     sources = {"train": args.train, "test": task}
     data = {split: source(name, split=split, options=args) for split, name in sources.items()}
     check = functools.partial(check_parts, args=args)
-    run, model, processor = start(args, [*train, *test], data, check=check, ignored=WATCHING)
+    run, model, processor = start(args, [*examples, *test], data, check=check, ignored=WATCHING)
 
     def score(name: str, model: Model) -> dict:
         title = f"{task} {name} training"
         return evaluate(run, f"{name}/", model, processor, test, args, args.answering, title=title, label=name)
 
-    def make_model() -> Model:
-        begun = time.perf_counter()
-        tuned = tune(model, processor, train, args, run.path("training/_").parent)
-        run.add("training/metrics.jsonl", training_log(" and ".join(args.parts)))
-        run.timed("train", begun)
-        return fetch(tuned, keep=is_first()) if jax.process_count() > 1 else tuned
+    def train(folder: Path) -> Model:
+        return tune(model, processor, examples, args, folder)
 
-    before, folder = score("before", model), run.folder / "model"
-    tuned = run.once(
-        "model",
-        make_model,
-        Artifact("model", f"{args.model}, its {' and '.join(args.parts)} tuned on {args.train}"),
-        write=lambda path, tuned: (save(tuned, path), processor.save_pretrained(path)),
-        read=lambda path: args.load_model(str(path))[0],
-    )
-    forget(run.folder / "training", args)
+    before = score("before", model)
+    title = f"{args.model}, its {' and '.join(args.parts)} tuned on {args.train}"
+    tuned = tuned_model(run, "model", title, processor, train, args, args)
     after = score("after", tuned)
     for name, result in (("before", before), ("after", after)):
         print(f"{task} {name}: {result['accuracy']:.3f} ± {result['stderr']:.3f}  ({result['samples']} samples)")
     easy_vqa.show_baseline(test)
-    print(f"{time.perf_counter() - started:.0f} s; the tuned model is {folder}")
+    print(f"{time.perf_counter() - started:.0f} s; the tuned model is {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

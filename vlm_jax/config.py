@@ -128,6 +128,13 @@ class VisionConfig:
         """
         raise UserError("this model's vision tower takes images of one size: drop --min-pixels and --max-pixels")
 
+    def check_processor(self, image_processor: Any, where: str) -> None:
+        """Refuses an image processor whose fields are those of another tower.
+
+        Args:
+            where: name of its file, for errors.
+        """
+
     def tower(self, key: PRNGKeyArray) -> Any:
         """The tower's module, with random parameters."""
         raise NotImplementedError

@@ -3,10 +3,17 @@
 python -m vlm_jax.convert mini-qwen3-vl converted/mini-qwen3-vl
 """
 
+import contextlib
 import dataclasses
+import io
 import json
+import logging
+import re
 import shutil
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,10 +22,11 @@ from safetensors import SafetensorError
 
 from vlm_jax.checkpoints.load import load
 from vlm_jax.checkpoints.orbax import save_orbax
+from vlm_jax.checkpoints.redundant import untied
 from vlm_jax.checkpoints.save import save, with_dtype
-from vlm_jax.checkpoints.sources import ORBAX, resolve
+from vlm_jax.checkpoints.sources import ORBAX, read_config, resolve
 from vlm_jax.errors import UserError
-from vlm_jax.files import read_json
+from vlm_jax.files import check_folder, read_json
 from vlm_jax.runs.command import command
 
 #: Files that are copied with the weights: tokeniser, image processor, chat template, generation defaults.
@@ -50,6 +58,7 @@ def convert(source: str, destination: Path, dtype: str | None = None) -> str:
         UserError: for an unknown or unreadable source, or a destination that is not empty, is inside the source or
             cannot be written.
     """
+    check_folder(destination)
     destination = destination.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} exists and is not an empty folder: choose another destination or delete it")
@@ -58,23 +67,80 @@ def convert(source: str, destination: Path, dtype: str | None = None) -> str:
         raise UserError(f"{destination} is inside the source {folder}: choose another destination")
     config = read_json(folder / "config.json")
     model, _ = load(folder, dtype=dtype)
+    if read_config(folder).text.tie_word_embeddings and not model.config.text.tie_word_embeddings:
+        config = untied(config)  # the files hold a head of its own
     form, write = ("Hugging Face", save) if (folder / ORBAX).is_dir() else ("Orbax", save_orbax)
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".convert-") as scratch:
-            made = Path(scratch) / destination.name
-            write(model, made)
-            for file in sorted(file for pattern in _KEPT for file in folder.glob(pattern)):
-                if file.name != "config.json" and not file.name.endswith(".index.json"):
-                    shutil.copyfile(file, made / file.name)
-            if dtype is not None:
-                config = with_dtype({"dtype": dtype, **config}, dtype)
-            (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            made.rename(destination)
-    except (OSError, ValueError, SafetensorError) as error:  # Orbax reports a full disk as a ValueError
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"cannot write {destination} ({reason}): free the disk or choose another destination") from None
+    with _new_folder(destination) as made:
+        write(model, made)
+        for file in sorted(file for pattern in _KEPT for file in folder.glob(pattern)):
+            if file.name != "config.json" and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, made / file.name)
+        if dtype is not None:
+            config = with_dtype({"dtype": dtype, **config}, dtype)
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return form
+
+
+@contextlib.contextmanager
+def _new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``destination``. After an error nothing of it is left.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    made = [parent for parent in destination.parents if not parent.exists()]
+    scratch = None
+    with _quiet():
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=destination.parent, prefix=".convert-"))
+            yield scratch / destination.name
+            (scratch / destination.name).rename(destination)
+            scratch.rmdir()
+        except BaseException as error:
+            if scratch is not None:
+                _remove(scratch)
+            for parent in made:
+                with contextlib.suppress(OSError):  # another process uses it
+                    parent.rmdir()
+            if not isinstance(error, OSError | ValueError | SafetensorError):  # ValueError: Orbax, for a full disk
+                raise
+            raise UserError(
+                f"cannot write {destination} ({_reason(error)}): free the disk or choose another destination"
+            ) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back what is printed, and shows it only if there is no error. If a disk is full, Orbax's threads print a
+    traceback for every array, and the error says the same."""
+    log, held = logging.getLogger("absl"), io.StringIO()
+    before, log.disabled = log.disabled, True
+    try:
+        with contextlib.redirect_stderr(held):
+            yield
+    finally:
+        log.disabled = before
+    sys.stderr.write(held.getvalue())
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a folder. After an error Orbax's threads may still write to it, so it is deleted until it stays away."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
+        if not folder.exists():
+            return
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, in one line."""
+    if isinstance(error, UserError) and error.__context__ is not None:
+        error = error.__context__  # the error that a writer put into a sentence of its own
+    found = re.search(r"([^:]+) [\[(]os[_ ]error", str(error))  # as TensorStore and safetensors write it
+    if found is not None:
+        return found[1].strip()
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 @command

@@ -9,9 +9,11 @@ class UserError(ValueError):
     """A mistake that the user can correct. The message is one sentence: what is wrong, where, and what to do."""
 
 
-def unwritten(path: Path, error: OSError) -> UserError:
+def unwritten(path: Path, error: Exception) -> UserError:
     """The error for a file of a run that cannot be written."""
-    return UserError(f"cannot write {path} ({error.strerror or error}): free the disk or choose another --out")
+    return UserError(
+        f"cannot write {path} ({getattr(error, 'strerror', None) or error}): free the disk or choose another --out"
+    )
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int32, PRNGKeyArray
 
 from vlm_jax.errors import UserError
@@ -14,9 +15,12 @@ from vlm_jax.inputs import Inputs, bucket
 from vlm_jax.model import Embedded, Model
 from vlm_jax.nn.decoder import StackedKeyValues, Window
 from vlm_jax.nn.visibility import visible_to_new
+from vlm_jax.runs.processes import fetch
 from vlm_jax.sites import NO_TAPS, Context, Probe, check_sites
 from vlm_jax.typing import Array
 
+#: Stands for a token where the scores of the next token are not finite. The row ends there.
+NOT_FINITE = -1
 #: Temperature, top_p and key of a generation that samples.
 Sampling = tuple[Float[Array, ""], Float[Array, ""], PRNGKeyArray]
 
@@ -34,6 +38,7 @@ def generate(
     drop_images: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    names: Sequence[str] = (),
 ) -> Int32[Array, "batch {max_new_tokens}"]:
     """Continues every prompt.
 
@@ -49,20 +54,45 @@ def generate(
             (:class:`vlm_jax.registers.Registers`). The new tokens are the same.
         eos_token_id: one or several ids that end a row; None stands for the config's.
         pad_token_id: fills a row after its end; None stands for the config's.
+        names: the examples of the first rows, for errors.
 
     Returns:
         The new tokens, the end token included.
 
     Raises:
-        UserError: for options that are not possible, or an intervention that touches nothing.
+        UserError: for options that are not possible, an intervention that touches nothing, or a model whose scores of
+            the next token are not finite.
     """
     check_sites(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
     held = held_tokens(model, inputs, interventions if steps == "all" else ()) if drop_images else None
     options = decoding(model, max_new_tokens, steps, eos_token_id, pad_token_id, held)
+    if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
+        raise UserError(f"temperature {temperature} with top_p {top_p} is not possible: use 0 or more, and 0 to 1")
     if temperature and key is None:
         raise UserError("sampling needs a key: pass key=jax.random.key(seed)")
     sampling = (jnp.float32(temperature), jnp.float32(top_p), key) if temperature else None
-    return generation_program(model, inputs, tuple(interventions), options, sampling)
+    tokens = generation_program(model, inputs, tuple(interventions), options, sampling)
+    check_finite(tokens, names)
+    return tokens
+
+
+def check_finite(tokens: Int32[Array, "*variants batch count"], names: Sequence[str] = ()) -> None:
+    """Refuses generated tokens of a row whose scores were not finite. All processes must call it together.
+
+    Args:
+        names: the examples of the first rows.
+
+    Raises:
+        UserError: with the first such row's name or number.
+    """
+    broken = np.flatnonzero((fetch(tokens) == NOT_FINITE).any(-1).reshape(-1, tokens.shape[-2]).any(0))
+    if len(broken):
+        row = int(broken[0])
+        who = f"example {names[row]!r}" if row < len(names) else f"row {row} of the batch"
+        raise UserError(
+            f"the model's scores of the next token are NaN or infinite for {who}: check its weights and the "
+            "interventions, or use float32 or bfloat16 instead of float16"
+        )
 
 
 class Decoding(NamedTuple):
@@ -90,6 +120,9 @@ def decoding(
     """The options of :func:`generate`, checked, with the config's tokens where they are None."""
     if count < 1:
         raise UserError(f"max_new_tokens is {count}: ask for at least 1")
+    longest = model.config.text.max_position_embeddings
+    if longest and count >= longest:
+        raise UserError(f"max_new_tokens is {count}, but prompt and answer can have {longest} tokens: ask for fewer")
     if steps not in ("all", "prefill"):
         raise UserError(f"unknown steps {steps!r}: use 'all' or 'prefill'")
     eos = model.config.eos_token_ids if eos_token_id is None else eos_token_id
@@ -175,12 +208,14 @@ def continued(
 
     def choose(logits, step):
         if sampling is None:
-            return jnp.argmax(logits, -1).astype(jnp.int32)
-        temperature, top_p, key = sampling
-        return _sample(logits.astype(jnp.float32) / temperature, top_p, jax.random.fold_in(key, step))
+            token = jnp.argmax(logits, -1).astype(jnp.int32)
+        else:
+            temperature, top_p, key = sampling
+            token = _sample(logits.astype(jnp.float32) / temperature, top_p, jax.random.fold_in(key, step))
+        return jnp.where(jnp.isfinite(logits).all(-1), token, NOT_FINITE)
 
     def is_end(token):
-        return functools.reduce(jnp.logical_or, [token == e for e in options.eos], jnp.zeros_like(token, bool))
+        return functools.reduce(jnp.logical_or, [token == e for e in options.eos], token == NOT_FINITE)
 
     def running(state):
         step, *_, done = state

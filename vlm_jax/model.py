@@ -1,5 +1,6 @@
 """The whole model: vision tower -> projector -> merge -> decoder -> logits, as one pure function."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -104,6 +105,26 @@ class Model(nnx.Module):
         config = backbone_config(plain.config)
         shapes = jax.eval_shape(lambda: Model(config, jax.random.key(0)))
         return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(plain.text))
+
+    def up_to(self, layers: int) -> "Model":
+        """The model without the decoder's layers from number ``layers`` on: its last residual stream is
+        ``text.resid_post`` of layer ``layers - 1``.
+
+        Raises:
+            UserError: if the model has no such layer.
+        """
+        text = self.config.text
+        if not 1 <= layers <= text.num_hidden_layers:
+            raise UserError(f"the model has {text.num_hidden_layers} layers, not {layers}: name a number up to that")
+        text = dataclasses.replace(text, num_hidden_layers=layers, layer_types=text.layer_types[:layers])
+        config = dataclasses.replace(self.config, text=text)
+        shapes = jax.eval_shape(lambda: Model(config, jax.random.key(0)))
+        parts = jax.tree.map(
+            lambda leaf, shape: leaf[: len(shape)] if leaf.shape != shape.shape else leaf,
+            jax.tree.leaves(self),
+            jax.tree.leaves(shapes),
+        )
+        return jax.tree.unflatten(jax.tree.structure(shapes), parts)
 
     def with_registers(self, registers: Registers | None) -> "Model":
         """The same arrays with registers behind every image, or without. Inputs must be encoded with the new model's

@@ -1,12 +1,11 @@
 """Turns examples into tokens by the prompt and the chat template, and finds the tokens of the image, question and
 answer.
 
-The chat template is rendered with a placeholder in place of the question, so the question's position in the text is
-known. The tokeniser's character offsets then give its tokens. No text or token id has to be searched for.
+:mod:`vlm_jax.rendering` writes the text and says where they are in it. The tokeniser's character offsets then give
+their tokens.
 """
 
 import contextlib
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -18,12 +17,13 @@ from PIL import Image
 
 from vlm_jax.config import Config
 from vlm_jax.data import Example
+from vlm_jax.data.images import as_rgb
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
-from vlm_jax.families.base import Chat
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
 from vlm_jax.processor import Processor
 from vlm_jax.registers import Registers, image_ends, place
+from vlm_jax.rendering import Renderer
 from vlm_jax.runs.processes import everywhere
 from vlm_jax.typing import ArrayLike
 
@@ -39,8 +39,6 @@ P0_PROMPT = (
 #: The question without any instruction.
 PLAIN_PROMPT = "{QUESTION}"
 
-#: A private-use character that stands for the question while the chat template is rendered.
-_PLACEHOLDER = "\ue000"
 #: Number of examples that are encoded together. It limits the memory that their images need.
 _WINDOW = 512
 SPANS = ("image", "image_end", "register", "question", "answer", "end")
@@ -78,11 +76,12 @@ def encode(
         step: the length is rounded up to a multiple of this.
 
     Raises:
-        UserError: if a question does not fit the model's context or contains a special token; if a text-only model gets
+        UserError: if a question does not fit the model's context or contains a special token; if it marks places for
+            images (``<image>``), but not one for each; if the chat template changes it; if a text-only model gets
             images; if the processor refuses an image.
     """
     prompts = [prompt] * len(examples) if isinstance(prompt, str) else prompt
-    images_of = [list(example.images) for example in examples]  # decodes every image once
+    images_of = [_images(example) for example in examples]  # decodes every image once
     sizes = [_sizes(images, processor, config) for images in images_of]
     rows = _tokens(examples, prompts, sizes, processor, config, with_answer)
     images = [image for row in images_of for image in row]
@@ -110,6 +109,24 @@ def encode(
         spans,
         max(len(example.images) for example in examples),
     )
+
+
+def _images(example: Example) -> list[Image.Image]:
+    """The images as a viewer shows them, in RGB, whatever kind of image a program gave."""
+    shown = []
+    for number, image in enumerate(example.images, 1):
+        try:
+            shown.append(as_rgb(image))
+        except UserError as error:
+            raise UserError(f"example {example.id!r}, image {number}: {error}") from None
+        except Exception as error:  # a file that Pillow opened may be cut short or closed; an array is no image
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise UserError(
+                f"example {example.id!r}, image {number} cannot be shown ({reason}): give a whole Pillow image"
+            ) from None
+        if not all(shown[-1].size):
+            raise UserError(f"example {example.id!r}, image {number} has no pixels: leave it out")
+    return shown
 
 
 def _sizes(images: Iterable[Image.Image], processor: Processor, config: Config) -> list[tuple[int, int]]:
@@ -140,24 +157,22 @@ def _tokens(
     config: Config,
     with_answer: bool,
 ) -> list[_Tokens]:
-    tokenizer, chat = processor.tokenizer, FAMILIES[config.family].chat
-    texts, ranges = zip(
-        *(
-            _render(example, text, processor, chat, [tokens for _, tokens in image_sizes], with_answer)
-            for example, text, image_sizes in zip(examples, prompts, sizes, strict=True)
-        ),
-        strict=True,
-    )
+    tokenizer, render = processor.tokenizer, Renderer(processor, FAMILIES[config.family].chat)
+    rendered = [
+        render(example, prompt, [tokens for _, tokens in image_sizes], with_answer)
+        for example, prompt, image_sizes in zip(examples, prompts, sizes, strict=True)
+    ]
+    texts = [text for text, _ in rendered]
     # The tokeniser adds the token that begins a text, unless the chat template has written it.
     bos = tokenizer.bos_token
     has_bos = bos is not None and texts[0].startswith(bos)
-    tokens = tokenizer(list(texts), add_special_tokens=not has_bos, return_offsets_mapping=True)
+    tokens = tokenizer(texts, add_special_tokens=not has_bos, return_offsets_mapping=True)
     context = min(tokenizer.model_max_length, config.text.max_position_embeddings or tokenizer.model_max_length)
     rows = []
     for i, (example, ids) in enumerate(zip(examples, tokens["input_ids"], strict=True)):
         begin, end = np.array(tokens["offset_mapping"][i]).T
         spans = {name: np.zeros(len(ids), bool) for name in SPANS}
-        for name, low, high in ranges[i]:
+        for name, low, high in rendered[i].spans:
             spans[name] |= (begin < high) & (end > low)
         row = _Tokens(ids, spans, np.full(len(ids), -1))
         if config.text.registers is not None:
@@ -190,52 +205,6 @@ def _image_errors() -> Iterator[None]:
         raise
     except ValueError as error:  # such as a picture that is 200 times as wide as high
         raise UserError(f"the image processor refuses an image ({error}): leave it out or change its shape") from None
-
-
-def _render(example: Example, prompt: str, processor: Processor, chat: Chat, counts: list[int], with_answer: bool):
-    """The whole text of one example and its spans as ``(name, first character, last character + 1)``.
-
-    Args:
-        counts: the number of visual tokens of each image.
-    """
-    tokenizer = processor.tokenizer
-    # Some special tokens have a name; others are only marked as special in the vocabulary.
-    special_tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for special in sorted({*special_tokens, *tokenizer.all_special_tokens, chat.image, chat.placeholder} - {""}):
-        if special in example.question or special in example.answers[0]:
-            raise UserError(f"example {example.id!r} holds the special token {special!r}: remove it from the text")
-    content = [{"type": "image"}] * len(example.images)
-    content.append({"type": "text", "text": prompt.replace("{QUESTION}", _PLACEHOLDER)})
-    try:
-        rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        before, after = rendered.split(_PLACEHOLDER)
-    except ValueError as error:
-        raise UserError(
-            f"the model's chat template cannot show a question ({error}): use an instruction-tuned checkpoint"
-        ) from None
-    ranges = []
-    if len(example.images):
-        first, *rest = before.split(chat.placeholder)
-        if len(rest) != len(counts):
-            raise UserError(f"example {example.id!r}: the chat template shows {len(rest)} of {len(counts)} images")
-        before = first
-        for count, text in zip(counts, rest, strict=True):
-            begin = len(before) + len(chat.before)
-            before += chat.before + chat.image * count
-            ranges.append(("image", begin, len(before)))
-            before += chat.after + text
-        if chat.image_end is not None:
-            ranges += [("image_end", *m.span()) for m in re.finditer(re.escape(chat.image_end), before)]
-    text = before + example.question
-    ranges.append(("question", len(before), len(text)))
-    text += after
-    if with_answer:
-        # If the prompt ends in a word, a space comes before the answer and belongs to its first token, as in any text.
-        answer = text + ("" if text[-1:].isspace() else " ") + example.answers[0]
-        turn_end = ((tokenizer.chat_template or processor.chat_template) and chat.turn_end) or tokenizer.eos_token
-        ranges += [("answer", len(text), len(answer)), ("end", len(answer), len(answer) + len(turn_end))]
-        text = answer + turn_end
-    return text, ranges
 
 
 def batches(
@@ -312,7 +281,7 @@ def room_of(examples: Sequence[Example], processor: Processor, config: Config, w
         rooms = [Room(0, 0, 0, 0)]
         for start in range(0, len(share), _WINDOW):
             window = share[start : start + _WINDOW]
-            sizes = [_sizes(example.images, processor, config) for example in window]
+            sizes = [_sizes(_images(example), processor, config) for example in window]
             rows = _tokens(window, [P0_PROMPT] * len(window), sizes, processor, config, with_answer)
             rooms += (
                 Room(

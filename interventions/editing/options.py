@@ -86,7 +86,7 @@ class EditorOptions:
             raise UserError("--tied needs prefix and suffix among --editors: add them, or drop --tied")
         for flag, words in (("blocks", self.blocks), ("layers", self.layers)):
             for word in words:
-                if not word.isdigit() and (word not in _WORDS or len(words) > 1):
+                if not (word.isdecimal() and len(word) < 6) and (word not in _WORDS or len(words) > 1):
                     raise UserError(f"--{flag} has {word!r}: give numbers, or one of {', '.join(_WORDS)}")
 
     @property

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from interventions.editing.editors import EDITOR_SITES
 from interventions.kinds.reft import EDITOR_KINDS, Editor, orthonormal
 from vlm_jax.errors import UserError
+from vlm_jax.files import check_regular, parse_json
 
 #: Site -> pyreft's name of the component; it knows only the first.
 _COMPONENTS = {
@@ -80,14 +81,16 @@ def load_pyreft(folder: Path) -> dict[str, Editor]:
             not a safetensors file.
     """
     kinds = {_type_of(kind): kind for kind in EDITOR_KINDS.values()}
+    check_regular(folder / "config.json")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = parse_json((folder / "config.json").read_text())
         found: dict[str, list] = {}
         for representation, name, key, own in zip(
             *(config[part] for part in ("representations", "intervention_types", "sorted_keys", "vlm_jax")), strict=True
         ):
             if name not in kinds:
                 raise UserError(f"{folder} has an intervention of the type {name!r}: known are {', '.join(kinds)}")
+            check_regular(folder / f"intkey_{key}.safetensors")
             tensors = load_file(folder / f"intkey_{key}.safetensors")
             found.setdefault(own["editor"], []).append((representation["layer"], kinds[name], tensors, own))
         return {name: _editor(name, parts) for name, parts in found.items()}

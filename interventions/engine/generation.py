@@ -14,7 +14,7 @@ from interventions.engine.entry import behind_prefix, embedded, entered
 from interventions.engine.prefix import possible_prefix
 from interventions.engine.variants import Variants, check_acts, first_token, stack
 from vlm_jax import Inputs, Model
-from vlm_jax.generate import Decoding, continued, decoding
+from vlm_jax.generate import Decoding, check_finite, continued, decoding
 from vlm_jax.sites import check_sites
 from vlm_jax.typing import Array
 
@@ -46,7 +46,9 @@ def generate_variants(
     length = inputs.input_ids.shape[1]
     start = possible_prefix(model, inputs, min(first_token(variants, length), length - 1 - padding))
     chunk = chunk_of(inputs, start) if chunk is None else chunk
-    return _program(model, inputs, tuple(base), variants, start=start, chunk=chunk, options=options)
+    tokens = _program(model, inputs, tuple(base), variants, start=start, chunk=chunk, options=options)
+    check_finite(tokens)
+    return tokens
 
 
 @functools.partial(jax.jit, static_argnames=("start", "chunk", "options"))

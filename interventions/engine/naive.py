@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from interventions.engine.read import ReadOut, Runs
+from interventions.engine.read import ReadOut, Runs, reads_normed
 from interventions.engine.variants import Variants
 from vlm_jax import Inputs, Model
 
@@ -13,8 +13,12 @@ def naive_program(model: Model, inputs: Inputs, clean, base, variants: Variants,
     """The arguments are those of :func:`interventions.engine.program.sweep_program`."""
 
     def run(interventions, taps=()):
-        tapped = model(inputs, interventions, ("text.norm", *taps)).taps
-        return read(model, tapped.pop("text.norm"), 0), tapped
+        normed, last = reads_normed(read), model.config.text.num_hidden_layers - 1
+        tapped = model(inputs, interventions, {"text.norm": None} | dict.fromkeys(taps)).taps
+        x = tapped.pop("text.norm")
+        if not normed:
+            (x,) = model(inputs, interventions, {"text.resid_post": (last,)}).taps["text.resid_post"]
+        return read(model, x, 0), tapped
 
     clean_read, values = (None, {}) if clean is None else run(clean, variants.missing)
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from interventions.engine.entry import behind_prefix, embedded, entered
-from interventions.engine.read import ReadOut, Runs
+from interventions.engine.read import ReadOut, Runs, reads_normed
 from interventions.engine.variants import PerVariant, Variants, first_layers
 from vlm_jax import Inputs, Model
 from vlm_jax.model import Embedded
@@ -125,7 +125,8 @@ def _run(order, model, inputs, clean, base, variants, read, features, first, *, 
     variant_states = jnp.where(begun, states.variants, base_state)
 
     def read_out(x, interventions):
-        x = Probe(interventions, NO_TAPS, Context(start=start))("text.norm", text.norm(x))
+        if reads_normed(read):
+            x = Probe(interventions, NO_TAPS, Context(start=start))("text.norm", text.norm(x))
         return read(model, x, start)
 
     def read_variant(number):

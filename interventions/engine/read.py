@@ -18,7 +18,9 @@ class ReadOut(Protocol):
     """The part of a run that a sweep returns. A read-out is a flax dataclass, so that its arrays are arguments of the
     program.
 
-    ``first``, a static field, is the index of the first token that it needs. A sweep shares only tokens before it.
+    ``first``, a static field, is the index of the first token that it needs. A sweep shares only tokens before it. A
+    read-out of the residual stream itself has a class attribute ``normed = False``; it then gets the last layer's
+    output before the final norm.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -27,6 +29,12 @@ class ReadOut(Protocol):
     def __call__(self, model: Model, x: Float[ArrayLike, "batch tokens width"], start: int) -> Any:
         """Any pytree of arrays, from the last hidden state ``x`` after the final norm. ``start`` is the index of its
         first token in the sequence."""
+        ...
+
+
+def reads_normed(read: ReadOut) -> bool:
+    """Whether a read-out gets the last layer's output after the final norm."""
+    return getattr(read, "normed", True)
 
 
 class Runs(NamedTuple):
@@ -150,3 +158,55 @@ class LogitDifference:
         rows = jnp.arange(len(x))
         logits = model.text.logits(x[rows, jnp.asarray(self.index) - 1 - start]).astype(jnp.float32)
         return logits[rows, self.gold] - logits[rows, self.foil]
+
+
+@flax.struct.dataclass
+class Projections:
+    """The residual stream behind the last layer along N directions, summed over the tokens ``where``. On
+    :meth:`vlm_jax.Model.up_to` a layer, it reads linear functions of the residual stream at that layer."""
+
+    directions: Float[ArrayLike, "directions width"]
+    where: Bool[ArrayLike, "batch tokens"]
+    first: int = flax.struct.field(pytree_node=False)
+    normed: ClassVar[bool] = False
+
+    @classmethod
+    def of(
+        cls, directions: Float[ArrayLike, "directions width"], where: Bool[np.ndarray, "batch tokens"]
+    ) -> "Projections":
+        """
+        Raises:
+            UserError: if no token is marked.
+        """
+        if not where.any():
+            raise UserError("no token is marked to read the residual stream at: mark at least one")
+        return cls(jnp.asarray(directions, jnp.float32), where, int(where.any(0).argmax()) // 8 * 8)
+
+    def __call__(
+        self, model: Model, x: Float[ArrayLike, "batch tokens width"], start: int
+    ) -> Float[Array, "batch directions"]:
+        where = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.where), start, x.shape[1], 1)
+        return jnp.einsum("btd,bt,nd->bn", x.astype(jnp.float32), where.astype(jnp.float32), self.directions)
+
+
+@flax.struct.dataclass
+class Odds:
+    """The log-odds of some first tokens of an answer against others, such as yes against no (P2).
+
+    index: the position of the last token of every prompt, which writes the answer's first token.
+    """
+
+    index: Int[ArrayLike, "batch"]
+    yes: Int[ArrayLike, "yes"]
+    no: Int[ArrayLike, "no"]
+    first: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, inputs: Inputs, yes: Int[ArrayLike, "yes"], no: Int[ArrayLike, "no"]) -> "Odds":
+        """For prompts without answers."""
+        last = Logits.of(inputs)
+        return cls(last.index, jnp.asarray(yes), jnp.asarray(no), last.first)
+
+    def __call__(self, model: Model, x: Float[ArrayLike, "batch tokens width"], start: int) -> Float[Array, "batch"]:
+        logits = model.text.logits(x[jnp.arange(len(x)), jnp.asarray(self.index) - start]).astype(jnp.float32)
+        return jax.nn.logsumexp(logits[:, self.yes], -1) - jax.nn.logsumexp(logits[:, self.no], -1)

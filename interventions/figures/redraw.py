@@ -1,13 +1,13 @@
 """Draws figures again from the data files of a run folder."""
 
-import json
 from pathlib import Path
 
 # Drawers register themselves when their modules are imported.
-from interventions.figures import flow, study, talo, tracing  # noqa: F401
+from interventions.figures import diff, editing, flow, study, talo, tracing  # noqa: F401
 from interventions.figures.base import DRAWERS
-from vlm_jax.errors import UserError, nearest
-from vlm_jax.runs.artifacts import ARTIFACTS
+from vlm_jax.errors import UserError, nearest, unwritten
+from vlm_jax.files import read_json
+from vlm_jax.runs.artifacts import ARTIFACTS, is_listing
 
 
 def redraw(data: Path, out: Path) -> None:
@@ -21,20 +21,29 @@ def redraw(data: Path, out: Path) -> None:
         UserError: if the file holds no figure's data, or data of a drawer that is not known.
     """
     try:
-        content = json.loads(data.read_text())
+        content = read_json(data)
         name, values = content["drawer"], dict(content["data"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{data} holds no figure's data ({error}): name a file beside a figure") from None
-    if name not in DRAWERS:
-        raise UserError(f"unknown drawer {name!r} in {data}{nearest(name, DRAWERS)}")
+    if not isinstance(name, str) or name not in DRAWERS:
+        raise UserError(f"unknown drawer {name!r} in {data}{nearest(str(name), DRAWERS)}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    DRAWERS[name].write(out, values)
+    try:
+        DRAWERS[name].write(out, values)
+    except OSError as error:
+        raise unwritten(out, error) from None
+    except Exception as error:  # data of another shape can raise any error in a drawer
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{data} holds data that {name} cannot draw ({reason}): write it again") from None
 
 
 def figures_of(run: Path) -> dict[str, str]:
     """The figures of a run folder: picture -> data file, both relative to the folder."""
     try:
-        entries = json.loads((run / ARTIFACTS).read_text())["artifacts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        listing = read_json(run / ARTIFACTS)
+    except UserError as error:
         raise UserError(f"{run} has no readable {ARTIFACTS} ({error}): name a run folder") from None
-    return {entry["file"]: entry["data"] for entry in entries if entry["type"] == "figure"}
+    if not is_listing(listing):
+        raise UserError(f"{run / ARTIFACTS} is damaged: name another run folder")
+    figures = [entry for entry in listing["artifacts"] if entry["type"] == "figure"]
+    return {entry["file"]: entry["data"] for entry in figures if isinstance(entry.get("data"), str)}

@@ -33,7 +33,7 @@ from vlm_jax.families import FAMILIES
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
-from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.ranges import BATCH, Range
 from vlm_jax.runs.startup import load_tasks, start
 
 
@@ -44,7 +44,7 @@ class Args(InterventionOptions, DataOptions, ModelOptions):
 
     task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ("mini-okvqa", "mini-docvqa")
     """Tasks: names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
-    limit: int = 48
+    limit: Annotated[int, Range(least=1)] = 48
     """How many samples of each task to use."""
     edges: tuple[str, ...] | None = None
     """Which attention is cut while answers are generated, as QUERIES:KEYS. Both are token groups, several joined by +.
@@ -62,17 +62,17 @@ class Args(InterventionOptions, DataOptions, ModelOptions):
     controls. Windows use the first mode."""
     answers: Literal["all", "windows"] = "all"
     """Generate answers with edges cut in all layers at once, or also in every window of layers."""
-    window: int = 3
+    window: Annotated[int, Range(least=1)] = 3
     """How many neighbouring layers a window has."""
     window_edges: tuple[str, ...] | None = None
     """Which attention is cut in windows, to measure the probability of the gold answer. "writers" are the tokens whose
     outputs are the answer. By default text:image, question:image, writers:image and text:question; if registers hide
     the image from the text, the same with the registers."""
-    batch: Annotated[int, Range(least=1)] = 16
+    batch: Annotated[int, BATCH] = 16
     """Samples that are run at once. Larger batches are faster and need more memory."""
     max_new_tokens: Annotated[int, Range(least=1)] = 12
     """Longest answer, in tokens."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0)] = 0
     """Seed of the bootstrap intervals and of random_mass."""
     out: Path = Path("runs/flow")
     """Run folder: results.json, four figures, and per task attention.npz, samples.jsonl and windows.npz."""

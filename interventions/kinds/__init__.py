@@ -4,6 +4,7 @@ from interventions.kinds.add import Add, Noise
 from interventions.kinds.attention import AttentionKnockout, UniformAttention
 from interventions.kinds.base import KINDS
 from interventions.kinds.gates import Gate, HeadGate
+from interventions.kinds.latents import Latents
 from interventions.kinds.lora import LoRA
 from interventions.kinds.patch import Patch, Replace
 from interventions.kinds.project_out import ProjectOut
@@ -17,6 +18,7 @@ __all__ = [
     "DiReFT",
     "Gate",
     "HeadGate",
+    "Latents",
     "LoRA",
     "LoReFT",
     "LobiReFT",

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save
 
 from interventions.kinds.lora import LoRA
 from interventions.modules import check_names, linears
+from interventions.placement.peft_config import PeftConfig, read_peft_config
+from interventions.placement.peft_tensors import read_halves
 from vlm_jax import Model
 from vlm_jax.checkpoints.leaves import leaf_name, named_leaves
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.families import FAMILIES
+from vlm_jax.families import BACKBONES, FAMILIES
 from vlm_jax.sites import TEXT_LINEARS, null_slots
 
 
@@ -151,81 +154,76 @@ def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         unfinished = Path(scratch) / folder.name
         unfinished.mkdir()
-        save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+        # Not with save_file, whose error for a full disk is no OSError, which a run folder makes a sentence of.
+        (unfinished / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         (unfinished / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
 
 
-def load_peft(model: Model, folder: Path) -> LoRA:
+def load_peft(model: Model, folder: str | os.PathLike, source: str | None = None) -> LoRA:
     """The LoRA of a PEFT folder as an intervention.
 
+    Its ranks and scales may differ from module to module: all are filled up with zeros to the largest rank, and B is
+    multiplied by the scale. An adapter of the text-only model inside is for its modules in the whole model.
+
+    Args:
+        source: what the model was loaded from, to compare with the name of the adapter's base model.
+
     Raises:
-        UserError: for a folder without an adapter, a module that the model lacks, or a shape that does not fit.
+        UserError: for a folder without an adapter, an option of PEFT that makes it more than a LoRA on the decoder's
+            linears, or tensors that do not belong to the options or the model, that are damaged or that are missing.
+
+    Warns:
+        UserWarning: if the adapter names another model as its base.
     """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} is not a readable PEFT folder ({error}): name one that holds adapter_config.json"
-        ) from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}/adapter_config.json does not hold a JSON object: name a PEFT folder")
-    if (
-        config.get("peft_type") != "LORA"
-        or config.get("use_rslora")
-        or config.get("rank_pattern")
-        or config.get("alpha_pattern")
-    ):
-        raise UserError(f"{folder}: only plain LoRA with one rank for all modules is supported")
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not (isinstance(r, int) and r > 0 and isinstance(alpha, int | float)):
-        raise UserError(
-            f"{folder}/adapter_config.json has r = {r!r}, lora_alpha = {alpha!r}: both must be numbers above 0"
-        )
-    start = f"base_model.model.{FAMILIES[model.config.family].layers}."
-    known = [name for names in TEXT_LINEARS.values() for name in names]
-    placed, halves = [], {}
-    base = "base_model.model."
-    for saved, tensor in tensors.items():
-        # Adapters from older transformers have the modules' older names.
-        name = base + FAMILIES[model.config.family].in_table(saved.removeprefix(base))
-        layer, _, rest = name.removeprefix(start).partition(".")
-        linear, _, half = rest.removesuffix(".weight").rpartition(".")
-        fits = name.startswith(start) and layer.isdigit() and linear in known and half in ("lora_A", "lora_B")
-        if not fits or int(layer) >= model.config.text.num_hidden_layers:
-            raise UserError(
-                f"{folder}: the model has no module for the adapter tensor {name!r}; was it made for another model?"
-            )
-        shape = _shape(model, linear)
-        if tensor.shape != ((config["r"], shape[0]) if half == "lora_A" else (shape[1], config["r"])):
-            raise UserError(f"{folder}: {name} has shape {tensor.shape}, which does not fit the model")
-        halves[int(layer), linear, half] = jnp.asarray(tensor.T)
-        placed.append((int(layer), linear))
-    missing = [
-        f"{layer}.{linear}"
-        for layer, linear in placed
-        for h in ("lora_A", "lora_B")
-        if (layer, linear, h) not in halves
-    ]
-    if missing or not placed:
-        raise UserError(
-            f"{folder}: lora_A and lora_B of every module are needed, some are missing ({', '.join(missing)})"
-        )
-    placed = _layers_by_linear(set(placed))
+    folder = Path(folder)
+    peft = read_peft_config(folder)
+    shapes = {name: _shape(model, name) for names in TEXT_LINEARS.values() for name in names}
+    halves = read_halves(folder, peft, model.config, shapes)
+    _warn_of_another_base(peft, model, source)
+    modules = {half.module for half in halves.values()}
+    rank, scales = max(map(peft.rank, modules)), {peft.scale(module) for module in modules}
+    placed = _layers_by_linear({(layer, linear) for layer, linear, _ in halves})
 
-    def stacked(linear: str, half: str) -> jax.Array:
-        return jnp.stack([halves[layer, linear, half] for layer in placed[linear]])
+    def matrix(layer: int, linear: str, letter: str) -> np.ndarray:
+        module, value = halves[layer, linear, letter]
+        if letter == "B" and len(scales) > 1:
+            value = value * np.float32(peft.scale(module))
+        ranks = "AB".index(letter)  # the axis
+        return np.pad(value, [(0, rank - size if axis == ranks else 0) for axis, size in enumerate(value.shape)]).T
 
-    weights = {f"text.{name}": (stacked(name, "lora_A"), stacked(name, "lora_B")) for name in placed}
-    return LoRA(
-        weights,
-        _slots(model, placed),
-        jnp.float32(config["lora_alpha"] / config["r"]),
-        dropout=config.get("lora_dropout", 0.0),
+    def stacked(linear: str, letter: str) -> jax.Array:
+        return jnp.asarray(np.stack([matrix(layer, linear, letter) for layer in placed[linear]]))
+
+    weights = {f"text.{name}": (stacked(name, "A"), stacked(name, "B")) for name in placed}
+    scale = min(scales) if len(scales) == 1 else 1.0
+    return LoRA(weights, _slots(model, placed), jnp.float32(scale), dropout=peft.dropout)
+
+
+def _warn_of_another_base(peft: PeftConfig, model: Model, source: str | None) -> None:
+    """Warns if the adapter was trained on a model of another name or class."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
+
+    family = model.config.family
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    classes = [known[name] for name in (family, BACKBONES.get(family, family))]
+    own = source or json.loads(model.config.hf or "{}").get("_name_or_path")
+    other = None
+    if peft.base_class is not None and peft.base_class not in classes:
+        other, own = peft.base_class, classes[0]
+    elif peft.base and own and Path(peft.base).name.lower() != Path(own).name.lower():
+        other = peft.base
+    if other is not None:
+        warnings.warn(
+            f"{peft.where} says that the adapter was trained on {other}, but the model is {own}: check that they "
+            "belong together",
+            stacklevel=3,
+        )
 
 
 def _layers_by_linear(pairs: Iterable[tuple[int, str]]) -> dict[str, list[int]]:

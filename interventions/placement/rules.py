@@ -8,7 +8,7 @@ gradients or activations come from :mod:`interventions.placement.scores`, restor
 
 import dataclasses
 import functools
-import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, Num
 from interventions.modules import MODULES, check_k, check_names, module_names
 from interventions.statistics import normalised
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.files import read_json
+from vlm_jax.files import parse_json, read_json, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,9 +272,10 @@ def placement_table() -> str:
 
 def read_names(path: Path, depth: int) -> list[str]:
     """Module names from a JSON file: a list such as ``["L2-attn", "L7-mlp"]``."""
+    text = read_text(path)
     try:
-        names = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        names = parse_json(text)
+    except ValueError as error:
         raise UserError(
             f'placement file {path} cannot be read as JSON ({error}): write a list such as ["L2-attn"]'
         ) from None
@@ -283,10 +284,11 @@ def read_names(path: Path, depth: int) -> list[str]:
     return check_names(names, depth)
 
 
-def read_trace(folder: Path, fingerprint: str) -> Num[np.ndarray, "layers 2"]:
+def read_trace(folder: Path, fingerprint: str, depth: int) -> Num[np.ndarray, "layers 2"]:
     """RR of every module, attention and MLP, of a trace's run folder, by the ``--statistic`` of that trace.
 
     Args:
+        depth: the model's number of layers.
         fingerprint: the fingerprint of the model in which LoRA is placed
             (:func:`vlm_jax.checkpoints.fingerprint.fingerprint`).
 
@@ -301,8 +303,12 @@ def read_trace(folder: Path, fingerprint: str) -> Num[np.ndarray, "layers 2"]:
             f"{folder} is the trace of another model (fingerprint {summary['fingerprint']}, this one's is "
             f"{fingerprint}): trace this model, or load the one that was traced"
         )
-    rates = summary["rr"]
-    names = module_names(len(rates) // 2)
-    if sorted(rates) != sorted(names):
-        raise UserError(f"{folder}/summary.json does not hold one RR per module: trace modules, not heads or groups")
+    rates, names = summary["rr"], module_names(depth)
+    if not isinstance(rates, dict) or sorted(rates) != sorted(names):
+        raise UserError(
+            f"{folder}/summary.json does not hold one RR for each module of {depth} layers: trace this model's "
+            "modules, not heads or groups"
+        )
+    if not all(isinstance(rates[name], float | int) and math.isfinite(rates[name]) for name in names):
+        raise UserError(f"{folder}/summary.json holds an RR that is no finite number: trace again into another folder")
     return np.array([rates[name] for name in names]).reshape(-1, 2)

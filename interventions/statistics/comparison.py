@@ -46,6 +46,9 @@ def paired(
     never below 1 / (resamples + 1), so p has a lower limit: by default .0002 with one seed each and .065 at 2 degrees
     of freedom. There the interval can exclude 0 although p is above .05.
 
+    If scores from 0 to 1 differ by the same number in all samples, the bootstrap would give an interval of no width. It
+    is then as wide as n samples without an exception allow: 1 - .05^(1/n) to both sides.
+
     Raises:
         UserError: if the two do not have the same samples.
     """
@@ -65,6 +68,12 @@ def paired(
     tail = (1 + level) / 2
     spread = draws * (student.ppf(tail, freedom_left) / norm.ppf(tail))
     low, high = map(float, percentile_bounds(mean + spread, level))
+    if low == high and min(first.min(), second.min()) >= 0 and max(first.max(), second.max()) <= 1:
+        # Nothing differs between samples, so the bootstrap knows nothing. The bound: the largest share of exceptions at
+        # which none is drawn with this chance.
+        units = first.shape[1] if clusters is None else len(np.unique(clusters))
+        bound = 1 - (1 - level) ** (1 / units)
+        low, high = float(max(mean - bound, -1)), float(min(mean + bound, 1))
     beyond = min((mean + draws <= 0).sum(), (mean + draws >= 0).sum())
     share = (1 + beyond) / (1 + resamples)
     result = {
@@ -80,6 +89,14 @@ def paired(
     }
     one_seed_each = len(first) == len(second) == 1
     return result | (mcnemar(first[0], second[0]) if one_seed_each else dict.fromkeys(_MCNEMAR))
+
+
+def accuracy(scores: ArrayLike, *, clusters: ArrayLike | None = None) -> dict:
+    """The mean of scores from 0 to 1, ``(N,)`` or ``(S, N)``, with its interval over samples and seeds: ``mean``,
+    ``low`` and ``high``. See :func:`paired`."""
+    scores = np.atleast_2d(np.asarray(scores, float))
+    found = paired(scores, np.zeros((1, scores.shape[1])), clusters=clusters)
+    return {"mean": found["first"], "low": max(found["low"], 0.0), "high": min(found["high"], 1.0)}
 
 
 def _resampled_means(

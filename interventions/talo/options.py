@@ -12,7 +12,7 @@ from interventions.talo.tables import Cut
 from vlm_jax.data.miniworld import TASKS
 from vlm_jax.data.options import DataOptions
 from vlm_jax.runs.options import ModelOptions
-from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.ranges import BATCH, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Args(SelectOptions, InterventionOptions, DataOptions, ModelOptions):
     so that all tokens get equal attention; mlp: the MLP's output; block: attention and MLP."""
     split: str = "eval"
     """Which split of a named task to use: trace, train, eval or test."""
-    limit: int | None = 240
+    limit: Annotated[int | None, Range(least=1)] = 240
     """How many samples of each task to use. Up to a third are used to choose a layer, the others to evaluate it."""
     by: Literal["task", "subtask"] = "task"
     """Compare the interaction vectors of tasks, or of their subtasks (the categories of a dataset)."""
     similarity: Similarity = "pearson"
     """How two interaction vectors are compared: Pearson's correlation or the cosine of their angle."""
-    batch: Annotated[int, Range(least=1)] = 32
+    batch: Annotated[int, BATCH] = 32
     """Samples that are run at once. Larger batches are faster and need more memory."""
     draws: Annotated[int, Range(least=1)] = 1000
     """How many probe sets, bootstrap resamples and permutations are drawn."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0)] = 0
     """Seed of the choice and of all draws."""
     out: Path = Path("runs/talo")
     """Run folder: results.json, samples.jsonl, vectors.npz, figures, and per task its table.npz and cut.safetensors."""

@@ -5,6 +5,7 @@ python -m interventions.trace --task mini-okvqa --limit 64 --out runs/trace
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -13,11 +14,12 @@ from interventions.store import digest
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_task, with_gold_first
 from vlm_jax import Model
-from vlm_jax.data import load_task, source, task_label
+from vlm_jax.data import source, task_label
 from vlm_jax.data.options import DataOptions
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
-from vlm_jax.runs.startup import start
+from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.startup import load_examples, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Args(TraceOptions, InterventionOptions, DataOptions, ModelOptions):
 
     task: str = "mini-okvqa"
     """The task to trace: a name, a family (knowledge, perception), a dataset, a JSONL file or a folder."""
-    limit: int = 96
+    limit: Annotated[int, Range(least=1)] = 96
     """How many samples to trace."""
     out: Path = Path("runs/trace")
     """Run folder: samples.jsonl, trace.parquet, summary.json, summary.parquet, heatmap.png, intervals.png."""
@@ -34,7 +36,7 @@ class Args(TraceOptions, InterventionOptions, DataOptions, ModelOptions):
 
 @command
 def main(args: Args) -> None:
-    loaded = load_task(args.task, split="trace", limit=args.limit, options=args)
+    loaded = load_examples(args.task, split="trace", limit=args.limit, options=args)
     examples = [with_gold_first(example, args.gold) for example in loaded]
     data = source(args.task, split="trace", options=args)
 

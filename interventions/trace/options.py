@@ -9,7 +9,7 @@ from interventions.engine.grids import layer_windows
 from interventions.kinds.groups import check_group
 from interventions.trace.corruption import CORRUPTIONS, CorruptionName
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.runs.ranges import Range, check_ranges
+from vlm_jax.runs.ranges import BATCH, Range, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TraceOptions:
     positions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP [GROUP ...]")] = ("all",)
     """The tokens that a patch restores: all (P0), or token groups such as question, last, image, answer. Each group is
     patched separately."""
-    window: int = 1
+    window: Annotated[int, Range(least=1)] = 1
     """How many neighbouring layers a patch restores at once (P0: 1; ROME: 10)."""
     heads: bool = False
     """Patch every attention head separately, instead of the outputs of attention and MLP."""
@@ -43,13 +43,13 @@ class TraceOptions:
     correct_only: bool = False
     """Trace only samples whose gold tokens greedy decoding would write. What it would write after them does not
     matter."""
-    min_te: float = 0.01
+    min_te: Annotated[float, Range(least=-1, most=1)] = 0.01
     """Samples whose TE is below this, in the metric's units, do not count in RR: dividing by a tiny TE adds noise."""
     eps: Annotated[float, Range(least=0)] = 1e-8
     """Added to TE before IE is divided by it (epsilon in P0's equation 4)."""
     statistic: Literal["mean_of_ratios", "ratio_of_means", "median"] = "mean_of_ratios"
     """How RR sums up the samples in the ranking: mean of IE / TE (P0), mean IE / mean TE, or median of IE / TE."""
-    batch: Annotated[int, Range(least=1), tyro.conf.arg(name="trace-batch")] = 16
+    batch: Annotated[int, BATCH, tyro.conf.arg(name="trace-batch")] = 16
     """Samples that are traced at once. Larger batches are faster and need more memory; results do not change."""
     seed: Annotated[int, Range(least=0), tyro.conf.arg(name="trace-seed")] = 0
     """Seed of the noise and of the swaps. A sample's noise and swap do not depend on its batch."""

@@ -137,6 +137,12 @@ def trace_batch(
         ie.append((patched - corrupted).T)
     scores = runs.clean if read is gold else _scores(model, batch.inputs, gold.replace(first=0), acting)
     correct = fetch(scores.correct)
+    for i, example in enumerate(examples):
+        if not all(np.isfinite(values[i]).all() for values in (clean, *p_corrupt, *ie)):
+            raise UserError(
+                f"example {example.id!r}: the model's outputs are not finite numbers: check its weights, or use "
+                "--dtype float32 if they overflow"
+            )
     return [
         {
             "id": example.id,

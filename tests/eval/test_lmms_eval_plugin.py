@@ -118,6 +118,16 @@ def test_generate_until(plugin, base, docs, tmp_path):
     assert base.generate_until(requests) == [texts[0].split(stop)[0].strip(), *texts[1:], texts[2]]
 
 
+@pytest.mark.parametrize(
+    "text, question",
+    [("Is <image> red?", "Is <image> red?"), ("<image> or <image>?", "or ?"), ("<image 1> is?\n", "<image 1> is?")],
+)
+def test_places_of_images(base, docs, text, question):
+    """A mark is the image's place, if there is one for each."""
+    *_, doc_to_visual, doc_id, task, split = request(0, text, {}).args
+    assert base._example(0, text, doc_to_visual, doc_id, task, split).question == question
+
+
 def test_loglikelihood(base, docs):
     """The sum of the continuation's log-probabilities in the whole model's logits."""
     golds = [docs[0].answers[0], "harbor forest", "7"]

@@ -26,8 +26,10 @@ from interventions import (
     GROUPS,
     Add,
     AttentionKnockout,
+    Dictionary,
     Gate,
     HeadGate,
+    Latents,
     LoReFT,
     Patch,
     ProjectOut,
@@ -64,6 +66,16 @@ def spans_of(masks):
     }
 
 
+def dictionary(rng, members=2, latents=96, k=7):
+    """Random TopK dictionaries; their decoders have rows of norm 1."""
+    decoder = rng.standard_normal((members, latents, WIDTH), np.float32)
+    decoder /= np.linalg.norm(decoder, axis=-1, keepdims=True)
+    encoder = decoder.swapaxes(1, 2) + 0.1 * rng.standard_normal((members, WIDTH, latents), np.float32)
+    biases = (0.1 * rng.standard_normal((members, size), np.float32) for size in (latents, WIDTH))
+    b_enc, b_dec = biases
+    return Dictionary(encoder, b_enc, decoder, b_dec, architecture="topk", k=k)
+
+
 class Case:
     """A tiny model of a family in transformers and in vlm_jax, a ragged batch, and one program that runs every kind."""
 
@@ -92,6 +104,7 @@ class Case:
         self.vectors = rng.standard_normal((2, WIDTH), np.float32)
         self.directions = rng.standard_normal((2, 3, WIDTH), np.float32)
         self.loreft = tuple(0.3 * rng.standard_normal(shape, np.float32) for shape in ((2, 64, 3), (2, 64, 3), (2, 3)))
+        self.dictionary = dictionary(rng)
         null, ones = nothing(layers), np.ones(layers, np.float32)
         keep = np.ones((layers, len(GROUPS), len(GROUPS)), np.float32)
         everywhere = np.ones((batch, length), bool)
@@ -107,6 +120,7 @@ class Case:
             "replace": Replace(self.vectors, "text.resid_post", null, where=everywhere),
             "project": ProjectOut.of(self.directions, {"text.resid_post": null}, where=everywhere),
             "loreft": LoReFT({"text.resid_post": self.loreft}, {"text.resid_post": null}, where=everywhere),
+            "latents": Latents.of(self.dictionary, {"text.resid_post": null}, where=everywhere),
             **{mode: self.bound(AttentionKnockout(keep, mode=mode)) for mode in ("post_softmax", "pre_softmax")},
         }
         self.program = jax.jit(self._program)

@@ -1,5 +1,5 @@
-"""Run by test_processes.py as one of several processes: traces, answers and a LoRA training, kept in a run folder; and
-half of a training whose parameters are split over the mesh."""
+"""Run by test_processes.py as one of several processes: traces, answers and trainings of LoRA and of editors, kept in a
+run folder; and half of a training whose parameters are split over the mesh."""
 
 import dataclasses
 import json
@@ -15,16 +15,19 @@ import pytest
 import tyro
 
 from eval.evaluation import answer
+from interventions.editing.editors import init_editors
 from interventions.flow.knockout import knocked_out_answers
 from interventions.placement.adapters import init_lora
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_examples
 from train import tune
+from train.editors import TrainingOptions, train_editors
 from train.loop import LoopOptions, fit
 from train.trunk import LoRAOptions, embedded_examples, train_lora
 from vlm_jax import UserError, prompts
 from vlm_jax.data import load_task
 from vlm_jax.mesh.sharding import placed
+from vlm_jax.registers import Registers
 from vlm_jax.runs import processes
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
@@ -110,15 +113,24 @@ def main(args: Args) -> None:
     data = embedded_examples(model, processor, train)
     run.path(f"encoded/{jax.process_index()}.json").write_text(json.dumps(sorted(seen)))
     lora = train_lora(model, MODULES, data, options, "lora", run.path("training/_").parent)
-    tune.tune(model, processor, train, tune.Args(batch=8, epochs=1, seed=args.seed), run.path("tune/_").parent)
+    end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    masked = model.with_registers(Registers(2, end))
+    tune.tune(masked, processor, train, tune.Args(batch=8, epochs=1, seed=args.seed), run.path("tune/_").parent)
+    begun = init_editors(model, layers=[1, 3], blocks=[1], key=jax.random.key(args.seed))
+    training = TrainingOptions(batch=8, epochs=1)
+    edited = train_editors(model, processor, begun, train, training, seed=args.seed, folder=run.path("edit/_").parent)
     start = init_lora(
         model, MODULES, r=options.r, alpha=options.alpha, dropout=options.dropout, key=jax.random.key(options.seed)
     )
     changes = {
-        f"lora {site} {half}": after - before
+        f"change of {site} {half}": after - before
         for site, pair in sorted(lora.weights.items())
         for half, after, before in zip("AB", pair, start.weights[site], strict=True)
     }
+    for name, before in begun.items():
+        for number, (a, b) in enumerate(zip(*map(jax.tree.leaves, (before, edited[name])), strict=True)):
+            if np.abs(np.asarray(b) - np.asarray(a)).max() > 0:  # scales and slots are not trained
+                changes[f"change of {name} {number}"] = np.asarray(b) - np.asarray(a)
     half = halved(run.folder / "half", HALF)["w"]
     if jax.process_count() > 1 and run.config["mesh"] and "fsdp" in run.config["mesh"]:
         assert not half.is_fully_replicated

@@ -16,6 +16,7 @@ from interventions.figures.redraw import redraw
 from interventions.statistics import (
     STATISTICS,
     Interval,
+    accuracy,
     bootstrap,
     bootstrap_rows,
     correlations,
@@ -398,9 +399,23 @@ def test_paired_against_scipy():
     assert found["excluded"] == max(abs(found["low"]), abs(found["high"]))
     assert (found["p"] <= 0.05) == (not found["low"] <= 0 <= found["high"])
     alike = paired(first, first)
-    assert (alike["difference"], alike["low"], alike["excluded"], alike["p"], alike["mcnemar_p"]) == (0, 0, 0, 1, 1)
+    assert (alike["difference"], alike["p"], alike["mcnemar_p"]) == (0, 1, 1)
     graded = paired(first * 0.3, second)
     assert graded["mcnemar_p"] is None and graded["gained"] is None
+
+
+def test_what_never_differs_has_an_interval():
+    """The largest share of samples that 20 samples without one, or 5 images, may miss with a chance of 5 %."""
+    bound = 1 - 0.05 ** (1 / 20)
+    alike = paired(np.ones(20), np.ones(20))
+    assert (alike["low"], alike["high"], alike["excluded"]) == pytest.approx((-bound, bound, bound))
+    assert (1 - bound) ** 20 == pytest.approx(0.05)
+    assert accuracy(np.zeros((2, 20))) == pytest.approx({"mean": 0, "low": 0, "high": bound})
+    assert accuracy(np.ones(20)) == pytest.approx({"mean": 1, "low": 1 - bound, "high": 1})
+    of_images = accuracy(np.zeros(20), clusters=np.arange(20) // 4)
+    assert of_images["high"] == pytest.approx(1 - 0.05 ** (1 / 5))
+    logits = paired(np.full(20, 3.0), np.full(20, 3.0))
+    assert (logits["low"], logits["high"]) == (0, 0)  # of numbers without a range nothing can be said
 
 
 def test_mcnemar_by_hand():

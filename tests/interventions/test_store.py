@@ -19,8 +19,10 @@ from interventions import (
     GROUPS,
     Add,
     AttentionKnockout,
+    Dictionary,
     Gate,
     HeadGate,
+    Latents,
     LoRA,
     LoReFT,
     Noise,
@@ -83,6 +85,13 @@ SAVED = {
     "Add to embeddings": Add(normal(WIDTH)),
     "Replace": Replace(normal(2, WIDTH), "text.mlp_out", SLOT, where=WHERE),
     "ProjectOut": ProjectOut.of(normal(2, 3, WIDTH), {"text.resid_post": SLOT, "text.norm": np.int32(0)}),
+    "Latents": Latents.clamp(
+        Dictionary(normal(2, WIDTH, 5), normal(2, 5), normal(2, 5, WIDTH), normal(2, WIDTH), architecture="topk", k=2),
+        {"text.resid_post": SLOT},
+        [1, 3],
+        2.0,
+        where=WHERE,
+    ),
     "LoReFT": LoReFT(
         {"text.resid_post": (normal(2, WIDTH, 3), normal(2, WIDTH, 3), normal(2, 3))}, {"text.resid_post": SLOT}
     ),

@@ -1,8 +1,6 @@
 """Trainings that something befalls: damaged and half-written checkpoints, no room, no numbers."""
 
-import contextlib
 import json
-import resource
 import shutil
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from full_disk import no_file_larger_than
 
 from train.checkpoints import Checkpoints, checkpoint_folder
 from train.loop import LoopOptions, fit, forget
@@ -129,16 +128,6 @@ def test_a_loss_that_is_no_number_names_its_examples_and_the_state_before_is_kep
     assert "the loss is nan at step 5 (examples q4, r4)" in said and said.endswith("; the checkpoint of step 4 is kept")
     assert steps_in(stopped) == [2, 4]
     np.testing.assert_array_equal(train(stopped), whole)
-
-
-@contextlib.contextmanager
-def no_file_larger_than(size: int):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_no_room_for_a_checkpoint(stopped, whole):

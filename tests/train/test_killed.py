@@ -29,8 +29,17 @@ COMMANDS = {
         *("train.edit", "--model", "mini-qwen3-vl", "--train", "mini-okvqa", "--limit", "24", "--eval-limit", "12"),
         *("--epochs", "4", "--batch", "4", "--save-every", "2"),
     ],
+    "register": [
+        *("train.register", "--model", "mini-qwen3-vl", "--registers", "2", "--train", "mini-okvqa", "--limit", "24"),
+        *("--eval-limit", "12", "--epochs", "4", "--batch", "4", "--save-every", "2"),
+    ],
+    "sae": [
+        *("train.sae", "--model", "mini-qwen3-vl", "--task", "mini-okvqa", "--limit", "48", "--eval-limit", "8"),
+        *("--layers", "2", "5", "--latents", "64", "--k", "4", "--batch", "128", "--activation-batch", "8"),
+        *("--epochs", "4", "--save-every", "5"),
+    ],
 }
-KILLS = {"trace": 2, "study": 1, "edit": 2}
+KILLS = {"trace": 2, "study": 1, "edit": 2, "register": 1, "sae": 2}
 
 
 @pytest.fixture(scope="module")

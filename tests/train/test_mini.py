@@ -20,11 +20,11 @@ from vlm_jax.prompts import encode
 #: Embedded model -> its ``model_type``.
 MODELS = {"mini-qwen3-vl": "qwen3_vl", "mini-gemma3": "gemma3", "mini-llava": "llava"}
 #: The stages that mini-llava went through before, kept to be compared with it.
-STAGES = {"mini-llava-text": "llama", "mini-llava-align": "llava"}
-#: What zero-shot accuracy must reach; mini-gemma3 reads charts but hardly words.
-FLOOR = {"mini-qwen3-vl": 0.30, "mini-gemma3": 0.20, "mini-llava": 0.30}
+STAGES = {"mini-llava-text": "llama", "mini-llava-align": "llava", "mini-llava-half": "llava"}
+#: What zero-shot accuracy must reach.
+FLOOR = {"mini-qwen3-vl": 0.30, "mini-gemma3": 0.45, "mini-llava": 0.30}
 #: Share of correctly answered samples on which noise must hurt.
-HURT = {"mini-qwen3-vl": 0.8, "mini-gemma3": 0.6, "mini-llava": 0.8}
+HURT = {"mini-qwen3-vl": 0.8, "mini-gemma3": 0.8, "mini-llava": 0.8}
 FAMILIES = ("knowledge", "perception")
 
 

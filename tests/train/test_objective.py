@@ -8,6 +8,7 @@ import tyro
 
 from train.objective import Epochs, LabelOptions, adamw, linear_decay, scaled_rate, warmup_cosine, warmup_linear
 from vlm_jax import UserError
+from vlm_jax.runs.ranges import check_ranges
 
 
 def test_every_epoch_reads_all_examples_in_a_new_order():
@@ -59,10 +60,11 @@ def test_rates_and_decays_by_label():
     [
         ({"label_lr": {"lora_c": 1e-3}}, r"--label-lr names 'lora_c': use a label of this training \(lora_a, lora_b\)"),
         ({"label_decay": {"psi_V": 0.1}}, r"--label-decay names 'psi_V': use a label .*\(lora_a, lora_b\)"),
-        ({"label_lr": {"lora_a": -1.0}}, "--label-lr lora_a is -1.0: give a number of 0 or more"),
-        ({"label_decay": {"lora_a": float("nan")}}, "--label-decay lora_a is nan"),
+        ({"label_lr": {"lora_a": -1.0}}, "--label-lr is -1.0: give at least 0 and at most 100"),
+        ({"label_decay": {"lora_a": float("nan")}}, "--label-decay is nan: give at least 0"),
     ],
 )
 def test_refusals(changed, says):
     with pytest.raises(UserError, match=says):
+        check_ranges(Args(**changed))
         Args(**changed).check_labels(("lora_a", "lora_b"))

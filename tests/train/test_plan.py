@@ -181,6 +181,17 @@ def test_editors_train_through_the_vision_tower(lora):
 
 
 @pytest.mark.slow
+def test_dictionaries_are_divided_among_the_chips():
+    """Each of eight chips has one of eight layers, with Adam's two moments and the counters; with half of the chips on
+    the tensor axis it has two."""
+    options = {"latents": 1024, "k": 8, "batch": 64}
+    one, two = (compiled(Args("mini-qwen3-vl", "sae", mesh=mesh, **options)) for mesh in ("data=8", "data=4,tensor=2"))
+    parameters = (2 * 128 * 1024 + 1024 + 128) * 4
+    assert 3 * parameters < one.arguments < 3.2 * parameters and one.fits
+    assert 1.9 < two.arguments / one.arguments < 2.1
+
+
+@pytest.mark.slow
 def test_half_the_heads_half_the_weights(plans):
     whole, half = (plans[mesh].arguments for mesh in ("data=8", "data=4,tensor=2"))
     assert 0.4 * whole < half < 0.8 * whole

@@ -1,6 +1,7 @@
 """Pre-training, cut short: what its stages leave behind."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -76,6 +77,16 @@ def test_without_a_number_of_turns_every_step_reads_new_ones(out, monkeypatch):
     np.testing.assert_array_equal(again.inputs.input_ids, steps[20].inputs.input_ids)
     pixels = {step.inputs.images.pixel_values[0, row].tobytes() for step in steps for row in range(4)}
     assert len(pixels) == 32 * 4
+
+
+def test_another_model_to_start_from_is_refused(out, tmp_path, capsys):
+    """Even if it has the same name."""
+    start = shutil.copytree(out / "align", tmp_path / "start")
+    run(tmp_path / "run", stages=(), decoder=str(start))
+    shutil.copy(out / "text/model.safetensors", start)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", stages=(), decoder=str(start))
+    assert "was begun with another untrained" in capsys.readouterr().err
 
 
 def test_another_run_is_refused(out, capsys):

@@ -15,7 +15,7 @@ from interventions.flow.shares import read_examples
 from interventions.kinds.groups import GROUPS
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_examples
-from train import register
+from train import register, registering
 from train import tune as tune_module
 from train.register import Args
 from train.registering import PRESETS, train_registers, trained_parameters
@@ -136,15 +136,38 @@ def test_the_papers_preset():
     dataclasses.replace(args, model="mini-gemma3").load()  # images of one size: its processor stays as it is
 
 
+@pytest.mark.parametrize("trainable", ["decoder", "lora"])
+def test_the_optimisers_flags_reach_the_training(monkeypatch, trainable):
+    """Those that are given; the others keep the training's own defaults."""
+    seen = []
+    monkeypatch.setattr(registering.tune, "tune", lambda model, processor, examples, args, folder: seen.append(args))
+    monkeypatch.setattr(
+        registering, "train_editors", lambda m, p, editors, examples, args, **how: seen.append(args) or editors
+    )
+    args = Args(registers=2, trainable=trainable)
+    model, processor = args.load()
+    given = {"warmup": 0.2} | ({} if trainable == "lora" else {"decay": 0.3, "betas": (0.8, 0.95)})
+    for options in (args, dataclasses.replace(args, **given)):
+        registering.train_registers(model, processor, [], options)
+    plain, changed = seen
+    assert plain.warmup == (0.03 if trainable == "lora" else 1 / 30)
+    assert {name: getattr(changed, name) for name in given} == given
+    if trainable == "decoder":
+        assert (plain.decay, plain.betas) == (0.0, (0.9, 0.999))
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"registers": 0}, "number of registers is 0: give at least 1"),
+        ({"registers": 0}, "--registers is 0: give at least 1"),
         ({"registers": 600}, r"6\d\d tokens, 600 of them registers, but the model takes 512"),
         ({"token": "</s>"}, r"closes images with <\|vision_end\|>, which becomes the register: drop --token"),
         ({"model": "mini-llava", "token": "</ss>"}, "'</ss>', which is no token of this model"),
         ({"r": 8}, "--r and --alpha belong to --trainable lora, here it is decoder"),
         ({"trainable": "lora", "own_embeddings": True}, "belongs to --trainable decoder, here it is lora"),
+        ({"trainable": "lora", "decay": 0.1}, "--decay and --betas do not belong to --trainable lora"),
+        ({"trainable": "lora", "betas": (0.9, 0.95)}, "--decay and --betas do not belong to --trainable lora"),
+        ({"betas": (0.9, 1.0)}, "--betas is 1.0: give at least 0 and below 1"),
         ({"attention": "splash"}, "registers that hide images"),
         ({"train": ("mini-okvq",)}, "did you mean 'mini-okvqa'"),
         ({"epochs": 0}, "--epochs is 0"),

@@ -105,7 +105,7 @@ def test_a_stopped_training_goes_on_to_the_same_model(mini, run, tmp_path):
         ({"train": "mini-okvq"}, "mini-okvqa"),
         ({"parts": ()}, "--parts"),
         ({"label_lr": {"visual": 1e-4}}, "--label-lr names 'visual': use a label of this training (text)"),
-        ({"label_decay": {"text": -1.0}}, "--label-decay text is -1.0"),
+        ({"label_decay": {"text": -1.0}}, "--label-decay is -1.0: give at least 0 and at most 100"),
         ({"epochs": 0}, "--epochs"),
         ({"batch": 0}, "--batch"),
         ({"metric": "exact"}, "exact_match"),

@@ -2,13 +2,17 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import no_file_larger_than
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -127,6 +131,7 @@ def test_refusals(refused, tmp_path):
     assert "did you mean 'mini-qwen3-vl'" in refused("mini-qwen3", out)
     assert "from the hub" in refused("nobody/nothing", out)
     assert "is inside the source" in refused(source, source / "inside" / "deeper")
+    assert "is a URL, not a folder" in refused(source, Path("gs://bucket/model"))
     assert "not an empty folder" in refused(source, source)
     assert "not an empty folder" in refused(source, tmp_path)
     assert "not an empty folder" in refused(source, source / "config.json")
@@ -157,6 +162,45 @@ def test_failure_while_writing(refused, monkeypatch, tmp_path, error):
 
     monkeypatch.setattr(shutil, "copyfile", fail)
     assert "disk is full): free the disk" in refused("mini-qwen3-vl", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads
+def test_no_room(tmp_path, capfd, converted):
+    """In both directions nothing is left, not even new folders around the destination."""
+    for source in ("mini-qwen3-vl", converted):
+        with no_file_larger_than(500_000), pytest.raises(SystemExit):
+            run(source, tmp_path / "deep" / "er" / "out")
+        assert_one_sentence(capfd.readouterr().err)
+        assert list(tmp_path.iterdir()) == []
+    run("mini-qwen3-vl", tmp_path / "deep" / "out")
+
+
+@pytest.mark.slow
+def test_no_room_in_a_process_of_its_own(tmp_path):
+    """There Orbax's threads print to the terminal. Some arrays are written, and then there is no room."""
+    command = f"ulimit -f 4000; exec {sys.executable} -m vlm_jax.convert mini-qwen3-vl {tmp_path / 'out'}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # libtpu would say that it finds no TPU
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert_one_sentence(done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_one_sentence(said: str) -> None:
+    assert said.startswith("error: cannot write ") and said.count("\n") == 1, said
+    assert "out (File too large): free the disk" in said
+
+
+def test_what_orbax_says_is_shown_if_it_succeeds(tmp_path, capsys, monkeypatch):
+    save_orbax = convert.save_orbax
+
+    def warn(model, folder):
+        print("take care", file=sys.stderr)
+        save_orbax(model, folder)
+
+    monkeypatch.setattr(convert, "save_orbax", warn)
+    run("mini-qwen3-vl", tmp_path / "out")
+    assert "take care" in capsys.readouterr().err
 
 
 def test_damaged_orbax(refused, converted, tmp_path):

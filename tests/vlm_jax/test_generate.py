@@ -3,14 +3,19 @@
 import copy
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from hf_oracle import PAD, make_batch, tensors, tiny_config, tiny_model
 
 import vlm_jax
+from eval.evaluation import answer
+from interventions import generate_variants
 from vlm_jax.data import load_task
-from vlm_jax.prompts import encode
+from vlm_jax.errors import UserError
+from vlm_jax.generate import NOT_FINITE, decoding, generation_program
+from vlm_jax.prompts import batches, encode
 
 NEW = 12
 PROMPTS = [
@@ -205,3 +210,78 @@ def test_an_intervention_on_the_final_norm_reaches_every_token(mini):
 @pytest.fixture(scope="module")
 def mini():
     return vlm_jax.load("mini-qwen3-vl")
+
+
+def test_more_tokens_than_the_model_takes_are_refused(mini):
+    model = mini[0]
+    longest = model.config.text.max_position_embeddings
+    with pytest.raises(
+        vlm_jax.UserError, match=f"max_new_tokens is {longest}, but prompt and answer can have {longest}"
+    ):
+        decoding(model, longest)
+    assert decoding(model, longest - 1).count == longest - 1
+
+
+# Scores that are not finite
+
+
+class Spoil(vlm_jax.Intervention):
+    """Puts a number into the last norm's output of one row, in the prompt or only in later steps."""
+
+    sites = frozenset({"text.norm"})
+
+    def __init__(self, row, number, later=False):
+        self.row, self.number, self.later = row, number, later
+
+    def __call__(self, site, value, ctx):
+        return value.at[self.row].set(self.number) if ctx.decoding or not self.later else value
+
+
+jax.tree_util.register_pytree_node(
+    Spoil,
+    lambda spoil: ((spoil.number,), (spoil.row, spoil.later)),
+    lambda data, number: Spoil(data[0], *number, data[1]),
+)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "key": jax.random.key(0)}], ids=["greedy", "sampled"])
+def test_scores_that_are_not_finite(model, number, later, options):
+    """They are no token 0: the row is named, and rows beside it are as they were."""
+    inputs = vlm_jax.Inputs.from_hf(model.config, **BATCHES["left"])
+    with pytest.raises(UserError, match="NaN or infinite for row 2 of the batch: check"):
+        vlm_jax.generate(model, inputs, 3, (Spoil(2, number, later),), **options)
+    with pytest.raises(UserError, match="for example 'c'"):
+        vlm_jax.generate(model, inputs, 3, (Spoil(2, number, later),), names=["a", "b", "c"], **options)
+    decoding_options = decoding(model, 3, eos_token_id=())
+    sampling = (jnp.float32(1), jnp.float32(1), options["key"]) if options else None
+    spoilt, whole = (
+        np.asarray(generation_program(model, inputs, acting, decoding_options, sampling))
+        for acting in ((Spoil(2, number, later),), ())
+    )
+    at = int(later)
+    assert spoilt[2, at] == NOT_FINITE and (spoilt[2, at + 1 :] == decoding_options.pad).all()
+    np.testing.assert_array_equal(spoilt[[0, 1, 3]], whole[[0, 1, 3]])
+
+
+def test_the_example_without_finite_scores_is_named(mini):
+    model, processor = mini
+    examples = load_task("perception", split="test", limit=3)
+    rows, _ = next(batches(examples, processor, model.config, 3, step=64, with_answer=False))
+    with pytest.raises(UserError, match=f"for example {examples[rows[0]].id!r}"):
+        answer(model, processor, examples, (Spoil(0, float("nan"), True),), batch=3, max_new_tokens=2)
+
+
+def test_variants_whose_scores_are_not_finite(mini):
+    model, processor = mini
+    inputs = encode(load_task("perception", split="test", limit=2), processor, model.config, with_answer=False).inputs
+    with pytest.raises(UserError, match="row 1 of the batch"):
+        generate_variants(model, inputs, [Spoil(1, jnp.float32(number)) for number in (0.0, float("nan"))], 2)
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}])
+def test_sampling_that_is_not_possible(model, options):
+    inputs = vlm_jax.Inputs.from_hf(model.config, **BATCHES["left"])
+    with pytest.raises(UserError, match="is not possible"):
+        vlm_jax.generate(model, inputs, 1, key=jax.random.key(0), **options)

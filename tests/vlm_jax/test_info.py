@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from interventions.placement.adapters import adapter_parameters as placed_parameters
-from vlm_jax import UserError, info
+from vlm_jax import UserError, info, load
 from vlm_jax.checkpoints.leaves import abstract
 from vlm_jax.checkpoints.sources import MINI
 from vlm_jax.published import PUBLISHED, published_config
@@ -203,3 +203,16 @@ def test_docs_agree(printed):
         for name, config in configs.items()
     }
     assert f"$ python -m vlm_jax.info Qwen3-VL-4B\n{printed('Qwen3-VL-4B')[0]}```" in page
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("Qwen3-VL-4B", "Qwen3-VL-4B is a published model whose weights are needed here"),
+        ("", "the model's name is empty"),
+        ("mini-qwen3-v", "did you mean 'mini-qwen3-vl'"),
+    ],
+)
+def test_names_without_weights(name, says):
+    with pytest.raises(UserError, match=says):
+        load(name)

@@ -251,21 +251,22 @@ def test_a_loud_oracle_would_be_ill_conditioned():
 def test_oracle_is_exact(cases, name):
     """A padded row's logits are the lone row's to float32's last bit, as only a float64 computation gives them."""
     case = cases(name)
-    assert padding_moves(case.oracle, case) <= 1
+    assert padding_moves(case, case.oracle, case.oracle) <= 1
 
 
-def test_a_float32_oracle_is_not_exact(cases):
-    """The control of the test above."""
+def test_an_oracle_with_rounding_is_not_exact(cases):
+    """The control of the test above. One float32 rounding of each parameter stands for float32's own, which is the same
+    for padded and lone rows on some machines."""
     case = cases("qwen3_vl")
-    assert padding_moves(tiny_model(case.config), case) > 1
+    assert padding_moves(case, case.oracle, rounded_otherwise(case.oracle)) > 1
 
 
-def padding_moves(model, case):
-    """The largest difference between a row's logits alone and in the padded batch, in units in the last place of the
-    largest logit."""
+def padding_moves(case, together, lone):
+    """The largest difference between a row's logits in the padded batch, by the model ``together``, and alone, by the
+    model ``lone``, in units in the last place of the largest logit."""
     rows = ROWS.get(case.config.model_type, TEXT)
     batch, errors = case.batch("left"), []
-    logits = oracle_sites(model, batch)["logits"]
+    logits = oracle_sites(together, batch)["logits"]
     pixels, grids = batch.get("pixel_values"), batch.get("image_grid_thw")
     first_image = first_pixel = 0
     for row, parts in enumerate(rows):
@@ -281,7 +282,7 @@ def padding_moves(model, case):
                 count = int(grids[chosen].prod(-1).sum())
             alone["pixel_values"] = pixels[first_pixel : first_pixel + count]
             first_image, first_pixel = first_image + images, first_pixel + count
-        errors.append(np.abs(oracle_sites(model, alone)["logits"][0] - logits[row, real]).max())
+        errors.append(np.abs(oracle_sites(lone, alone)["logits"][0] - logits[row, real]).max())
     return max(errors) / np.spacing(np.nanmax(np.abs(logits)))
 
 

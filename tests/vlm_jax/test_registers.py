@@ -13,6 +13,7 @@ from model_folders import VISION
 
 import vlm_jax
 from interventions import AttentionKnockout, bind, causal_trace
+from interventions.editing.editors import init_editors
 from interventions.engine import prefix
 from interventions.kinds.groups import GROUPS, label
 from vlm_jax import Inputs, Model, UserError
@@ -231,6 +232,25 @@ def test_the_register_mask_is_a_knock_out_of_text_to_image(loaded, examples):
         assert np.abs(logits_of(masked, batch) - wanted).max() > 1e-3 * scale
 
 
+@of_vision_models
+def test_editors_act_under_registers(loaded, examples):
+    """On the instruction behind them, and as in the model whose text is cut from its images."""
+    masked, open_ = registered(loaded), registered(loaded, mask="none")
+    batch = encode(examples, loaded[1], masked.config)
+    editors = init_editors(masked, blocks=[0], layers=[0, 1], key=jax.random.key(0))
+    editors = tuple(jax.tree.map(lambda leaf: leaf + 0.1 if leaf.dtype == jnp.float32 else leaf, editors).values())
+    bound = bind(editors, batch)
+    behind = np.cumsum(batch.spans["register"], 1) > 0
+    first = bound[-2].where[:5]  # of the rows with images
+    assert (first.sum(1) == 4).all() and not (first & (batch.spans["register"] | ~behind)[:5]).any()
+    cut = AttentionKnockout.between(masked.depths["text"], "text", "image", mode="pre_softmax")
+    wanted = logits_of(open_, batch, bind([*editors, cut], batch))
+    scale = np.abs(wanted).max()
+    assert np.abs(logits_of(masked, batch, bound) - wanted).max() < 1e-5 * scale
+    for control in (logits_of(masked, batch), logits_of(open_, batch, bound)):
+        assert np.abs(control - wanted).max() > 1e-3 * scale
+
+
 def decoded(model, inputs, count, drop) -> tuple[np.ndarray, np.ndarray]:
     """Greedy tokens ``(B, count)``, and the logits from which each was chosen ``(count, B, vocab)``."""
     seen = []
@@ -408,13 +428,13 @@ def test_sweeps_share_no_part_of_a_block_of_registers(loaded, examples, monkeypa
             causal_trace(model, batch.inputs, noisy, batch.spans["answer"], noise=noise, engine=engine)
             for engine in ("sweep", "naive")
         ]
-        return np.abs(runs[0].p_corrupt - runs[1].p_corrupt).max()
+        return np.abs(np.log(runs[0].p_corrupt) - np.log(runs[1].p_corrupt)).max()
 
     assert gap() < 1e-5
     monkeypatch.setattr(prefix, "PREFIX_BUCKET", 1)
     assert gap() < 1e-5
     monkeypatch.setattr(prefix, "outside_blocks", lambda block, start: start)
-    assert gap() > 1e-6  # the control
+    assert gap() > 1e-3  # the control
 
 
 @of_vision_models

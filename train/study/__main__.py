@@ -11,6 +11,8 @@ import tyro
 
 from train.study.control.main import run_control
 from train.study.control.options import Args as ControlArgs
+from train.study.diffing.main import run_diffing
+from train.study.diffing.options import Args as DiffingArgs
 from train.study.editing.main import run_study
 from train.study.editing.options import Args as EditingArgs
 from train.study.placement.main import run_placements
@@ -30,6 +32,7 @@ class Study(NamedTuple):
 STUDIES = {
     "p0": Study(PlacementArgs, run_placements),
     "p1": Study(RegisteringArgs, run_registering),
+    "p2": Study(DiffingArgs, run_diffing),
     "p4": Study(EditingArgs, run_study),
     "p4-full": Study(EditingArgs, run_study),
     "p4-control": Study(ControlArgs, run_control),

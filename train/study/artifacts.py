@@ -90,3 +90,42 @@ CONTROL_SUMMARY = Schema(
         "rows.MEASURE": "share of answers that were turned or stayed, with its 95 % interval over pictures",
     },
 )
+RECALL = Schema(
+    "recall",
+    {
+        "": "a list with an object for each relation and layer",
+        "layer": "the layer",
+        "relation": "the relation",
+        "samples": "number of questions, of the half that selected no features",
+        "ceiling": "AUROC of logistic regression on the mean activation of the text: does the relation hold?",
+        "features": "AUROC of the best feature that passed every filter; null if there is none",
+        "best": "AUROC of the dictionary's best latent",
+        "random": "AUROC of the best latent of each random dictionary",
+        "as_good": "share of random dictionaries that do as well as the trained one",
+    },
+)
+CROSSCODERS = Schema(
+    "crosscoders",
+    {
+        "": "a list with an object for each layer",
+        "layer": "the layer",
+        "fvu": "fraction of variance unexplained of held-out questions, in each model",
+        "latents": "number of latents that belong to the text model, to both, and to the vision-language model",
+        "auroc": "for each relation, on questions that selected nothing",
+        "auroc.RELATION.best": "AUROC of the best latent; null if none is ever active",
+        "auroc.RELATION.own": "AUROC of the best latent of the vision-language model; null if there is none",
+    },
+)
+DIFFING_SUMMARY = Schema(
+    "diffing_summary",
+    {
+        "dictionaries": "for each condition, means over its dictionaries: FVU by token group, the published FVU, dead "
+        "latents, loss recovered, cosine with the text model's dictionaries",
+        "between_seeds": "layer -> mean cosine between the most similar latents of two seeds",
+        "compared": "the results of the comparison, as in diff/results.json; and survivors also of the second seed's "
+        "dictionaries (second_seed) and of those that were not adapted (from_scratch)",
+        "recall": "as in auroc.json",
+        "crosscoders": "as in crosscoder.json",
+        "reported": "the paper's numbers",
+    },
+)

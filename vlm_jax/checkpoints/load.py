@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_jax.checkpoints.leaves import abstract, leaf_name, rows_of, tensor_count
 from vlm_jax.checkpoints.orbax import load_orbax
+from vlm_jax.checkpoints.processors import fitting_processor
+from vlm_jax.checkpoints.redundant import BUFFERS, HEAD, check_buffers, settle_head
 from vlm_jax.checkpoints.save import check_registers
 from vlm_jax.checkpoints.sources import INDEX, ORBAX, SINGLE, read_config, resolve
 from vlm_jax.config import Config, with_attention
@@ -23,9 +25,8 @@ from vlm_jax.families import FAMILIES
 from vlm_jax.families.key_table import Row
 from vlm_jax.files import read_json
 from vlm_jax.mesh.sharding import sharding
+from vlm_jax.processor import Processor
 
-#: Tensors that are not parameters. Older files contain these values, which the config determines.
-BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 #: safetensors' name of a precision -> NumPy's.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -48,7 +49,9 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         ``(model, processor)``. The processor is None if the folder has no tokeniser.
 
     Warns:
-        UserWarning: once, if the parameters are float32 on an accelerator and :func:`vlm_jax.configure` was not called.
+        UserWarning: if the files hold another head than the embeddings to which the config ties it, or buffers with
+            other numbers than the config determines; once, if the parameters are float32 on an accelerator and
+            :func:`vlm_jax.configure` was not called.
 
     Raises:
         UserError: for an unknown source or architecture; missing, extra or misshapen tensors (all are listed); NaN or
@@ -65,21 +68,26 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
             tensors = _open(folder, config, stack)
             for handle in {id(handle): handle for handle, _ in tensors.values()}.values():
                 check_registers(folder, config, (handle.metadata() or {}).get("registers"))
+            config = settle_head(config, tensors, folder, dtype)
+            check_buffers(config, tensors, folder)
             rows = _coverage(config, tensors, folder)
             leaves = {row.path: _read_parameter(row, leaf, tensors, config, dtype, mesh) for row, leaf in rows}
     check_precision({leaf.dtype for leaf in leaves.values()})
     model = abstract(config)
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
     model = treedef.unflatten([leaves[leaf_name(path)] for path, _ in paths])
+    return model, load_processor(folder, config)
+
+
+def load_processor(folder: Path, config: Config) -> Processor | None:
+    """The processor of a model's folder; None if the folder has no tokeniser.
+
+    Raises:
+        UserError: if its files cannot be loaded, or do not belong to the model.
+    """
     if not (folder / "tokenizer_config.json").is_file():
-        return model, None
-    try:
-        return model, FAMILIES[config.family].load_processor(folder)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: the tokeniser or image processor cannot be loaded ({reason}): repair it") from None
+        return None
+    return fitting_processor(folder, config)
 
 
 def _open(folder: Path, config: Config, stack: ExitStack) -> dict[str, tuple[Any, str]]:
@@ -88,12 +96,15 @@ def _open(folder: Path, config: Config, stack: ExitStack) -> dict[str, tuple[Any
     The files are ``model.safetensors`` or those that an index names. ``stack`` closes them.
     """
     index = folder / INDEX
-    files = [SINGLE]
+    files, names = [SINGLE], {}
     if index.is_file():
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict):
+        if not isinstance(names, dict) or not names:
             raise UserError(f"{index} has no weight_map: fetch the folder again, whole")
-        files = sorted(set(map(str, names.values())))
+        names = {key: str(file) for key, file in names.items()}
+        files = sorted(set(names.values()))
+        if SINGLE not in files and (folder / SINGLE).is_file():
+            raise UserError(f"{folder} holds {SINGLE} and an index of other files: remove one of them")
     elif not (folder / SINGLE).is_file():
         for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
             for pickle in sorted(folder.glob(pattern)):
@@ -101,12 +112,13 @@ def _open(folder: Path, config: Config, stack: ExitStack) -> dict[str, tuple[Any
                     f"{folder} holds only a pickle checkpoint ({pickle.name}), which can run code and is never read: "
                     "save the model as safetensors"
                 )
-    family, tensors = FAMILIES[config.family], {}
+    family, tensors, held = FAMILIES[config.family], {}, set()
+    present = {path.name for path in folder.iterdir()}
     for file in files:
         path = folder / file
         if Path(file).name != file:
             raise UserError(f"{index} names {file!r}, which is outside the folder: fetch the folder again")
-        if not path.is_file():
+        if file not in present or (path.exists() and not path.is_file()):
             raise UserError(f"{folder} has no {file}: fetch the folder again, whole")
         try:
             handle = stack.enter_context(safe_open(path, framework="numpy"))
@@ -118,6 +130,10 @@ def _open(folder: Path, config: Config, stack: ExitStack) -> dict[str, tuple[Any
             if (known := family.in_table(key)) in tensors:
                 raise UserError(f"{folder} holds {known} twice, as {key} and {tensors[known][1]}: remove one of them")
             tensors[known] = handle, key
+            held.add((key, file))
+    if lacking := [f"{key} in {file}" for key, file in names.items() if (key, file) not in held]:
+        count, named = len(lacking), "; ".join(lacking)
+        raise UserError(f"{index} names {count} tensor(s) that are not there ({named}): fetch the folder again, whole")
     return tensors
 
 
@@ -146,9 +162,10 @@ def _coverage(config: Config, tensors: dict, folder: Path) -> list[tuple[Row, ja
                 problems.append(
                     f"{name_in_file} is stored as {tensor.get_dtype()}, only F32, BF16 and F16 are supported"
                 )
-    # Some published files repeat the tied head, and older ones contain buffers.
-    ignored = {"lm_head.weight"} if config.text.tie_word_embeddings else set()
+    # Some published files repeat the tied head, and older ones contain buffers; both have been compared.
+    ignored = {HEAD} if config.text.tie_word_embeddings else set()
     extra = (key for key in tensors.keys() - needed - ignored if not key.endswith(BUFFERS))
+    extra = (key for key in extra if not key.startswith(FAMILIES[config.family].unread or ("\0",)))
     problems += [f"extra {tensors[key][1]}" for key in sorted(extra)]
     if problems:
         raise UserError(
@@ -160,8 +177,8 @@ def _coverage(config: Config, tensors: dict, folder: Path) -> list[tuple[Row, ja
 
 def _read_parameter(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, dtype, mesh) -> jax.Array:
     """Reads one parameter from its tensors and puts it on its devices."""
-    handle, key = tensors[row.hf.format(0)]
-    dtype = jnp.dtype(dtype or DTYPES[handle.get_slice(key).get_dtype()])
+    stored = (tensors[row.hf.format(i)] for i in range(tensor_count(row, leaf)))
+    dtype = jnp.dtype(dtype or jnp.result_type(*{DTYPES[handle.get_slice(key).get_dtype()] for handle, key in stored}))
 
     def read_tensor(i: int, where: tuple[slice, ...]) -> np.ndarray:
         """A slice, in our layout, of the parameter's i-th tensor."""
@@ -173,9 +190,13 @@ def _read_parameter(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config:
             raise UserError(f"{key} cannot be read ({error}): the file may be cut short, fetch it again") from None
         # NumPy would broadcast a wrong shape when it is assigned below.
         chex.assert_shape(value, tuple(part.stop - part.start for part in where), custom_message=f"key table, {key}")
-        if not np.isfinite(value).all():
+        with np.errstate(over="ignore"):
+            cast = value.astype(dtype, copy=False)
+        if not np.isfinite(cast).all():
+            if np.isfinite(value).all():
+                raise UserError(f"{key} holds numbers that are too large for {dtype}: load it as float32")
             raise UserError(f"{key} holds NaN or infinite numbers: the checkpoint is damaged, fetch it again")
-        return value
+        return cast
 
     @functools.cache
     def read_slice(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:

@@ -50,6 +50,11 @@ def load_orbax(folder: Path, config: Config, dtype, mesh) -> dict[str, jax.Array
             for name in sorted(expected.keys() & saved.keys())
             if tuple(saved[name].shape) != expected[name].shape
         ]
+        problems += [
+            f"{name} is stored as {saved[name].dtype}, only float32, bfloat16 and float16 are supported"
+            for name in sorted(expected.keys() & saved.keys())
+            if str(saved[name].dtype) not in ("float32", "bfloat16", "float16")
+        ]
         if problems:
             raise UserError(
                 f"{folder}: {len(problems)} array(s) do not fit the config ({'; '.join(problems)}): "

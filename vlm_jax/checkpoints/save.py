@@ -31,7 +31,14 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
     Raises:
         UserError: if a file cannot be written.
     """
-    folder = Path(folder)
+    try:
+        _write(model, Path(folder), shard_bytes)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot write {folder} ({error}): free the disk or choose another folder") from None
+    return Path(folder)
+
+
+def _write(model: Model, folder: Path, shard_bytes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     family, leaves = FAMILIES[model.config.family], named_leaves(model)
     tensors_to_write = [(row, i) for row, leaf in rows_of(model.config) for i in range(tensor_count(row, leaf))]
@@ -53,11 +60,8 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
             for row, i in shard:
                 value = np.asarray(leaves[row.path][i] if row.stacked else leaves[row.path])
                 tensors[family.on_disk(row.hf.format(i))] = np.ascontiguousarray(row.op.to_hf(value, model.config))
-            try:
-                save_file(tensors, Path(scratch) / file, metadata={"format": "pt", **registers})
-                order_metadata(Path(scratch) / file)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"cannot write {folder / file} ({error}): free the disk or choose another") from None
+            save_file(tensors, Path(scratch) / file, metadata={"format": "pt", **registers})
+            order_metadata(Path(scratch) / file)
             index |= dict.fromkeys(tensors, file)
         (Path(scratch) / "config.json").write_text(json.dumps(config_to_save(model), indent=2) + "\n")
         if registers:
@@ -73,7 +77,6 @@ def save(model: Model, folder: str | os.PathLike, *, shard_bytes: int = 5 * 10**
         for file in sorted(Path(scratch).iterdir()):
             file.chmod(0o644)
             shutil.move(file, folder / file.name)
-    return folder
 
 
 def registers_json(config: Config) -> dict[str, str]:

@@ -7,6 +7,7 @@ from vlm_jax import families
 from vlm_jax.config import Config, with_registers
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files import read_json
+from vlm_jax.published import PUBLISHED
 from vlm_jax.registers import Registers
 
 #: The folder of the embedded models.
@@ -27,6 +28,8 @@ def resolve(source: str | os.PathLike) -> Path:
     Raises:
         UserError: for an unknown name, a folder without ``config.json``, or a download that fails.
     """
+    if not str(source).strip():
+        raise UserError(f"the model's name is empty: give a folder, a hub id or one of {', '.join(embedded_models())}")
     path = Path(source)
     if (path / "config.json").is_file():
         return path
@@ -34,6 +37,10 @@ def resolve(source: str | os.PathLike) -> Path:
         raise UserError(f"{source} holds no config.json: name a Hugging Face model folder")
     if str(source) in embedded_models():
         return MINI / str(source)
+    if str(source) in PUBLISHED:
+        raise UserError(
+            f"{source} is a published model whose weights are needed here: give its hub id or a folder that holds it"
+        )
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise UserError(
             f"unknown model {str(source)!r}: no such folder or embedded model{nearest(str(source), embedded_models())}"

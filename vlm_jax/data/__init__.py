@@ -11,6 +11,7 @@ from vlm_jax.data.miniworld import SPLIT_SIZES, TASKS, make_example
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.world import WORLD_SEED
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.files import is_url
 
 __all__ = ["Example", "load_task", "source", "task_label", "task_names"]
 
@@ -34,6 +35,7 @@ def load_task(
     split: str = "eval",
     limit: int | None = None,
     options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
+    bad: dict[str, str] | None = None,
 ) -> list[Example]:
     """The first ``limit`` examples (all by default) of a task, a family, a JSON Lines file or a folder.
 
@@ -43,6 +45,8 @@ def load_task(
         split: trace, train, eval or test. These four are the same on every machine and share no image. For a public
             dataset ``all`` gives the rows that its benchmark scores. lmms-eval's tasks and ``.jsonl`` files have no
             splits, so ``split`` is ignored there. A folder (:mod:`vlm_jax.data.folder`) has its own splits.
+        bad: where examples of files, folders and datasets that cannot be read are listed: their place -> the reason.
+            They are left out. By default the first of them is an error.
 
     Raises:
         UserError: for an unknown name or split; a dataset that cannot be reached, whose columns have changed, or that
@@ -51,18 +55,24 @@ def load_task(
     if limit is not None and limit <= 0:
         raise UserError(f"limit is {limit}: ask for at least one example")
     name, path = str(name_or_path), pathlib.Path(name_or_path)
+    if not name.strip():
+        raise UserError("the task's name is empty: give a task, a .jsonl file or a folder")
+    if is_url(name):
+        raise UserError(f"the task {name} is a URL: download it, and name the file or folder")
     if name.endswith(".jsonl"):
-        return read_jsonl(path)[:limit]
+        return read_jsonl(path, bad)[:limit]
     if name in catalogue.names():
-        return loading.load_named(name, split, limit, options)
+        return loading.load_named(name, split, limit, options, bad)
     if name == easy_vqa.NAME:
         return easy_vqa.load_easy_vqa(split, limit)
     if name == digits.NAME:
         return digits.load_digits(split, limit)
     if name not in (*TASKS, *TASK_FAMILIES):
         if path.is_dir():
-            task, opened = open_folder(path, split)
-            return loading.load_rows(opened, task, limit, options)
+            task, opened = open_folder(path, split, leave_out=bad is not None)
+            return loading.load_rows(opened, task, limit, options, bad)
+        if path.is_file():
+            raise UserError(f"{name} is a file, but not a .jsonl file: write one JSON object a line and name it .jsonl")
         raise UserError(
             f"unknown task {name!r}{nearest(name, task_names())} (or give the path of a .jsonl file or a folder)"
         )

@@ -67,7 +67,7 @@ def random_relation(rng: np.random.Generator) -> TwinClaim:
     relation = pick(rng, SPATIAL)
     twins = random_twins(rng, relation, int(rng.integers(2, 5)))
     things = twins.pictures[0].things
-    a, b = (_name(rng, things[i].shape, things[i].colour) for i in (twins.a, twins.b))
+    a, b = (f"{things[i].colour} {things[i].shape}" for i in (twins.a, twins.b))
     return TwinClaim(_relation(a, relation, b), relation, twins.pictures)
 
 
@@ -97,7 +97,7 @@ def random_deduction(rng: np.random.Generator) -> tuple[str, Claim, bool]:
     """One to three statements, a claim about what they mention, and whether it follows from them or contradicts
     them."""
     shapes, colours = rng.permutation(SHAPES).tolist(), rng.permutation(list(COLOUR_RGB)).tolist()
-    a, b, c, d = (_name(rng, *look) for look in zip(shapes[:4], colours[:4], strict=True))
+    a, b, c, d = (f"{colour} {shape}" for colour, shape in zip(colours[:4], shapes[:4], strict=True))
     relation, true = pick(rng, SPATIAL), bool(rng.integers(2))
     given = relation if true else pick(rng, [r for r in SPATIAL if relation in DENIES[r]])
     if relation in ("left of", "right of", "above", "below") and rng.random() < 0.3:
@@ -121,7 +121,3 @@ def _said(rng: np.random.Generator, a: str, relation: str, b: str) -> Claim:
     if relation in CONVERSE and rng.random() < 0.5:
         return _relation(b, CONVERSE[relation], a)
     return _relation(a, relation, b)
-
-
-def _name(rng: np.random.Generator, shape: str, colour: str) -> str:
-    return shape if rng.random() < 0.5 else f"{colour} {shape}"

@@ -1,10 +1,14 @@
 """The record that every task consists of."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from PIL import Image
 
+#: What marks the place of an image in a question, for every model family.
+IMAGE_MARK = "<image>"
+_LEADING_MARKS = re.compile(rf"(?:\s*{IMAGE_MARK})+\s*")
 TASK_FAMILIES: tuple[str, ...] = ("knowledge", "perception")
 
 
@@ -14,7 +18,8 @@ class Example:
 
     id: str
     images: Sequence[Image.Image]
-    """RGB images; empty for a question about text alone. A public dataset's are decoded each time they are read."""
+    """Pillow's images, of any mode; empty for a question about text alone. A public dataset's are decoded each time
+    they are read."""
     question: str
     """The text of the question, in which the hint and the choices (if any) are already written."""
     answers: tuple[str, ...]
@@ -35,3 +40,13 @@ class Example:
     """A name of the image, by which questions about the same image are recognised."""
     group: str | None = None
     """A name that examples share which are scored together, such as the rotations of one multiple-choice question."""
+
+    def without_images(self) -> "Example":
+        """The same question without its images, for a text-only model."""
+        return dataclasses.replace(self, images=(), question=self.question.replace(IMAGE_MARK, "").strip())
+
+
+def without_leading_marks(text: str) -> tuple[str, int]:
+    """The text without the marks of images at its beginning, and their number."""
+    marks = _LEADING_MARKS.match(text)
+    return (text[marks.end() :], marks[0].count(IMAGE_MARK)) if marks else (text, 0)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from vlm_jax.data.specs import DatasetSpec
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.files import is_url
 
 #: Rows that are read at once. When streaming, their images are in memory too.
 _ROWS = 64
@@ -113,7 +114,7 @@ def open_split(spec: DatasetSpec, split: str, root: Path | None, stream: bool) -
         except UserError:
             raise
         except Exception as error:  # datasets and the libraries below it raise errors of many kinds
-            reasons.append(f"{location} ({_reason(error)})")
+            reasons.append(f"{location} ({reason(error)})")
             continue
         features = rows.features or dict.fromkeys(next(iter(rows)))  # a streamed JSON file has no types
         _check_columns(spec, location, features)
@@ -152,6 +153,8 @@ def _locations(spec: DatasetSpec, root: Path | None) -> list[str | Path]:
                 f"ROOT/{spec.hub_ids[0]} and the images in its folder {spec.image_folder}"
             )
         return list(spec.hub_ids)
+    if is_url(root):
+        raise UserError(f"--data-root {root} is a URL: download the datasets, or mount the bucket, and name the folder")
     candidates = [root / name for hub_id in spec.hub_ids for name in (hub_id, hub_id.split("/")[-1])]
     folders: list[str | Path] = [folder for folder in candidates if folder.is_dir()]
     if not folders:
@@ -186,7 +189,9 @@ def _revision(builder: Any, root: Path | None) -> str | None:
     return commit and commit[0]
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """An error in one line. The datasets library wraps the cause of a failed preparation, so the cause is shown."""
     cause = error.__cause__ or error
+    if isinstance(cause, ModuleNotFoundError):
+        return f"its files are to be fetched with the package {cause.name}, which is not installed"
     return (str(cause).strip().split("\n")[0] or type(cause).__name__)[:160].rstrip(". ")

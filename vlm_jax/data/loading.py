@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vlm_jax.data.catalogue import DATASETS, FAMILY_TASKS, LMMS_TASKS
 from vlm_jax.data.example import Example
@@ -33,23 +33,27 @@ class Index(NamedTuple):
     """A digest of the ids, images, questions and answers of all rows."""
 
 
-def load_named(name: str, split: str, limit: int | None, options: DataOptions) -> list[Example]:
+def load_named(
+    name: str, split: str, limit: int | None, options: DataOptions, bad: dict[str, str] | None = None
+) -> list[Example]:
     """The first ``limit`` examples of a dataset's split, of one of lmms-eval's tasks, or of a family of datasets."""
     if name in FAMILY_TASKS:
         members = [DATASETS[member] for member in FAMILY_TASKS[name]]
         count = min(split_of(spec, split).size for spec in members)
         count = count if limit is None else min(count, -(-limit // len(members)))
-        members_examples = [load_named(spec.name, split, count, options) for spec in members]
+        members_examples = [load_named(spec.name, split, count, options, bad) for spec in members]
         return [example for turn in zip(*members_examples, strict=True) for example in turn][:limit]
     if name not in DATASETS or split == ALL:
         spec, hub = _benchmark_split(name)
-        return load_rows(_opened(spec, hub, options.data_root, options.stream), name, limit, options)
-    return _read_split(DATASETS[name], split, limit, options)
+        return load_rows(_opened(spec, hub, options.data_root, options.stream), name, limit, options, bad)
+    return _read_split(DATASETS[name], split, limit, options, bad)
 
 
-def load_rows(opened: Opened, task: str, limit: int | None, options: DataOptions) -> list[Example]:
+def load_rows(
+    opened: Opened, task: str, limit: int | None, options: DataOptions, bad: dict[str, str] | None = None
+) -> list[Example]:
     """The first ``limit`` rows that have an answer, as examples, in the dataset's order."""
-    examples = list(itertools.islice(_examples(opened, opened.each(images=True), task, options), limit))
+    examples = list(itertools.islice(_examples(opened, opened.each(images=True), task, options, bad=bad), limit))
     if not examples:
         raise UserError(f"{task}: no row of {opened.resolved} has an answer: choose a split whose answers are public")
     return examples
@@ -99,7 +103,9 @@ def _benchmark_split(name: str) -> tuple[DatasetSpec, str]:
     return DATASETS[name], DATASETS[name].splits["test"].hub
 
 
-def _read_split(spec: DatasetSpec, split: str, limit: int | None, options: DataOptions) -> list[Example]:
+def _read_split(
+    spec: DatasetSpec, split: str, limit: int | None, options: DataOptions, bad: dict[str, str] | None = None
+) -> list[Example]:
     hub, size = split_of(spec, split)
     index = _index(spec, options.data_root, options.stream)
     numbers, wanted = index.numbers[split], size if limit is None else min(limit, size)
@@ -112,7 +118,7 @@ def _read_split(spec: DatasetSpec, split: str, limit: int | None, options: DataO
         )
     opened = _opened(spec, hub, options.data_root, options.stream)
     picked = opened.pick(numbers[:wanted])
-    return list(_examples(opened, picked, spec.name, options, index.images[hub]))
+    return list(_examples(opened, picked, spec.name, options, index.images[hub], bad))
 
 
 @functools.lru_cache(maxsize=32)
@@ -141,7 +147,8 @@ def _index(spec: DatasetSpec, root: Path | None, stream: bool) -> Index:
             label = label_of(spec, row, hub, number)
             image = image_of(spec, row, lazy_images(cells, opened.folder, label), label)
             rows.append(SplitRow(number, label, image, group_of(spec, row) or label))
-            digest.update(json.dumps([label, image, row, gold], default=str).encode())
+            facts = [label, image, row, [gold.answers, gold.choices, gold.gold]]
+            digest.update(json.dumps(facts, default=str).encode())
         sizes = {split: part.size for split, part in spec.splits.items() if part.hub == hub}
         dealt = deal(rows, sizes, taken)
         images[hub] = {row.number: row.image for row in rows}
@@ -157,10 +164,13 @@ def _answers_of(opened: Opened, number: int, row: dict) -> GoldAnswers | None:
     names = getattr(opened.features.get(spec.columns.get("gold", "")), "names", None)
     try:
         gold = gold_answers(spec, row, names)
+    except UserError as error:
+        raise UserError(f"row {number} of {opened.resolved}, split {opened.split!r}: {error}") from None
     except (TypeError, ValueError, KeyError) as error:
+        known = "its schema has changed; pin an older revision in a local copy (--data-root)"
         raise UserError(
             f"row {number} of {opened.resolved}, split {opened.split!r}, cannot be read as {spec.name} ({error!r}): "
-            "its schema has changed; pin an older revision in a local copy (--data-root)"
+            + (known if spec.splits else "correct it")
         ) from None
     if gold.answers and gold.answers[0].strip():
         return gold
@@ -172,19 +182,36 @@ def _answers_of(opened: Opened, number: int, row: dict) -> GoldAnswers | None:
     )
 
 
-def _examples(opened: Opened, rows, task: str, options: DataOptions, images: dict[int, str] | None = None) -> Iterator:
+def _examples(
+    opened: Opened,
+    rows,
+    task: str,
+    options: DataOptions,
+    images: dict[int, str] | None = None,
+    bad: dict[str, str] | None = None,
+) -> Iterator[Example]:
+    """The examples of rows that have an answer. With ``bad`` every image is decoded, and rows that cannot be read are
+    listed there and left out."""
+    seen: set[str] = set()
     for number, row, cells in rows:
-        if (gold := _answers_of(opened, number, row)) is None:
+        where = f"row {number} of {opened.resolved}, split {opened.split!r}"
+        try:
+            if (gold := _answers_of(opened, number, row)) is None:
+                continue
+            label = label_of(opened.spec, row, opened.split, number)
+            if label in seen:
+                raise UserError(f"an earlier row has its id {label!r}: give each row its own")
+            seen.add(label)
+            files = lazy_images(cells, opened.folder, label)
+            image = images[number] if images else image_of(opened.spec, row, files, label)
+            made: dict[str, Any] = {"label": label, "image": image, "choices": options.choices, "task": task}
+            example = example_of_row(opened.spec, row, files, gold, **made)
+            if bad is not None:
+                list(example.images)
+        except UserError as error:
+            reason = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            if bad is None:
+                raise UserError(reason) from None
+            bad[where] = reason
             continue
-        label = label_of(opened.spec, row, opened.split, number)
-        files = lazy_images(cells, opened.folder, label)
-        yield example_of_row(
-            opened.spec,
-            row,
-            files,
-            gold,
-            label=label,
-            image=images[number] if images else image_of(opened.spec, row, files, label),
-            choices=options.choices,
-            task=task,
-        )
+        yield example

@@ -118,53 +118,6 @@ def _levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-def extract_choice(prediction: str, choices: Sequence[str], *, lettered: bool) -> int | None:
-    """The index of the choice that a reply names, found by rules; None if no rule applies.
-
-    The rules, in this order:
-
-    1. The reply is a choice's letter: ``b``, ``(B)``, ``B.``.
-    2. The reply is a choice's text.
-    3. The reply begins with a marked letter: ``B. a cat``.
-    4. The reply states the answer: ``the answer is (B)``. The last such statement counts.
-    5. The reply contains the letter of exactly one choice.
-    6. The reply contains the text of exactly one choice.
-
-    Letters count only if the question showed them (``lettered``). ``A cat`` and ``not B`` name no letter, and letters
-    inside a choice's text do not count. If one choice's text contains another's, the longer one counts.
-    """
-    reply, forms = normalise(prediction), [normalise(choice) for choice in choices]
-    bare = prediction.strip(string.punctuation + string.whitespace).upper()
-    if lettered and len(bare) == 1 and bare in LETTERS[: len(choices)]:
-        return LETTERS.index(bare)
-    if reply and forms.count(reply) == 1:
-        return forms.index(reply)
-    if lettered and (letter := _letter(prediction, choices)) is not None:
-        return letter
-    # A choice that is a single letter does not count as text.
-    texts = [form for form in forms if len(form) > 1 or form.isdigit()]
-    named = {form for form in texts if re.search(rf"(?<![\w.]){re.escape(form)}(?!\w|\.\d)", reply)}
-    named = {form for form in named if not any(form != other and form in other for other in named)}
-    indices = [i for i, form in enumerate(forms) if form in named]
-    return indices[0] if len(indices) == 1 else None
-
-
-def _letter(reply: str, choices: Sequence[str]) -> int | None:
-    """The index of the choice whose letter a longer reply names; None if it names none or several."""
-    letters = f"[{LETTERS[: len(choices)]}]"
-    for choice in sorted((choice for choice in choices if len(choice) > 1), key=len, reverse=True):
-        reply = re.sub(rf"(?<!\w){re.escape(choice)}(?!\w)", "\0", reply, flags=re.IGNORECASE)
-    if opening := re.match(rf"[\s*(\[\"']*({letters})[).:\]*]+(?=\s|\0|$)", reply):
-        return LETTERS.index(opening[1])
-    between = r"(?:\s*(?::|\b(?:is|would be|option|choice)\b))*[\s*(\[\"']*"
-    if stated := re.findall(rf"\b(?i:answer|choose|select|pick)\b{between}({letters})(?![\w'])", reply):
-        return LETTERS.index(stated[-1])
-    # "A" before a word is an article, "I" a pronoun.
-    article = r"(?![AI]\s+(?!is\b|because\b)[a-z\0])"
-    loose = set(re.findall(rf"(?<!not )(?<!not \()(?<![\w'])(?:{article})({letters})(?![\w'])", reply))
-    return LETTERS.index(loose.pop()) if len(loose) == 1 else None
-
-
 def extract_yes_no(prediction: str) -> Literal["yes", "no"] | None:
     """The first word if it is yes, no, y or n. Otherwise the one of "yes" and "no" that the reply contains; None if it
     contains both or neither."""

@@ -19,3 +19,6 @@ class DataOptions:
     stream: bool = False
     """Read a dataset over the network instead of storing it on the disk first. This is faster if only a few samples of
     a large dataset are needed."""
+    skip_bad: bool = False
+    """Leave out examples that cannot be read, or that do not fit the model, instead of stopping. How many these are is
+    printed; manifest.json lists them with the reasons (left_out)."""

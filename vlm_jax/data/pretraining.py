@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data import scenes, wordings
-from vlm_jax.data.arrangements import direction, random_arrangement
+from vlm_jax.data.arrangements import SPATIAL, holds, random_arrangement
 from vlm_jax.data.claims import random_deduction
 from vlm_jax.data.draw import draw_scene
 from vlm_jax.data.miniworld import TASKS, ask_claim, ask_fact, picture
@@ -105,11 +105,18 @@ def _unknown(rng: np.random.Generator) -> Turn:
 
 
 def _located(rng: np.random.Generator, difficulty: float) -> Turn:
-    """A turn that asks where one thing is from another. It is not asked of a thing that another is inside of. Easy
+    """A turn that asks where a thing is. The answer tells every relation to every thing that is not inside of it. Easy
     pictures have two things."""
     scene = random_arrangement(rng, 2 if rng.random() > difficulty else None)
-    a, b = (scene.things[i] for i in sorted(rng.permutation(len(scene.things))[:2].tolist(), reverse=True))
-    return Turn(draw_scene(scene, rng), f"Where is the {a.shape} from the {b.shape}?", direction(a, b), qa=False)
+    asked = pick(rng, scene.things)
+    parts = []
+    for other in sorted(scene.things, key=lambda thing: thing.x):
+        if other is not asked and (found := [r for r in SPATIAL if holds(r, asked, other)]):
+            parts.append(f"{' and '.join(found)} the {other.colour} {other.shape}")
+    if not parts:  # everything else is inside of it
+        return _located(rng, difficulty)
+    question = f"Where is the {asked.colour} {asked.shape}?"
+    return Turn(draw_scene(scene, rng), question, ", ".join(parts), qa=False)
 
 
 def _described(rng: np.random.Generator, difficulty: float) -> Turn:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from vlm_jax.data.example import Example
+from vlm_jax.data.example import IMAGE_MARK, Example, without_leading_marks
 from vlm_jax.data.images import LazyImages
 from vlm_jax.data.specs import DatasetSpec
+from vlm_jax.data.stated import FORMS, Form, as_text, index_of
 from vlm_jax.errors import UserError
 
 Choices = Literal["listed", "lettered", "hidden"]
@@ -24,8 +25,13 @@ class GoldAnswers(NamedTuple):
     answers: tuple[str, ...] = ()
     """Acceptable texts, the commonest first; empty where the answer is withheld."""
     choices: tuple[str, ...] | None = None
-    gold: int | None = None
-    """The index of the right choice."""
+    right: tuple[int, ...] = ()
+    """The indices of the right choices."""
+
+    @property
+    def gold(self) -> int | None:
+        """The index of the right choice, where there is exactly one."""
+        return self.right[0] if len(self.right) == 1 else None
 
 
 def missing(value: Any) -> bool:
@@ -35,9 +41,13 @@ def missing(value: Any) -> bool:
     return isinstance(value, str) and value.strip() in ("", "nan")
 
 
-def as_texts(value: Any) -> tuple[str, ...]:
-    """The texts in a cell: a list of texts, a list written as a string, a list of ``{"answer": text}``, or one text."""
-    if isinstance(value, str):
+def as_texts(value: Any, written: bool = False) -> tuple[str, ...]:
+    """The texts in a cell: a list of texts or of ``{"answer": text}``, or one text; numbers are taken as text.
+
+    Args:
+        written: whether a text may be a list that was written as a string.
+    """
+    if written and isinstance(value, str):
         for read in (ast.literal_eval, json.loads):
             try:
                 parsed = read(value)
@@ -46,9 +56,8 @@ def as_texts(value: Any) -> tuple[str, ...]:
             if isinstance(parsed, list):
                 value = parsed
                 break
-        else:
-            value = [value]
-    return tuple(str(v["answer"] if isinstance(v, dict) else v) for v in value or () if v is not None)
+    values = [value] if isinstance(value, str | int | float | dict) else value or ()
+    return tuple(as_text(v["answer"] if isinstance(v, dict) else v) for v in values if v is not None)
 
 
 def commonest_first(texts: Sequence[str]) -> tuple[str, ...]:
@@ -65,11 +74,31 @@ def _cell(spec: DatasetSpec, row: dict, role: str) -> Any:
     return None if column is None else row[column]
 
 
-def _options(spec: DatasetSpec, row: dict) -> tuple[str, ...]:
-    """A row's choices, from one column that lists them or from one column for each."""
+def _texts(spec: DatasetSpec, row: dict, role: str) -> tuple[str, ...]:
+    return as_texts(_cell(spec, row, role), spec.columns.get(role) in spec.written)
+
+
+def options_of(spec: DatasetSpec, row: dict) -> list[str | None]:
+    """A row's options, from one column that lists them or from one column for each. A blank one is None, so that the
+    others keep their letters and indices."""
     column = spec.columns["choices"]
-    values = as_texts(row[column]) if isinstance(column, str) else [row[name] for name in column]
-    return tuple(str(value) for value in values if not missing(value))
+    if isinstance(column, str):
+        cell = row[column]
+        values = as_texts(cell, True) if column in spec.written else [] if missing(cell) else cell
+        if not isinstance(values, list | tuple):
+            raise UserError(f"its {column} is {str(values)[:80]!r}, not a list: write a list of texts")
+    else:
+        values = [row[name] for name in column]
+    options = [None if missing(value) else as_text(value) for value in values]
+    while options and options[-1] is None:
+        options.pop()
+    return options
+
+
+def stated_of(spec: DatasetSpec, row: dict) -> list:
+    """What states the right choice of a row, or each of the right ones; empty where it is withheld."""
+    gold = _cell(spec, row, "gold")
+    return [value for value in (gold if isinstance(gold, list) else [gold]) if not missing(value)]
 
 
 def gold_answers(spec: DatasetSpec, row: dict, names: Sequence[str] | None) -> GoldAnswers:
@@ -81,7 +110,7 @@ def gold_answers(spec: DatasetSpec, row: dict, names: Sequence[str] | None) -> G
     gold = _cell(spec, row, "gold")
     match spec.answers:
         case "texts":
-            texts = commonest_first(as_texts(_cell(spec, row, "answers")))
+            texts = commonest_first(_texts(spec, row, "answers"))
             return GoldAnswers(texts if texts and texts[0].strip() else ())
         case "text":
             return GoldAnswers(() if missing(gold) else (str(gold).strip(),))
@@ -92,26 +121,36 @@ def gold_answers(spec: DatasetSpec, row: dict, names: Sequence[str] | None) -> G
             return GoldAnswers(() if missing(gold) else ({0: "no", 1: "yes"}.get(gold, str(gold).strip()),))
         case "shown_letter":
             letter = "" if missing(gold) else str(gold).strip()[:1]
-            return GoldAnswers((letter,), None, _LETTERS.index(letter)) if letter in set(_LETTERS) else GoldAnswers()
-        case "letter":
-            options = _options(spec, row)
-            if missing(gold):
-                return GoldAnswers()
-            return _choice(options, _LETTERS.find(str(gold).strip()[:1])) if options else GoldAnswers(as_texts(gold))
-        case "index":
-            return GoldAnswers() if missing(gold) else _choice(_options(spec, row), int(gold))
+            return GoldAnswers((letter,), None, (_LETTERS.index(letter),)) if letter in set(_LETTERS) else GoldAnswers()
         case "class":
-            return GoldAnswers() if missing(gold) else _choice(tuple(names or ()), int(gold))
+            return GoldAnswers() if missing(gold) else _chosen("index", [gold], names or ())
+    options, stated = options_of(spec, row), stated_of(spec, row)
+    if not stated or stated == [-1]:  # -1 stands for a withheld index
+        return GoldAnswers()
+    return _chosen(spec.answers, stated, options) if options else GoldAnswers(_texts(spec, row, "gold"))
 
 
-def _choice(choices: tuple[str, ...], gold: int) -> GoldAnswers:
-    return GoldAnswers((choices[gold],), choices, gold) if 0 <= gold < len(choices) else GoldAnswers()
+def _chosen(form: Form, stated: Sequence[Any], options: Sequence[str | None]) -> GoldAnswers:
+    right = [index_of(form, value, options) for value in stated]
+    choices = [option for option in options if option is not None]
+    kept = [sum(option is not None for option in options[:index]) for index in right if index is not None]
+    if len(kept) < len(right):
+        raise ValueError(f"{stated} states no choice of {choices}")
+    return GoldAnswers(tuple(choices[index] for index in kept), tuple(choices), tuple(kept))
 
 
 def _question(spec: DatasetSpec, row: dict) -> str:
-    question = _cell(spec, row, "question") or ""
-    if not isinstance(question, str):  # turns of a conversation
-        question = next((turn["value"] for turn in question if turn["from"] == "human"), "").replace("<image>", "")
+    if "question" not in spec.columns:
+        return spec.ask.format(question="")
+    question = _cell(spec, row, "question")
+    if isinstance(question, list) and all(isinstance(turn, dict) for turn in question):  # turns of a conversation
+        question = next((turn.get("value") for turn in question if turn.get("from") == "human"), None)
+    if missing(question):
+        raise UserError("its question is empty: write one, or leave the row out")
+    if not isinstance(question, str):
+        raise UserError(f"its question is {str(question)[:80]!r}, not a text: write a text")
+    rest, _ = without_leading_marks(question)
+    question = question if IMAGE_MARK in rest else rest  # images come first anyway
     return spec.ask.format(question=question.strip())
 
 
@@ -163,18 +202,18 @@ def example_of_row(
     hint, metric, answers = _cell(spec, row, "hint"), spec.metric, gold.answers
     if not missing(hint):
         lines.insert(0, str(hint).strip())
-    if spec.answers in ("index", "letter", "class"):
-        if gold.choices is None or choices == "hidden":
+    if spec.answers in (*FORMS, "class"):
+        if gold.choices is None or gold.gold is None or choices == "hidden":
             metric = "exact_match"
         if gold.choices is not None and choices == "listed":
             lines += ["Choices:", *(f"- {choice}" for choice in gold.choices)]
-        if gold.choices is not None and gold.gold is not None and choices == "lettered":
+        if gold.choices is not None and choices == "lettered":
             if len(gold.choices) > len(_LETTERS):
                 raise UserError(f"{spec.name} has {len(gold.choices)} choices, too many for letters: use listed")
             lines += [f"{letter}. {choice}" for letter, choice in zip(_LETTERS, gold.choices, strict=False)]
             lines.append("Answer with the option's letter from the given choices directly.")
-            answers = (_LETTERS[gold.gold],)
-        direct = commonest_first(as_texts(_cell(spec, row, "answers")))
+            answers = tuple(_LETTERS[index] for index in gold.right)
+        direct = commonest_first(_texts(spec, row, "answers"))
         if choices == "hidden" and direct and direct[0].strip():
             answers, metric = direct, "vqa_accuracy"
     subtask = _cell(spec, row, "subtask")

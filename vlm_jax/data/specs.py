@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 
 from vlm_jax.errors import UserError, nearest
 
-AnswerForm = Literal["texts", "text", "index", "letter", "shown_letter", "class", "yes_no", "conversation"]
+AnswerForm = Literal["texts", "text", "option", "index", "letter", "shown_letter", "class", "yes_no", "conversation"]
 """The form in which a dataset's rows give the answer.
 
-texts: several acceptable texts: a list, a list written as a string, or a list of ``{"answer": text}``.
+texts: several acceptable texts: a list of texts or of ``{"answer": text}``, or one text.
 text: one text.
-index: the number of the right choice, from 0.
-letter: the letter of the right choice. If a row has no choices, its question is open, and the column holds texts.
+option, letter, index: the text, the letter or the number (from 0) of the right choice, or a list of several
+(:data:`vlm_jax.data.stated.Form`). If a row has no choices, its question is open, and the column holds texts.
 shown_letter: the letter of the right choice, if the text of the question already lists the choices.
 class: a class number of a ``ClassLabel`` (of the datasets library). The names of the classes are the choices.
 yes_no: the word yes or no, or 0 for no and 1 for yes.
@@ -57,6 +57,8 @@ class DatasetSpec:
     """The metric of the dataset's benchmark: a name in :data:`eval.judging.METRICS`."""
     splits: Mapping[str, Split]
     """Our split -> where its examples come from."""
+    written: tuple[str, ...] = ()
+    """Columns whose lists are written as strings."""
     config: str | None = None
     """The name of the dataset's config in the hub repository, if the repository has several configs."""
     family: str | None = None

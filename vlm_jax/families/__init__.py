@@ -20,6 +20,9 @@ FAMILIES: dict[str, Family] = {
 #: ``model_type`` of a vision-language model -> that of the text-only model inside it.
 BACKBONES: dict[str, str] = {module.FAMILY.model_type: module.BACKBONE.model_type for module in _MODULES}
 
+#: The precisions that a config may state. What counts is the tensors' own.
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 def read_config(hf: dict, where: str) -> Config:
     """Our config from a Hugging Face ``config.json``.
@@ -35,7 +38,7 @@ def read_config(hf: dict, where: str) -> Config:
     from transformers import CONFIG_MAPPING
 
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{where}: unsupported architecture {model_type!r}{nearest(str(model_type), FAMILIES)}")
     if hf.get("quantization_config"):
         raise UserError(f"{where}: quantization_config is not supported: use the checkpoint in bfloat16 or float32")
@@ -44,12 +47,22 @@ def read_config(hf: dict, where: str) -> Config:
         flat = part == "text_config" and family.flat_text and "hidden_size" in hf
         if not flat and not isinstance(hf.get(part), dict):
             raise UserError(f"{where}: field {part!r} is missing; is this a whole {model_type} folder?")
+    for part in (hf, hf.get("text_config"), hf.get("vision_config")):
+        stated = part.get("dtype", part.get("torch_dtype")) if isinstance(part, dict) else None
+        if stated not in (None, "auto", *_DTYPES):
+            raise UserError(f"{where}: dtype {str(stated)[:60]!r} is not supported{nearest(str(stated), _DTYPES)}")
     try:
         config = CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(hf)))
     except Exception as error:  # transformers validates with errors of many kinds
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: transformers cannot read this config ({reason}): repair it") from None
-    return dataclasses.replace(family.read_config(hf, config, where), hf=json.dumps(hf))
+    try:
+        return dataclasses.replace(family.read_config(hf, config, where), hf=json.dumps(hf))
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{where}: a field is missing or has a value of another type ({reason}): repair it") from None
 
 
 def backbone_config(config: Config) -> Config:

@@ -1,6 +1,7 @@
 """What a family is, and what families share: the decoder's fields and tensor names, and processors without video."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from vlm_jax.errors import UserError
 from vlm_jax.families.key_table import KEEP, TRANSPOSE, Row, linear
 from vlm_jax.nn.layers import ACTIVATIONS
 from vlm_jax.processor import Processor, Tokenizer
+
+_MOST_LAYERS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Family:
     spellings: ``(prefix in files, prefix in the table)`` for tensor names that files spell in other ways. When a
     checkpoint is written, the first pair whose table prefix fits decides.
     flat_text: published configs have the decoder's fields at the top level, not in ``text_config``.
+    unread: beginnings of the table's names of tensors that a checkpoint may have and the model does not read.
     """
 
     model_type: str
@@ -51,6 +55,7 @@ class Family:
     load_processor: Callable[[Path], Processor]
     spellings: tuple[tuple[str, str], ...] = ()
     flat_text: bool = False
+    unread: tuple[str, ...] = ()
     chat: Chat = Chat()
 
     def in_table(self, key: str) -> str:
@@ -105,16 +110,32 @@ def positive(where: str, config: Any, *fields: str) -> dict[str, int]:
         value = getattr(config, field, None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{where}: {field} = {value!r} is not supported, only a whole number above 0")
+        if field in ("num_hidden_layers", "depth") and value > _MOST_LAYERS:
+            raise UserError(f"{where}: {field} = {value} is more than the {_MOST_LAYERS} layers that any model has")
         numbers[field] = value
     return numbers
 
 
-def read_text(text: Any, where: str, *, tied: bool, **options: Any) -> TextConfig:
+def above_zero(where: str, field: str, value: Any) -> float:
+    """``value``, which must be a finite number above 0.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {field} = {value!r} is not supported, only a finite number above 0")
+    return value
+
+
+def read_text(
+    text: Any, where: str, *, tied: bool, mrope: tuple[tuple[int, int, int], bool] | None = None, **options: Any
+) -> TextConfig:
     """The decoder's config from a transformers text config.
 
     Args:
         where: name of the file, for errors.
         tied: whether the unembedding is the token embedding.
+        mrope: for a family with M-RoPE, its default ``mrope_section``, and whether the three positions take turns.
         options: fields of :class:`vlm_jax.config.TextConfig` that the family sets itself.
 
     Raises:
@@ -141,14 +162,18 @@ def read_text(text: Any, where: str, *, tied: bool, **options: Any) -> TextConfi
         raise UserError(f"{where}: layer_types has {len(layer_types)} entries for {depth} layers: give one per layer")
     act = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
     head_dim = getattr(text, "head_dim", None) or sizes["hidden_size"] // sizes["num_attention_heads"]
+    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
+        raise UserError(f"{where}: head_dim = {head_dim!r} is not supported, only an even number above 0")
     kinds = [kind for kind in ("full_attention", "sliding_attention") if kind in layer_types]
     parameters = text.rope_parameters
-    rope = {kind: read_rope(parameters.get(kind, parameters), where) for kind in kinds}
+    rope = {kind: read_rope(parameters.get(kind, parameters), where, mrope) for kind in kinds}
     for kind in rope.values():
         section = kind.mrope_section
-        if section is not None and (len(section) != 3 or sum(section) != head_dim // 2):
+        whole = all(isinstance(part, int) and part >= 0 for part in section or ())
+        if section is not None and not (whole and len(section) == 3 and sum(section) == head_dim // 2):
             raise UserError(
-                f"{where}: mrope_section must be three numbers that add up to half of head_dim = {head_dim}"
+                f"{where}: mrope_section = {list(section)} is not supported, only three whole numbers of at least 0 "
+                f"that add up to half of head_dim = {head_dim}"
             )
         # A sliding window counts tokens, but M-RoPE's positions do not.
         if section is not None and "sliding_attention" in rope:
@@ -158,7 +183,7 @@ def read_text(text: Any, where: str, *, tied: bool, **options: Any) -> TextConfi
     return TextConfig(
         **sizes,
         head_dim=head_dim,
-        rms_norm_eps=text.rms_norm_eps,
+        rms_norm_eps=above_zero(where, "rms_norm_eps", text.rms_norm_eps),
         tie_word_embeddings=tied,
         rope=tuple(rope.items()),
         layer_types=layer_types,
@@ -192,19 +217,28 @@ def attention_bias(text: Any) -> tuple[str, ...]:
     return ("q_proj", "k_proj", "v_proj", "o_proj") if text.attention_bias else ()
 
 
-def read_rope(parameters: dict, where: str) -> Rope:
-    """A ``rope_parameters`` entry."""
+def read_rope(parameters: dict, where: str, mrope: tuple[tuple[int, int, int], bool] | None = None) -> Rope:
+    """A ``rope_parameters`` entry; ``mrope`` as in :func:`read_text`."""
     kind = parameters.get("rope_type", "default")
     kind = "default" if kind == "mrope" else kind  # an older name in Qwen2.5-VL's configs; mrope_section says it too
     supported(where, "rope_type", kind, ("default", "linear", "llama3"))
     fields = {f.name for f in dataclasses.fields(Rope)}
     values = {k: v for k, v in parameters.items() if k in fields and v is not None}
-    if values.get("mrope_section") is not None:
-        values["mrope_section"] = tuple(values["mrope_section"])
-    for field, value in values.items():
-        if field not in ("rope_type", "mrope_section") and not isinstance(value, int | float):
-            raise UserError(f"{where}: {field} = {value!r} is not supported, only a number")
-    return Rope(**{**values, "rope_type": kind, "rope_theta": float(values["rope_theta"])})
+    if (section := values.get("mrope_section")) is not None:
+        values["mrope_section"] = tuple(section) if isinstance(section, list | tuple) else (section,)
+    for field in fields - {"rope_type", "mrope_section", "mrope_interleaved"}:
+        if field in values or field == "rope_theta":
+            values[field] = above_zero(where, field, values.get(field))
+    if mrope is not None:  # transformers knows one form for each family, whatever the config says
+        values.setdefault("mrope_section", mrope[0])
+        supported(where, "mrope_interleaved", values.setdefault("mrope_interleaved", mrope[1]), mrope[1:])
+    rope = Rope(**{**values, "rope_type": kind, "rope_theta": float(values["rope_theta"])})
+    if kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
+        raise UserError(
+            f"{where}: low_freq_factor = {rope.low_freq_factor} is not supported, only one below high_freq_factor = "
+            f"{rope.high_freq_factor}"
+        )
+    return rope
 
 
 def tied(hf: dict, default: bool = False) -> bool:
@@ -212,12 +246,27 @@ def tied(hf: dict, default: bool = False) -> bool:
     return bool(hf.get("tie_word_embeddings", (hf.get("text_config") or {}).get("tie_word_embeddings", default)))
 
 
-def token_ids(hf: dict, config: Any) -> dict[str, Any]:
-    """The tokens that end a turn and the token that pads, as fields of :class:`vlm_jax.config.Config`."""
+def token_ids(hf: dict, config: Any, where: str) -> dict[str, Any]:
+    """The tokens that stand for images, end a turn and pad, as fields of :class:`vlm_jax.config.Config`.
+
+    Raises:
+        UserError: for one that is no token.
+    """
     text = config.get_text_config()
     eos, pad = (hf.get(name, getattr(text, name, None)) for name in ("eos_token_id", "pad_token_id"))
     eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-    return {"eos_token_ids": eos, "pad_token_id": next((p for p in (pad, *eos) if p is not None), 0)}
+    pad = None if pad == -1 else pad  # Llama's old configs write no padding so
+    image = getattr(config, "image_token_id", None)
+    image_field = "image_token_index" if "image_token_index" in hf else "image_token_id"
+    named = [("eos_token_id", token) for token in eos] + [("pad_token_id", pad), (image_field, image)]
+    for field, token in named:
+        if token is not None and not (type(token) is int and token >= 0):
+            raise UserError(f"{where}: {field} = {token!r} is no token, only a whole number of at least 0 is")
+    return {
+        "image_token_id": image,
+        "eos_token_ids": eos,
+        "pad_token_id": next((p for p in (pad, *eos) if p is not None), 0),
+    }
 
 
 def read_backbone(model_type: str, **options: Any) -> Callable[[dict, Any, str], Config]:
@@ -229,9 +278,9 @@ def read_backbone(model_type: str, **options: Any) -> Callable[[dict, Any, str],
     """
 
     def read_config(hf: dict, config: Any, where: str) -> Config:
-        values = {k: v(config) if callable(v) else v for k, v in options.items()}
+        values: dict[str, Any] = {k: v(config) if callable(v) else v for k, v in options.items()}
         text = read_text(config, where, tied=bool(config.tie_word_embeddings), **values)
-        return Config(model_type, text, None, None, **token_ids(hf, config))
+        return Config(model_type, text, None, **token_ids(hf, config, where))
 
     return read_config
 

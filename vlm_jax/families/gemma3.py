@@ -8,6 +8,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.families.base import (
     Chat,
     Family,
+    above_zero,
     attention_bias,
     decoder_rows,
     load_parts,
@@ -30,6 +31,8 @@ def _text(hf: dict, text: Any, where: str, **options: Any) -> TextConfig:
     supported(where, "attn_logit_softcapping", text.attn_logit_softcapping, (None,))
     if "bidirectional_images" in options:
         supported(where, "final_logit_softcapping", text.final_logit_softcapping, (None,))
+    if text.final_logit_softcapping is not None:
+        above_zero(where, "final_logit_softcapping", text.final_logit_softcapping)
     return read_text(
         text,
         where,
@@ -51,19 +54,17 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
     side = int(pooled**0.5)
     if side**2 != pooled or side > tower["image_size"] // tower["patch_size"]:
         raise UserError(f"{where}: mm_tokens_per_image = {pooled} is not supported, only a square below the patches'")
-    supported(where, "vision_use_head", bool(getattr(config.vision_config, "vision_use_head", False)), (False,))
     return Config(
         family="gemma3",
         text=_text(hf, config.text_config, where, bidirectional_images=True),
         vision=SiglipVision(**tower, out_hidden_size=config.text_config.hidden_size, mm_tokens_per_image=pooled),
-        image_token_id=config.image_token_id,
-        **token_ids(hf, config),
+        **token_ids(hf, config, where),
     )
 
 
 def read_backbone(hf: dict, config: Any, where: str) -> Config:
     text = _text(hf, config, where)
-    return Config("gemma3_text", text, None, None, **token_ids(hf, config))
+    return Config("gemma3_text", text, None, **token_ids(hf, config, where))
 
 
 def load_processor(folder: Path) -> Processor:
@@ -96,6 +97,7 @@ FAMILY = Family(
     layers="model.language_model.layers",
     load_processor=load_processor,
     spellings=SPELLINGS,
+    unread=("model.vision_tower.head.",),  # SigLIP's pooling head (vision_use_head), which Gemma 3 does not use
     chat=Chat(
         "<start_of_image>",
         "<image_soft_token>",

@@ -60,8 +60,7 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
             ),
             projector_bias=bool(config.multimodal_projector_bias),
         ),
-        image_token_id=config.image_token_id,
-        **token_ids(hf, config),
+        **token_ids(hf, config, where),
     )
 
 

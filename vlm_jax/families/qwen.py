@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlm_jax.families.base import positive, supported, whole_heads
+from vlm_jax.families.base import above_zero, positive, supported, whole_heads
 from vlm_jax.nn.layers import ACTIVATIONS
 
 
@@ -31,5 +31,5 @@ def read_tower(vision: Any, where: str, *more: str) -> dict[str, Any]:
     return {
         **sizes,
         "hidden_act": supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),
-        "rope_theta": vision.rope_parameters["rope_theta"],
+        "rope_theta": above_zero(where, "rope_theta of the vision tower", vision.rope_parameters["rope_theta"]),
     }

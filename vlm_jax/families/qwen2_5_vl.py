@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.config import Config
+from vlm_jax.errors import UserError
 from vlm_jax.families.base import (
     Chat,
     Family,
@@ -28,15 +29,18 @@ _BIAS = ("q_proj", "k_proj", "v_proj")  # never o_proj, whatever the config says
 def read_config(hf: dict, config: Any, where: str) -> Config:
     text, vision = config.text_config, config.vision_config
     tower = read_tower(vision, where, "window_size")
+    if tower["window_size"] < tower["patch_size"] * tower["spatial_merge_size"]:
+        raise UserError(
+            f"{where}: window_size = {tower['window_size']} is not supported, only one visual token or more"
+        )
     return Config(
         family="qwen2_5_vl",
-        text=read_text(text, where, tied=tied(hf), attention_bias=_BIAS),
+        text=read_text(text, where, tied=tied(hf), mrope=((16, 24, 24), False), attention_bias=_BIAS),
         vision=Qwen25Vision(
             **tower,
             fullatt_block_indexes=tuple(vision.fullatt_block_indexes),
         ),
-        image_token_id=config.image_token_id,
-        **token_ids(hf, config),
+        **token_ids(hf, config, where),
     )
 
 

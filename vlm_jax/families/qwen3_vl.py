@@ -31,15 +31,16 @@ def read_config(hf: dict, config: Any, where: str) -> Config:
     tower = read_tower(vision, where, "num_position_embeddings")
     return Config(
         family="qwen3_vl",
-        text=read_text(text, where, tied=tied(hf), qk_norm=True, attention_bias=attention_bias(text)),
+        text=read_text(
+            text, where, tied=tied(hf), mrope=((24, 20, 20), True), qk_norm=True, attention_bias=attention_bias(text)
+        ),
         vision=Qwen3Vision(
             **tower,
             deepstack_visual_indexes=ascending(
                 where, "deepstack_visual_indexes", vision.deepstack_visual_indexes, tower["depth"]
             ),
         ),
-        image_token_id=config.image_token_id,
-        **token_ids(hf, config),
+        **token_ids(hf, config, where),
     )
 
 

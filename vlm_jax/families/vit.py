@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlm_jax.families.base import positive, supported, whole_heads
+from vlm_jax.families.base import above_zero, positive, supported, whole_heads
 from vlm_jax.families.key_table import CONV, KEEP, Row, linear, norm
 from vlm_jax.nn.layers import ACTIVATIONS
 
@@ -36,7 +36,7 @@ def read_tower(vision: Any, where: str) -> dict[str, Any]:
         "num_heads": sizes.pop("num_attention_heads"),
         "in_channels": sizes.pop("num_channels"),
         "hidden_act": supported(where, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS)),
-        "layer_norm_eps": vision.layer_norm_eps,
+        "layer_norm_eps": above_zero(where, "layer_norm_eps", vision.layer_norm_eps),
         **sizes,
     }
 

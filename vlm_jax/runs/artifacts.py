@@ -26,6 +26,7 @@ TYPES = {
     "adapter": "a PEFT folder",
     "model": "a Hugging Face folder",
     "intervention": "a safetensors file of saved interventions",
+    "dictionaries": "a folder of SAELens folders, one for each dictionary",
 }
 
 #: Patterns of files that are not results: those that describe a run, and those that a run needs to continue.
@@ -43,7 +44,7 @@ INTERNAL = (
     *(
         f"{folder}training/{part}"
         for folder in ("", "*/")
-        for part in ("training.json", "checkpoints/*", "profile/*", "tensorboard/*", "wandb/*")
+        for part in ("training.json", "checkpoints/*", "activations/*", "profile/*", "tensorboard/*", "wandb/*")
     ),
 )
 
@@ -98,6 +99,21 @@ class Artifact:
 def is_internal(file: str) -> bool:
     """Whether a file, given by its path in the run folder, is not a result."""
     return any(fnmatch.fnmatchcase(file, pattern) for pattern in INTERNAL)
+
+
+def is_listing(value: dict) -> bool:
+    """Whether a value has the form of ``artifacts.json``."""
+    entries, schemas = value.get("artifacts"), value.get("schemas")
+    return (
+        isinstance(entries, list)
+        and all(isinstance(entry, dict) and _are_texts(entry.get("file"), entry.get("type")) for entry in entries)
+        and isinstance(schemas, dict)
+        and all(isinstance(fields, dict) for fields in schemas.values())
+    )
+
+
+def _are_texts(*values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def with_artifact(listing: dict | None, file: str, artifact: Artifact) -> dict:

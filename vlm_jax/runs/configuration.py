@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+#: Number of differences that a message shows.
+_SHOWN = 4
+
 
 def plain(value: Any) -> Any:
     """The value in the types of JSON: dataclasses become dicts, tuples lists, and paths strings."""
@@ -25,10 +28,11 @@ def without(value: Any, names: set[str]) -> Any:
 
 def differences(earlier: dict, now: dict) -> str:
     """The differences between two nested dicts, in words; empty if they are equal. A value of ``earlier`` is "there", a
-    value of ``now`` is "here"."""
+    value of ``now`` is "here". Of many, the first ones are shown."""
     old, new = _leaves(earlier), _leaves(now)
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in names)
+    shown = [f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in names[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def named_files(value: Any) -> Iterator[str]:

@@ -11,26 +11,32 @@ import os
 import platform
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 
 from vlm_jax.config import Config
 from vlm_jax.errors import UserError, unwritten
+from vlm_jax.files import check_folder, parse_json, read_json
 from vlm_jax.processor import Processor
-from vlm_jax.runs.artifacts import ARTIFACTS, Artifact, is_internal, with_artifact
+from vlm_jax.runs.artifacts import ARTIFACTS, Artifact, is_internal, is_listing, with_artifact
 from vlm_jax.runs.configuration import differences, file_digest, named_files, plain, without
 from vlm_jax.runs.lock import LOCK, Lock
-from vlm_jax.runs.log import Log
+from vlm_jax.runs.log import Log, records_of
 from vlm_jax.runs.processes import first, gathered
 from vlm_jax.runs.running import running_command
 
 _PACKAGES = ("vlm-jax", "jax", "jaxlib", "flax", "optax", "transformers", "tokenizers", "numpy", "pillow")
 #: The folder in which a file is written until it is complete.
 _PARTIAL = ".partial"
+#: What a run folder may hold before its manifest is written.
+_WITHOUT_MANIFEST = {"config.json", _PARTIAL, LOCK}
 
 
 @dataclasses.dataclass
@@ -90,6 +96,10 @@ class Run:
     def _open(
         cls, folder: Path, args: Any, model: Config | None, processor: Processor | None, ignored: tuple[str, ...]
     ) -> "Run":
+        check_folder(folder, "--out")
+        for path in (folder, *folder.parents):
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: make that folder")
         lock = Lock.take(folder) if (folder / LOCK).is_file() else None
         left_out = {"out", "processes", *ignored}
         options = without(plain(args), left_out)
@@ -107,6 +117,11 @@ class Run:
         if earlier is not None and lock is None:
             lock = Lock.take(folder)
         saved = _read_json(folder / "manifest.json")
+        if saved is None and earlier is not None and {path.name for path in folder.iterdir()} - _WITHOUT_MANIFEST:
+            raise UserError(
+                f"{folder} lacks manifest.json, which says from which model and data its results come: choose another "
+                "--out or delete it"
+            )
         current = run_manifest(model, processor) if saved is None else copy.deepcopy(saved)
         return cls(folder, config, current, saved, lock)
 
@@ -127,20 +142,29 @@ class Run:
                 "--out on a disk that all processes share, such as NFS or a mounted bucket"
             )
 
-    def pin(self, name: str, value: Any) -> None:
+    def pin(self, name: str, value: Any, *, from_the_start: bool = False) -> None:
         """Adds a fact to the manifest on which results depend, such as the model's fingerprint or the source of the
         data. Later sessions must pin the same value. The manifest is written with the next result.
 
         Args:
             value: a value of JSON's types, or dataclasses, paths and tuples.
+            from_the_start: whether the fact is pinned before any result is written, so that a folder with results must
+                have it.
 
         Raises:
-            UserError: if an earlier session pinned another value; the message names the differences.
+            UserError: if an earlier session pinned another value (the message names the differences), or did not pin
+                what is pinned from the start.
         """
         value = plain(value)
         if name in self.manifest and (changed := differences({name: self.manifest[name]}, {name: value})):
             raise UserError(
                 f"{self.folder} was begun with another {name} ({changed}): choose another --out or delete it"
+            )
+        lacks = from_the_start and self.saved is not None and name not in self.saved
+        if lacks and (self.folder / ARTIFACTS).is_file():
+            raise UserError(
+                f"{self.folder / 'manifest.json'} does not say with which {name} its results were made: choose another "
+                "--out or delete the folder"
             )
         self.manifest[name] = value
 
@@ -228,7 +252,9 @@ class Run:
 
         def put() -> None:
             seconds = _read_json(self.folder / "seconds.json") or {}
-            seconds[stage] = round(seconds.get(stage, 0) + time.perf_counter() - begun, 1)
+            earlier = seconds.get(stage)
+            earlier = earlier if isinstance(earlier, int | float) else 0
+            seconds[stage] = round(earlier + time.perf_counter() - begun, 1)
             self.write_locally("seconds.json", lambda path: _write_json(path, seconds), None)
 
         first(put)
@@ -256,7 +282,7 @@ class Run:
             partial.mkdir()
             writer(temporary)
             os.replace(temporary, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise unwritten(self.folder / name, error) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -264,6 +290,8 @@ class Run:
     def _list(self, name: str, artifact: Artifact) -> None:
         """Adds an entry to ``artifacts.json``, unless the same entry is there already."""
         listing = _read_json(self.folder / ARTIFACTS)
+        if listing is not None and not is_listing(listing):
+            raise UserError(f"{self.folder / ARTIFACTS} is damaged: choose another --out or delete the folder")
         updated = with_artifact(listing, name, artifact)
         if updated != listing:
             self.begin()
@@ -287,17 +315,27 @@ def _write_lines(path: Path, records: list[dict]) -> None:
 
 
 def _read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    return records_of(path, path.read_bytes())
+
+
+def _read_value(path: Path) -> Any:
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and this stage is done again") from None
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as arrays:
-        return dict(arrays)
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and this stage is done again") from None
 
 
 #: Suffix of a stage's file -> its format.
 _FORMATS = {
-    ".json": FileFormat(_write_json, lambda path: json.loads(path.read_bytes()), broadcast=True),
+    ".json": FileFormat(_write_json, _read_value, broadcast=True),
     ".jsonl": FileFormat(_write_lines, _read_lines, broadcast=True),
     ".npz": FileFormat(lambda path, arrays: np.savez(path, **arrays), _read_arrays),
 }
@@ -326,11 +364,9 @@ def _read_json(file: Path) -> dict | None:
     if not file.is_file():
         return None
     try:
-        value = json.loads(file.read_text())
-        assert isinstance(value, dict)
-    except (OSError, ValueError, AssertionError):
-        raise UserError(f"{file} is not a run's {file.name}: choose another --out") from None
-    return value
+        return read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}, or choose another --out") from None
 
 
 def digests(folder: Path) -> dict[str, str]:

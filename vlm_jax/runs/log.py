@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlm_jax.errors import UserError, unwritten
+from vlm_jax.files import parse_json
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.processes import Team, first, gathered, is_first
 
@@ -21,6 +22,25 @@ class LogFolder(Protocol):
     def path(self, name: str) -> Path: ...
     def save_lines(self, name: str, records: list[dict], artifact: Artifact | None) -> Path: ...
     def write_locally(self, name: str, writer: Callable[[Path], object], artifact: Artifact | None) -> None: ...
+
+
+def records_of(path: Path, content: bytes) -> list[dict]:
+    """The records in the content of a JSON Lines file that a run wrote.
+
+    Raises:
+        UserError: for a damaged line.
+    """
+    records = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            record = parse_json(line)
+            assert isinstance(record, dict) and isinstance(record.get("id", ""), str)
+        except (ValueError, AssertionError):
+            raise UserError(
+                f"{path}, line {number} is damaged: delete the file, and its samples are computed again"
+            ) from None
+        records.append(record)
+    return records
 
 
 class Log:
@@ -54,11 +74,29 @@ class Log:
         """The complete records of the file."""
         path = run.folder / self.name
         whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
-        return [json.loads(line) for line in whole.splitlines()]
+        return records_of(path, whole)
 
     def has(self, ids: Iterable[str]) -> bool:
         """Whether the log has exactly one record for each of these ids, and no others."""
-        return sorted(record["id"] for record in self.records) == sorted(ids)
+        return sorted(str(record.get("id")) for record in self.records) == sorted(ids)
+
+    def texts(self, field: str) -> dict[str, str]:
+        """Id -> the text in a field of its record.
+
+        Raises:
+            UserError: for a record that has none.
+        """
+        found = {}
+        for number, record in enumerate(self.records, 1):
+            name, text = record.get("id"), record.get(field)
+            if not isinstance(text, str) or not isinstance(name, str):
+                log = "the log" if self.run is None else self.run.folder / self.name
+                raise UserError(
+                    f"{log}, line {number} is damaged (its id or {field} is no text): delete the file, and its samples "
+                    "are computed again"
+                )
+            found[name] = text
+        return found
 
     def part(self, team: Team, ids: Sequence[str]) -> "Log":
         """The log for one team's samples. If there is only one team, or if no record is missing, it is this log."""

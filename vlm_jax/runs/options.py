@@ -15,16 +15,18 @@ A field's annotation has the numbers that it accepts (:class:`vlm_jax.runs.range
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 
-from vlm_jax.checkpoints.load import load
+from vlm_jax.checkpoints.load import load, load_processor
 from vlm_jax.checkpoints.sources import read_config, resolve
+from vlm_jax.config import Config
 from vlm_jax.errors import UserError
 from vlm_jax.mesh.sharding import check_mesh
 from vlm_jax.model import Model
 from vlm_jax.processor import Processor
+from vlm_jax.runs.ranges import Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +55,10 @@ class LoadOptions(DeviceOptions):
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the parameters. By default the same as in the checkpoint."""
-    min_pixels: int | None = None
+    min_pixels: Annotated[int | None, Range(least=1)] = None
     """Images with fewer pixels are enlarged to this number, for models that take images of any size. By default the
     model's processor sets it."""
-    max_pixels: int | None = None
+    max_pixels: Annotated[int | None, Range(least=1)] = None
     """Images with more pixels are shrunk to this number, for models that take images of any size. By default the
     model's processor sets it."""
     attention: Literal["xla", "splash"] = "xla"
@@ -78,11 +80,14 @@ class LoadOptions(DeviceOptions):
         model, processor = load(source, dtype=self.dtype, mesh=mesh, attention=self.attention)
         if processor is None:
             raise UserError(f"{source} has no tokenizer_config.json: add the tokeniser's files to the folder")
-        if self.min_pixels is not None or self.max_pixels is not None:
-            if model.config.vision is None:
-                raise UserError(f"{source} is a text-only model: drop --min-pixels and --max-pixels")
-            model.config.vision.limit_pixels(processor.image_processor, self.min_pixels, self.max_pixels)
+        self._limit_pixels(source, model.config, processor)
         return model, processor
+
+    def _limit_pixels(self, source: str, config: Config, processor: Processor) -> None:
+        if self.min_pixels is not None or self.max_pixels is not None:
+            if config.vision is None:
+                raise UserError(f"{source} is a text-only model: drop --min-pixels and --max-pixels")
+            config.vision.limit_pixels(processor.image_processor, self.min_pixels, self.max_pixels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +101,13 @@ class ModelOptions(LoadOptions):
     def load(self) -> tuple[Model, Processor]:
         """The model that ``--model`` names, and its processor; see :meth:`load_model`."""
         return self.load_model(self.model)
+
+    def load_processor(self) -> tuple[Config, Processor]:
+        """The config of the model that ``--model`` names, and its processor, without the weights."""
+        folder = resolve(self.model)
+        config = read_config(folder)
+        processor = load_processor(folder, config)
+        if processor is None:
+            raise UserError(f"{self.model} has no tokenizer_config.json: add the tokeniser's files to the folder")
+        self._limit_pixels(self.model, config, processor)
+        return config, processor

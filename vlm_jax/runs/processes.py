@@ -40,9 +40,12 @@ def join(text: str) -> None:
     if text != "auto":
         address, *numbers = text.split(",")
         host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or len(numbers) != 2 or not all(n.strip().isdecimal() for n in numbers):
+        possible = port.isdecimal() and len(port) < 6 and 0 < int(port) < 2**16
+        if not host or not possible or len(numbers) != 2 or not all(n.strip().isdecimal() for n in numbers):
             raise UserError(f"--processes {text!r}: give auto, or HOST:PORT,COUNT,INDEX such as 10.0.0.1:9000,4,0")
         count, index = map(int, numbers)
+        if count < 1:
+            raise UserError(f"--processes {text!r}: a job has at least 1 process, not {count}")
         if index >= count:
             raise UserError(f"--processes {text!r}: the index of {count} processes is 0 to {count - 1}, not {index}")
         address_options = {"coordinator_address": address, "num_processes": count, "process_id": index}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _command: contextvars.ContextVar[str | None] = contextvars.ContextVar("command", default=None)
+_left_out: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("left_out", default=None)
 
 
 def command_name(main: Callable) -> str:
@@ -22,11 +23,18 @@ def command_name(main: Callable) -> str:
 @contextlib.contextmanager
 def running(main: Callable) -> Iterator[None]:
     """A context in which :func:`running_command` returns the command of this ``main``."""
-    token = _command.set(command_name(main))
+    tokens = _command.set(command_name(main)), _left_out.set({})
     try:
         yield
     finally:
-        _command.reset(token)
+        _command.reset(tokens[0])
+        _left_out.reset(tokens[1])
+
+
+def left_out() -> dict[str, str]:
+    """The examples that the running command has left out so far: place or id -> reason. It may be added to."""
+    found = _left_out.get()
+    return {} if found is None else found
 
 
 def running_command() -> str | None:

@@ -4,6 +4,7 @@ All commands take these steps in the same order. Cheap checks come before the mo
 with the first result, so a command that stops with an error before leaves no files.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from vlm_jax.model import Model
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import check_fit
 from vlm_jax.runs.folder import Run
+from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.running import left_out
 
 
 class Started(NamedTuple):
@@ -24,6 +27,35 @@ class Started(NamedTuple):
     run: Run
     model: Model
     processor: Processor
+
+
+def load_examples(name: str, *, split: str, limit: int | None, options: DataOptions) -> list[Example]:
+    """The first ``limit`` examples of a task (:func:`vlm_jax.data.load_task`). With ``--skip-bad`` those that cannot be
+    read or do not fit the model are left out; :func:`start` writes them to the manifest.
+
+    Raises:
+        UserError: without ``--skip-bad`` for the first such example, and with it if none is left.
+    """
+    if not options.skip_bad:
+        return load_task(name, split=split, limit=limit, options=options)
+    bad: dict[str, str] = {}
+    examples = load_task(name, split=split, limit=limit, options=options, bad=bad)
+    if isinstance(options, ModelOptions):
+        config, processor = options.load_processor()
+        kept = []
+        for example in examples:
+            try:
+                check_fit([example], processor, config)
+                kept.append(example)
+            except UserError as error:
+                bad[example.id] = str(error)
+        examples = kept
+    if not examples:
+        raise UserError(f"{name} has no example that can be used; the first reason: {next(iter(bad.values()))}")
+    if bad:
+        print(f"{name}: left out {len(bad)} of {len(bad) + len(examples)} examples (manifest.json)", file=sys.stderr)
+    left_out().update(bad)
+    return examples
 
 
 def load_tasks(
@@ -39,7 +71,7 @@ def load_tasks(
         named = " ".join(names) or "empty"
         raise UserError(f"--task is {named}: give at least one task, each (and each file name) once")
     return {
-        label: load_task(name, split=split, limit=limit, options=options)
+        label: load_examples(name, split=split, limit=limit, options=options)
         for label, name in zip(labels, names, strict=True)
     }
 
@@ -70,6 +102,8 @@ def start(
     check(model)
     check_fit(list(examples), processor, model.config, with_answer=with_answer)
     run = Run.open(args.out, args, model.config, processor, ignored=ignored)
-    run.pin("data", data)
-    run.pin("model", fingerprint(model))
+    run.pin("data", data, from_the_start=True)
+    run.pin("model", fingerprint(model), from_the_start=True)
+    if left_out():
+        run.pin("left_out", left_out())
     return Started(run, model, processor)

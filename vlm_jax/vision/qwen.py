@@ -51,6 +51,26 @@ class QwenVision(VisionConfig):
             )
         image_processor.size = type(size)(shortest_edge=low, longest_edge=high)
 
+    def check_processor(self, image_processor: Any, where: str) -> None:
+        own = {
+            "patch_size": self.patch_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "merge_size": self.spatial_merge_size,
+        }
+        for field, value in own.items():
+            if (found := getattr(image_processor, field, None)) != value:
+                raise UserError(
+                    f"{where}: {field} = {found!r}, but the vision tower in config.json has {value}: take the image "
+                    "processor of this model"
+                )
+        size = image_processor.size
+        low, high = (size.get(edge) if size else None for edge in ("shortest_edge", "longest_edge"))
+        if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high):
+            raise UserError(
+                f"{where}: size from {low!r} to {high!r} pixels (shortest_edge, longest_edge) is not possible, only "
+                "ascending whole numbers above 0: correct it"
+            )
+
     def size_of(self, image_processor: Any, image: Image.Image) -> tuple[int, int]:
         count = image_processor.get_number_of_image_patches(image.height, image.width)
         return self._padded(count), count // self.merge

@@ -47,6 +47,8 @@ from vlm_jax.prompts import Batch
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 EXACT, CAUGHT = 1e-5, 1e-3
+#: For two tests in which the engines sum attention in another order: on CPUs with AVX2 alone they differ by 1.2e-5.
+ROUNDED = 1.5e-5
 COUNT = 5
 TEXT_ROWS = [[11, 6, 4], [8, 5, 3], [14, 3, 2]]
 
@@ -234,12 +236,12 @@ def texts(cases):
     return Runs(cases("qwen3_vl"), TEXT_ROWS)
 
 
-def agree(runs, variants, **how):
+def agree(runs, variants, bound=EXACT, **how):
     naive, fast = runs.both(variants, **how)
     assert naive.shape == (len(variants), len(runs.real), 320)
     spread = np.abs(naive[:, None] - naive[None]).max((2, 3))[~np.eye(len(variants), dtype=bool)]
     assert spread.min() > CAUGHT  # every variant its own run, or their order would not be seen
-    assert error(fast, naive) < EXACT
+    assert error(fast, naive) < bound
     return naive
 
 
@@ -267,7 +269,8 @@ def test_every_kind_is_grouped():
 @pytest.mark.parametrize("kinds", GROUPED.values(), ids=GROUPED)
 def test_kinds_of_a_group(texts, kinds):
     """On prompts without images."""
-    agree(texts, [tuple(KINDS[kind](texts, i) for kind in kinds) for i in range(COUNT)])
+    bound = ROUNDED if kinds == GROUPED["knock-outs"] else EXACT
+    agree(texts, [tuple(KINDS[kind](texts, i) for kind in kinds) for i in range(COUNT)], bound)
 
 
 class Loud(vlm_jax.Intervention):
@@ -325,7 +328,7 @@ def test_prefix_may_hold_images(runs, family):
     naive, fast = case.both(variants)
     assert min(np.abs(naive[0] - other).max() for other in naive[1:]) > CAUGHT
     # Logits reach 10, and the two engines sum attention over the prefix in another order.
-    assert (np.abs(fast - naive) / np.maximum(1, np.abs(naive))).max() < EXACT
+    assert (np.abs(fast - naive) / np.maximum(1, np.abs(naive))).max() < ROUNDED
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -298,15 +298,22 @@ def test_a_trace_of_another_model_is_refused(tmp_path):
     rr_mean = dict(zip(module_names(DEPTH), range(8), strict=True))
     write = tmp_path / "summary.json"
     write.write_text(json.dumps({"rr": rr_mean, "fingerprint": "abc"}))
-    assert read_trace(tmp_path, "abc").tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert read_trace(tmp_path, "abc", 4).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     with pytest.raises(UserError, match=r"another model.*abc.*abd"):
-        read_trace(tmp_path, "abd")
+        read_trace(tmp_path, "abd", 4)
     write.write_text(json.dumps({"rr": rr_mean}))
     with pytest.raises(UserError, match="lacks rr or fingerprint"):
-        read_trace(tmp_path, "abc")
+        read_trace(tmp_path, "abc", 4)
     write.write_text(json.dumps({"rr": {"L0-attn": 1, "L0-head3": 2}, "fingerprint": "abc"}))
-    with pytest.raises(UserError, match="one RR per module"):
-        read_trace(tmp_path, "abc")
+    with pytest.raises(UserError, match="one RR for each module"):
+        read_trace(tmp_path, "abc", 4)
+    write.write_text(json.dumps({"rr": rr_mean, "fingerprint": "abc"}))
+    with pytest.raises(UserError, match="one RR for each module of 3 layers"):
+        read_trace(tmp_path, "abc", 3)
+    for rr in (rr_mean | {"L0-attn": float("nan")}, rr_mean | {"L0-attn": "1"}):
+        write.write_text(json.dumps({"rr": rr, "fingerprint": "abc"}))
+        with pytest.raises(UserError, match="RR that is no finite number"):
+            read_trace(tmp_path, "abc", 4)
     write.unlink()
     with pytest.raises(UserError, match=r"summary\.json"):
-        read_trace(tmp_path, "abc")
+        read_trace(tmp_path, "abc", 4)

@@ -338,7 +338,7 @@ def args(out, **options):
         ({"task": ()}, "at least one task"),
         ({"task": ("mini-okvqa", "mini-okvqa")}, "each (and each file name) once"),
         ({"limit": 8}, "mini-docvqa: 8 samples are too few"),
-        ({"limit": 0}, "at least one"),
+        ({"limit": 0}, "at least 1"),
         ({"shot": 0}, "--shot is 0"),
         ({"draws": 0}, "--draws is 0"),
         ({"batch": 0}, "--batch is 0"),
@@ -368,8 +368,9 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
         return tabulate(*given, label=label, **options)
 
     monkeypatch.setattr(command, "tabulate", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         command.main(args(tmp_path / "cut"))
+    assert stop.value.code == 130
     asked.clear()
     command.main(args(tmp_path / "cut"))
     assert asked == ["mini-infovqa"]

@@ -303,7 +303,7 @@ def test_the_gold_answer_is_what_is_forced(task):
         ({"eps": -1e-8}, "--eps is -1e-08"),
         ({"noise_scale": 0.0}, "--noise-scale is 0.0: give a number above 0"),
         ({"noise_scale": float("nan")}, "--noise-scale is nan"),
-        ({"window": 0}, "window of 0 layers.*1 to 8"),
+        ({"window": 0}, "--window is 0: give at least 1"),
         ({"window": 9}, "window of 9 layers"),
         ({"positions": ()}, "--positions is empty"),
         ({"positions": ("last", "last")}, "last last: give.*each once"),

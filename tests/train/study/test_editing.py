@@ -108,12 +108,12 @@ def test_the_report_compares_with_the_method(tested, tmp_path):
     table = report(run, cells, tested, np.arange(len(tested)), {"mini-okvqa", "mini-vsr"})
     rows = {row["condition"]: row for row in json.loads((run.folder / "summary.json").read_text())["rows"]}
     known = slice(0, 40)
-    assert rows[FULL]["accuracy"]["trained tasks"]["first"] == pytest.approx(full[:, known].mean())
+    assert rows[FULL]["accuracy"]["trained tasks"]["mean"] == pytest.approx(full[:, known].mean())
     difference = rows["worse"]["minus_full"]
     assert difference["difference"] == pytest.approx(worse[:, known].mean() - full[:, known].mean())
     assert difference["low"] < difference["difference"] < difference["high"] <= 0
     assert difference["p_holm"] >= difference["p"] and "minus_full" not in rows[FULL]
-    assert rows["zero-shot"]["accuracy"]["digits"]["first"] == 0 and rows["zero-shot"]["step_seconds"] is None
+    assert rows["zero-shot"]["accuracy"]["digits"]["mean"] == 0 and rows["zero-shot"]["step_seconds"] is None
     assert table.count("\n") == 5 and "| worse | 50 |" in table and "| zero-shot | 0 |" in table
     check_run_folder(run.folder, tmp_path)
 

@@ -81,7 +81,7 @@ def test_refusals(changed, message):
 
 def test_a_family_with_too_few_examples_is_refused(monkeypatch):
     monkeypatch.setattr(
-        "train.study.placement.study.load_task", lambda name, split, limit, options: ["example"] * min(limit, 5)
+        "train.study.placement.study.load_examples", lambda name, split, limit, options: ["example"] * min(limit, 5)
     )
     with pytest.raises(UserError, match="perception has 5 examples to eval, not 6: lower --eval"):
         examples_by_split(Args(families=("perception", "knowledge"), trace=5, train=5, eval=6))

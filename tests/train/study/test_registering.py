@@ -126,7 +126,7 @@ def test_a_small_study(tmp_path, capsys):
     command.main(args)
     rows = {row["condition"]: row for row in json.loads((args.out / "summary.json").read_text())["rows"]}
     assert set(names) < rows.keys() and rows[names[2]]["compared_with"] == "plain tuning, captions"
-    assert rows[names[0]]["cut"] is None and 0 <= rows[names[2]]["cut"]["first"] <= 1
+    assert rows[names[0]]["cut"] is None and 0 <= rows[names[2]]["cut"]["mean"] <= 1
     records = json.loads((args.out / "cells/4-registers-none-captions-and-questions/seed-0/answers.json").read_text())
     assert len(records) == 8 and all("cut" in record for record in records)
     check_run_folder(args.out, tmp_path)

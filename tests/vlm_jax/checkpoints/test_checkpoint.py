@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from counted_reads import counted
+from full_disk import no_file_larger_than
 from safetensors.numpy import load_file, save_file
 
 import vlm_jax
@@ -82,6 +83,34 @@ def test_index_that_names_other_files(folder, file, says):
     assert says in message and file in message
 
 
+@pytest.mark.parametrize("name", [MOVED := "model.visual.merger.norm.weight", "lm_head.weight", "model.more"])
+def test_index_that_names_tensors_that_are_not_there(folder, name):
+    """One that is in another file, and two that are nowhere, of which one could be left out without a word."""
+    shard(folder, "model-2.safetensors")
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    assert weight_map.get(name) == ("model-2.safetensors" if name == MOVED else None)
+    index.write_text(json.dumps({"weight_map": weight_map | {name: "model-1.safetensors"}}))
+    message = refusal(folder)
+    assert f"names 1 tensor(s) that are not there ({name} in model-1.safetensors)" in message
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 3}, {"a": "x" * 300}, {"a": "\0"}, {"a": "."}, {"a": ""}])
+def test_index_that_is_none(folder, weight_map):
+    shard(folder, "model-2.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    message = refusal(folder)
+    assert any(says in message for says in ("no weight_map", "copy has no ", "outside the folder"))
+
+
+def test_index_and_one_file(folder):
+    """transformers takes the one file, others take the index."""
+    whole = (folder / "model.safetensors").read_bytes()
+    shard(folder, "model-2.safetensors")
+    (folder / "model.safetensors").write_bytes(whole)
+    assert "holds model.safetensors and an index of other files: remove one" in refusal(folder)
+
+
 def test_pickle_is_refused_and_not_read(folder, tmp_path):
     (folder / "model.safetensors").unlink()
 
@@ -113,6 +142,32 @@ def test_quantised_tensor(folder):
     respell(folder, lambda tensors: tensors | {key: tensors[key].astype(np.int8)})
     message = refusal(folder)
     assert key in message and "I8" in message
+
+
+def test_layers_in_several_precisions(folder):
+    """Are one array, of a precision that rounds none of them."""
+    names = [f"model.language_model.layers.{i}.mlp.up_proj.weight" for i in (0, 3)]
+    values = {names[0]: ml_dtypes.bfloat16, names[1]: np.float16}
+    respell(folder, lambda tensors: tensors | {name: tensors[name].astype(dtype) for name, dtype in values.items()})
+    stack = vlm_jax.load(folder)[0].text.layers.mlp.up_proj.kernel[...]
+    original = vlm_jax.load(SOURCE)[0].text.layers.mlp.up_proj.kernel[...]
+    assert stack.dtype == original.dtype
+    np.testing.assert_array_equal(stack[1:3], original[1:3])
+    for layer, dtype in ((0, ml_dtypes.bfloat16), (3, np.float16)):
+        np.testing.assert_array_equal(stack[layer], np.asarray(original[layer]).astype(dtype).astype(stack.dtype))
+
+
+def test_too_large_for_the_precision(folder):
+    key = "model.language_model.layers.3.mlp.up_proj.weight"
+
+    def enlarge(tensors):
+        tensors[key] = tensors[key].astype(np.float32)
+        tensors[key][5, 7] = 1e5
+
+    respell(folder, enlarge)
+    vlm_jax.load(folder)
+    message = refusal(folder, dtype="float16")
+    assert key in message and "too large for float16: load it as float32" in message
 
 
 def test_every_wrong_tensor_is_named(folder):
@@ -290,6 +345,25 @@ def test_orbax_that_is_not_a_number(tmp_path):
     model, _ = vlm_jax.load(SOURCE)
     save_orbax(jax.tree.map(lambda leaf: np.nan * leaf, model), tmp_path)
     assert "NaN" in refusal(tmp_path)
+
+
+def test_orbax_of_whole_numbers(tmp_path):
+    model, _ = vlm_jax.load(SOURCE)
+    save_orbax(jax.tree.map(lambda leaf: leaf.astype("int8"), model), tmp_path)
+    assert "dtype 'int8' is not supported" in refusal(tmp_path)
+    shutil.copy(SOURCE / "config.json", tmp_path)
+    assert "text.norm.weight is stored as int8" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("size", [2_000, 9_000_000], ids=["header", "tensors"])
+def test_no_room(tmp_path, size):
+    """What was there stays."""
+    model, _ = vlm_jax.load(SOURCE)
+    (tmp_path / "model.safetensors").write_text("before")
+    with no_file_larger_than(size), pytest.raises(UserError, match=r"cannot write .*: free the disk") as error:
+        vlm_jax.save(model, tmp_path)
+    assert "\n" not in str(error.value)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_a_key_table_that_reads_another_shape(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -258,9 +259,9 @@ def test_images_are_decoded_when_read():
     assert len(images[:1]) == 1 and len(list(images)) == 2 and len(read) == 3
     with pytest.raises(IndexError):
         images[2]
-    for broken in (b"", b"no picture", hub_folders.picture(0)[:60]):
-        with pytest.raises(UserError, match="here: an image is broken"):
-            LazyImages([lambda broken=broken: broken], "here")[0]
+    for broken, says in ((b"", "no image"), (b"no picture", "no image"), (hub_folders.picture(0)[:60], "truncated")):
+        with pytest.raises(UserError, match=f"^here, image 2: .*{says}"):
+            LazyImages([file, lambda broken=broken: broken], "here")[1]
 
 
 def test_pictures_are_upright():
@@ -275,9 +276,14 @@ def test_pictures_are_upright():
 
 def test_texts_of_every_form():
     assert as_texts(["a", None, "b"]) == ("a", "b")
-    assert as_texts("['it\\'s', \"b\"]") == ("it's", "b")
-    assert as_texts('["a", "b"]') == as_texts([{"answer": "a"}, {"answer": "b"}]) == ("a", "b")
-    assert as_texts("['a") == ("['a",) and as_texts("12") == ("12",) and as_texts(None) == ()
+    assert as_texts("['it\\'s', \"b\"]", written=True) == ("it's", "b")
+    assert as_texts('["a", "b"]', written=True) == as_texts([{"answer": "a"}, {"answer": "b"}]) == ("a", "b")
+    assert as_texts("['a", written=True) == ("['a",) and as_texts("12") == ("12",) and as_texts(None) == ()
+    assert as_texts('["a", "b"]') == ('["a", "b"]',)  # a text that looks like a list
+    assert as_texts([3, 0, 2.5, True, False]) == ("3", "0", "2.5", "true", "false")
+    assert as_texts(0) == ("0",) and as_texts(2.5) == ("2.5",) and as_texts(True) == ("true",)
+    with pytest.raises(TypeError):
+        as_texts([["a"]])
     assert commonest_first(["b", "a", "", "", "", "a", "b", "c"]) == ("b", "b", "a", "a", "c", "", "", "")
     assert [missing(v) for v in (None, "", " ", "nan", float("nan"))] == [True] * 5
     assert not any(missing(v) for v in (0, "no", "banana"))
@@ -370,7 +376,7 @@ def test_p0_families_take_their_datasets_in_turn(root):
 def test_families_are_cut_to_the_smallest(monkeypatch):
     asked = []
 
-    def read(spec, split, limit, options):
+    def read(spec, split, limit, options, bad):
         asked.append((spec.name, limit))
         return [spec.name] * limit
 
@@ -455,7 +461,7 @@ def test_a_missing_file_is_named(tmp_path):
     hub_folders.vsr(tmp_path)
     (tmp_path / "cambridgeltl/vsr_random/images/000000000060.jpg").unlink()
     example = load_task("vsr", split="all", limit=1, options=DataOptions(tmp_path))[0]
-    with pytest.raises(UserError, match=r"vsr/test/0: image .*images/000000000060.jpg does not exist"):
+    with pytest.raises(UserError, match=r"^vsr/test/0, image 1: .*images/000000000060.jpg does not exist: put"):
         example.images[0]
 
 
@@ -484,7 +490,7 @@ def test_a_cell_of_another_type(tmp_path):
     features = dict.fromkeys(row, Value("string")) | {"image": Image()}
     rows = [row | {"image": hub_folders.embedded(0)}]
     hub_folders.write(tmp_path, "HuggingFaceM4/A-OKVQA", {"validation": rows}, features)
-    with pytest.raises(UserError, match=r"row 0 of .*A-OKVQA, split 'validation', cannot be read as a-okvqa"):
+    with pytest.raises(UserError, match=r"row 0 of .*A-OKVQA, split 'validation': its choices is .*, not a list"):
         load_task("a-okvqa", split="all", options=DataOptions(tmp_path))
 
 
@@ -553,6 +559,173 @@ def test_a_folder_of_lines(tmp_path):
     np.testing.assert_array_equal(np.asarray(example.images[0]), drawn(5))
 
 
+ANIMALS = ["Cat", "Dog", "Bear", "Ape"]
+
+
+def folder_of(folder, rows):
+    """The examples of a folder with these rows as JSON lines."""
+    hub_folders.write_lines(folder / "data.jsonl", [{"question": "What?"} | row for row in rows])
+    return load_task(folder)
+
+
+@pytest.mark.parametrize(
+    "choices, answer, right",
+    [
+        (ANIMALS, "Bear", ["Bear"]),
+        (ANIMALS, "bear ", ["Bear"]),
+        (ANIMALS, "B", ["Dog"]),
+        (ANIMALS, "(b)", ["Dog"]),
+        (ANIMALS, 2, ["Bear"]),
+        (ANIMALS, "2", ["Bear"]),
+        (ANIMALS, ["B", "D"], ["Dog", "Ape"]),
+        (ANIMALS, [1, 3], ["Dog", "Ape"]),
+        (["red", "", "blue", "green"], "C", ["blue"]),
+        (["red", "", "blue", "green"], 2, ["blue"]),
+        (["red", None, "blue", "green"], "blue", ["blue"]),
+        (["red", "blue", ""], "B", ["blue"]),
+        (["10", "20", "30"], "20", ["20"]),
+        (["x", "X", "y"], "X", ["X"]),
+        ([10, 20, 30], 2, ["30"]),
+        ([1.5, 2.5], "A", ["1.5"]),
+    ],
+)
+def test_a_users_right_options(tmp_path, choices, answer, right):
+    """The reading that is the only one possible, whatever the form."""
+    (example,) = folder_of(tmp_path, [{"choices": choices, "answer": answer}])
+    assert list(example.answers) == right
+    assert example.metric == ("multiple_choice" if len(right) == 1 else "exact_match")
+    assert example.gold is None or example.choices[example.gold] == right[0]
+    assert "- \n" not in example.question and not example.question.endswith("- ")
+
+
+def test_all_rows_together_decide_the_form(tmp_path):
+    """ "2" is one option's text and another's index: only the other row tells which is meant."""
+    options = ["1", "2", "3", "4"]
+    texts = folder_of(tmp_path / "texts", [{"choices": options, "answer": a} for a in ("2", "4")])
+    assert [e.answers for e in texts] == [("2",), ("4",)]
+    indices = folder_of(tmp_path / "indices", [{"choices": options, "answer": a} for a in ("2", "0")])
+    assert [e.answers for e in indices] == [("3",), ("1",)]
+
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ([(ANIMALS, "Bear"), (ANIMALS, "BD")], "row 1 of .*'BD' is neither .* options .* letter, nor its index"),
+        ([(ANIMALS, "E")], "row 0 of .*'E' is neither"),
+        ([(ANIMALS, "4")], "row 0 of .*'4' is neither"),
+        ([(ANIMALS, "-1")], "row 0 of .*'-1' is neither"),
+        ([(ANIMALS, "Be")], "row 0 of .*'Be' is neither"),
+        ([(["red", "", "blue"], "B")], "row 0 of .*'B' is neither"),
+        ([(["x", "x", "y"], "x")], "row 0 of .*several of its options have the text 'x': write its letter"),
+        ([(ANIMALS, ["B", "Dog"])], "row 0 of .* states its answers 'B', 'Dog' in several ways"),
+        ([(ANIMALS, "Bear"), (ANIMALS, "B")], "row 1 of .*'B' in another way than the rows before"),
+        ([(["1", "2", "3"], "1"), (["1", "2", "3"], "2")], "row 0 of .*'1' can be read as index or option"),
+        ([(ANIMALS, [1, 9])], "row 0 of .*1, 9 is neither"),
+        ([("A. cat\nB. dog", "A")], "row 0 of .*: its choices is 'A. cat.*', not a list: write a list of texts"),
+        ([({"text": ["cat", "dog"], "label": ["A", "B"]}, "A")], "row 0 of .*: its choices is .*, not a list"),
+        ([({"A": "cat", "B": "dog"}, "A")], "row 0 of .*: its choices is .*, not a list"),
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_read(tmp_path, rows, says):
+    with pytest.raises(UserError, match=says) as error:
+        folder_of(tmp_path, [{"choices": choices, "answer": answer} for choices, answer in rows])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ("['a', 'b']", "['a', 'b']"),
+        (3, "3"),
+        (0, "0"),
+        (2.5, "2.5"),
+        (3.0, "3"),
+        (True, "true"),
+    ],
+)
+def test_folders_and_lines_agree_on_answers(tmp_path, value, text):
+    (example,) = folder_of(tmp_path / "folder", [{"answer": value}])
+    line = {"id": 7, "image": [], "question": "What?", "answers": value}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line))
+    (other,) = load_task(tmp_path / "lines.jsonl")
+    assert example.answers == other.answers == (text,) and other.id == "7"
+
+
+def test_whole_numbers_beside_others(tmp_path):
+    """The column becomes one of floating point numbers."""
+    assert [e.answers for e in folder_of(tmp_path, [{"answer": 3}, {"answer": 2.5}])] == [("3",), ("2.5",)]
+
+
+def test_an_answer_as_an_object(tmp_path):
+    assert folder_of(tmp_path, [{"answer": {"answer": "x"}}])[0].answers == ("x",)
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"question": 5}, "its question is '5', not a text"),
+        ({"question": ["a"]}, "its question is .*, not a text"),
+        ({"question": [{"role": "user"}]}, "its question is empty"),
+        ({"question": [{"from": "human", "value": 5}]}, "its question is '5', not a text"),
+        ({"question": ""}, "its question is empty"),
+        ({"image": {"url": "https://a.org/b.png"}}, "holds neither bytes nor a path"),
+        ({"answer": {"text": "x"}}, "cannot be read as .*correct it"),
+    ],
+)
+def test_a_users_row_that_cannot_be_read(tmp_path, row, says):
+    """It is named, or left out and listed."""
+    good = {"question": "What?", "answer": "x"}
+    hub_folders.write_lines(tmp_path / "bad/data.jsonl", [good | row])
+    with pytest.raises(UserError, match=rf"row 0 of .*{says}"):
+        list(load_task(tmp_path / "bad")[0].images)
+    bad: dict[str, str] = {}
+    with pytest.raises(UserError, match="no row of"):
+        load_task(tmp_path / "bad", bad=bad)
+    assert len(bad) == 1
+
+
+def test_rows_that_are_left_out(tmp_path):
+    """Those whose answers fit no option, that state them in another way than most, and that have another's id."""
+    rows = [{"id": number, "question": "What?", "choices": ANIMALS} for number in (0, 1, 2, 3, 3)]
+    answers = ["Bear", "Lion", "B", "Ape", "Dog"]
+    hub_folders.write_lines(
+        tmp_path / "data.jsonl", [row | {"answer": answer} for row, answer in zip(rows, answers, strict=True)]
+    )
+    bad: dict[str, str] = {}
+    assert [e.answers for e in load_task(tmp_path, bad=bad)] == [("Bear",), ("Ape",)]
+    assert len(bad) == 3 and "an earlier row has its id" in bad[max(bad)]
+
+
+def test_two_rows_with_one_id(tmp_path):
+    with pytest.raises(UserError, match=r"row 1 of .*: an earlier row has its id '.*/7': give each row its own"):
+        folder_of(tmp_path, [{"id": 7, "answer": "x"}, {"id": 7, "answer": "y"}])
+
+
+def test_csv_is_refused(tmp_path):
+    """It would make 7 of 007."""
+    (tmp_path / "data.csv").write_text("question,answer\nWhat?,007\n")
+    with pytest.raises(UserError, match="holds CSV, which does not tell texts from numbers"):
+        load_task(tmp_path)
+
+
+def test_pictures_by_their_path(tmp_path):
+    Pictures.new("RGB", (9, 5)).save(tmp_path / "a.png")
+    (example,) = folder_of(tmp_path, [{"image_path": "a.png", "answer": "x"}])
+    assert example.images[0].size == (9, 5)
+
+
+def test_an_empty_question_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"row 1 of .*: its question is empty"):
+        folder_of(tmp_path, [{"answer": "x"}, {"question": None, "answer": "y"}])
+
+
+@pytest.mark.parametrize("values", [("a", ["b", "c"]), (1, "b"), ({"x": 1}, "b")])
+def test_a_column_of_several_types_is_refused(tmp_path, values):
+    """The datasets library would give such cells as JSON, with quotes and brackets."""
+    with pytest.raises(UserError, match="column answers mixes types"):
+        folder_of(tmp_path, [{"answers": value} for value in values])
+
+
 def test_a_folder_with_a_task(tmp_path):
     hub_folders.docvqa(tmp_path)
     task = tmp_path / "my_docvqa.yaml"
@@ -576,6 +749,8 @@ def test_a_folder_with_a_task(tmp_path):
         ("include: _default\ndataset_path: x\n", "lacks test_split"),
         ("- a\n", "is not a task"),
         ("a: [\n", "is not a YAML file"),
+        ("task: &a b\ndataset_path: *a\ntest_split: test\n", "it has aliases"),
+        ("a: &a [1]\nb: &b [*a, *a]\nc: &c [*b, *b]\ntask: *c\n", "it has aliases"),
         ("dataset_path: nowhere\ntest_split: test\n", "is no folder"),
         ("dataset_path: lmms-lab/POPE\ntest_split: test\n", "use the task name pope"),
     ],

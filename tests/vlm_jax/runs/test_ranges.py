@@ -7,7 +7,7 @@ import pytest
 import tyro
 
 from vlm_jax.errors import UserError
-from vlm_jax.runs.ranges import Range, check_ranges
+from vlm_jax.runs.ranges import RATE, Range, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Outer:
     share: Annotated[float, Range(least=0, below=1)] = 0.0
     scale: Annotated[float, Range(above=0)] = 1.0
     seeds: Annotated[tuple[int, ...], Range(least=0)] = ()
+    rates: Annotated[dict[str, float], RATE] = dataclasses.field(default_factory=dict)
     free: int = 0
     inner: Inner = dataclasses.field(default_factory=Inner)
 
@@ -35,6 +36,9 @@ class Outer:
         ({"scale": float("nan")}, "--scale is nan: give a number above 0"),
         ({"scale": float("inf")}, "--scale is inf: give a number above 0"),
         ({"seeds": (1, -2)}, "--seeds is -2: give at least 0"),
+        ({"seeds": (1, 2**63)}, "--seeds is 9223372036854775808: give at most 2147483647"),
+        ({"rates": {"a": 1.0, "b": 200.0}}, "--rates is 200.0: give at most 100"),
+        ({"rates": {"a": -1.0}}, "--rates is -1.0: give a number above 0 and at most 100"),
         ({"inner": Inner(0)}, "--trace-batch is 0: give at least 1"),
     ],
 )

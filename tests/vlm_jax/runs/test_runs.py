@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from run_folders import check_run_folder
 
 import eval.accuracy
 import vlm_jax.runs.startup
+from vlm_jax.data import load_task
+from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
 from vlm_jax.runs import folder as run_folder
 from vlm_jax.runs import lock
@@ -48,6 +51,27 @@ def work(log: Log, stop: int | None = None) -> list[str]:
         log.append([{"id": IDS[row], "text": "é\n"} for row in rows])
         done.append(content)
     return done
+
+
+def test_a_link_to_nothing_and_a_url(folder):
+    folder.symlink_to(folder.parent / "gone")
+    for place in (folder, folder / "inside"):
+        with pytest.raises(UserError, match=r"run is a link to .*gone, which does not exist: make that folder"):
+            Run.open(place, {"a": 1})
+    with pytest.raises(UserError, match=r"--out gs:/mine/run is a URL, not a folder"):
+        Run.open(Path("gs://mine/run"), {"a": 1})
+    with pytest.raises(UserError, match=r"the task https://x.org/a.jsonl is a URL: download it"):
+        load_task("https://x.org/a.jsonl")
+    with pytest.raises(UserError, match=r"--data-root s3:/mine is a URL: download the datasets"):
+        load_task("mme", options=DataOptions(data_root=Path("s3://mine")))
+
+
+def test_of_many_differences_the_first_are_shown(folder):
+    opened = Run.open(folder, dict.fromkeys("abcdefg", 1))
+    opened.begin()
+    del opened
+    with pytest.raises(UserError, match=r"a 1 there, 2 here, .*d 1 there, 2 here and 3 more\)"):
+        Run.open(folder, dict.fromkeys("abcdefg", 2))
 
 
 def test_records_are_appended_and_read_again(folder):
@@ -414,3 +438,71 @@ def test_seconds_add_up(folder, monkeypatch):
         run.timed(stage, 8.0)
         run = Run.open(folder, {})
     assert json.loads((folder / "seconds.json").read_text()) == {"one": 8.0, "two": 4.5}
+
+
+def test_a_bucket_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gs://bucket/run", "GS://bucket/run"):
+        with pytest.raises(UserError, match="is a URL, not a folder"):
+            Run.open(Path(name), {})
+    with pytest.raises(UserError, match="--out ~nobody/run begins with ~, which only a shell replaces"):
+        Run.open(Path("~nobody/run"), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_without_the_manifest_are_refused(folder):
+    """The manifest says from which model and data they come."""
+    work(opened(folder))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"lacks manifest\.json"):
+        Run.open(folder, {"a": 1})
+    for path in folder.iterdir():  # a session that was killed between its first two files leaves only these
+        if path.name not in ("config.json", lock.LOCK):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert work(opened(folder)) == ["first", "second", "third"]
+
+
+def test_a_manifest_without_its_pins_is_refused(folder):
+    run = Run.open(folder, {"a": 1})
+    run.pin("model", "abc")
+    run.save_json("result.json", 1, RESULT)
+    del run
+    (folder / "manifest.json").write_text("{}")
+    run = Run.open(folder, {"a": 1})
+    with pytest.raises(UserError, match=r"manifest\.json does not say with which model its results were made"):
+        run.pin("model", "abc", from_the_start=True)
+
+
+@pytest.mark.parametrize(
+    "record", [{"id": "a"}, {"id": "a", "answer": None}, {"id": "a", "answer": ["72"]}, {"answer": "x"}]
+)
+def test_records_without_their_text_are_named(folder, record):
+    log = opened(folder)
+    log.append([{"id": "b", "answer": "x"}, record])
+    with pytest.raises(
+        UserError, match=r"records\.jsonl, line 2 is damaged \(its id or answer is no text\): delete the file"
+    ):
+        log.texts("answer")
+
+
+DAMAGE = [b'{"id": []}', b'{"id": 7}', b"{", b'{"id": "a"', b"[1]", b'{"id": "\\ud800"}', b"[" * 100_000, b"\xff"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_damaged_records_are_named(folder, damage):
+    """A cut-off last line is done again; a damaged one before it is not taken for a result."""
+    work(opened(folder))
+    file = folder / "deep/records.jsonl"
+    file.write_bytes(damage + b"\n" + file.read_bytes())
+    with pytest.raises(UserError, match=r"records\.jsonl, line 1 is damaged: delete the file"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("name, value", [("a.json", {"x": 1}), ("a.jsonl", [{"x": 1}]), ("a.npz", {"x": np.zeros(3)})])
+def test_damaged_results_are_named(folder, name, value):
+    artifact = {"a.json": RESULT, "a.jsonl": RECORDS, "a.npz": Artifact("arrays", "Arrays")}[name]
+    Run.open(folder, {}).once(name, lambda: value, artifact)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2] + b"\n")
+    with pytest.raises(UserError, match=rf"{name}.* is damaged"):
+        Run.open(folder, {}).once(name, lambda: pytest.fail("made again"), artifact)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from eval.tables import Table
-from interventions.statistics import mean_interval
+from interventions.statistics import accuracy
 from train.loop import WATCHING
 from train.study.artifacts import CONTROL_SUMMARY
 from train.study.control.options import Args
@@ -70,7 +70,7 @@ def right(records: Iterable[dict]) -> dict:
     for record in records:
         if record["kind"] != "own question":
             scores.setdefault(record["picture"], []).append(float(record["answer"] == record["true"]))
-    return mean_interval(np.array([np.mean(values) for values in scores.values()]))
+    return accuracy([np.mean(values) for values in scores.values()])
 
 
 def measure(edited: Sequence[dict], unedited: Sequence[dict]) -> dict[str, list[float]]:
@@ -92,7 +92,7 @@ def measure(edited: Sequence[dict], unedited: Sequence[dict]) -> dict[str, list[
 
 def _interval(values: list[float]) -> dict:
     """The mean over pictures and its interval; None where no question counts."""
-    return mean_interval(np.array(values)) if values else {"mean": None, "low": None, "high": None}
+    return accuracy(values) if values else {"mean": None, "low": None, "high": None}
 
 
 def _span(found: dict) -> str:

@@ -9,7 +9,7 @@ import tyro
 from train.editors import TrainingOptions
 from vlm_jax.errors import UserError
 from vlm_jax.runs.options import ModelOptions
-from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.ranges import RATE, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Args(TrainingOptions, ModelOptions):
     """Number of questions with which the model is tuned before."""
     base_epochs: Annotated[int, Range(least=1)] = 3
     """Number of passes over these questions."""
-    base_lr: Annotated[float, Range(above=0)] = 1e-3
+    base_lr: Annotated[float, RATE] = 1e-3
     """Peak learning rate of this tuning, with AdamW, of all parameters."""
     out: Path = Path("runs/control")
     """Folder for the results. A stopped study with the same options continues there."""

@@ -12,11 +12,11 @@ import vlm_jax
 from interventions.editing.editors import init_editors
 from train import tune
 from train.editors import Mark, train_editors
+from train.kept import trained_interventions, tuned_model
 from train.study.artifacts import CONTROL_ANSWERS
 from train.study.control.options import Args
 from train.study.control.places import mark_of
 from train.study.control.questions import FIXED, REWORDINGS, ask, balanced, shuffled, turned
-from train.study.stages import trained_interventions, tuned_model
 from vlm_jax import Model
 from vlm_jax.data import Example, load_task
 from vlm_jax.data.scenes import pick
@@ -87,8 +87,12 @@ class Control(NamedTuple):
             parts=("text", "visual"), epochs=self.args.base_epochs, batch=32, lr=self.args.base_lr, seed=self.args.seed
         )
         title = f"{self.args.model} after questions about {self.task}"
-        on = self.model, self.processor, examples, options, self.args
-        return self._replace(model=tuned_model(self.run, f"{self.task}/base", title, *on))
+
+        def train(training: Path) -> Model:
+            return tune.tune(self.model, self.processor, examples, options, training)
+
+        folder = f"{self.task}/base/model"
+        return self._replace(model=tuned_model(self.run, folder, title, self.processor, train, options, self.args))
 
     def editors(self, name: str, condition: str) -> tuple[Any, ...]:
         """Editors that were trained to turn the answer to the fixed question about a class."""
@@ -106,7 +110,8 @@ class Control(NamedTuple):
             how = {"seed": self.args.seed, "name": title, "folder": training, "mark": mark_of(condition)}
             return train_editors(self.model, self.processor, untrained, examples, self.args, **how)
 
-        return trained_interventions(self.run, folder, title, self.model, train, self.args)
+        file = f"{folder}/interventions.safetensors"
+        return trained_interventions(self.run, file, title, self.model, train, self.args)
 
     def questions(self, name: str) -> dict[str, list[Example]]:
         """What is asked about a class on held-out pictures, each with the true answer: the fixed question, its

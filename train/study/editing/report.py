@@ -8,7 +8,7 @@ import numpy as np
 from eval.tables import Table
 from interventions.figures.base import save_figure
 from interventions.figures.editing import conditions as draw_conditions
-from interventions.statistics import holm, paired
+from interventions.statistics import accuracy, holm, paired
 from train.study.artifacts import EDITING_SUMMARY
 from train.study.editing.recipes import FULL, REPORTED, Condition
 from train.study.editing.study import Cell
@@ -53,7 +53,7 @@ def report(
             "step_seconds": float(np.mean(steps)) if steps else None,
             "step_memory_gib": of[0].step_gib,
             "accuracy": {
-                name: paired(scores[condition.name][:, where], np.zeros(where.sum()), clusters=clusters[where])
+                name: accuracy(scores[condition.name][:, where], clusters=clusters[where])
                 for name, where in parts.items()
             },
         }
@@ -67,14 +67,7 @@ def report(
         row["minus_full"]["p_holm"] = float(adjusted)
     content = {"rows": rows, "reported": REPORTED}
     run.save_json("summary.json", content, Artifact("metrics", "Every condition with its interval", EDITING_SUMMARY))
-    shown = {
-        row["section"] + ": " + row["condition"]: {
-            "mean": row["accuracy"]["trained tasks"]["first"],
-            "low": row["accuracy"]["trained tasks"]["low"],
-            "high": row["accuracy"]["trained tasks"]["high"],
-        }
-        for row in rows
-    }
+    shown = {row["section"] + ": " + row["condition"]: row["accuracy"]["trained tasks"] for row in rows}
     save_figure(run, "figures/conditions", draw_conditions, "Accuracy of every condition", accuracy=shown, full=FULL)
     table = Table(
         ("condition", "trained", *parts, f"minus {FULL}", "p (Holm)", "s / step", "GiB / step"),
@@ -92,7 +85,7 @@ def _cells(row: dict, parts: list[str]) -> tuple[str, ...]:
     return (
         row["condition"],
         f"{row['parameters']:,}",
-        *(span(row["accuracy"][part], "first") for part in parts),
+        *(span(row["accuracy"][part], "mean") for part in parts),
         "-" if difference is None else span(difference, "difference", "+"),
         "-" if difference is None else f"{difference['p_holm']:.3f}",
         "-" if row["step_seconds"] is None else f"{row['step_seconds']:.2f}",

@@ -13,10 +13,10 @@ from interventions.editing.editors import editor_parameters
 from interventions.placement.adapters import init_lora_on
 from train import tune
 from train.editors import edited_tokens, train_editors
+from train.kept import trained_interventions, tuned_model
 from train.objective import scaled_rate
 from train.study.editing.options import Args
 from train.study.editing.recipes import Condition
-from train.study.stages import trained_interventions, tuned_model
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.processor import Processor
@@ -71,7 +71,8 @@ class Study(NamedTuple):
             on = self.model, self.processor, editors, self.trained
             return train_editors(*on, options, seed=seed, name=condition.name, folder=training, mark=mark)
 
-        trained = trained_interventions(self.run, folder, condition.name, self.model, train, self.args)
+        file = f"{folder}/interventions.safetensors"
+        trained = trained_interventions(self.run, file, condition.name, self.model, train, self.args)
         scores = self._scored(folder, condition.name, self.model, trained)
         return Cell(sum(editor_parameters(editors).values()), scores, *self._step_cost(folder))
 
@@ -118,7 +119,11 @@ class Study(NamedTuple):
             save_every=self.args.save_every,
             step_memory=True,
         )
-        return tuned_model(self.run, folder, title, self.model, self.processor, self.trained, options, self.args)
+
+        def train(training: Path) -> Model:
+            return tune.tune(self.model, self.processor, self.trained, options, training)
+
+        return tuned_model(self.run, f"{folder}/model", title, self.processor, train, options, self.args)
 
     def _scored(self, folder: str, title: str, model: Model, acting: tuple = ()) -> np.ndarray:
         scored = evaluate(

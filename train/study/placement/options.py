@@ -49,16 +49,16 @@ class Args(DataOptions, LoadOptions):
     families: Annotated[tuple[str, ...], _list("TASK")] = ("knowledge", "perception")
     """The two task families to compare: knowledge and perception of the miniworld, which comes with the library, or
     p0-knowledge and p0-perception for the paper's datasets."""
-    trace: int = 192
+    trace: Annotated[int, Range(least=1)] = 192
     """Number of examples of each family to trace."""
-    train: int = 300
+    train: Annotated[int, Range(least=1)] = 300
     """Number of examples of each family to train on."""
-    eval: int = 600
+    eval: Annotated[int, Range(least=1)] = 600
     """Number of held-out examples of each family to evaluate on."""
     placements: Annotated[tuple[str, ...], _list("NAME")] = ()
     """The placements to compare, which are rules that choose modules (docs/placement.md lists them). By default those
     of the recipe."""
-    k: Annotated[tuple[int, ...], _list("K")] = ()
+    k: Annotated[tuple[int, ...], Range(least=1), _list("K")] = ()
     """Numbers of modules that get LoRA. All placements are compared at the first number, by default 10 of 72 as in P0.
     The recipe names some placements that are also run at the other numbers, by default twice the first."""
     seeds: Annotated[tuple[int, ...], Range(least=0), _list("SEED")] = (0, 1)

@@ -114,8 +114,7 @@ class Outcomes:
     def _accuracy(self, family: str, placement: str, k: int) -> dict:
         """The mean over runs and samples, with its 95 % bootstrap interval over both."""
         scores = self.scores(family, placement, k)
-        pair = statistics.paired(scores, np.zeros((1, scores.shape[1])), clusters=self.clusters(family))
-        return {"mean": pair["first"], "low": pair["low"], "high": pair["high"], "runs": len(scores)}
+        return statistics.accuracy(scores, clusters=self.clusters(family)) | {"runs": len(scores)}
 
     def summary(self, placement: str, k: int) -> dict:
         by_family = {family: self.accuracy(family, placement, k) for family in (*self.families, "both")}

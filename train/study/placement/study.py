@@ -8,11 +8,12 @@ from interventions.modules import module_names
 from interventions.placement.rules import choose_modules, find_placement
 from train.study.experiment import Experiment
 from train.study.placement.options import Args, conditions
-from vlm_jax.data import Example, load_task
+from vlm_jax.data import Example
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.processes import progress
+from vlm_jax.runs.startup import load_examples
 
 
 def examples_by_split(args: Args) -> list[dict[str, list[Example]]]:
@@ -24,7 +25,7 @@ def examples_by_split(args: Args) -> list[dict[str, list[Example]]]:
     """
     sizes = {"trace": args.trace, "train": args.train, "test": args.eval}
     by_split = [
-        {family: load_task(family, split=split, limit=limit, options=args) for family in args.families}
+        {family: load_examples(family, split=split, limit=limit, options=args) for family in args.families}
         for split, limit in sizes.items()
     ]
     for (split, limit), parts in zip(sizes.items(), by_split, strict=True):

@@ -12,7 +12,7 @@ from vlm_jax.data.miniworld import TASKS
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.runs.options import ModelOptions
-from vlm_jax.runs.ranges import Range
+from vlm_jax.runs.ranges import BATCH, RATE, Range
 
 _QUESTIONS = tuple(name for name, task in TASKS.items() if task.family)
 
@@ -39,9 +39,9 @@ class Args(LoopOptions, DataOptions, ModelOptions):
     """Number of held-out examples of each task."""
     epochs: Annotated[int, Range(least=1)] = 3
     """Number of passes over the training examples."""
-    batch: Annotated[int, Range(least=1)] = 16
+    batch: Annotated[int, BATCH] = 16
     """Training examples in a step."""
-    lr: Annotated[float | None, Range(above=0)] = None
+    lr: Annotated[float | None, RATE] = None
     """Peak learning rate of AdamW, as in train.register."""
     seeds: Annotated[tuple[int, ...], Range(least=0), tyro.conf.arg(metavar="SEED [SEED ...]")] = (0, 1)
     """Seeds of the trainings. Every condition is trained with each of them."""

@@ -8,7 +8,7 @@ import numpy as np
 from eval.tables import Table
 from interventions.figures.base import save_figure
 from interventions.figures.editing import conditions as draw_conditions
-from interventions.statistics import holm, paired
+from interventions.statistics import accuracy, holm, paired
 from train.study.artifacts import REGISTERING_SUMMARY
 from train.study.registering.options import compared_with
 from train.study.registering.recipes import REPORTED, Condition
@@ -37,10 +37,9 @@ def report(run: Run, cells: Mapping[Condition, list[Cell]], tested: list[Example
         **{name: task == name for name in dict.fromkeys(task.tolist())},
     }
     right = {condition: np.stack([cell.right for cell in of]) for condition, of in cells.items()}
-    zeros = np.zeros(len(tested))
 
     def mean(values: np.ndarray, where: np.ndarray) -> dict:
-        return paired(values[:, where], zeros[where], clusters=clusters[where])
+        return accuracy(values[:, where], clusters=clusters[where])
 
     rows: list[dict[str, Any]] = []
     for condition, of in cells.items():
@@ -65,13 +64,7 @@ def report(run: Run, cells: Mapping[Condition, list[Cell]], tested: list[Example
     run.save_json(
         "summary.json", content, Artifact("metrics", "Every condition with its interval", REGISTERING_SUMMARY)
     )
-    shown = {
-        f"{row['section']}: {row['condition']}": {
-            "mean": row["accuracy"]["all"]["first"],
-            **{end: row["accuracy"]["all"][end] for end in ("low", "high")},
-        }
-        for row in rows
-    }
+    shown = {f"{row['section']}: {row['condition']}": row["accuracy"]["all"] for row in rows}
     whole = rows[0]["condition"]
     save_figure(run, "figures/conditions", draw_conditions, "Accuracy of every condition", accuracy=shown, full=whole)
     head = (
@@ -90,7 +83,7 @@ def report(run: Run, cells: Mapping[Condition, list[Cell]], tested: list[Example
 
 
 def _cells(row: dict, families: list[str]) -> tuple[str, ...]:
-    def span(found: dict | None, value: str = "first", sign: str = "") -> str:
+    def span(found: dict | None, value: str = "mean", sign: str = "") -> str:
         if found is None:
             return "-"
         return f"{found[value]:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
@@ -99,7 +92,7 @@ def _cells(row: dict, families: list[str]) -> tuple[str, ...]:
     return (
         row["condition"],
         *(span(row["accuracy"][part]) for part in ("all", *families)),
-        f"{row['failed']['first']:.3f}",
+        f"{row['failed']['mean']:.3f}",
         span(row["cut"]),
         row.get("compared_with", "-"),
         span(difference, "difference", "+"),
