@@ -34,6 +34,8 @@ from vlm_jax.sites import layered
 
 #: The token groups by which quality is reported, where they occur.
 _GROUPS = ("all", "image", "text", "question")
+#: On how many held-out examples reconstructions are spliced in: each takes a forward pass for every dictionary.
+_SPLICED = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +113,12 @@ class Stage(NamedTuple):
             source = Computed.of(self.model, self.processor, self.held_out, everything)
             sums = measure(source, dictionaries)
             tokens = self.options.tokens
-            losses = splice_losses(self.model, self.processor, self.held_out, dictionaries, tokens=tokens)
+            spliced = self.held_out[:: -(-len(self.held_out) // _SPLICED)]
+            losses = splice_losses(self.model, self.processor, spliced, dictionaries, tokens=tokens)
             wanted = members(places_of(self.options, self.model), self.options.seeds)
             return {
                 "examples": len(self.held_out),
+                "spliced": len(spliced),
                 "broke_off": [str(place) for place in wanted if place not in dictionaries],
                 "dictionaries": {str(place): _quality(sums[place], losses[place]) for place in dictionaries},
             }

@@ -120,6 +120,11 @@ class VisionConfig:
         """Whether the tower takes images of any size."""
         return False
 
+    @property
+    def class_tokens(self) -> int:
+        """How many tokens come before the patches in the tower's sequence."""
+        return 0
+
     def limit_pixels(self, image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
         """Sets the image processor's pixel budget, for towers that take images of any size.
 

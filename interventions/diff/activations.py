@@ -12,9 +12,9 @@ from typing import Annotated, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int, Int32
 
-from interventions.kinds.groups import check_group, label, tokens_of
+from interventions.kinds.groups import GROUPS, check_group, label, tokens_of
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
@@ -22,7 +22,10 @@ from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches, encode
 from vlm_jax.runs.processes import fetch
 from vlm_jax.runs.ranges import BATCH, Range
-from vlm_jax.sites import TEXT_SITES, layered, stage, token_axis
+from vlm_jax.sites import BLOCK_SITES, TEXT_SITES, layered, stage, token_axis
+
+#: Sites whose values have an entry for each token of the prompt or, in the vision tower, for each patch.
+_SITES = TEXT_SITES - {"text.deepstack"} | BLOCK_SITES | {"visual.embeddings"}
 
 
 class Index(NamedTuple):
@@ -33,11 +36,11 @@ class Index(NamedTuple):
     example: Int32[np.ndarray, " rows"]
     """The number of the example."""
     token: Int32[np.ndarray, " rows"]
-    """The token's position in the prompt."""
+    """The token's position in the prompt; at sites of the vision tower, the patch's in the tower's sequence."""
     group: Int32[np.ndarray, " rows"]
-    """The token's group, as an index into :data:`interventions.GROUPS`."""
+    """The token's group, as an index into :data:`interventions.GROUPS`. Patches are of the group image."""
     token_id: Int32[np.ndarray, " rows"]
-    """The token's id."""
+    """The token's id; -1 for patches."""
 
     def among(self, groups: str) -> Bool[np.ndarray, " rows"]:
         """The rows of a token group."""
@@ -64,11 +67,13 @@ class ActivationOptions:
     """Which activations are read."""
 
     sites: tuple[str, ...] = ("text.resid_post",)
-    """Sites of the text model (docs/interventions.md), such as text.resid_post, text.attn_out or text.mlp_out."""
+    """Sites of the text model (docs/interventions.md), such as text.resid_post, text.attn_out or text.mlp_out; or sites
+    of the vision tower, such as visual.resid_post."""
     layers: Annotated[tuple[int, ...] | None, Range(least=0)] = None
     """Layers of these sites. By default all."""
     tokens: str = "all"
-    """The token group whose activations are read: all, image, text, question, or several joined by +."""
+    """The token group whose activations are read: all, image, text, question, or several joined by +. The vision tower
+    has patches instead; there it is all."""
     activation_batch: Annotated[int, BATCH] = 32
     """Examples that are run at once. Their activations are a block, the unit that is kept in memory."""
 
@@ -79,9 +84,15 @@ class ActivationOptions:
             raise UserError(f"--sites is {' '.join(self.sites) or 'empty'}: name at least one, and none twice")
         for site in self.sites:
             stage(site)
-            if site not in TEXT_SITES - {"text.deepstack"} or token_axis(site) != 1:
-                raise UserError(f"{site} has no activation for each token of the text: use a site like text.resid_post")
-        chosen, depth = self.layers_of(model), model.depths["text"]
+            if site not in _SITES or token_axis(site) != 1:
+                raise UserError(f"{site} has no activation for each token or patch: use a site like text.resid_post")
+        if len({site.partition(".")[0] for site in self.sites}) > 1:
+            raise UserError("--sites names the text model and the vision tower: train each by itself")
+        if self.of_patches and self.tokens not in ("all", "image"):
+            raise UserError(f"--tokens {self.tokens} are not in the vision tower, which has patches: drop it")
+        if self.of_patches and model.visual is None:
+            raise UserError(f"{self.sites[0]} is in the vision tower, which a text-only model lacks: use a text site")
+        chosen, depth = self.layers_of(model), model.depths[self.tower]
         if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(depth)):
             raise UserError(f"--layers {' '.join(map(str, chosen))} is not possible: name some of 0 to {depth - 1}")
         if self.layers is not None and not any(map(layered, self.sites)):
@@ -89,9 +100,19 @@ class ActivationOptions:
                 f"--layers has no meaning at {' '.join(self.sites)}, which is outside of the layers: drop it"
             )
 
+    @property
+    def tower(self) -> str:
+        """The part of the model in which the sites are, "text" or "visual"."""
+        return self.sites[0].partition(".")[0]
+
+    @property
+    def of_patches(self) -> bool:
+        """Whether the activations are those of patches in the vision tower."""
+        return self.tower == "visual"
+
     def layers_of(self, model: Model) -> tuple[int, ...]:
         """The layers of sites that are in the layers."""
-        return tuple(range(model.depths["text"])) if self.layers is None else self.layers
+        return tuple(range(model.depths[self.tower])) if self.layers is None else self.layers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,30 +141,35 @@ class Computed:
         options.check_activations(model)
         blocks, parts = [], []
         for rows, batch in batches(examples, processor, model.config, options.activation_batch, with_answer=False):
-            labels = label(batch)[: len(rows)]
-            row, token = np.nonzero(tokens_of(options.tokens, labels))
-            ids = np.asarray(batch.inputs.input_ids)
-            where = np.full(len(row), len(blocks)), np.asarray(rows)[row], token, labels[row, token], ids[row, token]
-            parts.append(where)
+            found = _found(model, batch, [examples[row] for row in rows], options)
+            at, token = np.nonzero(found.marked)
+            if not len(at):
+                continue
+            block = np.full(len(at), len(blocks))
+            example = np.asarray(rows)[found.row[at]]
+            parts.append((block, example, token, found.group[found.marked], found.ids[found.marked]))
             blocks.append(rows)
-        index = Index(*(np.concatenate(arrays).astype(np.int32) for arrays in zip(*parts, strict=True)))
-        if not len(index.block):
+        if not blocks:
+            if options.of_patches:
+                raise UserError(f"no example has a picture, whose patches {options.sites[0]} needs: give other tasks")
             raise UserError(f"no example has a token of the group {options.tokens!r}: choose another --tokens")
+        index = Index(*(np.concatenate(arrays).astype(np.int32) for arrays in zip(*parts, strict=True)))
         return cls(model, processor, examples, options, blocks, index)
 
     def read(self, block: int) -> dict[str, Float[np.ndarray, "layers rows width"]]:
-        chosen, batch = self._batch(block)
-        marked = tokens_of(self.options.tokens, label(batch))
-        marked[len(chosen) :] = False
+        found, batch = self._found(block)
         values = fetch(_tapped(self.model, batch.inputs, self.options.sites, self.layers))
-        return {site: value[:, marked] for site, value in values.items()}
+        return {site: value[:, found.marked] for site, value in values.items()}
 
     def token_ids(self, block: int) -> Int32[np.ndarray, " rows"]:
         """The token id of each row of a block."""
+        found, _ = self._found(block)
+        return found.ids[found.marked]
+
+    def _found(self, block: int) -> tuple["_Found", Batch]:
+        """What is read of a block, and its prompts."""
         chosen, batch = self._batch(block)
-        marked = tokens_of(self.options.tokens, label(batch))
-        marked[len(chosen) :] = False
-        return np.asarray(batch.inputs.input_ids)[marked]
+        return _found(self.model, batch, [self.examples[row] for row in chosen], self.options), batch
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -169,9 +195,39 @@ class Computed:
         return rows, batch
 
 
+class _Found(NamedTuple):
+    """The tokens of a batch whose activations are read; at sites of the vision tower, the patches of its images."""
+
+    marked: Bool[np.ndarray, "sequences tokens"]
+    row: Int[np.ndarray, " sequences"]
+    """The row of the batch to which each sequence belongs."""
+    group: Int32[np.ndarray, "sequences tokens"]
+    ids: Int32[np.ndarray, "sequences tokens"]
+
+
+def _found(model: Model, batch: Batch, examples: Sequence[Example], options: ActivationOptions) -> _Found:
+    """What is read of a batch whose first rows are the examples. The other rows only fill it."""
+    if not options.of_patches:
+        labels = label(batch)
+        rows = np.arange(len(labels))
+        marked = tokens_of(options.tokens, labels) & (rows < len(examples))[:, None]
+        return _Found(marked, rows, labels, np.asarray(batch.inputs.input_ids))
+    images, vision = batch.inputs.images, model.config.vision
+    assert vision is not None, "check_activations has refused text-only models"
+    patches = np.zeros((0, 0), bool) if images is None else np.asarray(images.patch_mask)
+    real = np.pad(patches, [(0, 0), (vision.class_tokens, 0)], constant_values=True)
+    # The examples' images come first, in their order.
+    row = np.full(len(real), len(examples))
+    owners = np.repeat(np.arange(len(examples)), [len(example.images) for example in examples])
+    row[: len(owners)] = owners
+    group, none = np.full(real.shape, GROUPS.index("image"), np.int32), np.full(real.shape, -1, np.int32)
+    return _Found(real & (row < len(examples))[:, None], row, group, none)
+
+
 @functools.partial(jax.jit, static_argnames=("sites", "layers"))
 def _tapped(model: Model, inputs, sites: tuple[str, ...], layers: tuple[int, ...]) -> dict[str, jax.Array]:
-    """Site -> the values of the layers, ``(layers, batch, tokens, width)``. Heads are joined."""
+    """Site -> the values of the layers, ``(layers, batch, tokens, width)``; at sites of the vision tower
+    ``(layers, images, patches, width)``. Heads are joined."""
     taps = {site: layers if layered(site) else None for site in sites}
     values = model(inputs, taps=taps).taps
     values = {site: value if layered(site) else value[None] for site, value in values.items()}

@@ -142,4 +142,5 @@ def splice_losses(
 
 def slot_of(model: Model, place: Place) -> Int[np.ndarray, "*layers"]:
     """The slot table in which a place uses slot 0 and all other layers none of one slot."""
-    return np.zeros((), np.int32) if place.layer is None else slots(model.depths["text"], [place.layer])
+    tower = place.site.partition(".")[0]
+    return np.zeros((), np.int32) if place.layer is None else slots(model.depths[tower], [place.layer])

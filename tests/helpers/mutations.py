@@ -16,11 +16,9 @@ ODD = st.sampled_from(
 
 
 def many(count: int) -> settings:
-    """Settings for ``count`` examples, the same in every run. An example that takes 10 seconds fails."""
+    """Settings for ``count`` examples, the same in every run."""
     unhealthy = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(
-        max_examples=count, deadline=10_000, derandomize=True, database=None, suppress_health_check=unhealthy
-    )
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=unhealthy)
 
 
 @st.composite

@@ -1,5 +1,5 @@
-"""Run by test_processes.py as one of several processes: traces, answers and trainings of LoRA and of editors, kept in a
-run folder; and half of a training whose parameters are split over the mesh."""
+"""Run by test_processes.py as one of several processes: traces, answers and trainings of LoRA, of editors and of
+dictionaries, kept in a run folder; and half of a training whose parameters are split over the mesh."""
 
 import dataclasses
 import json
@@ -21,6 +21,7 @@ from interventions.placement.adapters import init_lora
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_examples
 from train import tune
+from train.dictionary_stage import Stage, StageOptions
 from train.editors import TrainingOptions, train_editors
 from train.loop import LoopOptions, fit
 from train.trunk import LoRAOptions, embedded_examples, train_lora
@@ -131,6 +132,15 @@ def main(args: Args) -> None:
         for number, (a, b) in enumerate(zip(*map(jax.tree.leaves, (before, edited[name])), strict=True)):
             if np.abs(np.asarray(b) - np.asarray(a)).max() > 0:  # scales and slots are not trained
                 changes[f"change of {name} {number}"] = np.asarray(b) - np.asarray(a)
+    sparse = StageOptions(layers=(1, 3), latents=32, k=4, batch=32, store="float32", activation_batch=4)
+    sparse = dataclasses.replace(sparse, seeds=(args.seed, args.seed + 2))
+    stage = Stage(run, "sae/", sparse, "the model", model, processor, train[:8], examples[:4])
+    for place, stored in stage.dictionaries().items():
+        place = place._replace(seed=None if place.seed is None else place.seed - args.seed)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            changes[f"dictionary {place} {name}"] = np.asarray(getattr(stored.dictionary, name))
+    explained = stage.measured(stage.dictionaries())["dictionaries"]
+    changes["FVU"] = np.array([one["fvu"]["all"] for _, one in sorted(explained.items())])
     half = halved(run.folder / "half", HALF)["w"]
     if jax.process_count() > 1 and run.config["mesh"] and "fsdp" in run.config["mesh"]:
         assert not half.is_fully_replicated

@@ -12,6 +12,7 @@ import torch
 from kind_cases import dictionary, one_sentence
 from run_folders import check_run_folder
 
+import vlm_jax
 from interventions.dictionary import scattered
 from interventions.diff.activations import Index, Shuffled
 from interventions.diff.dictionaries import load_dictionaries, load_dictionary
@@ -30,6 +31,7 @@ from train.dictionaries import (
 from train.sae import Args
 from vlm_jax import UserError
 from vlm_jax.data import load_task
+from vlm_jax.prompts import encode
 
 PLACES = [Place("text.resid_post", 2), Place("text.resid_post", 5)]
 
@@ -329,6 +331,28 @@ def test_streamed_activations_give_the_same_dictionaries(run, tmp_path):
     for path in (run.out / "dictionaries").rglob("*.safetensors"):
         other = tmp_path / "streamed/dictionaries" / path.relative_to(run.out / "dictionaries")
         assert path.read_bytes() == other.read_bytes()
+
+
+def test_a_dictionary_of_patches(run, tmp_path):
+    """Of the vision tower, whose patches include LLaVA's class token. FVU as NumPy computes it from taps."""
+    sites = ("visual.resid_post",)
+    args = dataclasses.replace(
+        run, model="mini-llava", sites=sites, layers=(1,), seeds=(0,), epochs=3, store="float32", out=tmp_path / "run"
+    )
+    sae.main(args)
+    (one,) = json.loads((args.out / "results.json").read_text())["dictionaries"].values()
+    assert set(one["fvu"]) == {"all", "image"} and one["fvu"]["all"] == one["fvu"]["image"]
+    loss = one["loss"]
+    assert loss["clean"] != loss["spliced"] != loss["zeroed"] and one["recovered"] is not None
+    stored = load_dictionary(args.out / "dictionaries/visual.resid_post.1").dictionary
+    model, processor = vlm_jax.load("mini-llava")
+    batch = encode(load_task("mini-okvqa", split="test", limit=args.eval_limit), processor, model.config)
+    tap = np.asarray(model(batch.inputs, taps={sites[0]: [1]}).taps[sites[0]], np.float64)[0]
+    assert tap.shape[1] == 1 + batch.inputs.images.patch_mask.shape[1]
+    x = tap.reshape(-1, tap.shape[-1])
+    error = ((x - np.asarray(stored(x.astype(np.float32)))) ** 2).sum()
+    assert one["fvu"]["all"] == pytest.approx(error / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
+    check_run_folder(args.out, tmp_path)
 
 
 def test_adaptation(run, tmp_path):

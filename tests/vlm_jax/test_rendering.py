@@ -214,6 +214,16 @@ def test_limits_of_time_may_be_nested():
             pass
 
 
+def test_a_machine_that_is_busy_does_not_shorten_a_limit():
+    """Only the time in which the code runs counts."""
+    with time_limit(0.2):
+        time.sleep(0.5)
+    with pytest.raises(TimeoutError, match=r"within 0.1 s"), time_limit(0.1), time_limit(0.4):
+        time.sleep(0.2)
+        while True:
+            pass
+
+
 def test_white_space_around_an_answer(model):
     want = tokens(model, example("What is it?", answer="red"), with_answer=True)
     np.testing.assert_array_equal(tokens(model, example("What is it?", answer=" red\n"), with_answer=True), want)

@@ -36,6 +36,10 @@ class ClipVision(ViTVision):
     def tokens(self) -> int:
         return self.side**2 + self.keep_cls
 
+    @property
+    def class_tokens(self) -> int:
+        return 1
+
     def tower(self, key: PRNGKeyArray) -> "VisionTower":
         return VisionTower(key, self)
 

@@ -83,6 +83,42 @@ def test_a_token_group(mini, examples):
         Computed.of(*mini, examples, dataclasses.replace(options, tokens="register"))
 
 
+@pytest.mark.parametrize("name", ["mini-qwen3-vl", "mini-gemma3", "mini-llava"])
+def test_patches_of_the_vision_tower(name, examples):
+    """Of every image, in order, LLaVA's class token included; fillers and padding are left out."""
+    model, processor = vlm_jax.load(name)
+    without = dataclasses.replace(examples[0].without_images(), id="text")
+    two = dataclasses.replace(examples[1], id="two", images=(examples[1].images[0], examples[2].images[0]))
+    asked = [examples[0], without, two, *examples[4:]]
+    sites = ("visual.resid_post", "visual.head_out", "visual.embeddings")
+    last = model.depths["visual"] - 1
+    options = ActivationOptions(sites=sites, layers=(0, last), activation_batch=4)
+    computed = Computed.of(model, processor, asked, options)
+    values = everything(computed)
+    assert set(np.bincount(computed.index.group).nonzero()[0]) == {GROUPS.index("image")}
+    assert set(computed.index.token_id) == {-1}
+    for number, example in enumerate(asked):
+        rows = computed.index.example == number
+        if not example.images:
+            assert not rows.any()
+            continue
+        batch = encode([example], processor, model.config, with_answer=False)
+        taps = model(batch.inputs, taps=sites).taps
+        before = int(name == "mini-llava")
+        real = np.pad(np.asarray(batch.inputs.images.patch_mask), [(0, 0), (before, 0)], constant_values=True)
+        np.testing.assert_array_equal(computed.index.token[rows], np.nonzero(real)[1])
+        for site in sites:
+            tap = np.asarray(taps[site])
+            tap = tap[[0, last]] if site != "visual.embeddings" else tap[None]
+            wanted = tap.reshape(*tap.shape[:3], -1)[:, real]
+            np.testing.assert_allclose(values[site][:, rows], wanted, atol=1e-4)
+    if name == "mini-qwen3-vl":
+        assert len({int((computed.index.example == n).sum()) for n in range(3)}) == 3
+    with pytest.raises(UserError, match="no example has a picture") as caught:
+        Computed.of(model, processor, [without], options)
+    assert one_sentence(caught.value)
+
+
 class Numbers:
     """A source whose only value in each row is the row's number."""
 
@@ -229,7 +265,8 @@ def test_a_disk_that_is_too_small(computed, tmp_path, monkeypatch):
 
 
 BAD = {
-    "visual.resid_post": "no activation for each token",
+    "visual.attn_probs": "no activation for each token",
+    "projector.linear_1": "no activation for each token",
     "text.attn_probs": "no activation for each token",
     "text.resid": "unknown site",
 }
@@ -250,6 +287,9 @@ def test_sites_without_tokens(mini, site):
         ({"layers": (1,), "sites": ("text.norm",)}, "outside of the layers"),
         ({"sites": ()}, "--sites is empty"),
         ({"tokens": "picture"}, "unknown token group"),
+        ({"sites": ("visual.resid_post", "text.resid_post")}, "train each by itself"),
+        ({"sites": ("visual.resid_post",), "tokens": "text"}, "not in the vision tower"),
+        ({"sites": ("visual.resid_post",), "layers": (0, 99)}, "name some of 0 to"),
     ],
 )
 def test_other_bad_options(mini, options, words):

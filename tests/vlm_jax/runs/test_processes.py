@@ -113,10 +113,10 @@ def found(out: Path) -> dict[str, np.ndarray]:
 
 
 def losses(out: Path) -> list[float]:
-    """And the norms of the gradients: of the adapter, of the whole decoder, and of editors."""
+    """And the norms of the gradients: of the adapter, the whole decoder, editors and dictionaries."""
     lines = [
         line
-        for name in ("training", "tune", "edit")
+        for name in ("training", "tune", "edit", "sae/training")
         for line in (out / name / "metrics.jsonl").read_text().splitlines()
     ]
     return [json.loads(line)[name] for line in lines for name in ("loss", "grad_norm")]

@@ -34,9 +34,12 @@ class Args(FilterOptions, LoopOptions, DataOptions, ModelOptions):
     """Task of the relations: questions with yes or no, whose subtasks are the relations."""
     neutral: str = "mini-vqa"
     """Task of neutral questions, also with yes or no."""
-    stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]")] = ("mini-llava-align",)
+    stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]")] = (
+        "mini-llava-align",
+        "mini-llava-half",
+    )
     """Earlier stages of the vision-language model, to which the text model's dictionaries are adapted too."""
-    layers: Annotated[tuple[int, ...], Range(least=0), tyro.conf.arg(metavar="LAYER [LAYER ...]")] = (1, 3, 5, 6)
+    layers: Annotated[tuple[int, ...], Range(least=0), tyro.conf.arg(metavar="LAYER [LAYER ...]")] = (3, 6)
     """Layers whose residual stream the dictionaries read."""
     latents: Annotated[int, Range(least=1)] = 1024
     """Number of latents of a dictionary."""
