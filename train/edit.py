@@ -81,6 +81,7 @@ def main(args: Args) -> None:
         data.sources,
         check=lambda m: jax.eval_shape(lambda: init(m)),
         ignored=WATCHING,
+        shown=data.tested,
     )
     editors = init(model)
 

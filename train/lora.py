@@ -100,6 +100,10 @@ class Examples(NamedTuple):
     to_score: list[str]
     """The families for which the modules get a score."""
 
+    def shown(self) -> list[Example]:
+        """The examples of which results tell."""
+        return [example for split in (self.tested, self.traced) for examples in split.values() for example in examples]
+
     def all(self) -> list[Example]:
         """The examples of all splits and families."""
         return [example for split in self[:3] for examples in split.values() for example in examples]
@@ -262,7 +266,7 @@ def main(args: Args) -> None:
     examples = read_examples(args)
     data = sources(args, examples)
     check = functools.partial(check_options, args)
-    run, model, processor = start(args, examples.all(), data, check=check, ignored=WATCHING)
+    run, model, processor = start(args, examples.all(), data, check=check, ignored=WATCHING, shown=examples.shown())
     options = (args.tracing, args, args.metric, args.answering)
     experiment = Experiment(run, "", model, processor, *examples[:3], *options)
     scoring = Scoring(experiment.depth, module_sizes(model), module_scores(args, experiment, examples))

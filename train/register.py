@@ -54,7 +54,7 @@ def main(args: Args) -> None:
     started = time.perf_counter()
     args.check_loop()
     data = MixedData.read(args)
-    run, model, processor = start(args, [*data.train, *data.tested], data.sources, ignored=WATCHING)
+    run, model, processor = start(args, [*data.train, *data.tested], data.sources, ignored=WATCHING, shown=data.tested)
 
     def train(folder: Path) -> Model:
         return train_registers(model, processor, data.train, args, folder)

@@ -69,7 +69,7 @@ def main(args: Args) -> None:
     if not random and not (init / "dictionaries").is_dir():
         raise UserError(f"--init {args.init} holds no dictionaries: name the --out of a train.sae, or random")
     examples = [*train, *held_out]
-    run, model, processor = start(args, examples, data, check=args.check_activations, ignored=WATCHING)
+    run, model, processor = start(args, examples, data, check=args.check_activations, ignored=WATCHING, shown=held_out)
     begin = None if random else begin_with(init, places_of(args, model), args.seeds)
     run.pin("init", None if random else dictionaries_digest(init))
     chosen = None if begin is None else {place: stored.dictionary for place, stored in begin.items()}

@@ -141,7 +141,7 @@ def main(args: Args) -> None:
     sources = {"train": args.train, "test": task}
     data = {split: source(name, split=split, options=args) for split, name in sources.items()}
     check = functools.partial(check_parts, args=args)
-    run, model, processor = start(args, [*examples, *test], data, check=check, ignored=WATCHING)
+    run, model, processor = start(args, [*examples, *test], data, check=check, ignored=WATCHING, shown=test)
 
     def score(name: str, model: Model) -> dict:
         title = f"{task} {name} training"

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vlm_jax.runs.artifacts import Artifact, Schema
+from vlm_jax.runs.charts import Chart
 from vlm_jax.runs.folder import Run
 
 COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2")
@@ -29,8 +30,9 @@ class Drawer:
     Attributes:
         name: how data files refer to the drawer, such as ``tracing.heatmap``.
         type: the type of artifact that a data file of it is.
-        fields: what the data are, by name: the keyword arguments of ``draw``.
+        fields: what the data are, by name: the keyword arguments of ``draw`` and ``chart``.
         draw: makes a figure of the data.
+        chart: makes rows of the data, for programs that draw them in their own way.
         dpi: dots per inch of a PNG.
     """
 
@@ -38,6 +40,7 @@ class Drawer:
     type: str
     fields: Mapping[str, str]
     draw: Callable[..., Figure]
+    chart: Callable[..., Chart]
     dpi: int
 
     def write(self, path: Path, data: Mapping[str, Any]) -> None:
@@ -50,11 +53,14 @@ class Drawer:
 DRAWERS: dict[str, Drawer] = {}
 
 
-def drawer(type: str, *, dpi: int = 150, **fields: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
+def drawer(
+    type: str, chart: Callable[..., Chart], /, *, dpi: int = 150, **fields: str
+) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
     """Registers a function that draws a figure, under its module's and its own name.
 
     Args:
         type: the type of its data file (:data:`vlm_jax.runs.artifacts.TYPES`).
+        chart: a function of the same data that returns their rows (:data:`vlm_jax.runs.charts.FIELDS`).
         fields: a description of every argument of the function.
     """
 
@@ -62,7 +68,7 @@ def drawer(type: str, *, dpi: int = 150, **fields: str) -> Callable[[Callable[..
         name = f"{draw.__module__.rpartition('.')[2]}.{draw.__name__}"
         if fields.keys() != inspect.signature(draw).parameters.keys():
             raise TypeError(f"drawer {name} describes {', '.join(fields)}: describe each of its arguments")
-        DRAWERS[name] = Drawer(name, type, fields, draw, dpi)
+        DRAWERS[name] = Drawer(name, type, fields, draw, chart, dpi)
         return draw
 
     return register
@@ -83,8 +89,15 @@ def save_figure(
     arguments.apply_defaults()  # a default that changes later does not change old figures
     # The figure is drawn from what the file will hold, so that no drawer can use anything else.
     data = plain_data(arguments.arguments)
-    content = json.loads(json.dumps({"drawer": registered.name, "title": title, "data": data}))
+    chart = registered.chart(**data)
+    assert (field := chart.missing(registered.type)) is None, f"the chart of {registered.name} has rows without {field}"
+    plain = {"drawer": registered.name, "title": title, "data": data, "chart": plain_data(chart._asdict())}
+    content = json.loads(json.dumps(plain))
     fields = {"drawer": "name of the drawer", "title": "what the figure shows"}
+    fields |= {
+        "chart.rows": "the data as rows, in the form of their type",
+        "chart.titles": "titles of the rows' fields",
+    }
     fields |= {f"data.{field}": meaning for field, meaning in registered.fields.items()}
     schema = Schema(registered.name, fields)
     run.save_json(f"{name}.json", content, Artifact(registered.type, title, schema))

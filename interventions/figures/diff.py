@@ -6,9 +6,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from interventions.figures.base import drawer, subplots
+from vlm_jax.runs.charts import Chart
 
 
-@drawer("curves", fvu="site -> token group -> seeds -> value by layer", layers="site -> layers")
+def _explained_chart(fvu: Mapping[str, Mapping[str, Sequence]], layers: Mapping[str, Sequence[int]]) -> Chart:
+    rows = [
+        {"panel": site, "series": group if len(by_seed) == 1 else f"{group}, seed {number}", "x": layer, "y": value}
+        for site, groups in fvu.items()
+        for group, by_seed in groups.items()
+        for number, values in enumerate(by_seed)
+        for layer, value in zip(layers[site], values, strict=True)
+    ]
+    return Chart(rows, {"x": "layer", "y": "variance unexplained", "series": "tokens"})
+
+
+@drawer("curves", _explained_chart, fvu="site -> token group -> seeds -> value by layer", layers="site -> layers")
 def explained(fvu: Mapping[str, Mapping[str, Sequence]], layers: Mapping[str, Sequence[int]]) -> Figure:
     """The fraction of variance unexplained by layer: a panel for each site, a line for each token group, thin ones for
     the seeds."""
@@ -27,8 +39,21 @@ def explained(fvu: Mapping[str, Mapping[str, Sequence]], layers: Mapping[str, Se
     return figure
 
 
+def _rotated_chart(
+    cosine: Mapping[str, Sequence[float]], energy: Mapping[str, Sequence[float]], adapted: Mapping[str, Sequence[int]]
+) -> Chart:
+    rows = [
+        {"panel": name, "series": "adapted" if latent in chosen else "other", "x": x, "y": y, "latent": latent}
+        for name in cosine
+        for chosen in [set(adapted[name])]
+        for latent, (x, y) in enumerate(zip(cosine[name], energy[name], strict=True))
+    ]
+    return Chart(rows, {"x": "cosine before, after", "y": "visual energy", "series": "latent"})
+
+
 @drawer(
     "scatter",
+    _rotated_chart,
     cosine="dictionary -> latent -> cosine of its direction before and after",
     energy="dictionary -> latent -> visual energy",
     adapted="dictionary -> the adapted latents",
@@ -53,7 +78,16 @@ def rotated(
     return figure
 
 
-@drawer("intervals", rows="a row for each feature and set of questions, as in ablations.parquet")
+def _ablated_chart(rows: Sequence[Mapping]) -> Chart:
+    found = []
+    for row in rows:
+        name = f"L{row['layer']} {row['latent']} ({row['selection']})"
+        ends = {"value": row["difference"], "low": row["low"], "high": row["high"], "samples": row["samples"]}
+        found.append({"panel": row["relation"], "row": name, "series": row["questions"], **ends})
+    return Chart(found, {"row": "feature", "value": "change of accuracy (95 % interval)", "series": "questions"})
+
+
+@drawer("intervals", _ablated_chart, rows="a row for each feature and set of questions, as in ablations.parquet")
 def ablated(rows: Sequence[Mapping]) -> Figure:
     """The change of accuracy without each feature's direction, with its interval: a row for each feature."""
     names = list(dict.fromkeys((row["relation"], row["layer"], row["latent"], row["selection"]) for row in rows))
@@ -78,7 +112,20 @@ def ablated(rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
-@drawer("scatter", records="a record for each relation and layer, as in auroc.json")
+def _recalled_chart(records: Sequence[Mapping]) -> Chart:
+    rows = []
+    for record in records:
+        found = [("supervised", record["ceiling"]), ("best latent", record["best"]), ("feature", record["features"])]
+        found += [("random dictionaries", value) for value in record["random"]]
+        rows += [
+            {"panel": record["relation"], "series": name, "x": record["layer"], "y": value, "n": record["samples"]}
+            for name, value in found
+            if value is not None
+        ]
+    return Chart(rows, {"x": "layer", "y": "AUROC", "series": "what tells whether the relation holds"})
+
+
+@drawer("scatter", _recalled_chart, records="a record for each relation and layer, as in auroc.json")
 def recalled(records: Sequence[Mapping]) -> Figure:
     """AUROC by layer, a panel for each relation: supervised, best feature, best latent, random dictionaries."""
     relations = list(dict.fromkeys(record["relation"] for record in records))

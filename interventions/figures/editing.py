@@ -5,9 +5,19 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 
 from interventions.figures.base import drawer, subplots
+from vlm_jax.runs.charts import Chart
 
 
-@drawer("intervals", accuracy="task -> when (before, after ...) -> mean, low, high")
+def _times_chart(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Chart:
+    rows = [
+        {"panel": "score", "row": task, "series": when, "value": one["mean"], "low": one["low"], "high": one["high"]}
+        for task, by_time in accuracy.items()
+        for when, one in by_time.items()
+    ]
+    return Chart(rows, {"row": "task", "value": "score (95 % interval over samples)", "series": "when"})
+
+
+@drawer("intervals", _times_chart, accuracy="task -> when (before, after ...) -> mean, low, high")
 def before_and_after(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Scores with their intervals: a row for each task, before and after a training, or at several times."""
     figure, axes = subplots(1, 1, size=(5.0, 1.2 + 0.4 * len(accuracy)))
@@ -25,7 +35,23 @@ def before_and_after(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     return figure
 
 
-@drawer("intervals", accuracy="section: condition -> mean, low, high", full="what others are compared with")
+def _conditions_chart(accuracy: Mapping[str, Mapping], full: str) -> Chart:
+    rows = []
+    for name, one in accuracy.items():
+        section, _, condition = name.partition(": ")
+        ends = {"value": one["mean"], "low": one["low"], "high": one["high"]}
+        rows.append({"panel": "accuracy", "row": condition, "series": section, **ends})
+    return Chart(
+        rows, {"row": "condition", "value": "accuracy (95 % interval over samples and seeds)", "series": "part"}
+    )
+
+
+@drawer(
+    "intervals",
+    _conditions_chart,
+    accuracy="section: condition -> mean, low, high",
+    full="what others are compared with",
+)
 def conditions(accuracy: Mapping[str, Mapping], full: str) -> Figure:
     """Accuracy with its interval: a row for each condition, coloured by section, in the order of the table."""
     figure, axes = subplots(1, 1, size=(6.5, 1.2 + 0.27 * len(accuracy)))

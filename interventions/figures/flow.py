@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from interventions.figures.base import drawer, subplots
+from vlm_jax.runs.charts import Chart
 
 _COLOURS = {
     "before": "#bab0ac",
@@ -36,7 +37,24 @@ def _band(axis, estimates: Mapping, colour: str | None = None, **options) -> Non
     axis.fill_between(range(len(mean)), low, high, alpha=0.2, color=line.get_color(), lw=0)
 
 
-@drawer("bars", dpi=110, tasks="task -> what interventions.flow.summary.summarise_reading returns")
+def _attention_chart(tasks: Mapping[str, Mapping]) -> Chart:
+    rows = []
+    for task, shares in tasks.items():
+        for group, name in _NAMES.items():
+            for layer, ends in enumerate(_by_layer(shares.get(f"to_{group}"))):
+                rows.append({"panel": task, "series": name, "x": layer, "value": ends.pop("y"), **ends})
+    return Chart(rows, {"x": "layer", "value": "share of the text's attention", "series": "attended tokens"})
+
+
+def _by_layer(estimates: Mapping | None) -> list[dict]:
+    """For each layer the estimate ``y`` and its interval."""
+    if estimates is None:
+        return []
+    parts = zip(*(estimates[part] for part in ("mean", "low", "high")), strict=True)
+    return [{"y": mean, "low": low, "high": high} for mean, low, high in parts]
+
+
+@drawer("bars", _attention_chart, dpi=110, tasks="task -> what interventions.flow.summary.summarise_reading returns")
 def attention(tasks: Mapping[str, Mapping]) -> Figure:
     """Per task: where the text's attention goes by layer, and equation 2 (figure 1) beside what uniform attention
     would give."""
@@ -64,7 +82,20 @@ def attention(tasks: Mapping[str, Mapping]) -> Figure:
     return figure
 
 
-@drawer("curves", dpi=110, tasks="task -> what interventions.flow.summary.summarise_received returns")
+def _cumulative_chart(tasks: Mapping[str, Mapping]) -> Chart:
+    rows = [
+        {"panel": task, "series": f"layer {layer}", "x": x, "y": y}
+        for task, received in tasks.items()
+        for layer, curve in enumerate(received["curves"])
+        for x, y in list(zip(received["grid"], curve, strict=True))[::5]
+    ]
+    x = "share of image tokens, most attended first"
+    return Chart(rows, {"x": x, "y": "cumulative share of the image's attention", "series": "layer"})
+
+
+@drawer(
+    "curves", _cumulative_chart, dpi=110, tasks="task -> what interventions.flow.summary.summarise_received returns"
+)
 def cumulative(tasks: Mapping[str, Mapping]) -> Figure:
     """Figures 2 and 3: what the most attended image tokens receive of the image's attention, by layer; and how many
     carry 80 and 90 % of it."""
@@ -101,7 +132,20 @@ def cumulative(tasks: Mapping[str, Mapping]) -> Figure:
     return figure
 
 
-@drawer("bars", dpi=110, tasks="task -> what interventions.flow.summary.summarise_answers returns")
+def _answers_chart(tasks: Mapping[str, Sequence[Mapping]]) -> Chart:
+    rows = []
+    for task, conditions in tasks.items():
+        for one in conditions:
+            if one["layers"] is not None:
+                continue
+            ends = {part: one["accuracy"][part] for part in ("low", "high")}
+            edge, mode = ("nothing cut", "nothing cut") if one["edge"] is None else (_arrow(one["edge"]), one["mode"])
+            row = {"panel": task, "x": edge, "series": mode, "value": one["accuracy"]["mean"], **ends}
+            rows.append({**row, "no possible answer": sum(one["failures"].values()), "samples": one["samples"]})
+    return Chart(rows, {"x": "attention that is cut", "value": "accuracy", "series": "mode"})
+
+
+@drawer("bars", _answers_chart, dpi=110, tasks="task -> what interventions.flow.summary.summarise_answers returns")
 def answers(tasks: Mapping[str, Sequence[Mapping]]) -> Figure:
     """Per task: accuracy with each edge cut in all layers, by mode; crosses are the share of outputs that are no
     possible answer."""
@@ -133,7 +177,18 @@ def answers(tasks: Mapping[str, Sequence[Mapping]]) -> Figure:
     return figure
 
 
-@drawer("curves", dpi=110, tasks="task -> what interventions.flow.summary.summarise_effect returns")
+def _windows_chart(tasks: Mapping[str, Mapping]) -> Chart:
+    rows = [
+        {"panel": task, "series": _arrow(name), "x": layer, **ends}
+        for task, effect in tasks.items()
+        for name, change in effect["change"].items()
+        for layer, ends in enumerate(_by_layer(change))
+    ]
+    x = "layer at the window's middle"
+    return Chart(rows, {"x": x, "y": "change of p(gold) when cut", "series": "attention that is cut"})
+
+
+@drawer("curves", _windows_chart, dpi=110, tasks="task -> what interventions.flow.summary.summarise_effect returns")
 def windows(tasks: Mapping[str, Mapping]) -> Figure:
     """Per task: how p(gold) changes when an edge is cut around a layer."""
     figure, axes = _panels(1, len(tasks), 5.0, 3.6, sharey=True)

@@ -6,9 +6,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from interventions.figures.base import drawer, subplots
+from vlm_jax.runs.charts import Chart
 
 
-@drawer("intervals", accuracy="task family -> placement -> mean, low, high")
+def _placements_chart(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Chart:
+    rows = [
+        {"panel": family, "row": name, "series": family, "value": one["mean"], "low": one["low"], "high": one["high"]}
+        for family, by_placement in accuracy.items()
+        for name, one in by_placement.items()
+    ]
+    value = "accuracy (95 % interval over samples and runs)"
+    return Chart(rows, {"row": "placement", "value": value, "series": "task family"})
+
+
+@drawer("intervals", _placements_chart, accuracy="task family -> placement -> mean, low, high")
 def placements(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Accuracy with its interval: a panel for each family, a row for each placement, best at the top."""
     rows = max(map(len, accuracy.values()))
@@ -31,7 +42,17 @@ def placements(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     return figure
 
 
-@drawer("curves", accuracy="task family -> placement -> k -> mean, low, high")
+def _k_chart(accuracy: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> Chart:
+    rows = [
+        {"panel": family, "series": name, "x": int(k), "y": one["mean"], "low": one["low"], "high": one["high"]}
+        for family, curves in accuracy.items()
+        for name, by_k in curves.items()
+        for k, one in sorted(by_k.items(), key=lambda item: int(item[0]))
+    ]
+    return Chart(rows, {"x": "modules with LoRA (k)", "y": "accuracy", "series": "placement"})
+
+
+@drawer("curves", _k_chart, accuracy="task family -> placement -> k -> mean, low, high")
 def k_sweep(accuracy: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> Figure:
     """Accuracy against k, a panel for each family."""
     figure, axes = subplots(1, len(accuracy), size=(3.4 * len(accuracy), 2.8))
@@ -50,8 +71,19 @@ def k_sweep(accuracy: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> Figu
     return figure
 
 
+def _alone_chart(rr: Mapping[str, Sequence], gains: Mapping[str, Sequence], names: Sequence[str]) -> Chart:
+    rows = [
+        {"panel": family, "series": name.rpartition("-")[2], "x": x, "y": y, "module": name}
+        for family in rr
+        for x, y, name in zip(rr[family], gains[family], names, strict=True)
+    ]
+    titles = {"x": "restoration rate (RR)", "y": "accuracy gained by LoRA there alone", "series": "module"}
+    return Chart(rows, titles)
+
+
 @drawer(
     "scatter",
+    _alone_chart,
     rr="task family -> RR of every module",
     gains="task family -> accuracy gained by LoRA in every module alone",
     names="names of the modules",

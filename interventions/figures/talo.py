@@ -7,10 +7,29 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from interventions.figures.base import drawer, subplots
+from vlm_jax.runs.charts import Chart
+
+
+def _interactions_chart(
+    names: Sequence[str], vectors: Sequence, sure: Sequence, similarity: Sequence, tree: Sequence | None, label: str
+) -> Chart:
+    rows = [
+        {
+            "panel": "change in accuracy when a layer is cut",
+            "x": layer,
+            "y": name,
+            "value": value,
+            "sure": bool(certain),
+        }
+        for name, of_task, sure_of_task in zip(names, vectors, sure, strict=True)
+        for layer, (value, certain) in enumerate(zip(of_task, sure_of_task, strict=True))
+    ]
+    return Chart(rows, {"x": "layer", "y": "task", "value": "change in accuracy"})
 
 
 @drawer(
     "heat_map",
+    _interactions_chart,
     names="names of T tasks",
     vectors="interaction vectors (T, L): change in accuracy when a layer is cut",
     sure="(T, L), whether the change's interval excludes 0",

@@ -8,10 +8,22 @@ from matplotlib.patches import Patch
 
 from interventions.figures.base import COLOURS, drawer, subplots
 from interventions.modules import split_cell
+from vlm_jax.runs.charts import Chart
+
+
+def _heatmap_chart(panels: Mapping[str, Sequence], label: str) -> Chart:
+    rows = [
+        {"panel": title, "x": kind, "y": layer, "value": value, "cell": f"L{layer}-{kind}"}
+        for title, values in panels.items()
+        for layer, row in enumerate(values)
+        for kind, value in zip(("attn", "mlp"), row, strict=True)
+    ]
+    return Chart(rows, {"x": "module", "y": "layer", "value": label})
 
 
 @drawer(
     "heat_map",
+    _heatmap_chart,
     panels="title -> values (L, 2): a row per layer, attention and MLP",
     label="what the values are",
 )
@@ -43,8 +55,26 @@ def heatmap(panels: Mapping[str, Sequence], label: str = "restoration rate (RR)"
     return figure
 
 
+def _interval_chart(
+    cells: Sequence[str],
+    groups: Mapping[str, Mapping[str, Sequence]],
+    different: Sequence[bool] | None,
+    label: str,
+) -> Chart:
+    rows = []
+    for number, cell in enumerate(cells):
+        shared: dict = {"panel": split_cell(cell)[1], "row": cell, "cell": cell}
+        if different is not None:
+            shared["groups differ"] = bool(different[number])
+        for name, estimates in groups.items():
+            ends = {part: estimates[part][number] for part in ("value", "low", "high")}
+            rows.append({**shared, "series": name, **ends})
+    return Chart(rows, {"row": "cell", "value": label, "series": "task"})
+
+
 @drawer(
     "intervals",
+    _interval_chart,
     cells="names of C cells, such as L3-attn or L3-attn@question",
     groups="group -> value (C,), low (C,), high (C,)",
     different="per cell, whether the groups differ significantly, or null",
@@ -107,7 +137,19 @@ def interval_plot(
     return figure
 
 
-@drawer("curves", groups="group -> rows as interventions.statistics.rank_stability returns them")
+def _stability_chart(groups: Mapping[str, Sequence[Mapping]]) -> Chart:
+    rows = []
+    for group, sizes in groups.items():
+        for size in sizes:
+            measures = {"Kendall's tau": size["tau"]}
+            measures |= {f"overlap of the top {k}": measure for k, measure in size["overlap"].items()}
+            for panel, measure in measures.items():
+                ends = {"y": measure["mean"], "low": measure["low"], "high": measure["high"]}
+                rows.append({"panel": panel, "series": group, "x": size["samples"], **ends})
+    return Chart(rows, {"x": "samples in each half", "y": "mean, 95 % of random halves", "series": "task"})
+
+
+@drawer("curves", _stability_chart, groups="group -> rows as interventions.statistics.rank_stability returns them")
 def stability(groups: Mapping[str, Sequence[Mapping]]) -> Figure:
     """By group, how alike the rankings of two disjoint sets of samples are: Kendall's tau, and the share of the top k
     that both have; dotted: by chance."""
@@ -136,7 +178,17 @@ def stability(groups: Mapping[str, Sequence[Mapping]]) -> Figure:
     return figure
 
 
-@drawer("heat_map", rows="rows as interventions.statistics.correlations returns them")
+def _correlation_chart(rows: Sequence[Mapping]) -> Chart:
+    found = [
+        {"panel": measure.capitalize(), "x": row[first], "y": row[second], "value": row[measure]}
+        for measure in ("pearson", "spearman", "kendall")
+        for row in rows
+        for first, second in (("first", "second"), ("second", "first"))
+    ]
+    return Chart(found, {"x": "corruption", "y": "corruption", "value": "correlation"})
+
+
+@drawer("heat_map", _correlation_chart, rows="rows as interventions.statistics.correlations returns them")
 def correlation(rows: Sequence[Mapping]) -> Figure:
     """A map per measure (Pearson, Spearman, Kendall) of how alike the RR of kinds of corruption are."""
     measures = ("pearson", "spearman", "kendall")

@@ -45,8 +45,11 @@ def test_keys_of_lmms_eval(folders):
 
 
 def test_a_repeated_run_writes_the_same_bytes(folders):
-    one, two = ({p.name: p.read_bytes() for p in folder.iterdir() if p.name != "seconds.json"} for folder in folders)
-    assert one == two and len(one) == 10 and one[".lock"] == b""
+    one, two = (
+        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "seconds.json"}
+        for folder in folders
+    )
+    assert one == two and sum(len(path.parts) == 1 for path in one) == 10 and one[Path(".lock")] == b""
 
 
 def test_doc_hash_covers_what_an_example_holds():

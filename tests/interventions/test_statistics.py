@@ -37,6 +37,7 @@ from interventions.statistics import (
 )
 from interventions.statistics.restoration import estimate_with_variance
 from vlm_jax.errors import UserError
+from vlm_jax.runs.charts import Chart
 from vlm_jax.runs.folder import Run
 
 PROFILE = np.array([0.9, 0.5, 0.3, 0.1])
@@ -668,7 +669,7 @@ def test_files_that_are_no_figures_data(tmp_path):
 
 def test_a_drawer_describes_its_arguments():
     with pytest.raises(TypeError, match="describe each of its arguments"):
-        base.drawer("curves", lines="the lines")(lambda lines, label: None)
+        base.drawer("curves", Chart, lines="the lines")(lambda lines, label: None)
 
 
 def test_figure_of_intervals_shows_the_numbers():

@@ -17,7 +17,7 @@ import jax
 from vlm_jax.configure import configure
 from vlm_jax.errors import UserError
 from vlm_jax.runs.options import DeviceOptions
-from vlm_jax.runs.processes import join
+from vlm_jax.runs.processes import first, join
 from vlm_jax.runs.ranges import check_ranges
 from vlm_jax.runs.running import running
 
@@ -51,6 +51,8 @@ def command(main: Callable[..., None] | None = None, *, configured: bool = True)
                 configure(mesh=args.mesh_axes() if isinstance(args, DeviceOptions) else None)
             with running(main):
                 main(args)
+            if getattr(args, "page", False):
+                first(lambda: _show_page(args.out))
             sys.stdout.flush()
         except UserError as error:
             _stop(2, f"error: {error}")
@@ -70,6 +72,14 @@ def command(main: Callable[..., None] | None = None, *, configured: bool = True)
             _stop(70, f"error: {_report(error)}")
 
     return wrapped
+
+
+def _show_page(folder: Path) -> None:
+    """Writes the page of a run folder and prints its name."""
+    from vlm_jax.runs.page import write_page  # its libraries take a second to import
+
+    if folder.is_dir():  # not if the command only printed a plan
+        print(f"the page: {write_page(folder)}")
 
 
 def _stop(code: int, line: str = "") -> NoReturn:

@@ -58,6 +58,8 @@ class Run:
     """The manifest that is on disk."""
     lock: "Lock | None" = dataclasses.field(default=None, repr=False)
     """Keeps other processes out of the folder while this object exists."""
+    when_begun: Callable[["Run"], object] | None = dataclasses.field(default=None, repr=False)
+    """Writes what should stand beside every result. It is called after the manifest, before the first result."""
 
     @classmethod
     def open(
@@ -72,7 +74,7 @@ class Run:
 
         Args:
             args: the command's options, a frozen dataclass. The configuration has all fields except ``out``,
-                ``processes`` and the ``ignored`` ones, which are left out at all depths.
+                ``processes``, ``page`` and the ``ignored`` ones, which are left out at all depths.
             model, processor: the model's configuration and its processor, for the manifest, if the command has them.
 
         Raises:
@@ -101,7 +103,7 @@ class Run:
             if path.is_symlink() and not path.exists():
                 raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: make that folder")
         lock = Lock.take(folder) if (folder / LOCK).is_file() else None
-        left_out = {"out", "processes", *ignored}
+        left_out = {"out", "processes", "page", *ignored}
         options = without(plain(args), left_out)
         # The content of input files is part of the configuration: with an edited file it is another run.
         digests_of_files = {path: file_digest(Path(path)) for path in named_files(options)}
@@ -272,6 +274,9 @@ class Run:
             for name, value in (("config.json", self.config), ("manifest.json", self.manifest)):
                 self._put(name, functools.partial(_write_json, value=value))
             self.saved = copy.deepcopy(self.manifest)
+        if self.when_begun is not None:
+            write, self.when_begun = self.when_begun, None
+            write(self)
 
     def _put(self, name: str, writer: Callable[[Path], object]) -> None:
         """Writes a file or folder under a temporary name, then moves it to its place."""

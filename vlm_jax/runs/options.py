@@ -41,6 +41,8 @@ class DeviceOptions:
     """Run the command on several processes, each started with the same command line. auto: Slurm, GKE, a TPU VM or MPI
     numbers them. HOST:PORT,COUNT,INDEX: the address of the first process, the number of processes, and the number of
     this one, from 0."""
+    page: bool = False
+    """At the end, make a page of the results in the folder --out: page.html, for a browser (docs/page.md)."""
 
     def mesh_axes(self) -> str | None:
         """The axes of the mesh to set; None for one device. Call it after the processes have joined."""

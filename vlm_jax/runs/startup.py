@@ -4,6 +4,7 @@ All commands take these steps in the same order. Cheap checks come before the mo
 with the first result, so a command that stops with an error before leaves no files.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from vlm_jax.processor import Processor
 from vlm_jax.prompts import check_fit
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
+from vlm_jax.runs.pictures import save_pictures
 from vlm_jax.runs.running import left_out
 
 
@@ -84,6 +86,7 @@ def start(
     check: Callable[[Model], Any] = lambda model: None,
     with_answer: bool = True,
     ignored: tuple[str, ...] = (),
+    shown: Iterable[Example] | None = None,
 ) -> Started:
     """Loads the model of a command, checks it against the options and the examples, and opens the run folder.
 
@@ -94,16 +97,19 @@ def start(
         check: a function that raises a UserError if the options do not suit the model.
         with_answer: whether the gold answers must fit into the model's context too.
         ignored: options that may differ when a run continues.
+        shown: the examples of which results tell; their pictures are kept in the run folder. By default all.
 
     Raises:
         UserError: from any of these steps, such as an example that does not fit the model.
     """
     model, processor = args.load()
     check(model)
-    check_fit(list(examples), processor, model.config, with_answer=with_answer)
+    examples = list(examples)
+    check_fit(examples, processor, model.config, with_answer=with_answer)
     run = Run.open(args.out, args, model.config, processor, ignored=ignored)
     run.pin("data", data, from_the_start=True)
     run.pin("model", fingerprint(model), from_the_start=True)
     if left_out():
         run.pin("left_out", left_out())
+    run.when_begun = functools.partial(save_pictures, examples=examples if shown is None else list(shown))
     return Started(run, model, processor)

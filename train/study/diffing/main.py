@@ -36,7 +36,7 @@ def run_diffing(args: Args) -> None:
         split: {name: source(name, split=split, options=args) for name in (args.task, args.neutral)}
         for split in ("train", "test")
     }
-    run, model, processor = start(args, examples, data, with_answer=False, ignored=WATCHING)
+    run, model, processor = start(args, examples, data, with_answer=False, ignored=WATCHING, shown=[*test[0], *test[1]])
     models = {args.model: Loaded(model, processor)}
     chosen = conditions(args)
     for condition in chosen:

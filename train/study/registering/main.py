@@ -40,7 +40,7 @@ def run_registering(args: Args) -> None:
             raise UserError(f"example {example.id!r} has {len(example.images)} images: this study needs one in each")
     data = {"train": {name: source(name, split="train", options=args) for name in (args.captions, *args.questions)}}
     data["test"] = {name: source(name, split="test", options=args) for name in args.questions}
-    run, model, processor = start(args, everything, data, check=check_without_registers, ignored=WATCHING)
+    run, model, processor = start(args, everything, data, check=check_without_registers, ignored=WATCHING, shown=tested)
     for options in {c.registers: study_options(args, c, 0) for c in conditions if c.registers is not None}.values():
         masked = model.with_registers(options.registers_of(model, processor))  # refused here, before any training
         check_fit(everything, processor, masked.config)

@@ -1,0 +1,173 @@
+"""The rows of every figure: those that its drawer draws, in the form of its type."""
+
+import json
+
+import numpy as np
+import pytest
+
+from interventions.figures import redraw  # noqa: F401 (imports all drawers)
+from interventions.figures.base import DRAWERS, plain_data
+from vlm_jax.runs.charts import FIELDS
+from vlm_jax.runs.page import charts
+
+MEAN = {"mean": [0.2, 0.4], "low": [0.1, 0.3], "high": [0.3, 0.5]}
+ONE = {"mean": 0.5, "low": 0.4, "high": 0.6}
+CHANGE = {"relation": "left", "layer": 1, "latent": 7, "selection": "full", "questions": "target", "samples": 9}
+RECALL = {"relation": "left", "layer": 1, "ceiling": 0.9, "best": 0.8, "features": None, "random": [0.5, 0.6]}
+SIZE = {"samples": 4, "tau": ONE, "overlap": {"2": {**ONE, "chance": 0.1}}}
+PAIR = {"first": "noise", "second": "swap", "pearson": 0.5, "spearman": None, "kendall": 0.25}
+CONDITION = {"edge": "text:image", "layers": None, "mode": "pre_softmax", "samples": 4, "failures": {"empty": 1}}
+BASE = {**CONDITION, "edge": None, "mode": None, "accuracy": ONE}
+#: Drawer -> its data, the number of its chart's rows, and one of them.
+DATA = {
+    "tracing.heatmap": (
+        {"panels": {"a": [[0.1, 0.2], [0.3, -0.4]]}, "label": "RR"},
+        4,
+        {"panel": "a", "x": "mlp", "y": 1, "value": -0.4, "cell": "L1-mlp"},
+    ),
+    "tracing.interval_plot": (
+        {
+            "cells": ["L0-attn", "L1-mlp"],
+            "groups": {"a": {"value": [0.1, 0.2], "low": [0.0, 0.1], "high": [0.2, 0.3]}},
+            "different": [False, True],
+            "label": "RR",
+        },
+        2,
+        {"panel": "mlp", "row": "L1-mlp", "series": "a", "value": 0.2, "low": 0.1, "high": 0.3, "groups differ": True},
+    ),
+    "tracing.stability": (
+        {"groups": {"a": [SIZE]}},
+        2,
+        {"panel": "overlap of the top 2", "series": "a", "x": 4, "y": 0.5, "low": 0.4, "high": 0.6},
+    ),
+    "tracing.correlation": ({"rows": [PAIR]}, 6, {"panel": "Spearman", "x": "swap", "y": "noise", "value": None}),
+    "diff.explained": (
+        {"fvu": {"text.resid_post": {"image": [[0.1, 0.2], [0.3, 0.4]]}}, "layers": {"text.resid_post": [3, 5]}},
+        4,
+        {"panel": "text.resid_post", "series": "image, seed 1", "x": 5, "y": 0.4},
+    ),
+    "diff.rotated": (
+        {"cosine": {"one": [0.9, 0.1]}, "energy": {"one": [0.0, 2.0]}, "adapted": {"one": [1]}},
+        2,
+        {"panel": "one", "series": "adapted", "x": 0.1, "y": 2.0, "latent": 1},
+    ),
+    "diff.ablated": (
+        {"rows": [{**CHANGE, "difference": -0.1, "low": -0.2, "high": 0.0}]},
+        1,
+        {"panel": "left", "row": "L1 7 (full)", "series": "target", "value": -0.1, "low": -0.2, "samples": 9},
+    ),
+    "diff.recalled": (
+        {"records": [{**RECALL, "samples": 9}]},
+        4,
+        {"panel": "left", "series": "random dictionaries", "x": 1, "y": 0.6, "n": 9},
+    ),
+    "editing.before_and_after": (
+        {"accuracy": {"task": {"before": ONE, "after": {**ONE, "mean": 0.55}}}},
+        2,
+        {"row": "task", "series": "after", "value": 0.55, "low": 0.4, "high": 0.6},
+    ),
+    "editing.conditions": (
+        {"accuracy": {"editors: one: two": ONE}, "full": "full"},
+        1,
+        {"row": "one: two", "series": "editors", "value": 0.5},
+    ),
+    "flow.attention": (
+        {"tasks": {"t": {"to_image": MEAN, "to_text": MEAN}}},
+        4,
+        {"panel": "t", "series": "text itself", "x": 1, "value": 0.4, "low": 0.3, "high": 0.5},
+    ),
+    "flow.cumulative": (
+        {
+            "tasks": {
+                "t": {
+                    "grid": np.linspace(0, 1, 101),
+                    "curves": [np.linspace(0, 1, 101) ** 0.5],
+                    "needed": {"80": {"mean": [0.5], "deviation": [0.1]}, "90": {"mean": [0.6], "deviation": [0.1]}},
+                }
+            }
+        },
+        21,
+        {"panel": "t", "series": "layer 0", "x": 1.0, "y": 1.0},
+    ),
+    "flow.answers": (
+        {"tasks": {"t": [BASE, {**CONDITION, "accuracy": ONE}, {**CONDITION, "accuracy": ONE, "layers": [1, 2]}]}},
+        2,
+        {"x": "text → image", "series": "pre_softmax", "value": 0.5, "low": 0.4, "no possible answer": 1, "samples": 4},
+    ),
+    "flow.windows": (
+        {"tasks": {"t": {"p_base": ONE, "change": {"text:image": MEAN}}}},
+        2,
+        {"panel": "t", "series": "text → image", "x": 1, "y": 0.4, "low": 0.3, "high": 0.5},
+    ),
+    "study.placements": (
+        {"accuracy": {"knowledge": {"task_diff": ONE}}},
+        1,
+        {"panel": "knowledge", "row": "task_diff", "value": 0.5, "low": 0.4, "high": 0.6},
+    ),
+    "study.k_sweep": (
+        {"accuracy": {"knowledge": {"task_diff": {"10": ONE, "2": ONE}}}},
+        2,
+        {"panel": "knowledge", "series": "task_diff", "x": 10, "y": 0.5, "low": 0.4, "high": 0.6},
+    ),
+    "study.alone": (
+        {"rr": {"knowledge": [0.1, 0.2]}, "gains": {"knowledge": [0.0, 0.3]}, "names": ["L0-attn", "L0-mlp"]},
+        2,
+        {"panel": "knowledge", "series": "mlp", "x": 0.2, "y": 0.3, "module": "L0-mlp"},
+    ),
+    "talo.interactions": (
+        {
+            "names": ["a", "b"],
+            "vectors": [[0.1, -0.2], [0.3, 0.4]],
+            "sure": [[False, True], [False, False]],
+            "similarity": [[1.0, 0.5], [0.5, 1.0]],
+            "tree": [[0, 1, 0.5, 2]],
+            "label": "cosine",
+        },
+        4,
+        {"x": 1, "y": "a", "value": -0.2, "sure": True},
+    ),
+}
+
+
+def test_every_drawer_is_here():
+    assert DATA.keys() == DRAWERS.keys()
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_rows(name):
+    """As many as the figure has marks, with the numbers of the data; the drawer takes the same data."""
+    data, count, row = DATA[name]
+    data, drawer = plain_data(data), DRAWERS[name]
+    chart = drawer.chart(**data)
+    assert len(chart.rows) == count and chart.missing(drawer.type) is None
+    assert [found for found in chart.rows if row.items() <= found.items()], chart.rows
+    assert drawer.draw(**data).axes
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_specifications(name):
+    """Altair checks them against Vega-Lite's schema. Each holds the rows and says what it shows."""
+    data, count, _ = DATA[name]
+    drawer = DRAWERS[name]
+    chart = drawer.chart(**plain_data(data))
+    spec = json.loads(json.dumps(charts.figure(drawer.type, chart, "What it shows")))
+    kept = [row for rows in spec["datasets"].values() for row in rows] if "datasets" in spec else _values(spec)
+    assert [row for row in kept if "zero" not in row] == json.loads(json.dumps(chart.rows)) and count == len(chart.rows)
+    assert spec["description"] == "What it shows"
+
+
+def _values(spec) -> list:
+    """The rows in a specification."""
+    if isinstance(spec, list):
+        return [row for part in spec for row in _values(part)]
+    if not isinstance(spec, dict):
+        return []
+    own = spec.get("data", {}).get("values", [])
+    return [*own, *(row for name, part in spec.items() if name != "data" for row in _values(part))]
+
+
+def test_rows_without_a_field_are_refused():
+    chart = DRAWERS["study.alone"].chart(**DATA["study.alone"][0])
+    del chart.rows[1]["series"]
+    assert chart.missing("scatter") == "series"
+    assert set(FIELDS) == {drawer.type for drawer in DRAWERS.values()}

@@ -1,0 +1,266 @@
+"""The report page: what a reader finds in it, and what it says of folders that are damaged or not finished."""
+
+import dataclasses
+import html.parser
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from eval import page as command
+from vlm_jax.data import Example
+from vlm_jax.errors import UserError
+from vlm_jax.runs.artifacts import TYPES, Artifact, Schema
+from vlm_jax.runs.folder import Run
+from vlm_jax.runs.page import write_page
+from vlm_jax.runs.page.views import VIEWS
+from vlm_jax.runs.pictures import save_pictures
+
+EVIL = "</script><img src=x onerror=alert(1)><!--<script>"
+ROWS = [{"panel": "p", "x": "attn", "y": 0, "value": 0.25, "cell": "L0-attn"}]
+
+
+class Reader(html.parser.HTMLParser):
+    """The headings, texts, JSON scripts and addresses of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.scripts, self.addresses, self.texts = [], [], [], []
+        self._script = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "script":
+            self._script = dict(attributes).get("type")
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        if tag == "script":
+            self._script = None
+
+    def handle_data(self, data):
+        if self._script == "application/json":
+            self.scripts.append(json.loads(data))
+        elif not any(tag == "script" for tag, _ in self.tags[-1:]):
+            self.texts.append(data)
+
+
+def read(path) -> Reader:
+    return Reader(path.read_text())
+
+
+def example(number: int, question: str = "What?") -> Example:
+    image = Image.new("RGB", (20 * number, 10), (number, 0, 0))
+    return Example(f"t/{number}", (image,), question, ("cat",), task="t")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with something of every kind."""
+    run = Run.open(tmp_path / "run", {"model": "mini", "prompt": EVIL})
+    chart = {"rows": ROWS, "titles": {"value": "RR"}}
+    content = {"drawer": "a", "title": "A map", "data": {}, "chart": chart}
+    run.save_json("map.json", content, Artifact("heat_map", "A map"))
+    run.write("map.png", lambda path: Image.new("RGB", (4, 4)).save(path), Artifact("figure", "A map", data="map.json"))
+    old = {"drawer": "a", "title": "Old", "data": {}}
+    run.save_json("old.json", old, Artifact("bars", "Old"))
+    picture = Artifact("figure", "An old picture", data="old.json")
+    run.write("old.png", lambda path: Image.new("RGB", (4, 4)).save(path), picture)
+    records = [{"id": f"t/{n}", "correct": n > 1, "prediction": EVIL, "scores": [0.5, float("nan")]} for n in range(9)]
+    run.save_lines("samples.jsonl", records, Artifact("samples", "Answers"))
+    save_pictures(run, [example(1, EVIL), example(2)])
+    steps = [{"step": n, "loss": 1 / (n + 1), "lr": 1e-3} for n in range(3)]
+    run.save_lines("training/metrics.jsonl", steps, Artifact("training", "The training"))
+    run.write("rows.csv", lambda path: path.write_text("cell,rr\nL0-attn,0.5\n"), Artifact("table", "Rates"))
+    table = pa.table({"n": list(range(3000)), "x": [float("nan")] * 3000})
+    run.write("many.parquet", lambda path: pq.write_table(table, path), Artifact("table", "Many rows"))
+    metrics = {"mean": 0.123456789, "nested": {"a": {"b": 1}}, "none": None}
+    run.save_json("results.json", metrics, Artifact("metrics", "Scores"))
+    run.save_json("placement.json", ["L0-attn", "L3-mlp"], Artifact("placement", "Where LoRA is"))
+    schema = Schema("numbers", {"a": "numbers of something"})
+    run.save_arrays("arrays.npz", {"a": np.zeros(2)}, Artifact("arrays", "Numbers", schema))
+    return run
+
+
+def test_what_a_page_shows(run):
+    page = read(write_page(run.folder))
+    text = " ".join(page.texts)
+    for said in (
+        "A map",
+        "An old picture",
+        "Answers",
+        "Rates",
+        "The training",
+        "Scores",
+        "0.123457",
+        "L0-attn, L3-mlp",
+    ):
+        assert said in text
+    assert "Pictures, questions" not in text  # the samples show them
+    specs = [script for script in page.scripts if "$schema" in script]
+    assert len(specs) == 2 and any(ROWS[0].items() <= row.items() for row in next(iter(values(specs[0]))))
+    tables = [script for script in page.scripts if "columns" in script]
+    samples = next(table for table in tables if "prediction" in table["columns"])
+    assert samples["more"] == ["scores"] and samples["rows"][0]["scores"] == [0.5, None]
+    many = next(table for table in tables if table["columns"] == ["n", "x"])
+    assert len(many["rows"]) == 2000 and "The first 2,000 of 3,000." in text
+    pictures = next(script for script in page.scripts if "t/1" in script)
+    assert pictures["t/1"]["question"] == EVIL and pictures["t/2"]["pictures"][0].startswith("data:image/png;base64,")
+    shown = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(shown) == 1  # only the figure that has no rows
+
+
+def values(spec):
+    """The rows of a specification, list by list."""
+    if isinstance(spec, dict):
+        if isinstance(spec.get("data"), dict) and "values" in spec["data"]:
+            yield spec["data"]["values"]
+        for part in spec.values():
+            yield from values(part)
+    elif isinstance(spec, list):
+        for part in spec:
+            yield from values(part)
+
+
+def test_texts_cannot_become_markup(run):
+    """Neither from options nor from samples; they come back as they were."""
+    text = write_page(run.folder).read_text()
+    assert EVIL not in text
+    page = Reader(text)
+    assert not [attributes for tag, attributes in page.tags if tag == "img" and attributes["src"] == "x"]
+    assert any(EVIL in said for said in page.texts)
+    samples = next(script for script in page.scripts if "prediction" in script.get("columns", ()))
+    assert samples["rows"][0]["prediction"] == EVIL
+
+
+def test_nothing_is_fetched(run):
+    """Addresses are parts of the page, data, or files beside it."""
+    page = read(write_page(run.folder))
+    for address in page.addresses:
+        assert address.startswith(("#", "data:")) or (run.folder / address).exists(), address
+    assert run.folder.joinpath("page.html").stat().st_size < 3 * 2**20
+
+
+def test_links_from_elsewhere(run, tmp_path):
+    out = tmp_path / "deep" / "er" / "a page.html"
+    page = read(write_page(run.folder, out))
+    links = [address for address in page.addresses if not address.startswith(("#", "data:"))]
+    assert links and all((out.parent / link).exists() for link in links)
+
+
+def test_fewer_samples(run):
+    page = read(write_page(run.folder, samples=4))
+    samples = next(script for script in page.scripts if "prediction" in script.get("columns", ()))
+    assert len(samples["rows"]) == 4 and "The first 4 of 9." in " ".join(page.texts)
+
+
+def test_a_run_that_is_going_on(tmp_path):
+    run = Run.open(tmp_path / "run", {"model": "mini"})
+    run.begin()
+    assert "has written no result" in " ".join(read(write_page(run.folder)).texts)
+    with run.path("samples.jsonl").open("w") as file:
+        file.write('{"id": "a"}\n{"id": "b"')
+    run.add("samples.jsonl", Artifact("samples", "Answers"))
+    page = read(write_page(run.folder))
+    assert next(script for script in page.scripts if "columns" in script)["rows"] == [{"id": "a"}]
+
+
+DAMAGE = {
+    "samples.jsonl": ('{"id": 3\n', "samples.jsonl cannot be read"),
+    "map.json": ('{"chart": {"rows": [{"panel": 1}], "titles": {}}}', "map.json holds something else"),
+    "results.json": ("{", "results.json cannot be read"),
+    "many.parquet": ("PAR1", "many.parquet cannot be read"),
+    "seconds.json": ("[]", "seconds.json cannot be read"),
+    "manifest.json": ("", "manifest.json cannot be read"),
+    "pictures/index.json": ("nothing", "pictures/index.json cannot be read"),
+    "training/metrics.jsonl": ("[1]\n", "training/metrics.jsonl cannot be read"),
+    "artifacts.json": ("{}", "artifacts.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files(run, name):
+    """The page tells it and shows the rest."""
+    content, said = DAMAGE[name]
+    (run.folder / name).write_text(content)
+    text = " ".join(read(write_page(run.folder)).texts)
+    assert said in text
+    assert "Where LoRA is" in text or name == "artifacts.json"
+
+
+def test_missing_and_unknown(run):
+    (run.folder / "placement.json").unlink()
+    listing = json.loads((run.folder / "artifacts.json").read_text())
+    entry = next(entry for entry in listing["artifacts"] if entry["file"] == "arrays.npz")
+    entry["type"], entry["title"] = "hologram", "Of a later version"
+    (run.folder / "artifacts.json").write_text(json.dumps(listing))
+    page = read(write_page(run.folder))
+    text = " ".join(page.texts)
+    assert "placement.json is listed and does not exist" in text
+    assert "Of a later version" in text and "arrays.npz" in page.addresses
+
+
+def test_every_type_has_a_view():
+    assert VIEWS.keys() == TYPES.keys()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("none",), "is no folder: name the --out of a command"),
+        ((".",), "is no run folder, because it has no config.json"),
+        (("run", "run"), "is a folder: name a file such as page.html"),
+        (("run", "run/config.json/page.html"), "cannot write"),
+    ],
+)
+def test_refused(run, tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    paths = [tmp_path / name for name in arguments]
+    with pytest.raises(SystemExit):
+        command.main(command.Args(*paths))
+    error = capsys.readouterr().err
+    assert says in error and len(error.strip().splitlines()) == 1
+
+
+def test_the_command_tells_the_size(run, capsys):
+    command.main(command.Args(run.folder))
+    assert capsys.readouterr().out == f"{run.folder / 'page.html'}: {_mebibytes(run.folder / 'page.html')} MiB\n"
+
+
+def _mebibytes(path) -> str:
+    return f"{path.stat().st_size / 2**20:.1f}"
+
+
+def test_pictures_are_kept_once(tmp_path):
+    """Tasks take turns, equal pictures are one file, photographs are small."""
+    run = Run.open(tmp_path / "run", {})
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 1200, 3), np.uint8))
+    examples = [example(1), dataclasses.replace(example(1), id="t/9"), example(3)]
+    other = dataclasses.replace(example(2), id="u/0", images=(photograph,), task="u", answers=("dog", "cat"))
+    save_pictures(run, [*examples, other], most=3)
+    index = json.loads((run.folder / "pictures/index.json").read_text())
+    assert list(index) == ["t/1", "u/0", "t/9"] and index["u/0"]["answers"] == ["dog", "cat"]
+    assert index["t/1"]["pictures"] == index["t/9"]["pictures"]
+    (photo,) = index["u/0"]["pictures"]
+    with Image.open(run.folder / "pictures" / photo) as small:
+        assert photo.endswith(".jpg") and small.size == (336, 252)
+    with Image.open(run.folder / "pictures" / index["t/1"]["pictures"][0]) as drawn:
+        assert drawn.convert("RGB").getpixel((0, 0)) == (1, 0, 0)
+    assert photograph.size == (1200, 900)  # the example's own is as it was
+    before = {path: os.stat(path).st_mtime_ns for path in (run.folder / "pictures").iterdir()}
+    save_pictures(run, [example(3)])  # a later session
+    assert {path: os.stat(path).st_mtime_ns for path in (run.folder / "pictures").iterdir()} == before
+
+
+def test_a_damaged_picture(run):
+    for path in (run.folder / "pictures").glob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError):
+        write_page(run.folder / "none")
+    assert "cannot be read" in " ".join(read(write_page(run.folder)).texts)

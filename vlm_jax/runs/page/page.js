@@ -1,0 +1,172 @@
+// Draws the charts and tables whose data stand in the page. Nothing is fetched.
+const url = URL.createObjectURL(new Blob([TABLES], { type: "text/javascript" }));
+const { default: DataTable } = await import(url);
+URL.revokeObjectURL(url);
+
+const data = (holder) => JSON.parse(holder.querySelector("script").textContent);
+const pictures = JSON.parse(document.getElementById("pictures").textContent);
+const dark = () => document.documentElement.classList.contains("dark");
+
+// Charts. Another theme draws them again.
+const charts = [...document.querySelectorAll(".chart")].map((holder) => {
+  const spec = data(holder);
+  const place = holder.appendChild(document.createElement("div"));
+  return { spec, place };
+});
+const actions = { export: { svg: true, png: true }, source: false, compiled: false, editor: false };
+const drawOne = async ({ spec, place }) => {
+  const options = { actions, theme: dark() ? "dark" : undefined, config: { background: "transparent" }, renderer: "svg" };
+  const { view } = await vegaEmbed(place, spec, options);
+  view.addEventListener("click", (event, item) => item?.datum?.cell !== undefined && choose(item.datum.cell));
+};
+const draw = () => Promise.all(charts.map(drawOne));
+
+const button = document.getElementById("theme");
+const setTheme = (isDark) => {
+  document.documentElement.classList.toggle("dark", isDark);
+  button.setAttribute("aria-pressed", String(isDark));
+  return draw();
+};
+button.addEventListener("click", () => setTheme(!dark()));
+
+// Tables.
+const shown = (value) => {
+  if (value === null || value === undefined) return "-";
+  if (typeof value === "number" && !Number.isInteger(value)) return String(Number(value.toPrecision(6)));
+  return typeof value === "object" ? JSON.stringify(value) : String(value);
+};
+const markdown = ({ header, body }) => {
+  const line = (cells) => `| ${cells.map((cell) => cell.replaceAll("|", "\\|").replaceAll("\n", " ")).join(" | ")} |`;
+  return [line(header), line(header.map(() => "---")), ...body.map(line)].join("\n");
+};
+const latexSigns = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}" };
+const latex = ({ header, body }) => {
+  const escaped = (cell) => cell.replace(/[\\~^&%$#_{}]/g, (sign) => latexSigns[sign] ?? `\\${sign}`);
+  const line = (cells) => `${cells.map(escaped).join(" & ")} \\\\`;
+  return [`\\begin{tabular}{${"l".repeat(header.length)}}`, line(header), "\\hline", ...body.map(line), "\\end{tabular}"].join("\n");
+};
+const copied = (name, format) => ({
+  text: name,
+  action: (event, table) => {
+    const found = table.buttons.exportData({ columns: ":visible", modifier: { search: "applied" } });
+    navigator.clipboard.writeText(format({ header: found.header.map(String), body: found.body.map((row) => row.map(String)) }));
+  },
+});
+
+const picture = (id) => {
+  const box = document.createElement("span");
+  for (const source of pictures[id]?.pictures ?? []) {
+    const image = box.appendChild(document.createElement("img"));
+    image.className = "picture";
+    image.src = source;
+    image.alt = `picture of ${id}`;
+  }
+  return box;
+};
+const detail = (record) => {
+  const list = document.createElement("dl");
+  list.className = "detail";
+  list.appendChild(picture(record.id)).classList.add("large");
+  const { question, answers, choices } = pictures[record.id] ?? {};
+  for (const [name, value] of Object.entries({ question, answers, choices, ...record })) {
+    if (value === undefined) continue;
+    list.appendChild(document.createElement("dt")).textContent = name;
+    list.appendChild(document.createElement("dd")).textContent = shown(value);
+  }
+  return list;
+};
+
+const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) => {
+  const { columns, rows } = data(holder);
+  const seen = holder.className === "samples" && rows.some((row) => pictures[row.id]);
+  const added = seen
+    ? [
+        { title: "picture", data: (row) => row.id, orderable: false, searchable: false,
+          render: (id, type) => (type === "display" ? picture(id) : "") },
+        ...(columns.includes("question") ? [] : [{ title: "question", data: (row) => pictures[row.id]?.question ?? "",
+          render: DataTable.render.text() }]),
+      ]
+    : [];
+  const element = holder.appendChild(document.createElement("table"));
+  element.className = "display compact";
+  const table = new DataTable(element, {
+    data: rows,
+    columns: added.concat(columns.map((name) => ({
+      title: DataTable.util.escapeHtml ? DataTable.util.escapeHtml(name) : name,
+      data: (row) => row[name],
+      render: (value, type) => (type === "sort" || type === "type" ? value : DataTable.render.text().display(shown(value))),
+    }))),
+    order: [],
+    pageLength: 10,
+    autoWidth: false,
+    layout: { topStart: { buttons: ["csv", copied("Markdown", markdown), copied("LaTeX", latex)] }, bottomStart: "pageLength" },
+  });
+  const open = (row) => {
+    if (row.child.isShown()) row.child.hide();
+    else row.child(detail(row.data())).show();
+  };
+  table.on("click", "tbody > tr", (event) => {
+    const row = table.row(event.target.closest("tr"));
+    if (row.data()) open(row);
+  });
+  table.on("keydown", "tbody > tr", (event) => {
+    if (event.key === "Enter") open(table.row(event.target.closest("tr")));
+  });
+  table.on("draw", () => table.rows({ page: "current" }).nodes().to$().attr("tabindex", "0"));
+  table.draw(false);
+  if (rows.some((row) => row.correct === false)) {
+    const label = document.createElement("label");
+    const box = label.appendChild(document.createElement("input"));
+    box.type = "checkbox";
+    label.append(" only wrong answers");
+    holder.prepend(label);
+    box.addEventListener("change", () => {
+      table.search.fixed("wrong", box.checked ? (text, row) => row.correct === false : null).draw();
+    });
+  }
+  return { table, columns, rows, holder };
+});
+
+// A click on a cell of a chart shows its rows alone, in every table that has cells.
+const choose = (cell) => {
+  let first = true;
+  for (const { table, columns, holder } of tables.filter(({ columns }) => columns.includes("cell"))) {
+    table.search.fixed("cell", (text, row) => row.cell === cell).draw();
+    holder.querySelector(".chosen")?.remove();
+    const note = document.createElement("p");
+    note.className = "chosen";
+    note.append(`only the cell ${cell} `);
+    const all = note.appendChild(document.createElement("button"));
+    all.textContent = "show all";
+    all.addEventListener("click", () => {
+      table.search.fixed("cell", null).draw();
+      note.remove();
+    });
+    holder.prepend(note);
+    if (first) holder.scrollIntoView({ block: "start" });
+    first = false;
+  }
+};
+
+// A link to a sample: #sample=ID.
+const follow = () => {
+  const wanted = new URLSearchParams(location.hash.slice(1)).get("sample");
+  if (wanted === null) return;
+  for (const { table, rows, holder } of tables) {
+    const index = rows.findIndex((row) => row.id === wanted);
+    if (index < 0) continue;
+    const place = table.rows({ order: "applied", search: "applied" }).indexes().toArray().indexOf(index);
+    if (place < 0) continue;
+    table.page(Math.floor(place / table.page.len())).draw("page");
+    const row = table.row(index);
+    if (!row.child.isShown()) row.child(detail(row.data())).show();
+    row.node().classList.add("linked");
+    holder.scrollIntoView();
+    return;
+  }
+};
+addEventListener("hashchange", follow);
+
+await setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
+follow();
+document.documentElement.dataset.ready = "yes";

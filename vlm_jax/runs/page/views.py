@@ -1,0 +1,200 @@
+"""How each type of artifact is shown. A view makes the HTML of one entry; ``@view`` registers it for its types."""
+
+import html
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm_jax.runs.charts import FIELDS, Chart
+from vlm_jax.runs.page import charts
+from vlm_jax.runs.page.reading import Entry, RunFolder, script_json
+
+#: Rows of a table that the page holds.
+TABLE_ROWS = 2000
+
+
+class Options(NamedTuple):
+    """What views need to know."""
+
+    page: Path
+    """Where the page will be written; links are relative to it."""
+    samples: int
+    """How many samples of a file are shown."""
+
+
+class Part(NamedTuple):
+    """A part of the page."""
+
+    body: str
+    """HTML."""
+    rank: int = 1
+    """Parts of a lower rank come first."""
+
+
+View = Callable[[RunFolder, Entry, Options], Part | None]
+VIEWS: dict[str, View] = {}
+
+
+def view(*types: str) -> Callable[[View], View]:
+    """Registers the view of artifacts of these types. It returns None for an entry that needs no part of its own, and
+    its problems go to :attr:`RunFolder.problems`."""
+
+    def register(make: View) -> View:
+        VIEWS.update(dict.fromkeys(types, make))
+        return make
+
+    return register
+
+
+def show(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    """The part of an entry. A type without a view, or a file that cannot be shown, gets a link."""
+    make = VIEWS.get(entry.type, _linked)
+    if not (folder.path / entry.file).exists():
+        folder.problems.append(f"{entry.file} is listed and does not exist")
+        return None
+    try:
+        return make(folder, entry, options)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # content of another form
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        folder.problems.append(f"{entry.file} holds something else than its type, {entry.type}, says ({reason})")
+        return _linked(folder, entry, options)
+
+
+@view(*FIELDS)
+def _chart(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    content = folder.json(entry.file)
+    if content is None:
+        return None
+    if not isinstance(content, dict) or "chart" not in content:  # of an older version; its picture is shown
+        return None
+    chart = Chart(**content["chart"])
+    if not chart.rows:
+        return _linked(folder, entry, options)
+    if field := chart.missing(entry.type):
+        raise ValueError(f"its rows lack {field}")
+    return Part(_drawn(charts.figure(entry.type, chart, entry.title)), 0)
+
+
+@view("figure")
+def _picture(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    """A figure whose data have no rows is shown as its picture."""
+    if Path(entry.file).suffix != ".png":
+        return None
+    content = folder.json(entry.data) if entry.data and (folder.path / entry.data).is_file() else None
+    if isinstance(content, dict) and "chart" in content:
+        return None
+    source = folder.embedded(entry.file)
+    if source is None:
+        return None
+    return Part(f'<img class="figure" src="{source}" alt="{html.escape(entry.title)}">', 0)
+
+
+@view("table")
+def _table(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    """CSV and Parquet; the same table in Markdown or LaTeX needs no part of its own."""
+    if Path(entry.file).suffix not in (".csv", ".parquet"):
+        return None
+    rows = folder.table(entry.file, TABLE_ROWS)
+    return None if rows is None else Part(table(rows.records, rows.count))
+
+
+@view("samples")
+def _samples(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    if Path(entry.file).suffix == ".json":
+        records = folder.json(entry.file)
+        lines = None if records is None else (records[: options.samples], len(records))
+    else:
+        lines = folder.lines(entry.file, options.samples)
+    if lines is None:
+        return None
+    records, count = lines
+    return Part(table(records, count, samples=True))
+
+
+@view("pictures")
+def _pictures(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    """No part of its own: the samples show them."""
+    return None
+
+
+@view("training")
+def _training(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    lines = folder.lines(entry.file)
+    if lines is None or not lines.records:
+        return None
+    numbers = ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gib")
+    shown = [name for name in numbers if any(isinstance(record.get(name), int | float) for record in lines.records)]
+    spec = charts.training(lines.records, shown)
+    return Part(_drawn(spec), 2)
+
+
+@view("metrics")
+def _metrics(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    content = folder.json(entry.file)
+    return None if content is None else Part(tree(content))
+
+
+@view("placement")
+def _placement(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    names = folder.json(entry.file)
+    return None if names is None else Part(f"<p>{html.escape(', '.join(map(str, names)))}</p>")
+
+
+@view("arrays", "adapter", "model", "intervention", "dictionaries")
+def _linked(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    path = folder.path / entry.file
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    fields = folder.schemas.get(entry.schema or "", {})
+    rows = "".join(f"<tr><th>{html.escape(name)}<td>{html.escape(str(text))}" for name, text in fields.items())
+    described = f"<details><summary>fields</summary><table>{rows}</table></details>" if rows else ""
+    return Part(f"<p>{size / 2**20:,.2f} MiB</p>{described}", 3)
+
+
+def _drawn(spec: dict) -> str:
+    """The place of a chart."""
+    return f'<div class="chart">{_data(spec)}</div>'
+
+
+def _data(value: Any) -> str:
+    """Data for the page's script."""
+    return f'<script type="application/json">{script_json(value)}</script>'
+
+
+def table(records: list[dict], count: int, *, samples: bool = False) -> str:
+    """A table that can be sorted, searched and copied. Lists and objects of a record are shown when it is opened."""
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    short = [name for name in columns if not any(isinstance(record.get(name), list | dict) for record in records)]
+    note = f"<p>The first {len(records):,} of {count:,}.</p>" if len(records) < count else ""
+    content = {"columns": short, "more": [name for name in columns if name not in short], "rows": records}
+    kind = "samples" if samples else "rows"
+    return f'{note}<div class="{kind}">{_data(content)}</div>'
+
+
+def tree(value: Any, depth: int = 0) -> str:
+    """A JSON value as nested lists, the deeper ones closed."""
+    if isinstance(value, list) and len(value) > 2 and all(isinstance(part, dict) for part in value):
+        return table(value, len(value))
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list):
+        if all(not isinstance(part, list | dict) for part in value):
+            text = ", ".join(map(_plain, value))
+            return html.escape(text if len(text) < 400 else f"{text[:400]} ... ({len(value)} values)")
+        items = enumerate(value)
+    else:
+        return html.escape(_plain(value))
+    rows = []
+    for name, part in items:
+        label, nested = html.escape(str(name)), isinstance(part, dict) or (isinstance(part, list) and len(part) > 8)
+        inner = tree(part, depth + 1)
+        if nested and depth:
+            inner = f"<details><summary>{len(part)} entries</summary>{inner}</details>"
+        rows.append(f"<tr><th scope='row'>{label}<td>{inner}")
+    return f"<table class='tree'>{''.join(rows)}</table>"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "-" if value is None else str(value)
