@@ -78,6 +78,8 @@ def run(tmp_path):
     steps = [{"step": n, "loss": 1 / (n + 1), "lr": 1e-3} for n in range(3)]
     run.save_lines("training/metrics.jsonl", steps, Artifact("training", "The training"))
     run.write("rows.csv", lambda path: path.write_text("cell,rr\nL0-attn,0.5\n"), Artifact("table", "Rates"))
+    run.write("rows.md", lambda path: path.write_text("| cell | the same |\n"), Artifact("table", "Rates again"))
+    run.write("alone.md", lambda path: path.write_text("| of its own |\n"), Artifact("table", "A text"))
     table = pa.table({"n": list(range(3000)), "x": [float("nan")] * 3000})
     run.write("many.parquet", lambda path: pq.write_table(table, path), Artifact("table", "Many rows"))
     metrics = {"mean": 0.123456789, "nested": {"a": {"b": 1}}, "none": None}
@@ -103,6 +105,7 @@ def test_what_a_page_shows(run):
     ):
         assert said in text
     assert "Pictures, questions" not in text  # the samples show them
+    assert "| of its own |" in text and "| the same |" not in text
     specs = [script for script in page.scripts if "$schema" in script]
     assert len(specs) == 2 and any(ROWS[0].items() <= row.items() for row in next(iter(values(specs[0]))))
     tables = [script for script in page.scripts if "columns" in script]

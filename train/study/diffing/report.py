@@ -106,8 +106,8 @@ def _ablation_table(compared: dict) -> str:
 
 def _recall_table(recall: Sequence[dict]) -> str:
     lines = [
-        "| relation | layer | supervised | features | best latent | random dictionaries |",
-        "|---|---|---|---|---|---|",
+        "| relation | layer | supervised | features | best latent | random dictionaries | of these as good |",
+        "|---|---|---|---|---|---|---|",
     ]
     for record in recall:
         features = "" if record["features"] is None else f"{record['features']:.3f}"

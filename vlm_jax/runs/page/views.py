@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_jax.files import read_text
 from vlm_jax.runs.charts import FIELDS, Chart
 from vlm_jax.runs.page import charts
 from vlm_jax.runs.page.reading import Entry, RunFolder, script_json
@@ -91,8 +92,12 @@ def _picture(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
 
 @view("table")
 def _table(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
-    """CSV and Parquet; the same table in Markdown or LaTeX needs no part of its own."""
-    if Path(entry.file).suffix not in (".csv", ".parquet"):
+    """CSV and Parquet, and Markdown as it is. The same table in Markdown or LaTeX needs no part of its own."""
+    file = Path(entry.file)
+    if file.suffix == ".md" and not (folder.path / file.with_suffix(".csv")).is_file():
+        text = folder.attempt(entry.file, read_text)
+        return None if text is None else Part(f"<pre>{html.escape(text)}</pre>")
+    if file.suffix not in (".csv", ".parquet"):
         return None
     rows = folder.table(entry.file, TABLE_ROWS)
     return None if rows is None else Part(table(rows.records, rows.count))
