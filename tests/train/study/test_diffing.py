@@ -114,6 +114,7 @@ def test_the_study_in_small(tmp_path, capsys):
         "adapted, image tokens",
         "adapted, text tokens",
         "adapted to mini-llava-align",
+        "adapted to mini-llava-half",
     }
     assert "fvu image" not in rows["base"] and "fvu image" in rows["adapted"]
     assert rows["adapted"]["published fvu text"] < rows["adapted"]["fvu text"]
@@ -126,6 +127,8 @@ def test_the_study_in_small(tmp_path, capsys):
     crosscoders = summary["crosscoders"]
     assert [record["layer"] for record in crosscoders] == [2, 5]
     assert all(sum(record["latents"].values()) == 64 and len(record["auroc"]) == 6 for record in crosscoders)
+    tables = (args.out / "study.md").read_text().strip().split("\n\n")
+    assert len(tables) == 5 and all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
     before = {p: p.read_bytes() for p in args.out.rglob("*.json") if p.name != "seconds.json"}
     command.main(args)  # nothing is left to do
     assert {p: p.read_bytes() for p in before} == before
