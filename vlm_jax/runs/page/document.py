@@ -84,7 +84,7 @@ def _anchor(entry: Entry) -> str:
 
 
 def _asset(name: str) -> str:
-    return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return importlib.resources.files("vlm_jax.runs.page").joinpath(name).read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -92,7 +92,7 @@ def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script."""
     import vl_convert  # takes a second to import, so only pages pay for it
 
-    return vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle(None).replace("</script", "<\\/script")
 
 
 @functools.cache
