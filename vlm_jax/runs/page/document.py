@@ -92,7 +92,7 @@ def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script."""
     import vl_convert  # takes a second to import, so only pages pay for it
 
-    return vl_convert.javascript_bundle(None).replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
 
 
 @functools.cache
