@@ -34,7 +34,8 @@ from vlm_jax.sites import layered
 
 #: The token groups by which quality is reported, where they occur.
 _GROUPS = ("all", "image", "text", "question")
-#: On how many held-out examples reconstructions are spliced in: each takes a forward pass for every dictionary.
+#: Reconstructions are spliced in on at most so many held-out examples, which are drawn at random: each takes a forward
+#: pass for every dictionary.
 _SPLICED = 200
 
 
@@ -113,7 +114,8 @@ class Stage(NamedTuple):
             source = Computed.of(self.model, self.processor, self.held_out, everything)
             sums = measure(source, dictionaries)
             tokens = self.options.tokens
-            spliced = self.held_out[:: -(-len(self.held_out) // _SPLICED)]
+            drawn = np.sort(np.random.default_rng(0).permutation(len(self.held_out))[:_SPLICED])
+            spliced = [self.held_out[row] for row in drawn]
             losses = splice_losses(self.model, self.processor, spliced, dictionaries, tokens=tokens)
             wanted = members(places_of(self.options, self.model), self.options.seeds)
             return {

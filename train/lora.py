@@ -101,8 +101,10 @@ class Examples(NamedTuple):
     """The families for which the modules get a score."""
 
     def shown(self) -> list[Example]:
-        """The examples of which results tell."""
-        return [example for split in (self.tested, self.traced) for examples in split.values() for example in examples]
+        """The examples of which results tell, by turns held-out ones and traced ones."""
+        tested, traced = (itertools.chain(*split.values()) for split in (self.tested, self.traced))
+        both = itertools.chain(*itertools.zip_longest(tested, traced))
+        return [example for example in both if example is not None]
 
     def all(self) -> list[Example]:
         """The examples of all splits and families."""

@@ -27,8 +27,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        _LIMITS.remove(limit)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        _LIMITS.remove(limit)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
         if left:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - begun)))
@@ -41,6 +41,8 @@ def _left() -> float:
 
 def _stop(*_) -> None:
     """Ends the code if a limit has ended. Otherwise other threads or programs had the processor, and it goes on."""
+    if not _LIMITS:  # the alarm came while the last limit was taken away
+        return
     end, seconds = min(_LIMITS)
     if time.thread_time() >= end:
         raise TimeoutError(f"it did not end within {seconds:g} s")

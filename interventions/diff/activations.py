@@ -88,7 +88,7 @@ class ActivationOptions:
                 raise UserError(f"{site} has no activation for each token or patch: use a site like text.resid_post")
         if len({site.partition(".")[0] for site in self.sites}) > 1:
             raise UserError("--sites names the text model and the vision tower: train each by itself")
-        if self.of_patches and self.tokens not in ("all", "image"):
+        if self.of_patches and self.tokens != "all":
             raise UserError(f"--tokens {self.tokens} are not in the vision tower, which has patches: drop it")
         if self.of_patches and model.visual is None:
             raise UserError(f"{self.sites[0]} is in the vision tower, which a text-only model lacks: use a text site")

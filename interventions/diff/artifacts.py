@@ -6,7 +6,7 @@ QUALITY = Schema(
     "dictionary_quality",
     {
         "examples": "number of held-out examples",
-        "spliced": "number of them on which loss and recovered were measured",
+        "spliced": "number of them, drawn at random, on which loss and recovered were measured",
         "broke_off": "dictionaries whose loss stopped being a number, which are not written",
         "dictionaries.PLACE.fvu.GROUP": "fraction of variance unexplained, over the held-out tokens of a group",
         "dictionaries.PLACE.published_fvu.GROUP": "the same as P2's code computes it: all other tokens add to the "

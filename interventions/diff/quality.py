@@ -25,6 +25,7 @@ from vlm_jax.inputs import bucket
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import batches
 from vlm_jax.runs.processes import fetch, progress
+from vlm_jax.sites import Stage, stage
 from vlm_jax.typing import ArrayLike
 
 #: A difference of mean losses, in nats, that rounding alone can make.
@@ -117,14 +118,17 @@ def splice_losses(
     tokens: str = "all",
     batch: int = 16,
 ) -> dict[Place, Loss]:
-    """What the model loses when each dictionary's reconstructions replace the activations of a token group. Batches
-    without a token of the group are left out."""
+    """What the model loses when each dictionary's reconstructions replace the activations of a token group. Examples
+    without a token of the group are left out; for dictionaries of the vision tower, those without a picture."""
+    of_patches = any(stage(place.site) is Stage.VISION for place in dictionaries)
     losses: dict[Place, list] = {place: [] for place in dictionaries}
     group: dict[str, Any] = {} if tokens == "all" else {"group": tokens}
     with progress(total=len(examples), desc="splice", unit="sample", leave=False) as bar:
         for rows, encoded in batches(examples, processor, model.config, batch, with_answer=True):
             bar.update(len(rows))
-            if not tokens_of(tokens, label(encoded)).any():
+            marked = encoded.spans["image"] if of_patches else tokens_of(tokens, label(encoded))
+            changed = marked[: len(rows)].any(1)
+            if not changed.any():
                 continue
             gold = Gold.of(encoded.inputs, encoded.spans["answer"] | encoded.spans["end"])
             for place, dictionary in dictionaries.items():
@@ -134,8 +138,12 @@ def splice_losses(
                 zeroed = spliced.replace(weights={**spliced.weights, "b_dec": none}, scale=np.zeros_like(spliced.scale))
                 runs = fetch(sweep_runs(model, encoded.inputs, stack([spliced, zeroed]), gold))
                 values = -runs.base.log_probability, *-np.asarray(runs.variants.log_probability)
-                losses[place].append([np.asarray(value)[: len(rows)] for value in values])
+                losses[place].append([np.asarray(value)[: len(rows)][changed] for value in values])
     if not all(losses.values()):
+        if of_patches:
+            raise UserError(
+                "no held-out example has a picture, whose patches these dictionaries read: give other tasks"
+            )
         raise UserError(f"no held-out example has a token of the group {tokens!r}: choose another --tokens")
     return {place: Loss(*map(np.concatenate, zip(*parts, strict=True))) for place, parts in losses.items()}
 

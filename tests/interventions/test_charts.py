@@ -1,4 +1,4 @@
-"""The rows of every figure: those that its drawer draws, in the form of its type."""
+"""The rows of every figure: its main numbers, in the form of its type."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from interventions.figures import redraw  # noqa: F401 (imports all drawers)
 from interventions.figures.base import DRAWERS, plain_data
-from vlm_jax.runs.charts import FIELDS
+from vlm_jax.runs.charts import FIELDS, Chart
 from vlm_jax.runs.page import charts
 
 MEAN = {"mean": [0.2, 0.4], "low": [0.1, 0.3], "high": [0.3, 0.5]}
@@ -135,7 +135,7 @@ def test_every_drawer_is_here():
 
 @pytest.mark.parametrize("name", DATA)
 def test_rows(name):
-    """As many as the figure has marks, with the numbers of the data; the drawer takes the same data."""
+    """Their number, and one of them; the drawer takes the same data."""
     data, count, row = DATA[name]
     data, drawer = plain_data(data), DRAWERS[name]
     chart = drawer.chart(**data)
@@ -164,6 +164,25 @@ def _values(spec) -> list:
         return []
     own = spec.get("data", {}).get("values", [])
     return [*own, *(row for name, part in spec.items() if name != "data" for row in _values(part))]
+
+
+def test_panels_share_their_colours():
+    """Whichever series they have."""
+    of = {"x": 0, "y": 1}
+    rows = [{"panel": panel, "series": series, **of} for panel, series in ("ab", "ac", "bd", "bc")]
+    spec = charts.figure("scatter", Chart(rows, {}), "two panels")
+    scales = [part["encoding"]["color"]["scale"] for part in spec["concat"]]
+    assert scales[0] == scales[1] and scales[0]["domain"] == ["b", "c", "d"] and len(set(scales[0]["range"])) == 3
+
+
+def test_numbers_that_are_missing():
+    """Null values are drawn as nothing, and fields may have any name."""
+    for type, needed in FIELDS.items():
+        row = {name: "a" if name in ("panel", "series", "row") else 0.5 for name in needed}
+        odd = {'it\'s [a.b] "c"': 1, "image": "http://x", "title": "t"}
+        rows = [{**row, **odd}, {**row, "low": None, "high": None, **dict.fromkeys(("value",), None)}]
+        spec = json.dumps(charts.figure(type, Chart(rows, {}), "odd"))
+        assert '"title": "image"' not in spec
 
 
 def test_rows_without_a_field_are_refused():

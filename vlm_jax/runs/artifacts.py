@@ -132,7 +132,7 @@ def with_artifact(listing: dict | None, file: str, artifact: Artifact) -> dict:
     schemas = dict(listing["schemas"])
     if artifact.schema is not None:
         name, fields = artifact.schema.name, dict(artifact.schema.fields)
-        if schemas.get(name, fields).keys() != fields.keys():
+        if not schemas.get(name, fields).keys() <= fields.keys():
             raise ValueError(f"{file}: the schema {name!r} is already listed with other fields, give it another name")
-        schemas[name] = fields  # a newer version may describe them in other words
+        schemas[name] = fields  # a newer version may have more, and describe them in other words
     return {"artifacts": [entries[file] for file in sorted(entries)], "schemas": dict(sorted(schemas.items()))}

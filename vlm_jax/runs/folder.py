@@ -194,11 +194,11 @@ class Run:
         self.begin()
         self._put(name, writer)
         if artifact is not None:
-            self._list(name, artifact)
+            self.add_locally(name, artifact)
 
     def add(self, name: str, artifact: Artifact) -> None:
         """Lists a file or folder that was not written by :meth:`write`, such as the log of a training."""
-        first(lambda: self._list(name, artifact))
+        first(lambda: self.add_locally(name, artifact))
 
     def save_json(self, name: str, value: Any, artifact: Artifact | None) -> Path:
         """Writes a JSON file."""
@@ -292,8 +292,8 @@ class Run:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _list(self, name: str, artifact: Artifact) -> None:
-        """Adds an entry to ``artifacts.json``, unless the same entry is there already."""
+    def add_locally(self, name: str, artifact: Artifact) -> None:
+        """:meth:`add`, for code that only the first process runs. The same entry is not added twice."""
         listing = _read_json(self.folder / ARTIFACTS)
         if listing is not None and not is_listing(listing):
             raise UserError(f"{self.folder / ARTIFACTS} is damaged: choose another --out or delete the folder")

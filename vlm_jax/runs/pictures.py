@@ -20,10 +20,13 @@ MOST = 200
 PICTURES = Schema(
     "pictures",
     {
-        "ID.pictures": "files of the sample's pictures, at most 336 pixels wide and high",
-        "ID.question": "its question",
-        "ID.answers": "its gold answers, the most frequent first",
-        "ID.choices": "its choices; null if it is no multiple-choice question",
+        "": "a list with an object for each sample",
+        "id": "the sample",
+        "task": "its task",
+        "pictures": "files of its pictures, at most 336 pixels wide and high",
+        "question": "its question",
+        "answers": "its gold answers, the most frequent first",
+        "choices": "its choices; null if it is no multiple-choice question",
     },
 )
 
@@ -43,15 +46,17 @@ def save_pictures(run: Run, examples: Sequence[Example], most: int = MOST) -> No
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        index = {}
+        index = []
         for example in chosen:
             files = [_save(folder, as_rgb(image)) for image in example.images]
             said = {"question": example.question, "answers": example.answers, "choices": example.choices}
-            index[example.id] = {"pictures": files, **said}
+            index.append({"id": example.id, "task": example.task, "pictures": files, **said})
         (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    if not (run.folder / FOLDER).exists():
-        artifact = Artifact("pictures", "Pictures, questions and answers of the samples", PICTURES)
+    artifact = Artifact("pictures", "Pictures, questions and answers of the samples", PICTURES)
+    if (run.folder / FOLDER).exists():
+        run.add_locally(FOLDER, artifact)  # an earlier session may have been killed before this line
+    else:
         run.write_locally(FOLDER, write, artifact)
 
 

@@ -8,9 +8,11 @@ import pytest
 from kind_cases import one_sentence
 
 import vlm_jax
-from interventions import GROUPS, label
+from interventions import GROUPS, Dictionary, label
 from interventions.diff import saved
 from interventions.diff.activations import ActivationOptions, Computed, Index, Shuffled
+from interventions.diff.place import Place
+from interventions.diff.quality import splice_losses
 from interventions.diff.saved import Saved, save_activations, stored_bytes
 from vlm_jax import UserError
 from vlm_jax.data import load_task
@@ -116,6 +118,23 @@ def test_patches_of_the_vision_tower(name, examples):
         assert len({int((computed.index.example == n).sum()) for n in range(3)}) == 3
     with pytest.raises(UserError, match="no example has a picture") as caught:
         Computed.of(model, processor, [without], options)
+    assert one_sentence(caught.value)
+
+
+def test_text_beside_pictures(examples):
+    """What the model loses is measured on batches with pictures; without any there is nothing to measure."""
+    model, processor = vlm_jax.load("mini-llava")
+    width, rng = model.config.vision.hidden_size, np.random.default_rng(0)
+    decoder = rng.standard_normal((48, width)).astype(np.float32) / width**0.5
+    one = Dictionary(decoder.T, np.zeros(48, np.float32), decoder, np.zeros(width, np.float32), k=4)
+    place = Place("visual.resid_post", 1)
+    blind = [dataclasses.replace(e.without_images(), id=f"text {e.id}") for e in examples[:2]]
+    both = splice_losses(model, processor, [*examples[:2], *blind], {place: one}, batch=2)[place]
+    alone = splice_losses(model, processor, examples[:2], {place: one}, batch=2)[place]
+    np.testing.assert_allclose(both.spliced, alone.spliced, rtol=1e-5)
+    assert not np.allclose(alone.spliced, alone.clean, rtol=1e-4)
+    with pytest.raises(UserError, match="no held-out example has a picture") as caught:
+        splice_losses(model, processor, blind, {place: one})
     assert one_sentence(caught.value)
 
 
@@ -289,6 +308,7 @@ def test_sites_without_tokens(mini, site):
         ({"tokens": "picture"}, "unknown token group"),
         ({"sites": ("visual.resid_post", "text.resid_post")}, "train each by itself"),
         ({"sites": ("visual.resid_post",), "tokens": "text"}, "not in the vision tower"),
+        ({"sites": ("visual.resid_post",), "tokens": "image"}, "not in the vision tower"),
         ({"sites": ("visual.resid_post",), "layers": (0, 99)}, "name some of 0 to"),
     ],
 )

@@ -132,6 +132,13 @@ def test_one_name_of_a_schema_has_one_meaning():
         with_artifact(one, "b.json", Artifact("metrics", "Others", Schema("scores", {"f1": "F1"})))
 
 
+def test_a_newer_version_may_add_fields():
+    """So that a run begun by an earlier version can go on."""
+    one = with_artifact(None, "a.json", METRICS)
+    more = Schema("scores", {**METRICS.schema.fields, "new": "of a newer version"})
+    assert with_artifact(one, "a.json", Artifact("metrics", "More", more))["schemas"]["scores"] == more.fields
+
+
 def test_a_schema_in_other_words_replaces_the_old_one():
     """So that a run begun by an earlier version can go on."""
     fields = dict.fromkeys(METRICS.schema.fields, "in other words")

@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,9 @@ from eval import page as command
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.runs.artifacts import TYPES, Artifact, Schema
+from vlm_jax.runs.command import command as command_wrapper
 from vlm_jax.runs.folder import Run
+from vlm_jax.runs.options import DeviceOptions
 from vlm_jax.runs.page import write_page
 from vlm_jax.runs.page.views import VIEWS
 from vlm_jax.runs.pictures import save_pictures
@@ -74,10 +77,10 @@ def run(tmp_path):
     run.write("old.png", lambda path: Image.new("RGB", (4, 4)).save(path), picture)
     records = [{"id": f"t/{n}", "correct": n > 1, "prediction": EVIL, "scores": [0.5, float("nan")]} for n in range(9)]
     run.save_lines("samples.jsonl", records, Artifact("samples", "Answers"))
-    save_pictures(run, [example(1, EVIL), example(2)])
+    save_pictures(run, [example(1, EVIL), example(2), example(20)])
     steps = [{"step": n, "loss": 1 / (n + 1), "lr": 1e-3} for n in range(3)]
     run.save_lines("training/metrics.jsonl", steps, Artifact("training", "The training"))
-    run.write("rows.csv", lambda path: path.write_text("cell,rr\nL0-attn,0.5\n"), Artifact("table", "Rates"))
+    run.write("rows.csv", lambda path: path.write_text("cell,rr,n,n\n007,0.50,1,2\n"), Artifact("table", "Rates"))
     run.write("rows.md", lambda path: path.write_text("| cell | the same |\n"), Artifact("table", "Rates again"))
     run.write("alone.md", lambda path: path.write_text("| of its own |\n"), Artifact("table", "A text"))
     table = pa.table({"n": list(range(3000)), "x": [float("nan")] * 3000})
@@ -110,13 +113,18 @@ def test_what_a_page_shows(run):
     assert len(specs) == 2 and any(ROWS[0].items() <= row.items() for row in next(iter(values(specs[0]))))
     tables = [script for script in page.scripts if "columns" in script]
     samples = next(table for table in tables if "prediction" in table["columns"])
-    assert samples["more"] == ["scores"] and samples["rows"][0]["scores"] == [0.5, None]
+    assert "scores" not in samples["columns"] and samples["rows"][0]["scores"] == [0.5, None]
     many = next(table for table in tables if table["columns"] == ["n", "x"])
     assert len(many["rows"]) == 2000 and "The first 2,000 of 3,000." in text
     pictures = next(script for script in page.scripts if "t/1" in script)
-    assert pictures["t/1"]["question"] == EVIL and pictures["t/2"]["pictures"][0].startswith("data:image/png;base64,")
-    shown = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(shown) == 1  # only the figure that has no rows
+    assert pictures.keys() == {"t/1", "t/2"}  # not the third, which no table shows
+    assert pictures["t/1"][0]["question"] == EVIL
+    assert pictures["t/2"][0]["pictures"][0].startswith("data:image/png;base64,")
+    shown = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert shown == ["A map", "An old picture"]  # below its chart, and instead of one
+    rates = next(table for table in tables if "rr" in table["columns"])
+    assert rates["columns"] == ["cell", "rr", "n (3)", "n (4)"]
+    assert rates["rows"] == [{"cell": "007", "rr": "0.50", "n (3)": "1", "n (4)": "2"}]  # as they were written
 
 
 def values(spec):
@@ -168,10 +176,12 @@ def test_a_run_that_is_going_on(tmp_path):
     run.begin()
     assert "has written no result" in " ".join(read(write_page(run.folder)).texts)
     with run.path("samples.jsonl").open("w") as file:
-        file.write('{"id": "a"}\n{"id": "b"')
+        file.write('{"id": "a"}\n{"id": "b"')  # a line that is being written
     run.add("samples.jsonl", Artifact("samples", "Answers"))
     page = read(write_page(run.folder))
     assert next(script for script in page.scripts if "columns" in script)["rows"] == [{"id": "a"}]
+    run.path("samples.jsonl").write_text('{"id": "a"}\n{"id": "b"}')  # by a program that ends no last line
+    assert len(next(script for script in read(write_page(run.folder)).scripts if "columns" in script)["rows"]) == 2
 
 
 DAMAGE = {
@@ -182,6 +192,8 @@ DAMAGE = {
     "seconds.json": ("[]", "seconds.json cannot be read"),
     "manifest.json": ("", "manifest.json cannot be read"),
     "pictures/index.json": ("nothing", "pictures/index.json cannot be read"),
+    "rows.csv": ("a,b\n1\n", "rows.csv cannot be read"),
+    "old.png": (None, "old.png is listed and does not exist"),
     "training/metrics.jsonl": ("[1]\n", "training/metrics.jsonl cannot be read"),
     "artifacts.json": ("{}", "artifacts.json is damaged"),
 }
@@ -191,10 +203,69 @@ DAMAGE = {
 def test_damaged_files(run, name):
     """The page tells it and shows the rest."""
     content, said = DAMAGE[name]
-    (run.folder / name).write_text(content)
+    if content is None:
+        (run.folder / name).unlink()
+    else:
+        (run.folder / name).write_text(content)
     text = " ".join(read(write_page(run.folder)).texts)
     assert said in text
     assert "Where LoRA is" in text or name == "artifacts.json"
+
+
+@pytest.mark.parametrize("content", [[1], "text", {"a": 1}, [{"id": "t/1"}], [{"id": "t/1", "pictures": 3}]])
+def test_lists_of_pictures_of_another_form(run, content):
+    (run.folder / "pictures/index.json").write_text(json.dumps(content))
+    assert "pictures/index.json cannot be read" in " ".join(read(write_page(run.folder)).texts)
+
+
+@pytest.mark.parametrize("title", [3, None, ["a"]])
+def test_titles_that_are_no_text(run, title):
+    listing = json.loads((run.folder / "artifacts.json").read_text())
+    for entry in listing["artifacts"]:
+        entry["title"] = title
+    (run.folder / "artifacts.json").write_text(json.dumps(listing))
+    assert "placement.json" in " ".join(read(write_page(run.folder)).texts)
+
+
+def test_charts_that_cannot_be_drawn(run):
+    """Their pictures are shown."""
+    content = json.loads((run.folder / "map.json").read_text())
+    for titles, rows in (({"value": 3, "x": {"a": 1}}, ROWS), ({}, [])):
+        (run.folder / "map.json").write_text(json.dumps(content | {"chart": {"titles": titles, "rows": rows}}))
+        page = read(write_page(run.folder))
+        assert [a["alt"] for tag, a in page.tags if tag == "img"] == ["A map", "An old picture"]
+        assert len([script for script in page.scripts if "$schema" in script]) == 1  # the training's
+
+
+def test_ids_that_two_tasks_share(tmp_path):
+    run = Run.open(tmp_path / "run", {})
+    one = example(1, "What is one?")
+    save_pictures(run, [one, dataclasses.replace(one, task="u", question="What is two?")])
+    run.save_lines("samples.jsonl", [{"id": "t/1", "task": "u", "correct": True}], Artifact("samples", "Answers"))
+    kept = next(script for script in read(write_page(run.folder)).scripts if "t/1" in script)["t/1"]
+    assert [(sample["task"], sample["question"]) for sample in kept] == [("t", "What is one?"), ("u", "What is two?")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(DeviceOptions):
+    """Of a command that writes a result."""
+
+    out: Path = Path("runs/none")
+
+
+def test_a_command_makes_its_page(tmp_path, capsys):
+    """With --page, at its end; the run is the same with and without."""
+
+    @command_wrapper(configured=False)
+    def main(args: Options) -> None:
+        Run.open(args.out, args).save_json("results.json", {"a": 1}, Artifact("metrics", "Scores"))
+
+    main(Options(out=tmp_path / "run"))
+    assert not (tmp_path / "run/page.html").exists()
+    main(Options(out=tmp_path / "run", page=True))
+    assert "Scores" in (tmp_path / "run/page.html").read_text()
+    assert f"the page: {tmp_path / 'run/page.html'}" in capsys.readouterr().out
+    assert "page" not in json.loads((tmp_path / "run/config.json").read_text())
 
 
 def test_missing_and_unknown(run):
@@ -247,7 +318,8 @@ def test_pictures_are_kept_once(tmp_path):
     examples = [example(1), dataclasses.replace(example(1), id="t/9"), example(3)]
     other = dataclasses.replace(example(2), id="u/0", images=(photograph,), task="u", answers=("dog", "cat"))
     save_pictures(run, [*examples, other], most=3)
-    index = json.loads((run.folder / "pictures/index.json").read_text())
+    listed = json.loads((run.folder / "pictures/index.json").read_text())
+    index = {sample["id"]: sample for sample in listed}
     assert list(index) == ["t/1", "u/0", "t/9"] and index["u/0"]["answers"] == ["dog", "cat"]
     assert index["t/1"]["pictures"] == index["t/9"]["pictures"]
     (photo,) = index["u/0"]["pictures"]
@@ -257,7 +329,9 @@ def test_pictures_are_kept_once(tmp_path):
         assert drawn.convert("RGB").getpixel((0, 0)) == (1, 0, 0)
     assert photograph.size == (1200, 900)  # the example's own is as it was
     before = {path: os.stat(path).st_mtime_ns for path in (run.folder / "pictures").iterdir()}
-    save_pictures(run, [example(3)])  # a later session
+    (run.folder / "artifacts.json").unlink()
+    save_pictures(run, [example(3)])  # a later session, after one that was killed before it listed them
+    assert "pictures" in json.loads((run.folder / "artifacts.json").read_text())["schemas"]
     assert {path: os.stat(path).st_mtime_ns for path in (run.folder / "pictures").iterdir()} == before
 
 

@@ -45,10 +45,11 @@ def _document(folder: RunFolder, options: Options) -> str:
     about += f"<details><summary>model, data and versions</summary>{tree(folder.manifest)}</details>"
     if folder.seconds:
         about += f"<details><summary>seconds of each stage</summary>{tree(folder.seconds)}</details>"
-    pictures = script_json(folder.pictures)  # before the problems, because it can find some
+    pictures = script_json(folder.pictures())  # before the problems, because it can find some
     problems = "".join(f"<li>{html.escape(problem)}" for problem in folder.problems)
     return _TEMPLATE.format(
-        title=html.escape(f"{folder.command}: {folder.path.name}"),
+        title=html.escape(f"{folder.command}: {Path(folder.name).name}"),
+        policy=_POLICY,
         command=html.escape(folder.command),
         name=html.escape(folder.name),
         subject=html.escape(_subject(folder)),
@@ -67,8 +68,8 @@ def _document(folder: RunFolder, options: Options) -> str:
 def _subject(folder: RunFolder) -> str:
     """What was run, in a line."""
     config = folder.config
-    shown = [str(config[name]) for name in ("model", "task", "recipe", "placement") if config.get(name)]
-    return ", ".join(shown)
+    values = [config[name] for name in ("model", "task", "recipe", "placement") if config.get(name)]
+    return ", ".join(", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
 
 
 def _section(folder: RunFolder, entry: Entry, body: str, options: Options) -> str:
@@ -101,10 +102,16 @@ def _tables(suffix: str) -> str:
     return importlib.resources.files("itables").joinpath(f"html/dt_bundle.{suffix}").read_text(encoding="utf-8")
 
 
+#: What a browser may load: what stands in the page, and nothing else. (Vega compiles expressions, hence unsafe-eval.)
+_POLICY = (
+    "default-src 'none'; img-src data: blob:; font-src data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline' 'unsafe-eval' blob:"
+)
 _TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{title}</title>
@@ -121,6 +128,7 @@ _TEMPLATE = """<!DOCTYPE html>
 </header>
 <nav aria-label="Results"><ul>{links}</ul></nav>
 <main>{parts}</main>
+<p id="said" role="status"></p>
 <script id="pictures" type="application/json">{pictures}</script>
 <script>{vega}</script>
 <script>const TABLES = {tables};</script>

@@ -16,8 +16,12 @@ const charts = [...document.querySelectorAll(".chart")].map((holder) => {
 const actions = { export: { svg: true, png: true }, source: false, compiled: false, editor: false };
 const drawOne = async ({ spec, place }) => {
   const options = { actions, theme: dark() ? "dark" : undefined, config: { background: "transparent" }, renderer: "svg" };
-  const { view } = await vegaEmbed(place, spec, options);
-  view.addEventListener("click", (event, item) => item?.datum?.cell !== undefined && choose(item.datum.cell));
+  try {
+    const { view } = await vegaEmbed(place, spec, options);
+    view.addEventListener("click", (event, item) => item?.datum?.cell !== undefined && choose(item.datum.cell));
+  } catch (error) {
+    place.textContent = `This chart cannot be drawn (${error.message}).`;
+  }
 };
 const draw = () => Promise.all(charts.map(drawOne));
 
@@ -35,6 +39,7 @@ const shown = (value) => {
   if (typeof value === "number" && !Number.isInteger(value)) return String(Number(value.toPrecision(6)));
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 };
+const say = (text) => (document.getElementById("said").textContent = text);
 const markdown = ({ header, body }) => {
   const line = (cells) => `| ${cells.map((cell) => cell.replaceAll("|", "\\|").replaceAll("\n", " ")).join(" | ")} |`;
   return [line(header), line(header.map(() => "---")), ...body.map(line)].join("\n");
@@ -47,27 +52,40 @@ const latex = ({ header, body }) => {
 };
 const copied = (name, format) => ({
   text: name,
-  action: (event, table) => {
+  action: async (event, table) => {
     const found = table.buttons.exportData({ columns: ":visible", modifier: { search: "applied" } });
-    navigator.clipboard.writeText(format({ header: found.header.map(String), body: found.body.map((row) => row.map(String)) }));
+    const text = format({ header: found.header.map(String), body: found.body.map((row) => row.map(String)) });
+    try {
+      await navigator.clipboard.writeText(text);
+      say(`copied as ${name}`);
+    } catch {
+      say("the browser lets no page copy here: open the file from the disk");
+    }
   },
 });
 
-const picture = (id) => {
+// What is kept of a row's sample. Two tasks can have samples of one id; a row without a task then has none.
+const tasks = new Set(Object.values(pictures).flatMap((samples) => samples.map(({ task }) => task)));
+const kept = (row) => {
+  const samples = pictures[row.id] ?? [];
+  const own = tasks.has(row.task) ? samples.filter(({ task }) => task === row.task) : samples;
+  return own.length === 1 ? own[0] : {};
+};
+const picture = (row) => {
   const box = document.createElement("span");
-  for (const source of pictures[id]?.pictures ?? []) {
+  for (const source of kept(row).pictures ?? []) {
     const image = box.appendChild(document.createElement("img"));
     image.className = "picture";
     image.src = source;
-    image.alt = `picture of ${id}`;
+    image.alt = `picture of ${row.id}`;
   }
   return box;
 };
 const detail = (record) => {
   const list = document.createElement("dl");
   list.className = "detail";
-  list.appendChild(picture(record.id)).classList.add("large");
-  const { question, answers, choices } = pictures[record.id] ?? {};
+  list.appendChild(picture(record)).classList.add("large");
+  const { question, answers, choices } = kept(record);
   for (const [name, value] of Object.entries({ question, answers, choices, ...record })) {
     if (value === undefined) continue;
     list.appendChild(document.createElement("dt")).textContent = name;
@@ -78,12 +96,12 @@ const detail = (record) => {
 
 const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) => {
   const { columns, rows } = data(holder);
-  const seen = holder.className === "samples" && rows.some((row) => pictures[row.id]);
+  const seen = holder.className === "samples" && rows.some((row) => kept(row).question !== undefined);
   const added = seen
     ? [
-        { title: "picture", data: (row) => row.id, orderable: false, searchable: false,
-          render: (id, type) => (type === "display" ? picture(id) : "") },
-        ...(columns.includes("question") ? [] : [{ title: "question", data: (row) => pictures[row.id]?.question ?? "",
+        { title: "picture", data: (row) => row, orderable: false, searchable: false,
+          render: (row, type) => (type === "display" ? picture(row) : "") },
+        ...(columns.includes("question") ? [] : [{ title: "question", data: (row) => kept(row).question ?? "",
           render: DataTable.render.text() }]),
       ]
     : [];
@@ -92,8 +110,8 @@ const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) =>
   const table = new DataTable(element, {
     data: rows,
     columns: added.concat(columns.map((name) => ({
-      title: DataTable.util.escapeHtml ? DataTable.util.escapeHtml(name) : name,
-      data: (row) => row[name],
+      title: DataTable.util.escapeHtml(name),
+      data: (row) => row[name] ?? null,
       render: (value, type) => (type === "sort" || type === "type" ? value : DataTable.render.text().display(shown(value))),
     }))),
     order: [],
@@ -104,6 +122,7 @@ const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) =>
   const open = (row) => {
     if (row.child.isShown()) row.child.hide();
     else row.child(detail(row.data())).show();
+    row.node().setAttribute("aria-expanded", String(row.child.isShown()));
   };
   table.on("click", "tbody > tr", (event) => {
     const row = table.row(event.target.closest("tr"));
@@ -135,6 +154,7 @@ const choose = (cell) => {
     holder.querySelector(".chosen")?.remove();
     const note = document.createElement("p");
     note.className = "chosen";
+    note.setAttribute("role", "status");
     note.append(`only the cell ${cell} `);
     const all = note.appendChild(document.createElement("button"));
     all.textContent = "show all";

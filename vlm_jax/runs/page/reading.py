@@ -1,8 +1,8 @@
 """Reads run folders for the page. What cannot be read becomes a problem that the page tells; the rest is shown."""
 
 import base64
+import csv
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from vlm_jax.errors import UserError
@@ -46,6 +44,10 @@ class RunFolder:
     schemas: dict[str, dict[str, str]]
     problems: list[str]
     """A sentence for each file that could not be read."""
+    drawn: set[str] = dataclasses.field(default_factory=set)
+    """The data files of figures that the page shows as charts."""
+    shown: set[str] = dataclasses.field(default_factory=set)
+    """The ids of the samples that the page shows."""
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -71,17 +73,15 @@ class RunFolder:
             folder.problems.append(f"{ARTIFACTS} is damaged: its results are not shown")
         elif listing is not None:
             folder.schemas = listing["schemas"]
-            fields = Entry._fields
-            folder.entries = [
-                Entry(**{"title": entry["file"]} | {name: entry[name] for name in fields if name in entry})
-                for entry in listing["artifacts"]
-            ]
+            for entry in listing["artifacts"]:
+                texts = {name: entry[name] for name in Entry._fields if isinstance(entry.get(name), str)}
+                folder.entries.append(Entry(**{"title": entry["file"]} | texts))
         return folder
 
     @property
     def name(self) -> str:
         """The name by which the page calls it."""
-        return str(self.path)
+        return str(self.path.resolve())
 
     @property
     def command(self) -> str:
@@ -92,7 +92,7 @@ class RunFolder:
         """What ``read`` makes of a file; None if it cannot, which becomes a problem."""
         try:
             return read(self.path / file)
-        except (OSError, ValueError, KeyError, TypeError, UserError, pa.ArrowException) as error:
+        except Exception as error:  # damaged files can raise any error in the libraries that read them
             reason = " ".join(str(error).split())[:200].removeprefix(f"{self.path}/")
             self.problems.append(f"{file} cannot be read ({reason})")
             return None
@@ -109,8 +109,8 @@ class RunFolder:
             records, count = [], 0
             with path.open("rb") as opened:
                 for line in opened:
-                    if not line.endswith(b"\n"):
-                        break
+                    if not line.endswith(b"\n") and not _is_json(line):
+                        break  # it is being written
                     count += 1
                     if most is None or len(records) < most:
                         record = parse_json(line)
@@ -121,17 +121,20 @@ class RunFolder:
 
         return self.attempt(file, read)
 
-    @functools.cached_property
-    def pictures(self) -> dict[str, dict]:
-        """Sample id -> what is kept of it: ``pictures``, the addresses of its pictures, which hold their bytes; and its
-        question and answers."""
-        found: dict[str, dict] = {}
-        for entry in self.entries:
-            if entry.type != "pictures":
-                continue
-            for name, sample in (self.json(f"{entry.file}/{INDEX}") or {}).items():
-                sources = [self.embedded(f"{entry.file}/{file}") for file in sample["pictures"]]
-                found[name] = {**sample, "pictures": [source for source in sources if source is not None]}
+    def pictures(self) -> dict[str, list[dict]]:
+        """Id of a shown sample -> what is kept of the samples with this id, of which each task can have one: the task,
+        the question, the answers, and ``pictures``, addresses that hold the pictures' bytes."""
+        found: dict[str, list[dict]] = {}
+
+        def read(path: Path) -> None:
+            for sample in parse_json(path.read_bytes()):
+                if sample["id"] in self.shown:
+                    sources = [self.embedded(f"{folder}/{name}") for name in sample["pictures"]]
+                    kept = {**sample, "pictures": [source for source in sources if source is not None]}
+                    found.setdefault(sample["id"], []).append(kept)
+
+        for folder in [entry.file for entry in self.entries if entry.type == "pictures"]:
+            self.attempt(f"{folder}/{INDEX}", read)
         return found
 
     def embedded(self, file: str) -> str | None:
@@ -148,11 +151,16 @@ class RunFolder:
         def read(path: Path) -> Lines:
             if path.suffix == ".parquet":
                 whole = pyarrow.parquet.ParquetFile(path)
-                batches = list(whole.iter_batches(min(most, 4096)))
-                rows = [row for batch in batches[: -(-most // 4096)] for row in batch.to_pylist()]
+                rows: list[dict] = []
+                for batch in whole.iter_batches(most):
+                    rows += batch.to_pylist()
+                    if len(rows) >= most:
+                        break
                 return Lines(rows[:most], whole.metadata.num_rows)
-            table = pyarrow.csv.read_csv(path)
-            return Lines(table.slice(0, most).to_pylist(), table.num_rows)
+            with path.open(newline="", encoding="utf-8") as opened:
+                head, *cells = csv.reader(opened)
+            names = [name if head.count(name) == 1 else f"{name} ({at + 1})" for at, name in enumerate(head)]
+            return Lines([dict(zip(names, row, strict=True)) for row in cells[:most]], len(cells))
 
         return self.attempt(file, read)
 
@@ -167,6 +175,14 @@ class Lines(NamedTuple):
     records: list[dict]
     count: int
     """How many the file has."""
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return False
+    return True
 
 
 def script_json(value: Any) -> str:

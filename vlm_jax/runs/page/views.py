@@ -55,10 +55,10 @@ def show(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
         return None
     try:
         return make(folder, entry, options)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # content of another form
+    except Exception as error:  # content of another form can raise any error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         folder.problems.append(f"{entry.file} holds something else than its type, {entry.type}, says ({reason})")
-        return _linked(folder, entry, options)
+        return Part("", 3)
 
 
 @view(*FIELDS)
@@ -70,24 +70,24 @@ def _chart(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
         return None
     chart = Chart(**content["chart"])
     if not chart.rows:
-        return _linked(folder, entry, options)
+        return None
     if field := chart.missing(entry.type):
         raise ValueError(f"its rows lack {field}")
-    return Part(_drawn(charts.figure(entry.type, chart, entry.title)), 0)
+    body = _drawn(charts.figure(entry.type, chart, entry.title))
+    folder.drawn.add(entry.file)
+    pictures = [one.file for one in folder.entries if one.data == entry.file and one.file.endswith(".png")]
+    for source in filter(None, map(folder.embedded, pictures)):
+        body += f"<details><summary>the figure as it was drawn</summary>{_image(source, entry.title)}</details>"
+    return Part(body, 0)
 
 
 @view("figure")
 def _picture(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
-    """A figure whose data have no rows is shown as its picture."""
-    if Path(entry.file).suffix != ".png":
-        return None
-    content = folder.json(entry.data) if entry.data and (folder.path / entry.data).is_file() else None
-    if isinstance(content, dict) and "chart" in content:
+    """A figure that is not shown as a chart is shown as its picture. Its data file is listed before it."""
+    if Path(entry.file).suffix != ".png" or entry.data in folder.drawn:
         return None
     source = folder.embedded(entry.file)
-    if source is None:
-        return None
-    return Part(f'<img class="figure" src="{source}" alt="{html.escape(entry.title)}">', 0)
+    return None if source is None else Part(_image(source, entry.title), 0)
 
 
 @view("table")
@@ -113,6 +113,7 @@ def _samples(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
     if lines is None:
         return None
     records, count = lines
+    folder.shown.update(str(record.get("id")) for record in records)
     return Part(table(records, count, samples=True))
 
 
@@ -129,8 +130,8 @@ def _training(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
         return None
     numbers = ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gib")
     shown = [name for name in numbers if any(isinstance(record.get(name), int | float) for record in lines.records)]
-    spec = charts.training(lines.records, shown)
-    return Part(_drawn(spec), 2)
+    every = -(-len(lines.records) // TABLE_ROWS)  # of a long log, every so many lines
+    return Part(_drawn(charts.training(lines.records[::every], shown)), 2)
 
 
 @view("metrics")
@@ -156,6 +157,10 @@ def _linked(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
     return Part(f"<p>{size / 2**20:,.2f} MiB</p>{described}", 3)
 
 
+def _image(source: str, title: str) -> str:
+    return f'<img class="figure" src="{source}" alt="{html.escape(title)}">'
+
+
 def _drawn(spec: dict) -> str:
     """The place of a chart."""
     return f'<div class="chart">{_data(spec)}</div>'
@@ -171,7 +176,7 @@ def table(records: list[dict], count: int, *, samples: bool = False) -> str:
     columns = list(dict.fromkeys(name for record in records for name in record))
     short = [name for name in columns if not any(isinstance(record.get(name), list | dict) for record in records)]
     note = f"<p>The first {len(records):,} of {count:,}.</p>" if len(records) < count else ""
-    content = {"columns": short, "more": [name for name in columns if name not in short], "rows": records}
+    content = {"columns": short, "rows": records}
     kind = "samples" if samples else "rows"
     return f'{note}<div class="{kind}">{_data(content)}</div>'
 
@@ -179,7 +184,7 @@ def table(records: list[dict], count: int, *, samples: bool = False) -> str:
 def tree(value: Any, depth: int = 0) -> str:
     """A JSON value as nested lists, the deeper ones closed."""
     if isinstance(value, list) and len(value) > 2 and all(isinstance(part, dict) for part in value):
-        return table(value, len(value))
+        return table(value[:TABLE_ROWS], len(value))
     if isinstance(value, dict):
         items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list):
