@@ -48,7 +48,7 @@ def _document(folder: RunFolder, options: Options) -> str:
     pictures = script_json(folder.pictures())  # before the problems, because it can find some
     problems = "".join(f"<li>{html.escape(problem)}" for problem in folder.problems)
     return _TEMPLATE.format(
-        title=html.escape(f"{folder.command}: {Path(folder.name).name}"),
+        title=html.escape(f"{folder.command}: {folder.path.resolve().name}"),
         policy=_POLICY,
         command=html.escape(folder.command),
         name=html.escape(folder.name),

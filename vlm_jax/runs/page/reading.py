@@ -81,7 +81,7 @@ class RunFolder:
     @property
     def name(self) -> str:
         """The name by which the page calls it."""
-        return str(self.path.resolve())
+        return str(self.path)
 
     @property
     def command(self) -> str:
