@@ -2,6 +2,7 @@
 stage, P2's study several."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,8 +69,9 @@ class Stage(NamedTuple):
         """Trains the dictionaries, or reads those of an earlier session. Those that broke off are left out."""
         made = ", ".join(map(str, places_of(self.options, self.model)))
         artifact = Artifact("dictionaries", f"Dictionaries of {self.name}: {made}")
-        name, read = f"{self.folder}dictionaries", lambda path: None
-        self.run.once(name, self.trained, artifact, write=self.write, read=read)
+        name, model = f"{self.folder}dictionaries", fingerprint(self.model)  # by all processes together
+        write = functools.partial(self.write, model)
+        self.run.once(name, self.trained, artifact, write=write, read=lambda path: None)
         forget(self.run.folder / self.folder / "training", self.options)
         return load_dictionaries(self.run.folder / self.folder)
 
@@ -97,9 +99,9 @@ class Stage(NamedTuple):
         facts = {"model": fingerprint(self.model), "data": ids}
         return save_activations(folder, computed, self.options.store, facts)
 
-    def write(self, folder: Path, outcome: Outcome) -> None:
-        """Writes the dictionaries that were trained to the end."""
-        model = fingerprint(self.model)
+    def write(self, model: str, folder: Path, outcome: Outcome) -> None:
+        """Writes the dictionaries that were trained to the end, with the model's fingerprint. The first process does
+        it alone."""
         for place, dictionary in outcome.dictionaries.items():
             if outcome.alive[place]:
                 facts = {"model": model, "model_name": self.name, "sparsity": outcome.sparsity[place]}
