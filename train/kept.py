@@ -40,11 +40,12 @@ def trained_interventions(
         trained = _logged(run, file, title, train)
         return tuple(fetch(trained)[name] for name in sorted(trained))
 
+    own = fingerprint(model)  # by all processes together; the first one writes alone
     loaded = run.once(
         file,
         make,
         Artifact("intervention", title),
-        write=lambda path, made: save_interventions(path, made, model=fingerprint(model)),
+        write=lambda path, made: save_interventions(path, made, model=own),
         read=load_interventions,
     )
     forget(run.folder / _beside(file), options)

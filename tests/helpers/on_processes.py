@@ -23,6 +23,7 @@ from interventions.trace.tracing import trace_examples
 from train import tune
 from train.dictionary_stage import Stage, StageOptions
 from train.editors import TrainingOptions, train_editors
+from train.kept import trained_interventions
 from train.loop import LoopOptions, fit
 from train.trunk import LoRAOptions, embedded_examples, train_lora
 from vlm_jax import UserError, prompts
@@ -119,7 +120,12 @@ def main(args: Args) -> None:
     tune.tune(masked, processor, train, tune.Args(batch=8, epochs=1, seed=args.seed), run.path("tune/_").parent)
     begun = init_editors(model, layers=[1, 3], blocks=[1], key=jax.random.key(args.seed))
     training = TrainingOptions(batch=8, epochs=1)
-    edited = train_editors(model, processor, begun, train, training, seed=args.seed, folder=run.path("edit/_").parent)
+
+    def edit(folder: Path) -> dict:
+        return train_editors(model, processor, begun, train, training, seed=args.seed, folder=folder)
+
+    kept = trained_interventions(run, "edit/editors.safetensors", "Editors", model, edit, training)
+    edited = dict(zip(sorted(begun), kept, strict=True))
     start = init_lora(
         model, MODULES, r=options.r, alpha=options.alpha, dropout=options.dropout, key=jax.random.key(options.seed)
     )

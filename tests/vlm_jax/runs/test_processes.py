@@ -116,7 +116,7 @@ def losses(out: Path) -> list[float]:
     """And the norms of the gradients: of the adapter, the whole decoder, editors and dictionaries."""
     lines = [
         line
-        for name in ("training", "tune", "edit", "sae/training")
+        for name in ("training", "tune", "edit/training", "sae/training")
         for line in (out / name / "metrics.jsonl").read_text().splitlines()
     ]
     return [json.loads(line)[name] for line in lines for name in ("loss", "grad_norm")]
