@@ -21,6 +21,8 @@ from vlm_jax.runs.processes import Team, first, gathered, join
 ROOT = Path(__file__).parents[3]
 #: How long a process is missed before the others end (a minute is what commands wait).
 LOST_SECONDS = 15
+#: How the names of what was trained begin.
+TRAINED = ("change", "dictionary")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def losses(out: Path) -> list[float]:
 
 def apart(some: dict, others: dict) -> dict[str, float]:
     """The largest difference of the trace's numbers, and the norm of the difference between two trainings' changes to
-    an adapter or an editor, relative to the changes' norm.
+    an adapter or an editor, or between their dictionaries, relative to the norm of these.
 
     A norm, because Adam divides by the root of the second moment: where gradients vanish, an entry's step is made of
     rounding errors, and the largest difference would be that of the worst entry.
@@ -133,7 +135,7 @@ def apart(some: dict, others: dict) -> dict[str, float]:
     return {
         name: float(
             np.linalg.norm(some[name] - others[name]) / np.linalg.norm(others[name])
-            if "change" in name
+            if name.startswith(TRAINED)
             else np.abs(some[name] - others[name]).max()
         )
         for name in some
@@ -151,7 +153,7 @@ def one(tmp_path_factory):
 
 def check(out: Path, one: list[Path]) -> None:
     for name, gap in apart(found(out), found(one[0])).items():
-        assert gap < (1e-4 if "change" in name else 1e-5), (name, gap)
+        assert gap < (1e-4 if name.startswith(TRAINED) else 1e-5), (name, gap)
     np.testing.assert_allclose(losses(out), losses(one[0]), rtol=1e-5)
     other = apart(found(one[1]), found(one[0]))  # the control; sigma_E knows of no seed
     assert min(gap for name, gap in other.items() if name != "sigma") > 1e-3
@@ -191,7 +193,8 @@ def test_two_processes_stopped_killed_and_finished(one, cache, tmp_path):
     ends = finish(start(2, "fsdp=2", out, cache))
     assert [code for code, *_ in ends] == [0, 0], ends
     said = [[line for line in output.splitlines() if "[Gloo]" not in line] for _, output, _ in ends]
-    assert said == [["only the first process says this"], []]
+    assert said[0][-1] == "only the first process says this" and said[1] == []
+    assert said[0][0].startswith("activations: ") and len(said[0]) == 2
     check(out, one)
     shutil.copytree(out / "half", tmp_path / "half")
     resumed, whole = halved(tmp_path / "half", WHOLE)["w"], halved(tmp_path / "whole", WHOLE)["w"]
