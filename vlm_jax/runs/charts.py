@@ -1,7 +1,7 @@
-"""The rows of a figure: its data in one form for each type of artifact, for programs that draw it in their own way,
-such as the report page.
+"""The rows of a figure: its main numbers in one form for each type of artifact, for programs that draw it in their own
+way, such as the report page.
 
-A figure's data file holds what its drawer needs, in the drawer's own form, and a :class:`Chart` of the same data.
+A figure's data file holds what its drawer needs, in the drawer's own form, and a :class:`Chart` of its main numbers.
 """
 
 from typing import Any, NamedTuple
