@@ -294,13 +294,20 @@ class Run:
 
     def add_locally(self, name: str, artifact: Artifact) -> None:
         """:meth:`add`, for code that only the first process runs. The same entry is not added twice."""
+        if self._listing_with(name, artifact) is None:
+            return
+        self.begin()  # it may list files of its own, so the listing is read again
+        updated = self._listing_with(name, artifact)
+        if updated is not None:
+            self._put(ARTIFACTS, lambda path: _write_json(path, updated))
+
+    def _listing_with(self, name: str, artifact: Artifact) -> dict | None:
+        """The listing on disk with one more entry; None if it has the entry already."""
         listing = _read_json(self.folder / ARTIFACTS)
         if listing is not None and not is_listing(listing):
             raise UserError(f"{self.folder / ARTIFACTS} is damaged: choose another --out or delete the folder")
         updated = with_artifact(listing, name, artifact)
-        if updated != listing:
-            self.begin()
-            self._put(ARTIFACTS, lambda path: _write_json(path, updated))
+        return None if updated == listing else updated
 
 
 class FileFormat(NamedTuple):

@@ -1,6 +1,7 @@
 """The report page: what a reader finds in it, and what it says of folders that are damaged or not finished."""
 
 import dataclasses
+import functools
 import html.parser
 import json
 import os
@@ -341,3 +342,13 @@ def test_a_damaged_picture(run):
     with pytest.raises(UserError):
         write_page(run.folder / "none")
     assert "cannot be read" in " ".join(read(write_page(run.folder)).texts)
+
+
+def test_pictures_are_listed_whatever_is_written_first(tmp_path):
+    """A study's first entry is the log of a training, a file that the training wrote."""
+    run = Run.open(tmp_path / "run", {})
+    run.when_begun = functools.partial(save_pictures, examples=[example(1)])
+    run.path("metrics.jsonl").write_text("{}\n")
+    run.add("metrics.jsonl", Artifact("training", "The training"))
+    listed = json.loads((run.folder / "artifacts.json").read_text())["artifacts"]
+    assert [entry["file"] for entry in listed] == ["metrics.jsonl", "pictures"]
