@@ -19,6 +19,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
     else:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vlm-jax-compiled-")
         atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    # JAX keeps only programs that take a second to compile. Most of the tests' programs take less, but there are many,
+    # and they are needed again: in the other worker, in commands that tests start, and after forget_programs.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 from jaxtyping import install_import_hook
 

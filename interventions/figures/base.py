@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -44,9 +45,11 @@ class Drawer:
     dpi: int
 
     def write(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Draws to a file in the format of its suffix. Equal data give equal bytes: a PDF gets no date."""
-        figure = self.draw(**data)
-        figure.savefig(path, dpi=self.dpi, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+        """Draws to a file in the format of its suffix. Equal data give equal bytes: no format gets a date, and names in
+        an SVG are not random."""
+        date = {".pdf": "CreationDate", ".svg": "Date"}.get(path.suffix)
+        with matplotlib.rc_context({"svg.hashsalt": self.name}):
+            self.draw(**data).savefig(path, dpi=self.dpi, metadata={date: None} if date else None)
 
 
 #: Name -> drawer. A drawer registers itself with :func:`drawer`.
@@ -77,7 +80,8 @@ def drawer(
 def save_figure(
     run: Run, name: str, draw: Callable[..., Figure], title: str, *, pdf: bool = False, **data: Any
 ) -> None:
-    """Writes a figure into a run folder: ``name.json``, its data, and ``name.png`` (and ``name.pdf``), drawn from that.
+    """Writes a figure into a run folder: ``name.json``, its data, and ``name.png``, drawn from that; also in the
+    run's other formats, and with ``pdf`` in PDF.
 
     Args:
         draw: a function that :func:`drawer` registered.
@@ -101,9 +105,9 @@ def save_figure(
     fields |= {f"data.{field}": meaning for field, meaning in registered.fields.items()}
     schema = Schema(registered.name, fields)
     run.save_json(f"{name}.json", content, Artifact(registered.type, title, schema))
-    for suffix in (".png", ".pdf") if pdf else (".png",):
+    for suffix in dict.fromkeys(["png", *(["pdf"] if pdf else []), *run.formats]):
         artifact = Artifact("figure", title, data=f"{name}.json")
-        run.write(f"{name}{suffix}", lambda path: registered.write(path, content["data"]), artifact)
+        run.write(f"{name}.{suffix}", lambda path: registered.write(path, content["data"]), artifact)
 
 
 def plain_data(value: Any) -> Any:

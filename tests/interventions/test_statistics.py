@@ -4,11 +4,13 @@ import dataclasses
 import json
 import re
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import scipy.stats
+from run_folders import check_run_folder
 
 import interventions.figures.__main__ as figures_command
 from interventions.figures import base, tracing
@@ -39,6 +41,7 @@ from interventions.statistics.restoration import estimate_with_variance
 from vlm_jax.errors import UserError
 from vlm_jax.runs.charts import Chart
 from vlm_jax.runs.folder import Run
+from vlm_jax.runs.options import DeviceOptions
 
 PROFILE = np.array([0.9, 0.5, 0.3, 0.1])
 
@@ -609,15 +612,25 @@ def drawings():
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Formats(DeviceOptions):
+    """Of a command that draws."""
+
+    out: Path = Path("runs/none")
+
+
 @pytest.mark.parametrize("name", ["intervals", "stability", "correlation", "heatmap"])
 def test_figures_have_the_same_bytes_again(name, tmp_path):
+    options = Formats(figures=("svg",))
     for folder in ("a", "b"):
         draw, data = drawings()[name]
-        base.save_figure(Run.open(tmp_path / folder, {}), name, draw, "A figure", pdf=True, **data)
-    for suffix, magic in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
+        base.save_figure(Run.open(tmp_path / folder, options), name, draw, "A figure", pdf=True, **data)
+    for suffix, magic in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")):
         first, second = ((tmp_path / folder / name).with_suffix(suffix).read_bytes() for folder in ("a", "b"))
         assert first == second and first.startswith(magic)
-        assert b"CreationDate" not in first and len(first) > 4000
+        assert b"CreationDate" not in first and b"<dc:date>" not in first and len(first) > 4000
+    check_run_folder(tmp_path / "a", tmp_path)
+    Run.open(tmp_path / "b", Formats())  # the same run, whatever formats it writes
 
 
 @pytest.mark.parametrize("name", ["intervals", "stability", "correlation", "heatmap"])
@@ -648,6 +661,12 @@ def test_the_command_draws_a_folder_again(tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in run.folder.glob("*.png")} == kept
     figures_command.main(figures_command.Args(run.folder, "heatmap.json", tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["heatmap.png"]
+    figures_command.main(figures_command.Args(run.folder, out=tmp_path / "paper", figures=("svg", "pdf")))
+    names = {f"{name}.{suffix}" for name in ("heatmap", "correlation") for suffix in ("svg", "pdf")}
+    assert {path.name for path in (tmp_path / "paper").iterdir()} == names
+    with pytest.raises(SystemExit):
+        figures_command.main(figures_command.Args(run.folder, figures=("svg",)))
+    assert "--figures needs --out" in capsys.readouterr().err
     for args, says in (
         ((run.folder, "heatmap.png"), "no figure that is drawn from heatmap.png: name a file such as heatmap.json"),
         ((tmp_path / "none",), "has no readable artifacts.json"),

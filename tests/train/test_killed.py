@@ -2,7 +2,6 @@
 nobody disturbed, byte for byte."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -42,15 +41,9 @@ COMMANDS = {
 KILLS = {"trace": 2, "study": 1, "edit": 2, "register": 1, "sae": 2}
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """All processes share what one of them has compiled."""
-    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-
-
-def start(name: str, out: Path, environment, *more: str) -> subprocess.Popen:
+def start(name: str, out: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", *COMMANDS[name], *more, "--out", str(out)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -95,39 +88,39 @@ def kill_after(process: subprocess.Popen, out: Path, size: int, moment: float) -
 
 
 @pytest.fixture(scope="module")
-def undisturbed(environment, tmp_path_factory):
+def undisturbed(tmp_path_factory):
     """The folder of a run of each command that nobody disturbs."""
     made = {}
 
     def get(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "whole"
-            finish(start(name, made[name], environment))
+            finish(start(name, made[name]))
         return made[name]
 
     return get
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, environment, tmp_path):
+def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, tmp_path):
     whole, size = contents(undisturbed(name)), written(undisturbed(name))
     assert len(whole) > 5
     chance, killed = random.Random(name), 0
     for share in sorted(chance.random() for _ in range(KILLS[name])):
-        killed += kill_after(start(name, tmp_path, environment), tmp_path, int(share * size), 0.3 * chance.random())
+        killed += kill_after(start(name, tmp_path), tmp_path, int(share * size), 0.3 * chance.random())
     assert killed, "no kill came before the end"
-    finish(start(name, tmp_path, environment))
+    finish(start(name, tmp_path))
     after = contents(tmp_path)
     assert after.keys() == whole.keys()
     assert [name for name in whole if whole[name] != after[name]] == []
 
 
-def test_other_configurations_differ_and_are_refused(undisturbed, environment, tmp_path):
+def test_other_configurations_differ_and_are_refused(undisturbed, tmp_path):
     """The control: the comparison above sees one changed seed, and no run goes on with another's files."""
     one = contents(undisturbed("trace"))
-    finish(start("trace", tmp_path, environment, "--trace-seed", "1"))
+    finish(start("trace", tmp_path, "--trace-seed", "1"))
     assert contents(tmp_path)["samples.jsonl"] != one["samples.jsonl"]
-    refused = start("trace", undisturbed("trace"), environment, "--trace-seed", "1")
+    refused = start("trace", undisturbed("trace"), "--trace-seed", "1")
     output, _ = refused.communicate(timeout=300)
     assert refused.returncode == 2 and "seed 0 there, 1 here" in output
     assert contents(undisturbed("trace")) == one

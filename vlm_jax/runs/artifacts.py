@@ -37,6 +37,7 @@ INTERNAL = (
     "*/manifest.json",
     ARTIFACTS,
     "page.html",
+    "compared.html",
     "seconds.json",
     ".lock",
     ".partial/*",

@@ -60,6 +60,8 @@ class Run:
     """Keeps other processes out of the folder while this object exists."""
     when_begun: Callable[["Run"], object] | None = dataclasses.field(default=None, repr=False)
     """Writes what should stand beside every result. It is called after the manifest, before the first result."""
+    formats: tuple[str, ...] = ()
+    """Formats of figures besides PNG."""
 
     @classmethod
     def open(
@@ -74,7 +76,7 @@ class Run:
 
         Args:
             args: the command's options, a frozen dataclass. The configuration has all fields except ``out``,
-                ``processes``, ``page`` and the ``ignored`` ones, which are left out at all depths.
+                ``processes``, ``page``, ``figures`` and the ``ignored`` ones, which are left out at all depths.
             model, processor: the model's configuration and its processor, for the manifest, if the command has them.
 
         Raises:
@@ -103,7 +105,7 @@ class Run:
             if path.is_symlink() and not path.exists():
                 raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: make that folder")
         lock = Lock.take(folder) if (folder / LOCK).is_file() else None
-        left_out = {"out", "processes", "page", *ignored}
+        left_out = {"out", "processes", "page", "figures", *ignored}
         options = without(plain(args), left_out)
         # The content of input files is part of the configuration: with an edited file it is another run.
         digests_of_files = {path: file_digest(Path(path)) for path in named_files(options)}
@@ -125,7 +127,7 @@ class Run:
                 "--out or delete it"
             )
         current = run_manifest(model, processor) if saved is None else copy.deepcopy(saved)
-        return cls(folder, config, current, saved, lock)
+        return cls(folder, config, current, saved, lock, formats=tuple(getattr(args, "figures", ())))
 
     def _check_shared(self) -> None:
         """Raises a UserError if the processes do not all see the same folder."""

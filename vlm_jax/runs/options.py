@@ -18,6 +18,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 import jax
+import tyro
 
 from vlm_jax.checkpoints.load import load, load_processor
 from vlm_jax.checkpoints.sources import read_config, resolve
@@ -43,6 +44,9 @@ class DeviceOptions:
     this one, from 0."""
     page: bool = False
     """At the end, make a page of the results in the folder --out: page.html, for a browser (docs/page.md)."""
+    figures: Annotated[tuple[Literal["svg", "pdf"], ...], tyro.conf.arg(metavar="FORMAT [FORMAT ...]")] = ()
+    """Also write every figure in these formats, svg or pdf. PNG is always written. For a finished run: python -m
+    interventions.figures."""
 
     def mesh_axes(self) -> str | None:
         """The axes of the mesh to set; None for one device. Call it after the processes have joined."""

@@ -53,23 +53,17 @@ def test_one_process_asks_nobody():
     assert first(lambda: "made") == "made" and gathered([1]) == [[1]]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """All processes share what one of them has compiled."""
-    return tmp_path_factory.mktemp("cache")
-
-
 def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
 
 
-def start(count: int, mesh: str, out: Path, cache: Path) -> list[subprocess.Popen]:
+def start(count: int, mesh: str, out: Path) -> list[subprocess.Popen]:
     """The processes of a job, with one device each."""
     environment = {
         **os.environ,
-        **{"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "NPROC": "16"},
+        **{"JAX_PLATFORMS": "cpu", "NPROC": "16"},
         "LOST_SECONDS": str(LOST_SECONDS),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
     }
@@ -167,10 +161,10 @@ def check(out: Path, one: list[Path]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_stopped_killed_and_finished(one, cache, tmp_path):
+def test_two_processes_stopped_killed_and_finished(one, tmp_path):
     """The parameters lie apart over the two, who therefore work on the same samples."""
     out = tmp_path / "run"
-    job = start(2, "fsdp=2", out, cache)
+    job = start(2, "fsdp=2", out)
     at_checkpoint(job, out, 2)
     job[1].send_signal(signal.SIGTERM)
     ends = finish(job, 120)
@@ -182,7 +176,7 @@ def test_two_processes_stopped_killed_and_finished(one, cache, tmp_path):
     steps = sorted(int(path.name) for path in (out / "training/checkpoints").iterdir())
     assert steps[-1] == int(stopped.pop().split()[0])
 
-    job = start(2, "fsdp=2", out, cache)
+    job = start(2, "fsdp=2", out)
     at_checkpoint(job, out, steps[-1] + 4)
     job[1].kill()
     begun = time.monotonic()
@@ -190,7 +184,7 @@ def test_two_processes_stopped_killed_and_finished(one, cache, tmp_path):
     assert time.monotonic() - begun < LOST_SECONDS + 60
     assert code not in (0, 2) and ("process 0 of 2 broke off" in errors or "another task died" in errors), errors
 
-    ends = finish(start(2, "fsdp=2", out, cache))
+    ends = finish(start(2, "fsdp=2", out))
     assert [code for code, *_ in ends] == [0, 0], ends
     said = [[line for line in output.splitlines() if "[Gloo]" not in line] for _, output, _ in ends]
     assert said[0][-1] == "only the first process says this" and said[1] == []
@@ -203,7 +197,7 @@ def test_two_processes_stopped_killed_and_finished(one, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_in_two_teams(one, cache, tmp_path):
-    ends = finish(start(4, "data=2,fsdp=2", tmp_path / "run", cache))
+def test_four_processes_in_two_teams(one, tmp_path):
+    ends = finish(start(4, "data=2,fsdp=2", tmp_path / "run"))
     assert [code for code, *_ in ends] == [0] * 4, ends
     check(tmp_path / "run", one)

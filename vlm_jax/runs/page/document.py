@@ -4,29 +4,36 @@ import functools
 import html
 import importlib.resources
 from pathlib import Path
+from typing import NamedTuple
 
 from vlm_jax.errors import UserError, unwritten
+from vlm_jax.runs.page.comparison import NAMES, Pair, Paired, differing, maps, scores
 from vlm_jax.runs.page.reading import Entry, RunFolder, script_json
-from vlm_jax.runs.page.views import Options, show, tree
+from vlm_jax.runs.page.views import Options, Part, drawn, show, table, tree
 
 
-def write_page(run: Path, out: Path | None = None, samples: int = 200) -> Path:
-    """Writes the page of a run folder.
+def write_page(
+    run: Path, out: Path | None = None, samples: int = 200, *, other: Path | None = None, paired: Paired | None = None
+) -> Path:
+    """Writes the page of a run folder, or of two, side by side.
 
     Args:
-        out: the file; by default ``page.html`` in the folder.
+        out: the file; by default ``page.html`` in the folder, and ``compared.html`` for two.
         samples: how many samples of each file are shown.
+        other: the folder of a second run.
+        paired: with it, how the scores of their samples are compared, such as :func:`interventions.statistics.paired`.
 
     Returns:
         The file.
 
     Raises:
-        UserError: if the folder is no run folder, or the page cannot be written.
+        UserError: if a folder is no run folder, or the page cannot be written.
     """
-    folder, out = RunFolder.open(run), out or run / "page.html"
+    folders = [RunFolder.open(run), *([] if other is None else [RunFolder.open(other)])]
+    out = out or run / ("page.html" if other is None else "compared.html")
     if out.is_dir():
         raise UserError(f"{out} is a folder: name a file such as page.html")
-    text = _document(folder, Options(out, samples))
+    text = _document(folders, Options(out, samples), paired)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
@@ -35,27 +42,40 @@ def write_page(run: Path, out: Path | None = None, samples: int = 200) -> Path:
     return out
 
 
-def _document(folder: RunFolder, options: Options) -> str:
-    found = [(part, entry) for entry in folder.entries if (part := show(folder, entry, options)) is not None]
-    found.sort(key=lambda pair: pair[0].rank)
-    links = "".join(f'<li><a href="#{_anchor(entry)}">{html.escape(entry.title)}</a>' for _, entry in found)
-    parts = "".join(_section(folder, entry, part.body, options) for part, entry in found)
-    facts = {name: value for name, value in folder.config.items() if name != "command"}
-    about = f"<details><summary>options</summary>{tree(facts)}</details>"
-    about += f"<details><summary>model, data and versions</summary>{tree(folder.manifest)}</details>"
-    if folder.seconds:
-        about += f"<details><summary>seconds of each stage</summary>{tree(folder.seconds)}</details>"
-    pictures = script_json(folder.pictures())  # before the problems, because it can find some
-    problems = "".join(f"<li>{html.escape(problem)}" for problem in folder.problems)
+class _Section(NamedTuple):
+    """A part of the page under a heading."""
+
+    title: str
+    anchor: str
+    rank: int
+    body: str
+
+
+def _document(folders: list[RunFolder], options: Options, paired: Paired | None) -> str:
+    sections: dict[str, list[tuple[int, Entry, Part]]] = {}
+    for number, folder in enumerate(folders):
+        for entry in folder.entries:
+            if (part := show(folder, entry, options)) is not None:
+                sections.setdefault(entry.file, []).append((number, entry, part))
+    found = [_section(folders, shown, options) for shown in sections.values()]
+    if len(folders) == 2 and paired is not None:
+        found += _compared(Pair(*folders, paired))
+    found.sort(key=lambda section: section.rank)
+    links = "".join(f'<li><a href="#{one.anchor}">{html.escape(one.title)}</a>' for one in found)
+    parts = "".join(
+        f'<section id="{one.anchor}"><h2>{html.escape(one.title)}</h2>{one.body}</section>' for one in found
+    )
+    # Before the problems, because they can find some.
+    pictures = "".join(
+        f'<script class="pictures" type="application/json">{script_json(folder.pictures())}</script>'
+        for folder in folders
+    )
     return _TEMPLATE.format(
-        title=html.escape(f"{folder.command}: {folder.path.resolve().name}"),
+        title=html.escape(" and ".join(f"{folder.command}: {folder.path.resolve().name}" for folder in folders)),
         policy=_POLICY,
-        command=html.escape(folder.command),
-        name=html.escape(folder.name),
-        subject=html.escape(_subject(folder)),
+        command=html.escape(" and ".join(dict.fromkeys(folder.command for folder in folders))),
         style=f"{_asset('page.css')}\n{_tables('css')}",
-        problems=f'<ul class="problems" role="status">{problems}</ul>' if problems else "",
-        about=about,
+        heads=_side_by_side([(number, _head(folder)) for number, folder in enumerate(folders)], folders),
         links=links,
         parts=parts or "<p>No results yet.</p>",
         pictures=pictures,
@@ -65,19 +85,62 @@ def _document(folder: RunFolder, options: Options) -> str:
     )
 
 
+def _head(folder: RunFolder) -> str:
+    """What a run is and how it was made."""
+    facts = {name: value for name, value in folder.config.items() if name != "command"}
+    about = f"<details><summary>options</summary>{tree(facts)}</details>"
+    about += f"<details><summary>model, data and versions</summary>{tree(folder.manifest)}</details>"
+    if folder.seconds:
+        about += f"<details><summary>seconds of each stage</summary>{tree(folder.seconds)}</details>"
+    problems = "".join(f"<li>{html.escape(problem)}" for problem in dict.fromkeys(folder.problems))
+    said = f'<ul class="problems" role="status">{problems}</ul>' if problems else ""
+    name = html.escape(folder.name)
+    return f'<p>{html.escape(_subject(folder))}</p><p class="file">{name}</p>{said}<div class="about">{about}</div>'
+
+
+def _side_by_side(bodies: list[tuple[int, str]], folders: list[RunFolder]) -> str:
+    """What belongs to each run, under the run's name if there are two."""
+    if len(folders) == 1:
+        return "".join(body for _, body in bodies)
+    parts = "".join(f'<div data-run="{number}"><h3>{NAMES[number]}</h3>{body}</div>' for number, body in bodies)
+    return f'<div class="{"pair" if len(bodies) == 2 else "alone"}">{parts}</div>'
+
+
+def _section(folders: list[RunFolder], shown: list[tuple[int, Entry, Part]], options: Options) -> _Section:
+    """The views of a file, in each run that has it."""
+    bodies = []
+    for number, entry, part in shown:
+        link = html.escape(folders[number].link(entry.file, options.page))
+        body = f'{part.body}<p class="file"><a href="{link}">{html.escape(entry.file)}</a></p>'
+        bodies.append((number, body))
+    entry = shown[0][1]
+    rank = min(part.rank for *_, part in shown)
+    title = " / ".join(dict.fromkeys(entry.title for _, entry, _ in shown))
+    return _Section(title, _anchor(entry), rank, _side_by_side(bodies, folders))
+
+
+def _compared(pair: Pair) -> list[_Section]:
+    """Where two runs differ, before everything else."""
+    options, numbers = differing(pair), scores(pair)
+    said = (
+        table(options, len(options)) if options else "<p>The two have the same options, model, data and versions.</p>"
+    )
+    found = [_Section("Options that differ", "compared-options", -2, said)]
+    if numbers:
+        note = "<p>Means over the samples that both have, and the difference with its 95 % interval (paired).</p>"
+        found.append(_Section("Differences", "compared-scores", -2, note + table(numbers, len(numbers))))
+    else:
+        found.append(_Section("Differences", "compared-scores", -2, "<p>The two share no number of a sample.</p>"))
+    for number, (title, spec) in enumerate(maps(pair)):
+        found.append(_Section(f"{title}: B - A", f"compared-map-{number}", -1, drawn(spec)))
+    return found
+
+
 def _subject(folder: RunFolder) -> str:
     """What was run, in a line."""
     config = folder.config
     values = [config[name] for name in ("model", "task", "recipe", "placement") if config.get(name)]
     return ", ".join(", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
-
-
-def _section(folder: RunFolder, entry: Entry, body: str, options: Options) -> str:
-    link = html.escape(folder.link(entry.file, options.page))
-    return (
-        f'<section id="{_anchor(entry)}"><h2>{html.escape(entry.title)}</h2>{body}'
-        f'<p class="file"><a href="{link}">{html.escape(entry.file)}</a></p></section>'
-    )
 
 
 def _anchor(entry: Entry) -> str:
@@ -121,15 +184,12 @@ _TEMPLATE = """<!DOCTYPE html>
 <header>
 <button id="theme" type="button" aria-pressed="false">Dark mode</button>
 <h1>{command}</h1>
-<p>{subject}</p>
-<p class="file">{name}</p>
-{problems}
-<div class="about">{about}</div>
+{heads}
 </header>
 <nav aria-label="Results"><ul>{links}</ul></nav>
 <main>{parts}</main>
 <p id="said" role="status"></p>
-<script id="pictures" type="application/json">{pictures}</script>
+{pictures}
 <script>{vega}</script>
 <script>const TABLES = {tables};</script>
 <script type="module">{script}</script>

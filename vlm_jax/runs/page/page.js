@@ -4,7 +4,7 @@ const { default: DataTable } = await import(url);
 URL.revokeObjectURL(url);
 
 const data = (holder) => JSON.parse(holder.querySelector("script").textContent);
-const pictures = JSON.parse(document.getElementById("pictures").textContent);
+const pictures = [...document.querySelectorAll("script.pictures")].map((script) => JSON.parse(script.textContent));
 const dark = () => document.documentElement.classList.contains("dark");
 
 // Charts. Another theme draws them again.
@@ -64,16 +64,16 @@ const copied = (name, format) => ({
   },
 });
 
-// What is kept of a row's sample. Two tasks can have samples of one id; a row without a task then has none.
-const tasks = new Set(Object.values(pictures).flatMap((samples) => samples.map(({ task }) => task)));
-const kept = (row) => {
-  const samples = pictures[row.id] ?? [];
-  const own = tasks.has(row.task) ? samples.filter(({ task }) => task === row.task) : samples;
+// What is kept of a row's sample in its run. Two tasks can have samples of one id; a row without a task then has none.
+const tasks = pictures.map((run) => new Set(Object.values(run).flatMap((samples) => samples.map(({ task }) => task))));
+const kept = (row, run) => {
+  const samples = pictures[run][row.id] ?? [];
+  const own = tasks[run].has(row.task) ? samples.filter(({ task }) => task === row.task) : samples;
   return own.length === 1 ? own[0] : {};
 };
-const picture = (row) => {
+const picture = (row, run) => {
   const box = document.createElement("span");
-  for (const source of kept(row).pictures ?? []) {
+  for (const source of kept(row, run).pictures ?? []) {
     const image = box.appendChild(document.createElement("img"));
     image.className = "picture";
     image.src = source;
@@ -81,11 +81,11 @@ const picture = (row) => {
   }
   return box;
 };
-const detail = (record) => {
+const detail = (record, run) => {
   const list = document.createElement("dl");
   list.className = "detail";
-  list.appendChild(picture(record)).classList.add("large");
-  const { question, answers, choices } = kept(record);
+  list.appendChild(picture(record, run)).classList.add("large");
+  const { question, answers, choices } = kept(record, run);
   for (const [name, value] of Object.entries({ question, answers, choices, ...record })) {
     if (value === undefined) continue;
     list.appendChild(document.createElement("dt")).textContent = name;
@@ -96,12 +96,13 @@ const detail = (record) => {
 
 const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) => {
   const { columns, rows } = data(holder);
-  const seen = holder.className === "samples" && rows.some((row) => kept(row).question !== undefined);
+  const run = Number(holder.closest("[data-run]")?.dataset.run ?? 0);
+  const seen = holder.className === "samples" && rows.some((row) => kept(row, run).question !== undefined);
   const added = seen
     ? [
         { title: "picture", data: (row) => row, orderable: false, searchable: false,
-          render: (row, type) => (type === "display" ? picture(row) : "") },
-        ...(columns.includes("question") ? [] : [{ title: "question", data: (row) => kept(row).question ?? "",
+          render: (row, type) => (type === "display" ? picture(row, run) : "") },
+        ...(columns.includes("question") ? [] : [{ title: "question", data: (row) => kept(row, run).question ?? "",
           render: DataTable.render.text() }]),
       ]
     : [];
@@ -121,7 +122,7 @@ const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) =>
   });
   const open = (row) => {
     if (row.child.isShown()) row.child.hide();
-    else row.child(detail(row.data())).show();
+    else row.child(detail(row.data(), run)).show();
     row.node().setAttribute("aria-expanded", String(row.child.isShown()));
   };
   table.on("click", "tbody > tr", (event) => {
@@ -143,7 +144,7 @@ const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) =>
       table.search.fixed("wrong", box.checked ? (text, row) => row.correct === false : null).draw();
     });
   }
-  return { table, columns, rows, holder };
+  return { table, columns, rows, holder, run };
 });
 
 // A click on a cell of a chart shows its rows alone, in every table that has cells.
@@ -172,14 +173,14 @@ const choose = (cell) => {
 const follow = () => {
   const wanted = new URLSearchParams(location.hash.slice(1)).get("sample");
   if (wanted === null) return;
-  for (const { table, rows, holder } of tables) {
+  for (const { table, rows, holder, run } of tables) {
     const index = rows.findIndex((row) => row.id === wanted);
     if (index < 0) continue;
     const place = table.rows({ order: "applied", search: "applied" }).indexes().toArray().indexOf(index);
     if (place < 0) continue;
     table.page(Math.floor(place / table.page.len())).draw("page");
     const row = table.row(index);
-    if (!row.child.isShown()) row.child(detail(row.data())).show();
+    if (!row.child.isShown()) row.child(detail(row.data(), run)).show();
     row.node().classList.add("linked");
     holder.scrollIntoView();
     return;

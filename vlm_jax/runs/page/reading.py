@@ -125,13 +125,22 @@ class RunFolder:
         """Id of a shown sample -> what is kept of the samples with this id, of which each task can have one: the task,
         the question, the answers, and ``pictures``, addresses that hold the pictures' bytes."""
         found: dict[str, list[dict]] = {}
+        for sample in self.kept():
+            if sample["id"] in self.shown:
+                sources = [source for file in sample["pictures"] if (source := self.embedded(file)) is not None]
+                found.setdefault(sample["id"], []).append({**sample, "pictures": sources})
+        return found
+
+    def kept(self) -> list[dict]:
+        """The samples whose pictures are kept, as ``index.json`` lists them, with their pictures' paths in the run
+        folder."""
+        found: list[dict] = []
 
         def read(path: Path) -> None:
+            folder = path.parent.relative_to(self.path)
             for sample in parse_json(path.read_bytes()):
-                if sample["id"] in self.shown:
-                    sources = [self.embedded(f"{folder}/{name}") for name in sample["pictures"]]
-                    kept = {**sample, "pictures": [source for source in sources if source is not None]}
-                    found.setdefault(sample["id"], []).append(kept)
+                files = [f"{folder}/{name}" for name in sample["pictures"]]
+                found.append({**sample, "id": sample["id"], "pictures": files})
 
         for folder in [entry.file for entry in self.entries if entry.type == "pictures"]:
             self.attempt(f"{folder}/{INDEX}", read)

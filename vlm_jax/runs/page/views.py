@@ -73,7 +73,7 @@ def _chart(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
         return None
     if field := chart.missing(entry.type):
         raise ValueError(f"its rows lack {field}")
-    body = _drawn(charts.figure(entry.type, chart, entry.title))
+    body = drawn(charts.figure(entry.type, chart, entry.title))
     folder.drawn.add(entry.file)
     pictures = [one.file for one in folder.entries if one.data == entry.file and one.file.endswith(".png")]
     for source in filter(None, map(folder.embedded, pictures)):
@@ -131,7 +131,7 @@ def _training(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
     numbers = ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gib")
     shown = [name for name in numbers if any(isinstance(record.get(name), int | float) for record in lines.records)]
     every = -(-len(lines.records) // TABLE_ROWS)  # of a long log, every so many lines
-    return Part(_drawn(charts.training(lines.records[::every], shown)), 2)
+    return Part(drawn(charts.training(lines.records[::every], shown)), 2)
 
 
 @view("metrics")
@@ -161,7 +161,7 @@ def _image(source: str, title: str) -> str:
     return f'<img class="figure" src="{source}" alt="{html.escape(title)}">'
 
 
-def _drawn(spec: dict) -> str:
+def drawn(spec: dict) -> str:
     """The place of a chart."""
     return f'<div class="chart">{_data(spec)}</div>'
 
