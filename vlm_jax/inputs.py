@@ -17,12 +17,14 @@ from vlm_jax.config import Config
 from vlm_jax.errors import UserError
 from vlm_jax.nn.visibility import Tokens
 from vlm_jax.registers import Registers, image_ends, place
+from vlm_jax.showing import shown
 from vlm_jax.typing import ArrayLike
 
 #: Sequence lengths and patch counts are rounded up to multiples of these, so that many samples have few shapes.
 LENGTH_BUCKET, PATCH_BUCKET = 16, 64
 
 
+@shown
 @flax.struct.dataclass
 class Images:
     """The patches of a batch of images, padded to the same number of patches.
@@ -41,6 +43,7 @@ class Images:
     stride: int = flax.struct.field(pytree_node=False, default=0)
 
 
+@shown
 @flax.struct.dataclass
 class Inputs:
     """A batch of prompts, padded to the same number of tokens.

@@ -16,11 +16,13 @@ from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import constrain
 from vlm_jax.nn.decoder import Decoder, Window
 from vlm_jax.registers import Registers
+from vlm_jax.showing import shown, table_html, titled
 from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check_sites
 from vlm_jax.typing import Array
 from vlm_jax.vision.blocks import Features
 
 
+@shown
 class Output(NamedTuple):
     """The logits of every token, and the taps: site -> value, with a leading axis of layers for the sites of layers."""
 
@@ -47,6 +49,25 @@ class Model(nnx.Module):
         self.config = config
         self.text = Decoder(text, config.text)
         self.visual = None if config.vision is None else config.vision.tower(visual)
+
+    def __repr__(self) -> str:
+        text, vision = self.config.text, self.config.vision
+        tower = "" if vision is None else f", vision tower of {vision.depth} blocks of width {vision.hidden_size}"
+        return (
+            f"Model({self.config.family}, {text.num_hidden_layers} layers of width {text.hidden_size}{tower}, "
+            f"{sum(leaf.size for leaf in jax.tree.leaves(self)) / 1e6:,.1f} M parameters)"
+        )
+
+    __str__ = __repr__  # nnx's own writes every submodule
+
+    def _repr_html_(self) -> str:
+        parts: dict[str, list] = {}
+        for path, leaf in jax.tree.leaves_with_path(self):
+            names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+            parts.setdefault(".".join(names[:2]), []).append(leaf)
+        rows = [(name, f"{sum(leaf.size for leaf in leaves):,} parameters") for name, leaves in parts.items()]
+        rows.append(("dtype", ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(self)}))))
+        return titled(repr(self), table_html(rows))
 
     def __call__(self, inputs: Inputs, interventions: Sequence[Any] = (), taps: Taps = ()) -> Output:
         """One forward pass.

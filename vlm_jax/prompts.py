@@ -25,6 +25,7 @@ from vlm_jax.processor import Processor
 from vlm_jax.registers import Registers, image_ends, place
 from vlm_jax.rendering import Renderer
 from vlm_jax.runs.processes import everywhere
+from vlm_jax.showing import shown
 from vlm_jax.typing import ArrayLike
 
 #: P0, appendix C.1.
@@ -44,6 +45,7 @@ _WINDOW = 512
 SPANS = ("image", "image_end", "register", "question", "answer", "end")
 
 
+@shown
 class Batch(NamedTuple):
     """``B`` encoded examples."""
 
@@ -306,6 +308,7 @@ def check_fit(examples: Sequence[Example], processor: Processor, config: Config,
     room_of(examples, processor, config, with_answer)
 
 
+@shown
 class Fitted(NamedTuple):
     """Encoded examples in the shape of a :class:`Room`."""
 

@@ -5,8 +5,11 @@ figure of a run folder can be drawn again, by :func:`interventions.figures.redra
 same data.
 """
 
+import base64
 import dataclasses
+import html
 import inspect
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -108,6 +111,15 @@ def save_figure(
     for suffix in dict.fromkeys(["png", *(["pdf"] if pdf else []), *run.formats]):
         artifact = Artifact("figure", title, data=f"{name}.json")
         run.write(f"{name}.{suffix}", lambda path: registered.write(path, content["data"]), artifact)
+
+
+def picture_html(figure: Figure, title: str) -> str:
+    """A figure as HTML for a notebook; ``title`` is its text for people who do not see it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return (
+        f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    )
 
 
 def plain_data(value: Any) -> Any:

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from interventions.kinds.groups import tokens_of
 from vlm_jax.errors import UserError
+from vlm_jax.showing import shown
 from vlm_jax.sites import Context, Intervention, Stage, head_axis, stage, token_axis
 from vlm_jax.typing import ArrayLike
 
@@ -58,7 +59,7 @@ def kind(cls: Kind) -> Kind:
     other = KINDS.get(cls.__name__)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise UserError(f"the kind {cls.__name__!r} exists in {other.__module__} already: choose another name")
-    registered = flax.struct.dataclass(cls)
+    registered = shown(flax.struct.dataclass(cls))
     KINDS[cls.__name__] = registered
     return registered
 

@@ -15,9 +15,11 @@ from interventions.modules import MODULE_SITES
 from interventions.trace.corruption import embed
 from vlm_jax import Inputs, Model
 from vlm_jax.errors import UserError
+from vlm_jax.showing import shown
 from vlm_jax.typing import Array, ArrayLike
 
 
+@shown
 class Trace(NamedTuple):
     """The probability of each sample's gold answer in the clean and the corrupted run, the total effect ``te`` of the
     corruption; and for each module, attention and MLP, the indirect effect ``ie`` and the restoration rate ``rr``."""
@@ -27,6 +29,14 @@ class Trace(NamedTuple):
     te: Float[Array, "batch"]
     ie: Float[Array, "batch layers 2"]
     rr: Float[Array, "batch layers 2"]
+
+    def _notes_html(self) -> str:
+        """The mean restoration rate of every module, as a heat map."""
+        from interventions.figures.base import picture_html  # Matplotlib takes a second to import
+        from interventions.figures.tracing import heatmap
+
+        title = f"mean of {len(self.rr)} samples"
+        return picture_html(heatmap({title: np.asarray(self.rr).mean(0)}), f"restoration rate (RR), {title}")
 
 
 def causal_trace(
