@@ -7,6 +7,7 @@ import shutil
 import pytest
 from environments import environment, run
 
+from interventions.statistics import paired
 from interventions.trace import __main__ as trace
 from vlm_jax.runs.page import write_page
 
@@ -39,9 +40,12 @@ with sync_playwright() as playwright:
     seen["rows"] = rows.count()
     drawn = "[...document.querySelectorAll('img.picture')].filter((image) => image.naturalWidth).length"
     seen["pictures"] = page.evaluate(drawn)
-    page.get_by_label("only wrong answers").check()
+    seen["lists"] = page.locator("label.cells select").count()
+    page.locator("label.cells select").first.select_option("L2-mlp")
+    seen["listed"] = page.locator(".chosen").first.inner_text()
+    page.get_by_label("only wrong answers").first.check()
     seen["wrong"] = rows.all_inner_texts()
-    page.get_by_label("only wrong answers").uncheck()
+    page.get_by_label("only wrong answers").first.uncheck()
     rows.first.focus()
     page.keyboard.press("Enter")
     seen["opened"] = page.locator(".detail").count()
@@ -61,23 +65,28 @@ print(json.dumps(seen))
 """
 
 
-def test_a_trace_in_chromium(tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_traces_in_chromium(tmp_path, count):
+    """A page of one run, and of two side by side."""
     browser = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if browser is None:
         pytest.skip("no chromium on the PATH, and CHROMIUM names none")
-    trace.main(trace.Args(limit=24, out=tmp_path / "run"))
-    page = write_page(tmp_path / "run")
-    records = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    folders = [tmp_path / str(number) for number in range(count)]
+    for number, folder in enumerate(folders):
+        trace.main(trace.Args(limit=24, noise_scale=2.0 - number, out=folder))
+    page = write_page(folders[0], other=folders[1] if count == 2 else None, paired=paired)
+    records = [json.loads(line) for line in (folders[0] / "samples.jsonl").read_text().splitlines()]
     python = environment(tmp_path / "environment", "playwright==1.65.2")
     (tmp_path / "script.py").write_text(IN_BROWSER)
     sample = records[17]["id"]
     seen = json.loads(run(python, tmp_path / "script.py", page, browser, sample, tmp_path / "dark.png"))
     assert seen["errors"] == [] and set(seen["requests"]) <= {"file", "blob", "data"}
-    assert seen["chosen"] == ["only the cell L0-attn show all"] * 3 and seen["cells"] == ["L0-attn"]
-    assert seen["marks"] >= 16 and seen["described"] and seen["rows"] == seen["pictures"] == 10
+    assert seen["chosen"] == ["only the cell L0-attn show all"] * (3 * count) and seen["cells"] == ["L0-attn"]
+    assert seen["marks"] >= 16 and seen["described"] and seen["rows"] == seen["pictures"] == 10 * count
+    assert seen["lists"] == (2 if count == 1 else 5) and seen["listed"] == "only the cell L2-mlp show all"
     wrong = [record["id"] for record in records if not record["correct"]]
-    assert wrong and len(seen["wrong"]) == len(wrong)
-    assert all(name in text for name, text in zip(wrong, seen["wrong"], strict=True))
+    assert wrong and len(seen["wrong"]) == len(wrong) + 10 * (count - 1)  # the filter of the first table
+    assert all(name in text for name, text in zip(wrong, seen["wrong"], strict=False))
     assert seen["opened"] == 1 and sample in seen["linked"]
     assert seen["dark"] == "rgb(22, 24, 28)" and seen["svg"] == "<svg"
     assert seen["seconds"] < 30

@@ -53,8 +53,12 @@ class Balanced(html.parser.HTMLParser):
 def test_a_model(loaded):
     model, _ = loaded
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
-    assert str(model) == repr(model) == (
-        f"Model(qwen3_vl, 8 layers of width 128, vision tower of 4 blocks of width 96, {size / 1e6:,.1f} M parameters)"
+    assert (
+        str(model)
+        == repr(model)
+        == (
+            f"Model(qwen3_vl, 8 layers of width 128, vision tower of 4 blocks of width 96, {size / 1e6:,.1f} M parameters)"
+        )
     )
     said = Balanced(model._repr_html_()).said
     embeddings = sum(leaf.size for leaf in jax.tree.leaves(model.text.embed_tokens))

@@ -169,6 +169,29 @@ const choose = (cell) => {
   }
 };
 
+// The same by keyboard: a list of the cells of each chart.
+const cellsOf = (spec) => {
+  const found = new Set();
+  JSON.stringify(spec, (key, value) => {
+    if (value?.cell !== undefined && typeof value.cell === "string") found.add(value.cell);
+    return value;
+  });
+  return [...found];
+};
+if (tables.some(({ columns }) => columns.includes("cell"))) {
+  for (const { spec, place } of charts) {
+    const cells = cellsOf(spec);
+    if (!cells.length) continue;
+    const label = document.createElement("label");
+    label.className = "cells";
+    label.append("rows of the cell ");
+    const list = label.appendChild(document.createElement("select"));
+    for (const cell of ["", ...cells]) list.add(new Option(cell || "(choose)", cell));
+    list.addEventListener("change", () => list.value && choose(list.value));
+    place.after(label);
+  }
+}
+
 // A link to a sample: #sample=ID.
 const follow = () => {
   const wanted = new URLSearchParams(location.hash.slice(1)).get("sample");
