@@ -21,6 +21,7 @@ from interventions.flow.knockout import (
     window_effects,
     window_layers,
 )
+from interventions.flow.maps import attention_maps
 from interventions.flow.shares import Reading, read_examples
 from interventions.flow.summary import summarise_answers, summarise_effect, summarise_reading, summarise_received
 from interventions.options import InterventionOptions
@@ -35,6 +36,7 @@ from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.ranges import BATCH, Range
 from vlm_jax.runs.startup import load_tasks, start
+from vlm_jax.runs.token_maps import TOKEN_MAPS, write_token_maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Args(InterventionOptions, DataOptions, ModelOptions):
     """Samples that are run at once. Larger batches are faster and need more memory."""
     max_new_tokens: Annotated[int, Range(least=1)] = 12
     """Longest answer, in tokens."""
+    maps: Annotated[int, Range(least=0)] = 3
+    """Of how many samples of each task to keep what every token attends to, for the result page (eval.page)."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of the bootstrap intervals and of random_mass."""
     out: Path = Path("runs/flow")
@@ -184,6 +188,14 @@ def main(args: Args) -> None:
                 Artifact("arrays", f"{task}: p(gold) with edges cut in windows of layers", WINDOWS),
             )
         )
+        if args.maps:
+            run.once(
+                f"{task}/token_maps",
+                lambda on=on: attention_maps(*on[:2], on[2][: args.maps], acting),
+                Artifact("token_maps", f"{task}: what every token attends to", TOKEN_MAPS),
+                write=lambda path, made: write_token_maps(path, made[0], value="attention probability", series=made[1]),
+                read=lambda path: None,
+            )
         results[task] = {
             "samples": len(examples),
             "attention": summarise_reading(readings[task], args.seed),

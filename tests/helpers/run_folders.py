@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 from interventions.figures.redraw import figures_of, redraw
 from vlm_jax.runs.artifacts import is_internal
 
+#: The types of artifacts that are folders.
+FOLDERS = ("adapter", "dictionaries", "model", "pictures", "token_maps")
+
 
 def unlisted(folder: Path) -> list[str]:
     """Files that are neither internal nor listed, by themselves or with the folder that they lie in."""
@@ -31,7 +34,9 @@ def check_run_folder(folder: Path, scratch: Path) -> None:
     for entry in listing["artifacts"]:
         path = folder / entry["file"]
         assert path.exists(), f"{entry['file']} is listed and does not exist"
-        assert entry["title"] and path.is_dir() == (entry["type"] in ("adapter", "dictionaries", "model", "pictures"))
+        assert entry["title"] and path.is_dir() == (
+            entry["type"] in ("adapter", "dictionaries", "model", "pictures", "token_maps")
+        )
         if "schema" in entry:
             check_fields(path, entry, listing["schemas"][entry["schema"]])
     assert {entry["schema"] for entry in listing["artifacts"] if "schema" in entry} == listing["schemas"].keys()

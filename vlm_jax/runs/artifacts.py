@@ -20,6 +20,7 @@ TYPES = {
     "table": "rows and columns, for people (Markdown, CSV, LaTeX) or for statistics (Parquet)",
     "samples": "a JSON line for each sample",
     "pictures": "a folder of the samples' pictures; index.json names them and has the questions",
+    "token_maps": "a folder: values of single tokens, such as attention, and the pictures over which they are laid",
     "metrics": "a JSON object of scores and counts",
     "training": "a JSON line for each logged step of a training",
     "arrays": "named arrays, or one array as nested JSON lists",

@@ -25,6 +25,7 @@ from interventions.flow.knockout import (
     window_effects,
     window_layers,
 )
+from interventions.flow.maps import attention_maps, series_of
 from interventions.flow.shares import Reading, read_examples, text_attention
 from interventions.flow.summary import summarise_reading
 from interventions.kinds.groups import GROUPS, members
@@ -121,6 +122,33 @@ def mini():
 @pytest.fixture(scope="module")
 def docvqa():
     return load_task("mini-docvqa", split="trace", limit=3)
+
+
+def test_maps_of_tokens_sum_to_the_reading(mini, docvqa):
+    """What single tokens attend to, summed over the text, is what the text reads of each image token; another layer's
+    is not (the control)."""
+    model, processor = mini
+    maps, series = attention_maps(model, processor, docvqa[:2])
+    assert series == ["mean of heads", *(f"head {head}" for head in range(4))]
+    reading = read_examples(model, processor, docvqa[:2])
+    for one, received, example in zip(maps, reading.received, docvqa, strict=False):
+        batch = encode([example], processor, model.config, with_answer=False)
+        length = len(one.tokens)
+        assert "".join(one.tokens).count("Question") == 1 and one.values.shape == (8, 5, len(one.queries), length)
+        np.testing.assert_allclose(one.values.sum(-1), 1, atol=1e-5)
+        np.testing.assert_allclose(one.values[:, 1:].mean(1), one.values[:, 0], atol=1e-6)
+        is_text = np.isin(label(batch)[0, one.queries], members("text"))
+        visual = one.places[:, 0] >= 0
+        summed = one.values[:, 0, is_text][..., visual].sum(1)
+        np.testing.assert_allclose(summed, received, atol=1e-5)
+        assert np.abs(summed[1:] - received[:-1]).max() > 0.1
+        later = np.arange(length)[None] > np.array(one.queries)[:, None]
+        assert (one.values[..., later] == 0).all()  # nothing attends to what comes later
+
+
+def test_long_prompts_keep_the_mean_of_the_heads(mini):
+    model, _ = mini
+    assert len(series_of(model, 300)) == 5 and series_of(model, 400) == ["mean of heads"]
 
 
 def test_answers_equal_a_loop_of_generate(mini, docvqa):

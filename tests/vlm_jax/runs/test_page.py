@@ -1,9 +1,11 @@
 """The report page: what a reader finds in it, and what it says of folders that are damaged or not finished."""
 
+import base64
 import dataclasses
 import functools
 import html.parser
 import json
+import math
 import os
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from vlm_jax.runs.options import DeviceOptions
 from vlm_jax.runs.page import write_page
 from vlm_jax.runs.page.views import VIEWS
 from vlm_jax.runs.pictures import save_pictures
+from vlm_jax.runs.token_maps import TOKEN_MAPS, TokenMap, write_token_maps
 
 EVIL = "</script><img src=x onerror=alert(1)><!--<script>"
 ROWS = [{"panel": "p", "x": "attn", "y": 0, "value": 0.25, "cell": "L0-attn"}]
@@ -376,6 +379,38 @@ def written(folder: Path, options: dict, right: list[bool], colour: int = 0, val
 
 def compared(one: Run, other: Run, paired=paired) -> Reader:
     return read(write_page(one.folder, other=other.folder, paired=paired))
+
+
+def token_map(queries: list[int] | None = None) -> TokenMap:
+    places = np.array([[-1] * 3, [0, 0, 0], [0, 0, 1], [-1] * 3])
+    shape = (2, 1, 4) if queries is None else (2, 1, len(queries), 4)
+    values = np.linspace(-1, 0.5, math.prod(shape)).reshape(shape)
+    picture = Image.new("RGB", (8, 4), (9, 9, 9))
+    return TokenMap("t/1", "t", ["a", "<i>", "<i>", EVIL], [picture], [(1, 2)], places, values, queries)
+
+
+@pytest.mark.parametrize("queries", [None, [3]])
+def test_values_of_tokens(run, queries):
+    """The page has every value, with two digits or more."""
+    one = token_map(queries)
+    write = functools.partial(write_token_maps, maps=[one], value="effect", series=["all"])
+    run.write("token_maps", write, Artifact("token_maps", "Effects", TOKEN_MAPS))
+    assert not unlisted(run.folder)
+    page = read(write_page(run.folder))
+    (shown,) = [script for script in page.scripts if "series" in script]
+    (sample,) = shown["samples"]
+    assert sample["tokens"][3] == EVIL and sample["places"] == [None, [0, 0, 0], [0, 0, 1], None]
+    assert sample["pictures"][0].startswith("data:image/png;base64,") and sample["queries"] == queries
+    codes = np.frombuffer(base64.b64decode(sample["bytes"]), np.uint8).reshape(one.values.shape).astype(float)
+    roots = (codes - 128) / 127
+    np.testing.assert_allclose(np.sign(roots) * roots**2 * sample["largest"], one.values, atol=0.01)
+    for damage in ({"tokens": ["a"]}, {"array": "7"}, {"pictures": 3}):
+        index = json.loads((run.folder / "token_maps/index.json").read_text())
+        index["samples"][0] |= damage
+        (run.folder / "token_maps/index.json").write_text(json.dumps(index))
+        assert "token_maps holds something else" in " ".join(read(write_page(run.folder)).texts)
+    (run.folder / "token_maps/arrays.npz").write_bytes(b"no zip")
+    assert "token_maps/arrays.npz cannot be read" in " ".join(read(write_page(run.folder)).texts)
 
 
 def test_two_runs(tmp_path):

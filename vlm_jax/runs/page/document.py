@@ -81,7 +81,7 @@ def _document(folders: list[RunFolder], options: Options, paired: Paired | None)
         pictures=pictures,
         vega=_vega(),
         tables=script_json(_tables("js")),
-        script=_asset("page.js"),
+        script=_asset("overlay.js") + _asset("page.js"),
     )
 
 

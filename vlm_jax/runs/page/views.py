@@ -1,14 +1,18 @@
 """How each type of artifact is shown. A view makes the HTML of one entry; ``@view`` registers it for its types."""
 
+import base64
 import html
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from vlm_jax.files import read_text
 from vlm_jax.runs.charts import FIELDS, Chart
 from vlm_jax.runs.page import charts
 from vlm_jax.runs.page.reading import Entry, RunFolder, script_json
+from vlm_jax.runs.token_maps import ARRAYS, INDEX
 
 #: Rows of a table that the page holds.
 TABLE_ROWS = 2000
@@ -121,6 +125,28 @@ def _samples(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
 def _pictures(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
     """No part of its own: the samples show them."""
     return None
+
+
+@view("token_maps")
+def _token_maps(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    content = folder.json(f"{entry.file}/{INDEX}")
+    arrays = folder.attempt(f"{entry.file}/{ARRAYS}", lambda path: dict(np.load(path, allow_pickle=False)))
+    if content is None or arrays is None or not content["samples"]:
+        return None
+    samples = []
+    for sample in content["samples"][: options.samples]:
+        values = arrays[sample["array"]].astype(np.float32)
+        queries = [] if sample["queries"] is None else [len(sample["queries"])]
+        if values.shape[1:] != (len(content["series"]), *queries, len(sample["tokens"])):
+            raise ValueError(f"the array of {sample['id']} has shape {values.shape}")
+        largest = float(np.abs(values).max()) or 1.0
+        codes = (128 + 127 * np.sign(values) * np.sqrt(np.abs(values) / largest)).round().astype(np.uint8)
+        shown = {name: sample[name] for name in ("id", "task", "tokens", "grids", "places", "queries")}
+        shown |= {"pictures": [folder.embedded(f"{entry.file}/{file}") for file in sample["pictures"]]}
+        shown |= {"layers": len(values), "largest": largest, "bytes": base64.b64encode(codes.tobytes()).decode()}
+        samples.append(shown)
+    shown = {"value": content["value"], "series": content["series"], "samples": samples}
+    return Part(f'<div class="tokens">{_data(shown)}</div>', 0)
 
 
 @view("training")

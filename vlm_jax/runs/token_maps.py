@@ -1,0 +1,77 @@
+"""Values of single tokens, such as attention, for programs that lay them over the picture and the text of a sample."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from vlm_jax.runs.artifacts import Schema
+
+INDEX, ARRAYS = "index.json", "arrays.npz"
+TOKEN_MAPS = Schema(
+    "token_maps",
+    {
+        "value": "what the values are, with the unit",
+        "series": "name of every entry of the arrays' second axis, such as a head",
+        "samples.id": "the sample",
+        "samples.task": "its task",
+        "samples.tokens": "the text of every token of its prompt",
+        "samples.pictures": "files of its pictures, as the model saw them",
+        "samples.grids": "rows and columns of the visual tokens of each picture",
+        "samples.places": "picture, row and column of every token; null where it is no visual token",
+        "samples.queries": "the tokens that attend, if the values are attention; null otherwise",
+        "samples.array": "name in arrays.npz: float16 (layers, series, tokens), or (layers, series, queries, tokens)",
+    },
+)
+
+
+class TokenMap(NamedTuple):
+    """The values of one sample.
+
+    places: picture, row and column of every token ``(tokens, 3)``, -1 where it is no visual token.
+    queries: if the values are attention, the tokens that attend.
+    """
+
+    id: str
+    task: str
+    tokens: Sequence[str]
+    pictures: Sequence[Image.Image]
+    grids: Sequence[tuple[int, int]]
+    places: np.ndarray
+    values: Float[np.ndarray, "layers series *queries tokens"]
+    queries: Sequence[int] | None = None
+
+
+def write_token_maps(folder: Path, maps: Sequence[TokenMap], *, value: str, series: Sequence[str]) -> None:
+    """Writes values of tokens into a new folder: ``index.json`` (:data:`TOKEN_MAPS`), ``arrays.npz`` and pictures.
+
+    Args:
+        value: what the values are, with the unit.
+        series: name of every entry of the second axis.
+    """
+    folder.mkdir()
+    samples = []
+    for number, one in enumerate(maps):
+        files = [f"{number}-{at}.png" for at in range(len(one.pictures))]
+        for file, picture in zip(files, one.pictures, strict=True):
+            picture.save(folder / file)
+        samples.append(
+            {
+                "id": one.id,
+                "task": one.task,
+                "tokens": list(one.tokens),
+                "pictures": files,
+                "grids": [list(grid) for grid in one.grids],
+                "places": [place if place[0] >= 0 else None for place in one.places.tolist()],
+                "queries": None if one.queries is None else [int(query) for query in one.queries],
+                "array": str(number),
+            }
+        )
+    content = {"value": value, "series": list(series), "samples": samples}
+    (folder / INDEX).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    arrays = {str(number): one.values.astype(np.float16) for number, one in enumerate(maps)}
+    np.savez_compressed(folder / ARRAYS, **arrays)
