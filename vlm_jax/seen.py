@@ -4,11 +4,12 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from PIL import Image
 
 from vlm_jax.config import Config
 from vlm_jax.inputs import Inputs
+from vlm_jax.processor import Processor
 
 
 class Seen(NamedTuple):
@@ -17,6 +18,31 @@ class Seen(NamedTuple):
     image: Image.Image
     rows: int
     columns: int
+
+
+class Prompt(NamedTuple):
+    """The tokens of one prompt as a reader sees them.
+
+    Attributes:
+        tokens: the text of each.
+        pictures: its images, as the model saw them.
+        grids: rows and columns of each image's visual tokens.
+        places: image, row and column of each token, -1 three times where it is no visual token.
+    """
+
+    tokens: list[str]
+    pictures: list[Image.Image]
+    grids: list[tuple[int, int]]
+    places: Int[np.ndarray, "tokens 3"]
+
+
+def read_prompt(inputs: Inputs, mask: Bool[np.ndarray, "tokens"], config: Config, processor: Processor) -> Prompt:
+    """The tokens of a batch's only prompt that ``mask`` marks."""
+    seen = seen_images(inputs, config, processor.image_processor)
+    ids = np.asarray(inputs.input_ids)[0][mask]
+    texts = [processor.tokenizer.decode([int(token)]) for token in ids]
+    grids = [(one.rows, one.columns) for one in seen]
+    return Prompt(texts, [one.image for one in seen], grids, token_places(inputs, config, seen)[0][mask])
 
 
 def seen_images(inputs: Inputs, config: Config, image_processor: Any) -> list[Seen]:

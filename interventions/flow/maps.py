@@ -11,7 +11,7 @@ from vlm_jax.processor import Processor
 from vlm_jax.prompts import encode
 from vlm_jax.runs.processes import fetch
 from vlm_jax.runs.token_maps import TokenMap
-from vlm_jax.seen import seen_images, token_places
+from vlm_jax.seen import read_prompt
 from vlm_jax.sites import Intervention
 
 #: Numbers of a sample. With more, the maps of the heads are left out, and only their mean is kept.
@@ -41,16 +41,12 @@ def attention_maps(
     for example, batch in zip(examples, encoded, strict=True):
         output = model(batch.inputs, bind(interventions, batch), taps=("text.attn_probs",))
         probs = fetch(output.taps["text.attn_probs"])[:, 0]
-        seen = seen_images(batch.inputs, model.config, processor.image_processor)
         mask = np.asarray(batch.inputs.attention_mask)[0]
-        places = token_places(batch.inputs, model.config, seen)[0][mask]
+        prompt = read_prompt(batch.inputs, mask, model.config, processor)
         is_visual = np.asarray(batch.spans["image"])[0][mask]
         first = int(is_visual.argmax())  # 0 in a prompt without an image
-        queries = [token for token in range(first, len(places)) if not is_visual[token]]
+        queries = [token for token in range(first, len(prompt.tokens)) if not is_visual[token]]
         kept = probs[:, :, mask][..., mask][:, :, queries]  # (layers, heads, queries, tokens)
         values = np.concatenate([kept.mean(1, keepdims=True), kept], 1)[:, : len(names)]
-        ids = np.asarray(batch.inputs.input_ids)[0][mask]
-        tokens = [processor.tokenizer.decode([int(token)]) for token in ids]
-        grids, pictures = [(one.rows, one.columns) for one in seen], [one.image for one in seen]
-        found.append(TokenMap(example.id, example.task, tokens, pictures, grids, places, values, queries))
+        found.append(TokenMap(example.id, example.task, prompt, values, queries))
     return found, names

@@ -28,7 +28,9 @@ class TraceOptions:
     """How often every sample is corrupted, each time with other noise. All cells see the same noise."""
     positions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP [GROUP ...]")] = ("all",)
     """The tokens that a patch restores: all (P0), or token groups such as question, last, image, answer. Each group is
-    patched separately."""
+    patched separately. each: as all, and of some samples every token by itself, for the result page (eval.page)."""
+    maps: Annotated[int, Range(least=1)] = 4
+    """With --positions each: the number of samples whose tokens are restored by themselves."""
     window: Annotated[int, Range(least=1)] = 1
     """How many neighbouring layers a patch restores at once (P0: 1; ROME: 10)."""
     heads: bool = False
@@ -68,13 +70,20 @@ class TraceOptions:
         if not self.positions or len(set(self.positions)) < len(self.positions):
             named = " ".join(self.positions) or "empty"
             raise UserError(f"--positions is {named}: give at least one token group, such as all, each once")
-        for group in self.positions:
+        if "each" in self.positions and (len(self.positions) > 1 or self.heads or self.metric != "probability"):
+            raise UserError("--positions each goes with no other group, --heads or --trace-metric: drop them")
+        for group in self.groups:
             check_group(group)
         layer_windows(depth, self.window)
         if self.replicates > 1 and not CORRUPTIONS[self.corruption].random:
             raise UserError(
                 f"--corruption {self.corruption} is not random, so replicates would be equal: drop --replicates"
             )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The token groups that cells restore."""
+        return ("all",) if self.positions == ("each",) else self.positions
 
     def check_modules(self) -> None:
         """Checks that the cells are modules, because LoRA is placed in modules.

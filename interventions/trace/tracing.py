@@ -24,6 +24,7 @@ from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, bounds, by_module, summarise
+from interventions.trace.tokens import SERIES, token_maps
 from vlm_jax import Inputs, Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.config import Config
@@ -36,6 +37,7 @@ from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.log import Log
 from vlm_jax.runs.processes import apart, fetch, progress
+from vlm_jax.runs.token_maps import TOKEN_MAPS, TokenMap, write_token_maps
 from vlm_jax.sites import Intervention, Stage, stage
 
 
@@ -61,9 +63,7 @@ def trace_examples(
     """
     check_corruption(options, interventions)
     options.check(model.config.text.num_hidden_layers)
-    examples = [with_gold_first(example, options.gold) for example in examples]
-    if options.correct_only:
-        examples = answered(model, processor, examples, options.batch, interventions)
+    examples = traced(model, processor, examples, options, interventions)
     log, ids = Log() if log is None else log, [example.id for example in examples]
     with apart(model, tuple(interventions)) as (team, model, interventions):
         team_rows = team.rows(len(examples))
@@ -96,6 +96,18 @@ def trace_examples(
         sigma=task_survey.sigma[options.sigma],
         **columns,
     )
+
+
+def traced(
+    model: Model,
+    processor: Processor,
+    examples: Sequence[Example],
+    options: TraceOptions,
+    interventions: Sequence[Intervention] = (),
+) -> list[Example]:
+    """The examples of which a trace consists, each with the scored answer in first place."""
+    examples = [with_gold_first(example, options.gold) for example in examples]
+    return answered(model, processor, examples, options.batch, interventions) if options.correct_only else examples
 
 
 def check_corruption(options: TraceOptions, interventions: Sequence[Intervention]) -> None:
@@ -232,10 +244,10 @@ def grid(config: Config, options: TraceOptions, batch: Batch) -> tuple[Variants,
     """The patches of a batch, and the shape of their grid: sites, layers, then heads and token groups if there are
     any."""
     tokens = None
-    if options.positions != ("all",):
+    if options.groups != ("all",):
         labels = label(batch)
-        tokens = [tokens_of(group, labels) for group in options.positions]
-        for group, mask in zip(options.positions, tokens, strict=True):
+        tokens = [tokens_of(group, labels) for group in options.groups]
+        for group, mask in zip(options.groups, tokens, strict=True):
             if not mask.any():
                 raise UserError(f"--positions {group}: a batch of samples has no such token, choose other groups")
     depth, window = config.text.num_hidden_layers, options.window
@@ -248,7 +260,7 @@ def grid(config: Config, options: TraceOptions, batch: Batch) -> tuple[Variants,
 def cells_of(config: Config, options: TraceOptions) -> list[str]:
     """The names of the cells that a trace with these options has, in the order of ``ie``'s last axis."""
     heads = config.text.num_attention_heads if options.heads else None
-    return cell_names(config.text.num_hidden_layers, heads=heads, groups=options.positions)
+    return cell_names(config.text.num_hidden_layers, heads=heads, groups=options.groups)
 
 
 def trace_task(
@@ -265,20 +277,20 @@ def trace_task(
     """Traces a task into ``folder`` of a run and returns its summary. If an earlier session finished the trace, it only
     reads the summary.
 
-    It writes ``samples.jsonl`` batch by batch; then ``summary.json``, ``summary.parquet``, ``trace.parquet``, and
-    figures with their data.
+    It writes ``samples.jsonl`` batch by batch; then ``summary.json``, ``summary.parquet``, ``trace.parquet``, figures
+    with their data and, with ``--positions each``, ``token_maps``.
     """
 
     def make() -> dict:
         begun = time.perf_counter()
         log = run.log(f"{folder}samples.jsonl", Artifact("samples", f"{task}: effects of every sample", SAMPLES))
-        traced = trace_examples(model, processor, examples, options, task, log, interventions=interventions)
+        result = trace_examples(model, processor, examples, options, task, log, interventions=interventions)
         # A trace under interventions says nothing about the model alone, so placements refuse its fingerprint.
         names = [fingerprint(model), *([digest(interventions)] if interventions else [])]
-        summary = {"task": task, "fingerprint": "+".join(names), **summarise(traced, options)}
+        summary = {"task": task, "fingerprint": "+".join(names), **summarise(result, options)}
         run.write(
             f"{folder}trace.parquet",
-            lambda path: write_effects(path, {task: traced}, options.eps),
+            lambda path: write_effects(path, {task: result}, options.eps),
             Artifact("table", f"{task}: effects by sample, replicate and cell", EFFECTS),
         )
         run.write(
@@ -286,13 +298,27 @@ def trace_task(
             lambda path: write_rows(path, summary["cells"]),
             Artifact("table", f"{task}: restoration rate of every cell by every statistic", CELLS),
         )
-        if set(traced.cells) == set(module_names(model.config.text.num_hidden_layers)):
+        if set(result.cells) == set(module_names(model.config.text.num_hidden_layers)):
             title = f"{task}: restoration rate by layer and module"
             save_figure(run, f"{folder}heatmap", heatmap, title, panels={task: by_module(summary)})
         title = f"{task}: restoration rate of every cell with its 95 % interval"
         estimates = {task: bounds(summary)._asdict()}
-        save_figure(run, f"{folder}intervals", interval_plot, title, cells=traced.cells, groups=estimates)
+        save_figure(run, f"{folder}intervals", interval_plot, title, cells=result.cells, groups=estimates)
         run.timed(f"trace {folder or task}".rstrip("/"), begun)
         return summary
 
-    return run.once(f"{folder}summary.json", make, Artifact("metrics", f"{task}: restoration rates", SUMMARY))
+    summary = run.once(f"{folder}summary.json", make, Artifact("metrics", f"{task}: restoration rates", SUMMARY))
+    if options.positions == ("each",):
+
+        def restored() -> list[TokenMap]:
+            kept = traced(model, processor, examples, options, interventions)
+            return token_maps(model, processor, kept, options, options.maps, interventions)
+
+        run.once(
+            f"{folder}token_maps",
+            restored,
+            Artifact("token_maps", f"{task}: effect of restoring every token", TOKEN_MAPS),
+            write=lambda path, maps: write_token_maps(path, maps, value="indirect effect (IE)", series=SERIES),
+            read=lambda path: None,
+        )
+    return summary

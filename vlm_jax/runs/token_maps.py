@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
 from vlm_jax.runs.artifacts import Schema
+from vlm_jax.seen import Prompt
 
 INDEX, ARRAYS = "index.json", "arrays.npz"
 TOKEN_MAPS = Schema(
@@ -30,18 +30,11 @@ TOKEN_MAPS = Schema(
 
 
 class TokenMap(NamedTuple):
-    """The values of one sample.
-
-    places: picture, row and column of every token ``(tokens, 3)``, -1 where it is no visual token.
-    queries: if the values are attention, the tokens that attend.
-    """
+    """The values of one sample. queries: if they are attention, the tokens that attend."""
 
     id: str
     task: str
-    tokens: Sequence[str]
-    pictures: Sequence[Image.Image]
-    grids: Sequence[tuple[int, int]]
-    places: np.ndarray
+    prompt: Prompt
     values: Float[np.ndarray, "layers series *queries tokens"]
     queries: Sequence[int] | None = None
 
@@ -56,17 +49,17 @@ def write_token_maps(folder: Path, maps: Sequence[TokenMap], *, value: str, seri
     folder.mkdir()
     samples = []
     for number, one in enumerate(maps):
-        files = [f"{number}-{at}.png" for at in range(len(one.pictures))]
-        for file, picture in zip(files, one.pictures, strict=True):
+        files = [f"{number}-{at}.png" for at in range(len(one.prompt.pictures))]
+        for file, picture in zip(files, one.prompt.pictures, strict=True):
             picture.save(folder / file)
         samples.append(
             {
                 "id": one.id,
                 "task": one.task,
-                "tokens": list(one.tokens),
+                "tokens": list(one.prompt.tokens),
                 "pictures": files,
-                "grids": [list(grid) for grid in one.grids],
-                "places": [place if place[0] >= 0 else None for place in one.places.tolist()],
+                "grids": [list(grid) for grid in one.prompt.grids],
+                "places": [place if place[0] >= 0 else None for place in one.prompt.places.tolist()],
                 "queries": None if one.queries is None else [int(query) for query in one.queries],
                 "array": str(number),
             }

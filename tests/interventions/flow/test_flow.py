@@ -133,12 +133,17 @@ def test_maps_of_tokens_sum_to_the_reading(mini, docvqa):
     reading = read_examples(model, processor, docvqa[:2])
     for one, received, example in zip(maps, reading.received, docvqa, strict=False):
         batch = encode([example], processor, model.config, with_answer=False)
-        length = len(one.tokens)
-        assert "".join(one.tokens).count("Question") == 1 and one.values.shape == (8, 5, len(one.queries), length)
+        length = len(one.prompt.tokens)
+        assert "".join(one.prompt.tokens).count("Question") == 1 and one.values.shape == (
+            8,
+            5,
+            len(one.queries),
+            length,
+        )
         np.testing.assert_allclose(one.values.sum(-1), 1, atol=1e-5)
         np.testing.assert_allclose(one.values[:, 1:].mean(1), one.values[:, 0], atol=1e-6)
         is_text = np.isin(label(batch)[0, one.queries], members("text"))
-        visual = one.places[:, 0] >= 0
+        visual = one.prompt.places[:, 0] >= 0
         summed = one.values[:, 0, is_text][..., visual].sum(1)
         np.testing.assert_allclose(summed, received, atol=1e-5)
         assert np.abs(summed[1:] - received[:-1]).max() > 0.1

@@ -28,6 +28,7 @@ from vlm_jax.runs.page import write_page
 from vlm_jax.runs.page.views import VIEWS
 from vlm_jax.runs.pictures import save_pictures
 from vlm_jax.runs.token_maps import TOKEN_MAPS, TokenMap, write_token_maps
+from vlm_jax.seen import Prompt
 
 EVIL = "</script><img src=x onerror=alert(1)><!--<script>"
 ROWS = [{"panel": "p", "x": "attn", "y": 0, "value": 0.25, "cell": "L0-attn"}]
@@ -386,7 +387,8 @@ def token_map(queries: list[int] | None = None) -> TokenMap:
     shape = (2, 1, 4) if queries is None else (2, 1, len(queries), 4)
     values = np.linspace(-1, 0.5, math.prod(shape)).reshape(shape)
     picture = Image.new("RGB", (8, 4), (9, 9, 9))
-    return TokenMap("t/1", "t", ["a", "<i>", "<i>", EVIL], [picture], [(1, 2)], places, values, queries)
+    prompt = Prompt(["a", "<i>", "<i>", EVIL], [picture], [(1, 2)], places)
+    return TokenMap("t/1", "t", prompt, values, queries)
 
 
 @pytest.mark.parametrize("queries", [None, [3]])

@@ -61,7 +61,7 @@
       layerText.textContent = layer.value;
       const name = sample.places[chosen] ? `row ${sample.places[chosen][1]}, column ${sample.places[chosen][2]}` : `“${visible(sample.tokens[chosen])}”`;
       const what = !sample.queries ? "" : query() >= 0 ? `from ${name}` : `to ${name}, from the text`;
-      said.textContent = `${value} ${what}; full colour is ${number(most[1])} on the picture and ${number(most[0])} in the text`;
+      said.textContent = `${[value, what].filter(Boolean).join(" ")}; full colour is ${number(most[1])} on the picture and ${number(most[0])} in the text`;
     };
     const choose = (token) => {
       chosen = token;
@@ -75,9 +75,17 @@
       marks[token] = button;
       return button;
     };
+    // Of values that belong to no pair of tokens, the layer with the largest is shown first.
+    const strongest = () => {
+      const size = series.length * sample.tokens.length;
+      const most = Array.from({ length: sample.layers }, (_, deep) =>
+        Math.max(...Array.from({ length: size }, (_, index) => Math.abs(at(deep * size + index)))));
+      return most.indexOf(Math.max(...most));
+    };
     const show = () => {
       sample = samples[choice.value];
       at = decoded(sample);
+      if (!sample.queries) layer.value = strongest();
       marks = [];
       pictures.replaceChildren();
       text.replaceChildren();
