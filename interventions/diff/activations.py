@@ -158,7 +158,7 @@ class Computed:
 
     def read(self, block: int) -> dict[str, Float[np.ndarray, "layers rows width"]]:
         found, batch = self._found(block)
-        values = fetch(_tapped(self.model, batch.inputs, self.options.sites, self.layers))
+        values = fetch(tapped(self.model, batch.inputs, self.options.sites, self.layers))
         return {site: value[:, found.marked] for site, value in values.items()}
 
     def token_ids(self, block: int) -> Int32[np.ndarray, " rows"]:
@@ -183,7 +183,7 @@ class Computed:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Site -> the number of its layers and the width of its activations."""
         _, batch = self._batch(0)
-        tapped = jax.eval_shape(lambda: _tapped(self.model, batch.inputs, self.options.sites, self.layers))
+        tapped = jax.eval_shape(lambda: tapped(self.model, batch.inputs, self.options.sites, self.layers))
         return {site: (value.shape[0], value.shape[-1]) for site, value in tapped.items()}
 
     def _batch(self, block: int) -> tuple[list[int], Batch]:
@@ -225,7 +225,7 @@ def _found(model: Model, batch: Batch, examples: Sequence[Example], options: Act
 
 
 @functools.partial(jax.jit, static_argnames=("sites", "layers"))
-def _tapped(model: Model, inputs, sites: tuple[str, ...], layers: tuple[int, ...]) -> dict[str, jax.Array]:
+def tapped(model: Model, inputs, sites: tuple[str, ...], layers: tuple[int, ...]) -> dict[str, jax.Array]:
     """Site -> the values of the layers, ``(layers, batch, tokens, width)``; at sites of the vision tower
     ``(layers, images, patches, width)``. Heads are joined."""
     taps = {site: layers if layered(site) else None for site in sites}

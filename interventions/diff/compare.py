@@ -16,6 +16,7 @@ from interventions.diff.artifacts import ABLATIONS, FEATURES, HEADS, RESULTS
 from interventions.diff.dictionaries import Stored
 from interventions.diff.features import rotation
 from interventions.diff.heads import agreement, head_scores, mean_image_embedding
+from interventions.diff.maps import feature_maps
 from interventions.diff.options import CompareOptions
 from interventions.diff.place import Place
 from interventions.diff.quality import Sums, measure
@@ -45,6 +46,7 @@ from vlm_jax.processor import Processor
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.configuration import file_digest
 from vlm_jax.runs.folder import Run
+from vlm_jax.runs.token_maps import TOKEN_MAPS, TokenMap, write_token_maps
 
 #: Sites whose values are in the residual stream, or are added to it.
 RESIDUAL = (
@@ -140,6 +142,7 @@ class Comparison(NamedTuple):
         traced, agreed = self.traced(measuring, features)
         if traced:
             self.table("heads.parquet", traced, Artifact("table", "What each head adds to each feature", HEADS))
+        self.maps(measuring, features)
         control = compared.data_only
         results = {
             "adapted": {
@@ -169,6 +172,22 @@ class Comparison(NamedTuple):
         title = f"Change of accuracy {self.how.replace('direction', 'feature')}"
         save_figure(run, f"{folder}ablations", figures.ablated, title, rows=shown)
         return results
+
+    def maps(self, examples: list[Example], features: list[Feature]) -> None:
+        """Writes where the features that pass every filter are active; if none does, where the nulls are."""
+        shown = [f for f in features if f.selection == "full"] or features
+        dictionaries = self.compared.adapted
+
+        def write(path: Path, made: tuple[list[TokenMap], list[str]]) -> None:
+            write_token_maps(path, made[0], value="activation", series=made[1])
+
+        self.run.once(
+            f"{self.folder}token_maps",
+            lambda: feature_maps(self.model, self.processor, examples, shown, dictionaries),
+            Artifact("token_maps", "Samples in which features are most active", TOKEN_MAPS),
+            write=write,
+            read=lambda path: None,
+        )
 
     def survivors(self) -> dict[str, dict[str, int]]:
         """Relation -> filter -> how many latents are left after it."""

@@ -19,6 +19,7 @@ from interventions.diff.selection import by_relation, choose, clusters, filtered
 from vlm_jax import UserError
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import load_task
+from vlm_jax.prompts import encode
 
 MODEL = "mini-qwen3-vl"
 PLACES = [Place("text.resid_post", 2), Place("text.resid_post", 5)]
@@ -133,6 +134,33 @@ def test_heads(run):
     assert len(rows) == sum(4 * (one["layer"] + 1) for one in agreement)
     assert {"signed", "absolute", "exact", "head", "head_layer", "latent", "relation"} <= rows[0].keys()
     assert all(-1 <= one["rank"] <= 1 and 0 <= one["first_five"] <= 1 for one in agreement)
+
+
+def test_samples_in_which_features_are_active(run, model):
+    """Each feature's activation in every token is that of its dictionary; another feature's is not (the control)."""
+    index = json.loads((run.out / "token_maps/index.json").read_text())
+    rows = pq.read_table(run.out / "ablations.parquet").to_pylist()
+    full = [row for row in rows if row["selection"] == "full"]
+    places = [Place(row["site"], row["layer"], row["seed"]) for row in full]
+    names = {f"{r['relation']}: latent {r['latent']} of {place}" for r, place in zip(full, places, strict=True)}
+    assert names == set(index["series"])
+    processor = vlm_jax.load(MODEL)[1]
+    examples = {e.id: e for e in load_task(run.task, split="test", limit=run.limit)}
+    with np.load(run.out / "token_maps/arrays.npz") as arrays:
+        for sample in index["samples"][:2]:
+            batch = encode([examples[sample["id"]]], processor, model.config, with_answer=False)
+            x = model(batch.inputs, taps=("text.resid_post",)).taps["text.resid_post"][:, 0, : len(sample["tokens"])]
+            shown, others = [], []
+            for name in index["series"]:
+                latent, place = int(name.split()[-3]), name.split()[-1]
+                one = load_dictionaries(run.adapted)[next(p for p in PLACES if str(p) == place)].dictionary
+                codes = np.asarray(one.codes(x[int(place.split(".")[2])]))
+                shown.append(codes[:, latent])
+                others.append(codes[:, latent - 1])
+            values = arrays[sample["array"]]
+            assert values.shape == (1, len(index["series"]), len(sample["tokens"])) and values.max() > 0
+            np.testing.assert_allclose(values[0], shown, rtol=2e-3, atol=2e-3)
+            assert np.abs(values[0].astype(float) - others).max() > 0.1
 
 
 def test_halves_keep_twins_together():
