@@ -53,9 +53,10 @@ class Model(nnx.Module):
     def __repr__(self) -> str:
         text, vision = self.config.text, self.config.vision
         tower = "" if vision is None else f", vision tower of {vision.depth} blocks of width {vision.hidden_size}"
+        count = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self))
         return (
             f"Model({self.config.family}, {text.num_hidden_layers} layers of width {text.hidden_size}{tower}, "
-            f"{sum(leaf.size for leaf in jax.tree.leaves(self)) / 1e6:,.1f} M parameters)"
+            f"{count / 1e6:,.1f} M parameters)"
         )
 
     __str__ = __repr__  # nnx's own writes every submodule

@@ -7,13 +7,14 @@ import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image
 
-from vlm_jax.config import Config
+from vlm_jax.config import Config, VisionConfig
 from vlm_jax.inputs import Inputs
 from vlm_jax.processor import Processor
 
 
 class Seen(NamedTuple):
-    """An image after the model's image processor, and the numbers of rows and columns of its visual tokens."""
+    """An image after the model's image processor, and the numbers of rows and columns of its visual tokens; 0 for an
+    image that only fills a batch up."""
 
     image: Image.Image
     rows: int
@@ -46,11 +47,7 @@ def read_prompt(inputs: Inputs, mask: Bool[np.ndarray, "tokens"], config: Config
 
 
 def seen_images(inputs: Inputs, config: Config, image_processor: Any) -> list[Seen]:
-    """The images of a batch, in the order of the prompts: resized, cropped and padded as the model saw them.
-
-    Args:
-        inputs: as :func:`vlm_jax.prompts.encode` makes them.
-    """
+    """The images of a batch, in the order of the prompts: resized, cropped and padded as the model saw them."""
     if inputs.images is None:
         return []
     images, vision = inputs.images, config.vision
@@ -58,35 +55,39 @@ def seen_images(inputs: Inputs, config: Config, image_processor: Any) -> list[Se
     mean, std = (np.asarray(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
     found = []
     for number, valid in enumerate(np.asarray(images.patch_mask)):
-        patches = np.asarray(images.pixel_values[number])[valid]
-        places = _places(images.grid_positions, number, valid)
+        if not valid.any():
+            found.append(Seen(Image.new("RGB", (1, 1)), 0, 0))
+            continue
+        patches, places = np.asarray(images.pixel_values[number])[valid], _places(images.grid_positions, number, valid)
         rows, columns = places.max(0) + 1
         # (patches, channels, height, width); of a tower for videos the first of two equal frames
         pixels = patches.reshape(len(patches), *vision.conv_shape)
         pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels
         canvas = np.zeros((rows, columns, *pixels.shape[1:]))
         canvas[places[:, 0], places[:, 1]] = pixels
-        whole = canvas.transpose(0, 3, 1, 4, 2).reshape(rows * pixels.shape[2], columns * pixels.shape[3], -1)
+        side = _patches_in_a_row(vision)
+        canvas = canvas[: rows // side * side, : columns // side * side]  # the rest reaches no visual token
+        height, width = canvas.shape[0] * pixels.shape[2], canvas.shape[1] * pixels.shape[3]
+        whole = canvas.transpose(0, 3, 1, 4, 2).reshape(height, width, -1)
         coloured = np.clip((whole * std + mean) * 255, 0, 255).round().astype(np.uint8)
-        side = math.isqrt(len(patches) // (_tokens_of(inputs, number) - _class_tokens(config)))
         found.append(Seen(Image.fromarray(coloured), int(rows) // side, int(columns) // side))
     return found
 
 
 def token_places(inputs: Inputs, config: Config, seen: list[Seen]) -> Int[np.ndarray, "batch tokens 3"]:
     """The image of each visual token, and its row and column there; -1 three times for other tokens. A class token,
-    which stands for the whole image, has none either.
+    which stands for the whole image, has no place either.
 
     Args:
         seen: the batch's images, from :func:`seen_images`.
     """
     places = np.full((*inputs.input_ids.shape, 3), -1, np.int32)
-    if inputs.images is None or inputs.image_index is None:
+    if inputs.images is None or inputs.image_index is None or config.vision is None:
         return places
     index, stride = np.asarray(inputs.image_index), inputs.images.stride
     for row, token in np.argwhere(index >= 0):
         number, place = divmod(int(index[row, token]), stride)
-        place -= _class_tokens(config)
+        place -= _class_tokens(config.vision)
         if place >= 0:
             places[row, token] = number, *divmod(place, seen[number].columns)
     return places
@@ -100,14 +101,13 @@ def _places(grid_positions: Any, number: int, valid: np.ndarray) -> Int[np.ndarr
     return np.stack(np.divmod(np.arange(count), math.isqrt(count)), -1)
 
 
-def _tokens_of(inputs: Inputs, number: int) -> int:
-    """The number of an image's visual tokens."""
-    assert inputs.images is not None and inputs.image_index is not None
-    index = np.asarray(inputs.image_index)
-    return int(((index >= 0) & (index // inputs.images.stride == number)).sum())
+def _patches_in_a_row(vision: VisionConfig) -> int:
+    """How many patches one visual token spans in each direction."""
+    if vision.any_size:
+        return vision.spatial_merge_size
+    return vision.side // math.isqrt(vision.tokens - _class_tokens(vision))
 
 
-def _class_tokens(config: Config) -> int:
+def _class_tokens(vision: VisionConfig) -> int:
     """How many of an image's visual tokens come before those of its patches."""
-    vision = config.vision
-    return 1 if getattr(vision, "keep_cls", False) else 0
+    return int(getattr(vision, "keep_cls", False))

@@ -16,7 +16,7 @@ _ENTRIES, _NUMBERS = 8, 6
 def shown(cls: Class) -> Class:
     """Class decorator: gives a dataclass or a NamedTuple a short ``repr`` and a table for notebooks.
 
-    Fields that have their default None are left out. A class can have a ``_notes_html`` method, whose HTML stands below
+    Fields that are None are left out. A class can have a ``_notes_html`` method, whose HTML stands below
     the table.
     """
 
@@ -36,9 +36,9 @@ def described(value: Any) -> str:
     """A value in a few words: an array as its dtype and shape, and its numbers if they are few."""
     if isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         kind = f"{value.dtype}[{','.join(map(str, value.shape))}]"
-        is_known = isinstance(value, np.ndarray | np.generic) or (
-            isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
-        )
+        is_known = isinstance(value, np.ndarray | np.generic)
+        if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+            is_known = value.is_fully_addressable and not value.is_deleted()
         if not is_known or value.size > _NUMBERS or not _is_numeric(value):
             return kind
         return f"{kind} {np.array2string(np.asarray(value), precision=4, separator=', ')}".replace("\n", "")

@@ -74,12 +74,13 @@ class Args(InterventionOptions, DataOptions, ModelOptions):
     """Samples that are run at once. Larger batches are faster and need more memory."""
     max_new_tokens: Annotated[int, Range(least=1)] = 12
     """Longest answer, in tokens."""
-    maps: Annotated[int, Range(least=0)] = 3
+    maps: Annotated[int, Range(least=0)] = 2
     """Of how many samples of each task to keep what every token attends to, for the result page (eval.page)."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of the bootstrap intervals and of random_mass."""
     out: Path = Path("runs/flow")
-    """Run folder: results.json, four figures, and per task attention.npz, samples.jsonl and windows.npz."""
+    """Run folder: results.json, four figures, and per task attention.npz, samples.jsonl, windows.npz and
+    token_maps/."""
 
 
 def check_images(examples: Iterable[Example]) -> None:
@@ -153,7 +154,7 @@ def main(args: Args) -> None:
     examples = list(itertools.chain(*tasks.values()))
     check_images(examples)
     data = {name: source(name, split="trace", options=args) for name in args.task}
-    run, model, processor = start(args, examples, data)
+    run, model, processor = start(args, examples, data, ignored=("maps",))
     edges, window_edges = edges_of(args, model.config)
     in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
     acting = args.interventions(model)

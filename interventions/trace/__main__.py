@@ -12,10 +12,12 @@ import tyro
 from interventions.options import InterventionOptions
 from interventions.store import digest
 from interventions.trace.options import TraceOptions
+from interventions.trace.tokens import save_token_maps
 from interventions.trace.tracing import trace_task, with_gold_first
 from vlm_jax import Model
 from vlm_jax.data import source, task_label
 from vlm_jax.data.options import DataOptions
+from vlm_jax.errors import UserError
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.ranges import Range
@@ -30,8 +32,11 @@ class Args(TraceOptions, InterventionOptions, DataOptions, ModelOptions):
     """The task to trace: a name, a family (knowledge, perception), a dataset, a JSONL file or a folder."""
     limit: Annotated[int, Range(least=1)] = 96
     """How many samples to trace."""
+    maps: Annotated[int | None, Range(least=1)] = None
+    """With --positions each: of how many samples every token is restored by itself; 2 by default."""
     out: Path = Path("runs/trace")
-    """Run folder: samples.jsonl, trace.parquet, summary.json, summary.parquet, heatmap.png, intervals.png."""
+    """Run folder: samples.jsonl, trace.parquet, summary.json, summary.parquet, heatmap.png, intervals.png and, with
+    --positions each, token_maps/."""
 
 
 @command
@@ -43,11 +48,15 @@ def main(args: Args) -> None:
     def check(model: Model) -> None:
         args.check(model.config.text.num_hidden_layers)
 
-    run, model, processor = start(args, examples, data, check=check)
+    if args.maps is not None and args.positions != ("each",):
+        raise UserError("--maps belongs to --positions each: give both, or drop it")
+    run, model, processor = start(args, examples, data, check=check, ignored=("maps",))
     acting = args.interventions(model)
     run.pin("interventions", digest(acting))
     task = task_label(args.task)
     summary = trace_task(run, "", model, processor, task, examples, args, interventions=acting)
+    if args.positions == ("each",):
+        save_token_maps(run, model, processor, examples, args, args.maps or 2, acting)
     print(
         f"{args.task}: {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "
         f"p_clean {summary['p_clean']:.3f}, p_corrupt {summary['p_corrupt']:.3f}"

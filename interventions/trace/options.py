@@ -28,9 +28,8 @@ class TraceOptions:
     """How often every sample is corrupted, each time with other noise. All cells see the same noise."""
     positions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP [GROUP ...]")] = ("all",)
     """The tokens that a patch restores: all (P0), or token groups such as question, last, image, answer. Each group is
-    patched separately. each: as all, and of some samples every token by itself, for the result page (eval.page)."""
-    maps: Annotated[int, Range(least=1)] = 4
-    """With --positions each: the number of samples whose tokens are restored by themselves."""
+    patched separately. each (interventions.trace only): as all, and of some samples every token by itself, for the
+    result page (eval.page); this takes 2 x layers x tokens patches a sample."""
     window: Annotated[int, Range(least=1)] = 1
     """How many neighbouring layers a patch restores at once (P0: 1; ROME: 10)."""
     heads: bool = False
@@ -91,6 +90,10 @@ class TraceOptions:
         Raises:
             UserError: if the cells are heads or token groups.
         """
+        if self.positions == ("each",):
+            raise UserError(
+                "placing LoRA needs one RR for each module: --positions each belongs to interventions.trace"
+            )
         if self.heads or len(self.positions) > 1:
             raise UserError("placing LoRA needs one RR for each module: drop --heads, give one group of --positions")
 

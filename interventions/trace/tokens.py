@@ -14,12 +14,16 @@ from interventions.kinds.groups import bind
 from interventions.modules import MODULE_SITES
 from interventions.trace.corruption import Corrupter, survey
 from interventions.trace.options import TraceOptions
+from interventions.trace.tracing import traced
 from vlm_jax import Model
 from vlm_jax.data import Example
+from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches, encode
+from vlm_jax.runs.artifacts import Artifact
+from vlm_jax.runs.folder import Run
 from vlm_jax.runs.processes import fetch, progress
-from vlm_jax.runs.token_maps import TokenMap
+from vlm_jax.runs.token_maps import TOKEN_MAPS, TokenMap, write_token_maps
 from vlm_jax.seen import read_prompt
 from vlm_jax.sites import Intervention
 
@@ -64,8 +68,13 @@ def token_maps(
     interventions: Sequence[Intervention] = (),
 ) -> list[TokenMap]:
     """:func:`token_effects` of the prompts of the first ``count`` examples. Their corruption is that of a trace of all
-    examples, in its first replicate."""
-    groups = batches(list(examples), processor, model.config, options.batch, align=PREFIX_BUCKET)
+    examples, in its first replicate.
+
+    Raises:
+        UserError: if the model's outputs are not finite.
+    """
+    examples = traced(model, processor, examples, options, interventions)
+    groups = batches(examples, processor, model.config, options.batch, align=PREFIX_BUCKET)
     corrupt = Corrupter(model, processor, examples, survey(model, groups), options)
     found = []
     for row, example in enumerate(progress(examples[:count], desc="tokens", unit="sample")):
@@ -73,5 +82,31 @@ def token_maps(
         is_prompt = np.asarray(batch.inputs.attention_mask)[0] & ~(batch.spans["answer"] | batch.spans["end"])[0]
         prompt = read_prompt(batch.inputs, is_prompt, model.config, processor)
         values = token_effects(corrupt, row, batch, interventions)[..., is_prompt]
+        if not np.isfinite(values).all():
+            raise UserError(f"example {example.id!r}: the model's outputs are not finite numbers: check its weights")
         found.append(TokenMap(example.id, example.task, prompt, values))
     return found
+
+
+def save_token_maps(
+    run: Run,
+    model: Model,
+    processor: Processor,
+    examples: Sequence[Example],
+    options: TraceOptions,
+    count: int,
+    interventions: Sequence[Intervention] = (),
+) -> None:
+    """Writes :func:`token_maps` into ``token_maps`` of a run, unless an earlier session did."""
+    value = "indirect effect (IE)"
+    if options.replicates > 1:
+        value += f" under the first of {options.replicates} corruptions"
+    if options.window > 1:
+        value += f" of windows of {options.window} layers"
+    run.once(
+        "token_maps",
+        lambda: token_maps(model, processor, examples, options, count, interventions),
+        Artifact("token_maps", "Effect of restoring every token", TOKEN_MAPS),
+        write=lambda path, maps: write_token_maps(path, maps, value=value, series=SERIES),
+        read=lambda path: None,
+    )

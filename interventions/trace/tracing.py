@@ -24,7 +24,6 @@ from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, bounds, by_module, summarise
-from interventions.trace.tokens import SERIES, token_maps
 from vlm_jax import Inputs, Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.config import Config
@@ -37,7 +36,6 @@ from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.log import Log
 from vlm_jax.runs.processes import apart, fetch, progress
-from vlm_jax.runs.token_maps import TOKEN_MAPS, TokenMap, write_token_maps
 from vlm_jax.sites import Intervention, Stage, stage
 
 
@@ -277,8 +275,8 @@ def trace_task(
     """Traces a task into ``folder`` of a run and returns its summary. If an earlier session finished the trace, it only
     reads the summary.
 
-    It writes ``samples.jsonl`` batch by batch; then ``summary.json``, ``summary.parquet``, ``trace.parquet``, figures
-    with their data and, with ``--positions each``, ``token_maps``.
+    It writes ``samples.jsonl`` batch by batch; then ``summary.json``, ``summary.parquet``, ``trace.parquet``, and
+    figures with their data.
     """
 
     def make() -> dict:
@@ -307,18 +305,4 @@ def trace_task(
         run.timed(f"trace {folder or task}".rstrip("/"), begun)
         return summary
 
-    summary = run.once(f"{folder}summary.json", make, Artifact("metrics", f"{task}: restoration rates", SUMMARY))
-    if options.positions == ("each",):
-
-        def restored() -> list[TokenMap]:
-            kept = traced(model, processor, examples, options, interventions)
-            return token_maps(model, processor, kept, options, options.maps, interventions)
-
-        run.once(
-            f"{folder}token_maps",
-            restored,
-            Artifact("token_maps", f"{task}: effect of restoring every token", TOKEN_MAPS),
-            write=lambda path, maps: write_token_maps(path, maps, value="indirect effect (IE)", series=SERIES),
-            read=lambda path: None,
-        )
-    return summary
+    return run.once(f"{folder}summary.json", make, Artifact("metrics", f"{task}: restoration rates", SUMMARY))

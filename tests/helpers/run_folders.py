@@ -34,9 +34,7 @@ def check_run_folder(folder: Path, scratch: Path) -> None:
     for entry in listing["artifacts"]:
         path = folder / entry["file"]
         assert path.exists(), f"{entry['file']} is listed and does not exist"
-        assert entry["title"] and path.is_dir() == (
-            entry["type"] in ("adapter", "dictionaries", "model", "pictures", "token_maps")
-        )
+        assert entry["title"] and path.is_dir() == (entry["type"] in FOLDERS)
         if "schema" in entry:
             check_fields(path, entry, listing["schemas"][entry["schema"]])
     assert {entry["schema"] for entry in listing["artifacts"] if "schema" in entry} == listing["schemas"].keys()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 from environments import environment, run
 
@@ -49,6 +50,14 @@ with sync_playwright() as playwright:
     rows.first.focus()
     page.keyboard.press("Enter")
     seen["opened"] = page.locator(".detail").count()
+    tokens = page.locator(".tokens").first
+    tokens.locator(".text button").last.click()
+    page.mouse.move(0, 0)
+    seen["token"] = tokens.locator(".text button").last.get_attribute("title")
+    seen["deepest"] = tokens.locator("output").inner_text()
+    tokens.locator("input[type=range]").first.fill("0")
+    seen["token of layer 0"] = tokens.locator(".text button").last.get_attribute("title")
+    seen["cells"] = [seen["cells"], tokens.locator(".grid button").count()]
     page.goto(f"file://{page_file}#sample={sample}")
     page.wait_for_selector("tr.linked")
     seen["linked"] = page.locator("tr.linked").inner_text()
@@ -73,7 +82,7 @@ def test_traces_in_chromium(tmp_path, count):
         pytest.skip("no chromium on the PATH, and CHROMIUM names none")
     folders = [tmp_path / str(number) for number in range(count)]
     for number, folder in enumerate(folders):
-        trace.main(trace.Args(limit=24, noise_scale=2.0 - number, out=folder))
+        trace.main(trace.Args(limit=24, noise_scale=2.0 - number, positions=("each",), out=folder))
     page = write_page(folders[0], other=folders[1] if count == 2 else None, paired=paired)
     records = [json.loads(line) for line in (folders[0] / "samples.jsonl").read_text().splitlines()]
     python = environment(tmp_path / "environment", "playwright==1.65.2")
@@ -81,7 +90,13 @@ def test_traces_in_chromium(tmp_path, count):
     sample = records[17]["id"]
     seen = json.loads(run(python, tmp_path / "script.py", page, browser, sample, tmp_path / "dark.png"))
     assert seen["errors"] == [] and set(seen["requests"]) <= {"file", "blob", "data"}
-    assert seen["chosen"] == ["only the cell L0-attn show all"] * (3 * count) and seen["cells"] == ["L0-attn"]
+    assert seen["chosen"] == ["only the cell L0-attn show all"] * (3 * count) and seen["cells"] == [["L0-attn"], 16]
+    with np.load(folders[0] / "token_maps/arrays.npz") as arrays:
+        values = arrays["0"].astype(float)  # (layers, modules, tokens)
+    layer = int(np.abs(values).max((1, 2)).argmax())
+    assert seen["deepest"] == str(layer)
+    for name, at in (("token", layer), ("token of layer 0", 0)):
+        assert abs(float(seen[name].split()[-1]) - values[at, 0, -1]) <= 0.01 * abs(values[at, 0, -1])
     assert seen["marks"] >= 16 and seen["described"] and seen["rows"] == seen["pictures"] == 10 * count
     assert seen["lists"] == (2 if count == 1 else 5) and seen["listed"] == "only the cell L2-mlp show all"
     wrong = [record["id"] for record in records if not record["correct"]]

@@ -92,6 +92,7 @@ class Run:
 
         state = first(open_in_first)
         run = opened[0] if opened else cls(folder, *state)
+        run.formats = tuple(getattr(args, "figures", ()))
         if jax.process_count() > 1:
             run._check_shared()
         return run
@@ -127,7 +128,7 @@ class Run:
                 "--out or delete it"
             )
         current = run_manifest(model, processor) if saved is None else copy.deepcopy(saved)
-        return cls(folder, config, current, saved, lock, formats=tuple(getattr(args, "figures", ())))
+        return cls(folder, config, current, saved, lock)
 
     def _check_shared(self) -> None:
         """Raises a UserError if the processes do not all see the same folder."""

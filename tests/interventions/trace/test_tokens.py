@@ -46,10 +46,18 @@ def by_hand(model, batch, base, layer, site, token):
     return tuple(scored(model, batch.inputs, gold, acting) for acting in ((*base, patch), tuple(base)))
 
 
-@pytest.mark.parametrize("corruption", ["question_noise", "swapped_image"])
-def test_effects_equal_patches_by_hand(mini, examples, corruption):
+@pytest.mark.parametrize(
+    "name, corruption",
+    [
+        ("mini-qwen3-vl", "question_noise"),
+        ("mini-qwen3-vl", "swapped_image"),
+        ("mini-gemma3", "question_noise"),
+        ("mini-llava", "question_noise"),
+    ],
+)
+def test_effects_equal_patches_by_hand(examples, name, corruption):
     """In both modules, of tokens of the picture and of the question; and the effects differ from each other."""
-    model, processor = mini
+    model, processor = vlm_jax.load(name)
     options = TraceOptions(corruption=corruption)
     groups = batches(examples, processor, model.config, 4)
     corrupt = Corrupter(model, processor, examples, survey(model, groups), options)
@@ -57,7 +65,7 @@ def test_effects_equal_patches_by_hand(mini, examples, corruption):
     effects = token_effects(corrupt, 0, batch)
     base = corrupt([0], batch)
     question, image = (np.flatnonzero(batch.spans[name][0]) for name in ("question", "image"))
-    cells = [(2, 0, question[1]), (6, 1, question[-1]), (0, 0, image[3]), (3, 1, question[-1] + 2)]
+    cells = [(2, 0, question[1]), (5, 1, question[-1]), (0, 0, image[3]), (3, 1, question[-1] + 2)]
     for layer, module, token in cells:
         patched, corrupted = by_hand(model, batch, base, layer, MODULE_SITES[module], token)
         np.testing.assert_allclose(effects[layer, module, token], patched - corrupted, atol=2e-6)
@@ -72,7 +80,7 @@ def test_effects_equal_patches_by_hand(mini, examples, corruption):
 def test_the_command_keeps_them_beside_the_trace(mini, examples, tmp_path):
     """The grid of modules is that of a trace of all positions."""
     for name, positions in (("each", ("each",)), ("all", ("all",))):
-        command.main(command.Args(limit=3, positions=positions, maps=2, out=tmp_path / name))
+        command.main(command.Args(limit=3, positions=positions, out=tmp_path / name))
     each, every = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("each", "all"))
     assert each["rr"] == every["rr"] and not (tmp_path / "all/token_maps").exists()
     index = json.loads((tmp_path / "each/token_maps/index.json").read_text())
@@ -89,3 +97,11 @@ def test_the_command_keeps_them_beside_the_trace(mini, examples, tmp_path):
 def test_refused(changes):
     with pytest.raises(vlm_jax.UserError, match="--positions each goes with no other group"):
         TraceOptions(**{"positions": ("each",), **changes}).check(8)
+
+
+def test_maps_without_each_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(command.Args(maps=2, out=tmp_path / "run"))
+    assert "--maps belongs to --positions each" in capsys.readouterr().err
+    with pytest.raises(vlm_jax.UserError, match=r"belongs to interventions\.trace"):
+        TraceOptions(positions=("each",)).check_modules()

@@ -24,7 +24,7 @@ from vlm_jax.runs.artifacts import TYPES, Artifact, Schema
 from vlm_jax.runs.command import command as command_wrapper
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import DeviceOptions
-from vlm_jax.runs.page import write_page
+from vlm_jax.runs.page import views, write_page
 from vlm_jax.runs.page.views import VIEWS
 from vlm_jax.runs.pictures import save_pictures
 from vlm_jax.runs.token_maps import TOKEN_MAPS, TokenMap, write_token_maps
@@ -219,7 +219,9 @@ def test_damaged_files(run, name):
     assert "Where LoRA is" in text or name == "artifacts.json"
 
 
-@pytest.mark.parametrize("content", [[1], "text", {"a": 1}, [{"id": "t/1"}], [{"id": "t/1", "pictures": 3}]])
+@pytest.mark.parametrize(
+    "content", [[1], "text", {"a": 1}, [{"id": "t/1"}], [{"id": "t/1", "pictures": 3}], [{"id": ["t"], "pictures": []}]]
+)
 def test_lists_of_pictures_of_another_form(run, content):
     (run.folder / "pictures/index.json").write_text(json.dumps(content))
     assert "pictures/index.json cannot be read" in " ".join(read(write_page(run.folder)).texts)
@@ -393,7 +395,7 @@ def token_map(queries: list[int] | None = None) -> TokenMap:
 
 @pytest.mark.parametrize("queries", [None, [3]])
 def test_values_of_tokens(run, queries):
-    """The page has every value, with two digits or more."""
+    """The page has every value as it is kept."""
     one = token_map(queries)
     write = functools.partial(write_token_maps, maps=[one], value="effect", series=["all"])
     run.write("token_maps", write, Artifact("token_maps", "Effects", TOKEN_MAPS))
@@ -403,16 +405,31 @@ def test_values_of_tokens(run, queries):
     (sample,) = shown["samples"]
     assert sample["tokens"][3] == EVIL and sample["places"] == [None, [0, 0, 0], [0, 0, 1], None]
     assert sample["pictures"][0].startswith("data:image/png;base64,") and sample["queries"] == queries
-    codes = np.frombuffer(base64.b64decode(sample["bytes"]), np.uint8).reshape(one.values.shape).astype(float)
-    roots = (codes - 128) / 127
-    np.testing.assert_allclose(np.sign(roots) * roots**2 * sample["largest"], one.values, atol=0.01)
-    for damage in ({"tokens": ["a"]}, {"array": "7"}, {"pictures": 3}):
-        index = json.loads((run.folder / "token_maps/index.json").read_text())
+    values = np.frombuffer(base64.b64decode(sample["values"]), "<f2").reshape(one.values.shape)
+    np.testing.assert_allclose(values, one.values, rtol=1e-3)
+    whole = (run.folder / "token_maps/index.json").read_text()
+    for damage in ({"tokens": ["a"]}, {"array": "7"}, {"pictures": 3}, {"places": None}, {"tokens": [1, 2, 3, 4]}):
+        index = json.loads(whole)
         index["samples"][0] |= damage
         (run.folder / "token_maps/index.json").write_text(json.dumps(index))
-        assert "token_maps holds something else" in " ".join(read(write_page(run.folder)).texts)
+        page = read(write_page(run.folder))
+        assert "token_maps holds something else" in " ".join(page.texts), damage
+        assert not [script for script in page.scripts if "series" in script]
+    (run.folder / "token_maps/index.json").write_text(whole)
+    np.savez(run.folder / "token_maps/arrays.npz", **{"0": np.full(one.values.shape, np.nan, np.float16)})
+    assert "or are not finite" in " ".join(read(write_page(run.folder)).texts)
     (run.folder / "token_maps/arrays.npz").write_bytes(b"no zip")
     assert "token_maps/arrays.npz cannot be read" in " ".join(read(write_page(run.folder)).texts)
+
+
+def test_many_values_of_tokens_are_cut(run, monkeypatch):
+    """At a number of bytes, which the page tells."""
+    monkeypatch.setattr(views, "MAP_BYTES", 20)
+    write = functools.partial(write_token_maps, maps=[token_map()] * 3, value="effect", series=["all"])
+    run.write("token_maps", write, Artifact("token_maps", "Effects", TOKEN_MAPS))
+    page = read(write_page(run.folder))
+    (shown,) = [script for script in page.scripts if "series" in script]
+    assert len(shown["samples"]) == 1 and "The first 1 of 3 samples." in " ".join(page.texts)
 
 
 def test_two_runs(tmp_path):
@@ -434,7 +451,7 @@ def test_two_runs(tmp_path):
     assert (replicates["number"], replicates["A"], replicates["B"]) == ("p", 0.45, 0.75)
     alone = paired([1, 1, 1, 1, 1], [1, 0, 1, 0, 0])
     assert want["low"] != alone["low"]  # two samples show one picture
-    (change,) = [spec for spec in page.scripts if "B minus A" in str(spec.get("description"))]
+    (change,) = [spec for spec in page.scripts if "B - A" in str(spec.get("description"))]
     (cells,) = values(change)
     assert cells == [{"panel": "p", "x": "attn", "y": 0, "cell": "L0-attn", "value": 0.25, "A": 0.25, "B": 0.5}]
     runs = [attributes["data-run"] for _, attributes in page.tags if "data-run" in attributes]
@@ -447,14 +464,21 @@ def test_two_runs(tmp_path):
 def test_samples_of_one_name_that_are_not_the_same(tmp_path):
     """The control: with another picture or question nothing is compared."""
     one = written(tmp_path / "one", {}, [True] * 5)
-    assert "share no number" in " ".join(compared(one, written(tmp_path / "b", {}, [False] * 5, colour=9)).texts)
+    assert "no number that both have" in " ".join(
+        compared(one, written(tmp_path / "b", {}, [False] * 5, colour=9)).texts
+    )
+    asked = written(tmp_path / "d", {}, [False] * 5)
+    index = (asked.folder / "pictures/index.json").read_text().replace("What is 1", "Who is 1")
+    (asked.folder / "pictures/index.json").write_text(index)
+    row, _ = next(s["rows"] for s in compared(one, asked).scripts if "B - A" in s.get("columns", ()))
+    assert row["samples"] == 4
     third = written(tmp_path / "c", {}, [False] * 5)
     text = (third.folder / "samples.jsonl").read_text()
     (third.folder / "samples.jsonl").write_text(text.replace("What is 1", "Who is 1"))
     row, _ = next(s["rows"] for s in compared(one, third).scripts if "B - A" in s.get("columns", ()))
     assert row["samples"] == 4 and row["B - A"] == -1
     (third.folder / "samples.jsonl").write_text(text + text)  # which of two is meant is not known
-    assert "share no number" in " ".join(compared(one, third).texts)
+    assert "no number that both have" in " ".join(compared(one, third).texts)
 
 
 def test_one_sample_has_no_interval(tmp_path):
@@ -468,10 +492,20 @@ def test_a_second_run_that_is_damaged(run, tmp_path, capsys):
     second = written(tmp_path / "second", {}, [True] * 5)
     (second.folder / "samples.jsonl").write_text("{")
     (second.folder / "pictures/index.json").write_text("[3]")
-    for chart in ({"rows": [3], "titles": {}}, {"lines": []}):
+    (second.folder / "config.json").write_text("{")
+    for chart in (
+        {"rows": [3], "titles": {}},
+        {"lines": []},
+        {"rows": [{**ROWS[0], "panel": [1]}], "titles": {}},
+        {"rows": ROWS, "titles": None},
+    ):
         (second.folder / "map.json").write_text(json.dumps({"chart": chart}))
         assert "map.json" in " ".join(compared(run, second).texts)
     texts = " ".join(compared(run, second).texts)
+    huge = json.dumps({"id": "t/1", "task": "t", "correct": 10**400}) + "\n"
+    (second.folder / "samples.jsonl").write_text(huge)
+    assert "no number that both have" in " ".join(compared(second, second).texts)
+    (second.folder / "samples.jsonl").write_text("{")
     assert texts.count("pictures/index.json cannot be read") == 1 and "A map" in texts and "Map" in texts
     with pytest.raises(UserError, match="is no run folder"):
         write_page(run.folder, other=tmp_path)

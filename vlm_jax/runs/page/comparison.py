@@ -1,13 +1,11 @@
 """What two runs have in common and where they differ: their options, the scores of their samples, and their maps."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax.files import parse_json
 from vlm_jax.runs.charts import Chart
-from vlm_jax.runs.page import charts
 from vlm_jax.runs.page.reading import Entry, RunFolder
 
 #: ``paired(first, second, clusters=...)`` returns ``difference`` (the first mean minus the second), ``low`` and
@@ -22,11 +20,10 @@ _Sample = tuple[str, str]
 
 
 class Pair(NamedTuple):
-    """Two runs, and how the scores of their samples are compared."""
+    """The two runs."""
 
     first: RunFolder
     second: RunFolder
-    paired: Paired
 
 
 def differing(pair: Pair) -> list[dict]:
@@ -34,36 +31,38 @@ def differing(pair: Pair) -> list[dict]:
     rows = []
     for where in ("config", "manifest"):
         one, other = (dict(_flat(getattr(folder, where))) for folder in (pair.first, pair.second))
-        for name in dict.fromkeys([*one, *other]):
+        for name in filter(None, dict.fromkeys([*one, *other])):
             values = [_text(found, name) for found in (one, other)]
             if values[0] != values[1]:
-                rows.append({where: name, **dict(zip(NAMES, values, strict=True))})
-    return [{"what": row.pop("config", None) or row.pop("manifest"), **row} for row in rows]
+                rows.append({"what": name, **dict(zip(NAMES, values, strict=True))})
+    return rows
 
 
-def scores(both: Pair) -> list[dict]:
+def scores(pair: Pair, paired: Paired) -> list[dict]:
     """A row for each number that both runs have of the same samples: its means, and the mean difference with its 95 %
     interval. A list of numbers, such as one for each replicate, counts by its mean. Only the samples that both have are
     compared, where both have the number.
 
+    Samples with several lines in a file, such as one for each knock-out, are not compared.
+
     Samples that show the same picture are one cluster, if the pictures of all of them are kept; else each sample is
     taken to be independent. The column ``clusters`` tells which.
     """
-    shown = [_shown(folder) for folder in (both.first, both.second)]
+    kept = [_kept(folder) for folder in (pair.first, pair.second)]
     rows = []
-    for entry in _both(both, "samples"):
-        one, other = (_samples(folder, entry) for folder in (both.first, both.second))
-        shared = [sample for sample in one if sample in other and _same(sample, (one, other), shown)]
+    for entry in _both(pair, "samples"):
+        one, other = (_samples(folder, entry) for folder in (pair.first, pair.second))
+        shared = [sample for sample in one if sample in other and _same(sample, (one, other), kept)]
         for field in dict.fromkeys(field for sample in shared for field in one[sample]):
             numbers = {s: (_number(one[s].get(field)), _number(other[s].get(field))) for s in shared}
-            known = {sample: pair for sample, pair in numbers.items() if None not in pair}
+            known = {sample: both for sample, both in numbers.items() if None not in both}
             if not known:
                 continue
             before, after = zip(*known.values(), strict=True)
             clusters = None
-            if all(sample in shown[0] for sample in known):
-                clusters = _numbered([shown[0][sample] for sample in known])
-            result = both.paired(after, before, clusters=clusters)
+            if all(kept[0].get(sample, {}).get("pictures") for sample in known):
+                clusters = _numbered([kept[0][sample]["pictures"][0] for sample in known])
+            result = paired(after, before, clusters=clusters)
             several = len(known if clusters is None else set(clusters)) > 1  # of one sample nothing varies
             row = {"file": entry.file, "number": field, "samples": len(known)}
             row |= {"A": sum(before) / len(before), "B": sum(after) / len(after), "B - A": result["difference"]}
@@ -72,9 +71,9 @@ def scores(both: Pair) -> list[dict]:
     return rows
 
 
-def maps(pair: Pair) -> list[tuple[str, dict]]:
-    """The title and the chart of the difference of each heat map that both runs have: the second's cells minus the
-    first's, where both have the cell."""
+def maps(pair: Pair) -> list[tuple[Entry, Chart]]:
+    """The difference of each heat map that both runs have: the second's cells minus the first's, where both have the
+    cell."""
     found = []
     for entry in _both(pair, "heat_map"):
         drawn = [folder.attempt(entry.file, _chart) for folder in (pair.first, pair.second)]
@@ -89,13 +88,16 @@ def maps(pair: Pair) -> list[tuple[str, dict]]:
                 rows.append({**place, "value": new - old, "A": old, "B": new})
         if rows:
             titles = drawn[1].titles
-            chart = Chart(rows, {**titles, "value": f"B - A: {titles.get('value', 'value')}"})
-            found.append((entry.title, charts.figure("heat_map", chart, f"{entry.title}: B minus A")))
+            found.append((entry, Chart(rows, {**titles, "value": f"B - A: {titles.get('value', 'value')}"})))
     return found
 
 
 def _chart(file: Path) -> Chart:
     chart = Chart(**parse_json(file.read_bytes())["chart"])
+    if not all(isinstance(row[axis], str | int | float) for row in chart.rows for axis in ("panel", "x", "y")):
+        raise ValueError("its rows have no places")
+    if not isinstance(chart.titles, dict):
+        raise ValueError("it has no titles")
     if field := chart.missing("heat_map"):
         raise ValueError(f"its rows lack {field}")
     return chart
@@ -125,20 +127,16 @@ def _samples(folder: RunFolder, entry: Entry) -> dict[_Sample, dict]:
     return {sample: record for sample, record in found.items() if record is not None}
 
 
-def _shown(folder: RunFolder) -> dict[_Sample, str]:
-    """The first picture of each sample whose pictures are kept."""
-    return {
-        (str(sample.get("task")), str(sample["id"])): sample["pictures"][0]
-        for sample in folder.kept()
-        if sample.get("pictures")
-    }
+def _kept(folder: RunFolder) -> dict[_Sample, dict]:
+    """What is kept of each sample's question and pictures."""
+    return {(str(sample.get("task")), sample["id"]): sample for sample in folder.kept()}
 
 
-def _same(sample: _Sample, records: Sequence[dict[_Sample, dict]], shown: Sequence[dict[_Sample, str]]) -> bool:
-    """Whether two runs mean the same by a sample's name: what they keep of it, its question and picture, is equal."""
+def _same(sample: _Sample, records: Sequence[dict[_Sample, dict]], kept: Sequence[dict[_Sample, dict]]) -> bool:
+    """Whether two runs mean the same by a sample's name: what they keep of its question and pictures is equal."""
     one, other = (found[sample].get("question") for found in records)
-    pictures = [found[sample] for found in shown if sample in found]
-    return one == other and len(set(pictures)) < 2
+    known = [(found[sample].get("question"), found[sample]["pictures"]) for found in kept if sample in found]
+    return one == other and (len(known) < 2 or known[0] == known[1])
 
 
 def _numbered(names: Sequence[str]) -> list[int]:
@@ -149,7 +147,7 @@ def _numbered(names: Sequence[str]) -> list[int]:
 def _number(value: Any) -> float | None:
     """A finite number, or the mean of a list of them, such as one for each replicate; None for anything else."""
     values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(one, int | float) and math.isfinite(one) for one in values):
+    if not values or not all(isinstance(one, int | float) and abs(one) < 1e300 for one in values):
         return None
     return sum(values) / len(values)
 

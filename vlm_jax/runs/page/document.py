@@ -3,10 +3,12 @@
 import functools
 import html
 import importlib.resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from vlm_jax.errors import UserError, unwritten
+from vlm_jax.runs.page import charts
 from vlm_jax.runs.page.comparison import NAMES, Pair, Paired, differing, maps, scores
 from vlm_jax.runs.page.reading import Entry, RunFolder, script_json
 from vlm_jax.runs.page.views import Options, Part, drawn, show, table, tree
@@ -58,8 +60,8 @@ def _document(folders: list[RunFolder], options: Options, paired: Paired | None)
             if (part := show(folder, entry, options)) is not None:
                 sections.setdefault(entry.file, []).append((number, entry, part))
     found = [_section(folders, shown, options) for shown in sections.values()]
-    if len(folders) == 2 and paired is not None:
-        found += _compared(Pair(*folders, paired))
+    if len(folders) == 2:
+        found += _compared(Pair(*folders), paired)
     found.sort(key=lambda section: section.rank)
     links = "".join(f'<li><a href="#{one.anchor}">{html.escape(one.title)}</a>' for one in found)
     parts = "".join(
@@ -119,20 +121,36 @@ def _section(folders: list[RunFolder], shown: list[tuple[int, Entry, Part]], opt
     return _Section(title, _anchor(entry), rank, _side_by_side(bodies, folders))
 
 
-def _compared(pair: Pair) -> list[_Section]:
+def _compared(pair: Pair, paired: Paired | None) -> list[_Section]:
     """Where two runs differ, before everything else."""
-    options, numbers = differing(pair), scores(pair)
-    said = (
-        table(options, len(options)) if options else "<p>The two have the same options, model, data and versions.</p>"
-    )
-    found = [_Section("Options that differ", "compared-options", -2, said)]
-    if numbers:
+
+    def attempt(what: str, make: Callable[[], str]) -> str:
+        try:
+            return make()
+        except Exception as error:  # content of another form can raise any error
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            pair.second.problems.append(f"{what} cannot be compared ({reason})")
+            return "<p>They cannot be compared.</p>"
+
+    def options() -> str:
+        rows = differing(pair)
+        return table(rows, len(rows)) if rows else "<p>None: options, model, data and versions are the same.</p>"
+
+    def numbers() -> str:
+        rows = [] if paired is None else scores(pair, paired)
+        if not rows:
+            return "<p>There is no number that both have of the same samples, with one line for each.</p>"
         note = "<p>Means over the samples that both have, and the difference with its 95 % interval (paired).</p>"
-        found.append(_Section("Differences", "compared-scores", -2, note + table(numbers, len(numbers))))
-    else:
-        found.append(_Section("Differences", "compared-scores", -2, "<p>The two share no number of a sample.</p>"))
-    for number, (title, spec) in enumerate(maps(pair)):
-        found.append(_Section(f"{title}: B - A", f"compared-map-{number}", -1, drawn(spec)))
+        return note + table(rows, len(rows))
+
+    found = [
+        _Section("Options that differ", "compared-options", -2, attempt("the options", options)),
+        _Section("Differences", "compared-scores", -2, attempt("the samples", numbers)),
+    ]
+    for number, (entry, chart) in enumerate(maps(pair)):
+        title = f"{entry.title}: B - A"
+        body = attempt(entry.file, lambda chart=chart, title=title: drawn(charts.figure("heat_map", chart, title)))
+        found.append(_Section(title, f"compared-map-{number}", -1, body))
     return found
 
 

@@ -139,8 +139,10 @@ class RunFolder:
         def read(path: Path) -> None:
             folder = path.parent.relative_to(self.path)
             for sample in parse_json(path.read_bytes()):
+                if not isinstance(sample["id"], str):
+                    raise ValueError("a sample's id is no text")
                 files = [f"{folder}/{name}" for name in sample["pictures"]]
-                found.append({**sample, "id": sample["id"], "pictures": files})
+                found.append({**sample, "pictures": files})
 
         for folder in [entry.file for entry in self.entries if entry.type == "pictures"]:
             self.attempt(f"{folder}/{INDEX}", read)

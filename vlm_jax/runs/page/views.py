@@ -16,6 +16,8 @@ from vlm_jax.runs.token_maps import ARRAYS, INDEX
 
 #: Rows of a table that the page holds.
 TABLE_ROWS = 2000
+#: Bytes of a file's token maps that the page holds, at least those of one sample.
+MAP_BYTES = 6 * 2**20
 
 
 class Options(NamedTuple):
@@ -130,23 +132,37 @@ def _pictures(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
 @view("token_maps")
 def _token_maps(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
     content = folder.json(f"{entry.file}/{INDEX}")
-    arrays = folder.attempt(f"{entry.file}/{ARRAYS}", lambda path: dict(np.load(path, allow_pickle=False)))
-    if content is None or arrays is None or not content["samples"]:
+    arrays = folder.attempt(f"{entry.file}/{ARRAYS}", _arrays)
+    if content is None or arrays is None:
         return None
-    samples = []
+    samples, size = [], 0
     for sample in content["samples"][: options.samples]:
-        values = arrays[sample["array"]].astype(np.float32)
-        queries = [] if sample["queries"] is None else [len(sample["queries"])]
-        if values.shape[1:] != (len(content["series"]), *queries, len(sample["tokens"])):
-            raise ValueError(f"the array of {sample['id']} has shape {values.shape}")
-        largest = float(np.abs(values).max()) or 1.0
-        codes = (128 + 127 * np.sign(values) * np.sqrt(np.abs(values) / largest)).round().astype(np.uint8)
-        shown = {name: sample[name] for name in ("id", "task", "tokens", "grids", "places", "queries")}
-        shown |= {"pictures": [folder.embedded(f"{entry.file}/{file}") for file in sample["pictures"]]}
-        shown |= {"layers": len(values), "largest": largest, "bytes": base64.b64encode(codes.tobytes()).decode()}
-        samples.append(shown)
+        values = arrays[sample["array"]].astype("<f2")
+        count, queries = len(sample["tokens"]), sample["queries"]
+        axes = [len(content["series"]), *([] if queries is None else [len(queries)]), count]
+        if values.ndim != len(axes) + 1 or list(values.shape[1:]) != axes or not np.isfinite(values).all():
+            raise ValueError(f"the values of {sample['id']} have shape {values.shape} or are not finite")
+        if len(sample["places"]) != count or not all(isinstance(token, str) for token in sample["tokens"]):
+            raise ValueError(f"the tokens of {sample['id']} are no texts with a place each")
+        size += values.nbytes
+        if samples and size > MAP_BYTES:
+            break
+        kept = {name: sample[name] for name in ("id", "task", "tokens", "grids", "places", "queries")}
+        kept["pictures"] = [folder.embedded(f"{entry.file}/{file}") for file in sample["pictures"]]
+        kept |= {"layers": len(values), "values": base64.b64encode(values.tobytes()).decode()}
+        samples.append(kept)
+    if not samples:
+        return None
+    note = ""
+    if len(samples) < len(content["samples"]):
+        note = f"<p>The first {len(samples)} of {len(content['samples'])} samples.</p>"
     shown = {"value": content["value"], "series": content["series"], "samples": samples}
-    return Part(f'<div class="tokens">{_data(shown)}</div>', 0)
+    return Part(f'{note}<div class="tokens">{_data(shown)}</div>', 0)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 @view("training")
