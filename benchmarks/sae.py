@@ -110,7 +110,7 @@ def in_pytorch(args: Args, count: int) -> Callable[[], float]:
             optimiser.step()
             with torch.no_grad():
                 model.W_dec /= model.W_dec.norm(dim=-1, keepdim=True)
-            total += float(loss)
+            total += float(loss.detach())
         return total / count
 
     return run
@@ -136,11 +136,13 @@ def timed(args: Args, count: int) -> dict[str, dict[str, float]]:
 def peak_memory(args: Args, side: Side, count: int) -> float:
     """GiB of a process that makes three steps of one side, without what it has after its imports."""
     code = (
-        "import resource, sys; import jax, torch; sys.path.insert(0, 'benchmarks'); import sae\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import re, sys; import jax, torch; sys.path.insert(0, 'benchmarks'); import sae\n"
+        # Not ru_maxrss, which a process inherits from the one that starts it.
+        "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
+        "before = peak()\n"
         f"run = sae.MAKERS[{side!r}](sae.Args(**{dataclasses.asdict(args) | {'json': None}!r}), {count})\n"
         "[run() for _ in range(3)]\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1]) / 2**20
