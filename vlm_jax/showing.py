@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Class = TypeVar("Class", bound=type)
@@ -80,4 +81,4 @@ def _some(parts: Iterable[str]) -> str:
 
 
 def _is_numeric(value: Any) -> bool:
-    return not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+    return not jnp.issubdtype(value.dtype, jax.dtypes.extended)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -66,5 +66,5 @@ def write_token_maps(folder: Path, maps: Sequence[TokenMap], *, value: str, seri
         )
     content = {"value": value, "series": list(series), "samples": samples}
     (folder / INDEX).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    arrays = {str(number): one.values.astype(np.float16) for number, one in enumerate(maps)}
+    arrays: dict[str, Any] = {str(number): one.values.astype(np.float16) for number, one in enumerate(maps)}
     np.savez_compressed(folder / ARRAYS, **arrays)

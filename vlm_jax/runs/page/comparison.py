@@ -76,18 +76,18 @@ def maps(pair: Pair) -> list[tuple[Entry, Chart]]:
     cell."""
     found = []
     for entry in _both(pair, "heat_map"):
-        drawn = [folder.attempt(entry.file, _chart) for folder in (pair.first, pair.second)]
-        if None in drawn:
+        first, second = (folder.attempt(entry.file, _chart) for folder in (pair.first, pair.second))
+        if first is None or second is None:
             continue
-        before = {(row["panel"], row["x"], row["y"]): row["value"] for row in drawn[0].rows}
+        before = {(row["panel"], row["x"], row["y"]): row["value"] for row in first.rows}
         rows = []
-        for row in drawn[1].rows:
+        for row in second.rows:
             old, new = _number(before.get((row["panel"], row["x"], row["y"]))), _number(row["value"])
             if old is not None and new is not None:
                 place = {name: row[name] for name in ("panel", "x", "y", "cell") if name in row}
                 rows.append({**place, "value": new - old, "A": old, "B": new})
         if rows:
-            titles = drawn[1].titles
+            titles = second.titles
             found.append((entry, Chart(rows, {**titles, "value": f"B - A: {titles.get('value', 'value')}"})))
     return found
 
