@@ -183,8 +183,8 @@ class Computed:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Site -> the number of its layers and the width of its activations."""
         _, batch = self._batch(0)
-        tapped = jax.eval_shape(lambda: tapped(self.model, batch.inputs, self.options.sites, self.layers))
-        return {site: (value.shape[0], value.shape[-1]) for site, value in tapped.items()}
+        values = jax.eval_shape(lambda: tapped(self.model, batch.inputs, self.options.sites, self.layers))
+        return {site: (value.shape[0], value.shape[-1]) for site, value in values.items()}
 
     def _batch(self, block: int) -> tuple[list[int], Batch]:
         """The examples of a block, and their prompts, filled up to a whole batch."""
