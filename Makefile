@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-peers lint
+.PHONY: demo test test-slow test-release test-peers lint
 
 # The main job on the embedded model: trace, place LoRA, train, evaluate, print the table.
 # A batch of 8 at once is P0's 4 x 2 in fewer, larger steps. Huge pages spare a training step on CPU its page faults (glibc only; other systems ignore the variable).
@@ -19,6 +19,10 @@ test: $(VENV)/installed-test
 # Kills, several processes, eight devices, TPU compilations, the docs' code.
 test-slow: $(VENV)/installed-test
 	CHECK_ALL_SHAPES=1 $(PYTEST) -m slow
+
+# What changes seldom break and takes minutes of both cores: CI leaves it out, to stay within its time.
+test-release: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m release
 
 # Other packages and Pythons, each in a virtual environment of its own: downloads gigabytes, so CI leaves it out. A Python
 # that is not on the PATH is named as in `make test-peers PYTHON3_13=/opt/python3.13`.

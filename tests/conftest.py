@@ -47,7 +47,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 #: The slowest files begin first, because the other worker would wait for one that begins last. test_processes and
 #: test_killed start several processes of their own; the files between them keep them from running at the same time.
-_FIRST = ("test_processes", "test_mini", "test_families", "test_docs", "test_sharding", "test_killed", "test_sweep")
+_FIRST = ("test_processes", "test_diffing", "test_docs", "test_sharding", "test_killed", "test_families", "test_sweep")
 
 
 def pytest_collection_modifyitems(items):

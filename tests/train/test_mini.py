@@ -81,7 +81,7 @@ def test_transformers_answers_the_same(name, mini, family):
         assert processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() == text
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_is_room_for_fine_tuning(name, mini, family):
     """Zero-shot accuracy leaves room above and shows that the model knows its world."""
@@ -91,7 +91,7 @@ def test_there_is_room_for_fine_tuning(name, mini, family):
     assert FLOOR[name] <= results["accuracy"] <= 0.75
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("family", FAMILIES)
 def test_noise_on_the_question_hurts_what_is_known(name, mini, family):
     """TE > 0 on most of the traced samples that the model answers correctly."""

@@ -196,7 +196,7 @@ def test_two_processes_stopped_killed_and_finished(one, tmp_path):
     assert np.abs(halved(out / "half", HALF)["w"] - whole).max() > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_four_processes_in_two_teams(one, tmp_path):
     ends = finish(start(4, "data=2,fsdp=2", tmp_path / "run"))
     assert [code for code, *_ in ends] == [0] * 4, ends
