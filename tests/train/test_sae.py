@@ -190,6 +190,7 @@ def loss_of(one, x, activation="topk", idle=None, images=None, **how):
         "steps": jnp.int32(0),
         "threshold": jnp.float32(0),
     }
+    images = None if images is None else jnp.asarray(images)
     return DictionaryLoss(activation, **options).of_member(one, jnp.asarray(x), counters, images)
 
 
