@@ -17,8 +17,7 @@ _ENTRIES, _NUMBERS = 8, 6
 def shown(cls: Class) -> Class:
     """Class decorator: gives a dataclass or a NamedTuple a short ``repr`` and a table for notebooks.
 
-    Fields that are None are left out. A class can have a ``_notes_html`` method, whose HTML stands below
-    the table.
+    Fields that are None are left out. A class can have a ``_notes_html`` method, whose HTML stands below the table.
     """
 
     def text(self) -> str:
@@ -29,7 +28,7 @@ def shown(cls: Class) -> Class:
         notes = self._notes_html() if hasattr(self, "_notes_html") else ""
         return titled(type(self).__name__, table_html(_fields(self))) + notes
 
-    cls.__repr__, cls._repr_html_ = text, table  # ty: ignore
+    cls.__repr__, cls._repr_html_ = text, table
     return cls
 
 
