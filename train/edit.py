@@ -100,7 +100,10 @@ def main(args: Args) -> None:
         "tasks": compared(scores),
     }
     run.save_json("results.json", results, Artifact("metrics", "Scores before and after the editors", EDITING))
-    shown = {task: {when: found[when] for when in ("before", "after")} for task, found in results["tasks"].items()}
+    shown = {
+        task: {when: found[when] | {"folders": [f"{when}/{task}"]} for when in scores}
+        for task, found in results["tasks"].items()
+    }
     save_figure(run, "accuracy", before_and_after, "Scores of every task before and after", accuracy=shown)
     show(results)
     easy_vqa.show_baseline(data.tested)

@@ -18,6 +18,7 @@ import optax
 import tyro
 
 from train import mini
+from train.artifacts import training_log
 from train.inherit import inherited
 from train.loop import LoopOptions, fit
 from train.meter import About
@@ -36,6 +37,7 @@ from vlm_jax.prompts import P0_PROMPT, PLAIN_PROMPT, Fitted, encode, positions
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.folder import Run
+from vlm_jax.runs.options import PageOptions
 from vlm_jax.runs.ranges import BATCH, RATE, Range
 
 STAGES = ("text", "align", "instruct")
@@ -45,7 +47,7 @@ _WINDOW, _ANSWER = 16, 48
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(LabelOptions):
+class Args(LabelOptions, PageOptions):
     """Pre-train an embedded model on the miniworld, a small procedural world that comes with the library
     (docs/data.md).
 
@@ -261,6 +263,7 @@ def main(args: Args) -> None:
             recipe |= {"stage": stage, "seconds": round(time.perf_counter() - started)}
             (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
             run.add(stage, Artifact("model", f"{args.model} after the stage {stage!r}, with its training's log"))
+            run.add(f"{stage}/metrics.jsonl", training_log(f"{args.model}, the stage {stage!r}"))
         elif not (folder / "model.safetensors").is_file():
             raise UserError(f"{folder} holds no finished stage {stage!r}: run it first, without --stages")
         base = folder

@@ -75,7 +75,10 @@ def main(args: Args) -> None:
         "tasks": compared(scores),
     }
     run.save_json("results.json", results, Artifact("metrics", "Scores without and with registers", REGISTERING))
-    shown = {task: {when: found[when] for when in scores} for task, found in results["tasks"].items()}
+    shown = {
+        task: {when: found[when] | {"folders": [f"{when}/{task}"]} for when in scores}
+        for task, found in results["tasks"].items()
+    }
     save_figure(run, "accuracy", before_and_after, "Scores without registers, untuned and tuned", accuracy=shown)
     show(results)
     easy_vqa.show_baseline(data.tested)

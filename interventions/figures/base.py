@@ -133,6 +133,13 @@ def plain_data(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def estimate(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a chart's row for an estimate with ``mean``, ``low``, ``high``, and the ``folders`` of the samples
+    behind it if the run has them."""
+    behind = {"folders": found["folders"]} if "folders" in found else {}
+    return {"value": found["mean"], "low": found["low"], "high": found["high"], **behind}
+
+
 def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
     """A figure of ``size`` inches and its axes ``(rows, columns)``. It is not one of pyplot's, so a notebook's own
     figures and backend stay as they are."""

@@ -4,20 +4,22 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from interventions.figures.base import drawer, subplots
+from interventions.figures.base import drawer, estimate, subplots
 from vlm_jax.runs.charts import Chart
 
 
 def _times_chart(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Chart:
     rows = [
-        {"panel": "score", "row": task, "series": when, "value": one["mean"], "low": one["low"], "high": one["high"]}
+        {"panel": "score", "row": task, "series": when, **estimate(one)}
         for task, by_time in accuracy.items()
         for when, one in by_time.items()
     ]
     return Chart(rows, {"row": "task", "value": "score (95 % interval over samples)", "series": "when"})
 
 
-@drawer("intervals", _times_chart, accuracy="task -> when (before, after ...) -> mean, low, high")
+@drawer(
+    "intervals", _times_chart, accuracy="task -> when (before, after ...) -> mean, low, high, folders of the samples"
+)
 def before_and_after(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Scores with their intervals: a row for each task, before and after a training, or at several times."""
     figure, axes = subplots(1, 1, size=(5.0, 1.2 + 0.4 * len(accuracy)))
@@ -39,8 +41,7 @@ def _conditions_chart(accuracy: Mapping[str, Mapping], full: str) -> Chart:
     rows = []
     for name, one in accuracy.items():
         section, _, condition = name.partition(": ")
-        ends = {"value": one["mean"], "low": one["low"], "high": one["high"]}
-        rows.append({"panel": "accuracy", "row": condition, "series": section, **ends})
+        rows.append({"panel": "accuracy", "row": condition, "series": section, **estimate(one)})
     return Chart(
         rows, {"row": "condition", "value": "accuracy (95 % interval over samples and seeds)", "series": "part"}
     )
@@ -49,7 +50,7 @@ def _conditions_chart(accuracy: Mapping[str, Mapping], full: str) -> Chart:
 @drawer(
     "intervals",
     _conditions_chart,
-    accuracy="section: condition -> mean, low, high",
+    accuracy="section: condition -> mean, low, high, folders of the samples",
     full="what others are compared with",
 )
 def conditions(accuracy: Mapping[str, Mapping], full: str) -> Figure:

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from interventions.figures.base import drawer, subplots
+from interventions.figures.base import drawer, estimate, subplots
 from vlm_jax.runs.charts import Chart
 
 
 def _placements_chart(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Chart:
     rows = [
-        {"panel": family, "row": name, "series": family, "value": one["mean"], "low": one["low"], "high": one["high"]}
+        {"panel": family, "row": name, "series": family, **estimate(one)}
         for family, by_placement in accuracy.items()
         for name, one in by_placement.items()
     ]
@@ -19,7 +19,7 @@ def _placements_chart(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Chart:
     return Chart(rows, {"row": "placement", "value": value, "series": "task family"})
 
 
-@drawer("intervals", _placements_chart, accuracy="task family -> placement -> mean, low, high")
+@drawer("intervals", _placements_chart, accuracy="task family -> placement -> mean, low, high, folders of the samples")
 def placements(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Accuracy with its interval: a panel for each family, a row for each placement, best at the top."""
     rows = max(map(len, accuracy.values()))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 #: Type of artifact -> the fields that each row of its chart has. ``panel`` is the part of the figure, ``series`` what a
 #: colour stands for. Rows may have others: ``low`` and ``high``, the bounds of an interval; ``cell``, a trace's cell;
-#: and further facts, which are shown in words.
+#: ``folders``, the folders of the run that hold the samples behind a mark; and further facts, which are shown in words.
 FIELDS = {
     "heat_map": ("panel", "x", "y", "value"),
     "curves": ("panel", "series", "x", "y"),

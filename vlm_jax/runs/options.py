@@ -31,7 +31,15 @@ from vlm_jax.runs.ranges import Range
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceOptions:
+class PageOptions:
+    """Whether a command makes a page of its results."""
+
+    page: bool = False
+    """At the end, make a page of the results in the folder --out: page.html, for a browser (docs/page.md)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions(PageOptions):
     """The devices and processes on which a command runs (docs/pods.md)."""
 
     mesh: str | None = None
@@ -42,8 +50,6 @@ class DeviceOptions:
     """Run the command on several processes, each started with the same command line. auto: Slurm, GKE, a TPU VM or MPI
     numbers them. HOST:PORT,COUNT,INDEX: the address of the first process, the number of processes, and the number of
     this one, from 0."""
-    page: bool = False
-    """At the end, make a page of the results in the folder --out: page.html, for a browser (docs/page.md)."""
     figures: Annotated[tuple[Literal["svg", "pdf"], ...], tyro.conf.arg(metavar="FORMAT [FORMAT ...]")] = ()
     """Also write every figure in these formats, svg or pdf. PNG is always written. For a finished run: python -m
     interventions.figures."""

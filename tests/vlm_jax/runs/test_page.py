@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import functools
-import html.parser
 import json
 import math
 import os
@@ -13,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from page_reader import EVIL, ROWS, Reader, read, values
 from PIL import Image
 from run_folders import unlisted
 
 from eval import page as command
-from interventions.statistics import paired
+from interventions.figures.base import save_figure
+from interventions.figures.editing import before_and_after
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.runs.artifacts import TYPES, Artifact, Schema
@@ -29,40 +30,6 @@ from vlm_jax.runs.page.views import VIEWS
 from vlm_jax.runs.pictures import save_pictures
 from vlm_jax.runs.token_maps import TOKEN_MAPS, TokenMap, write_token_maps
 from vlm_jax.seen import Prompt
-
-EVIL = "</script><img src=x onerror=alert(1)><!--<script>"
-ROWS = [{"panel": "p", "x": "attn", "y": 0, "value": 0.25, "cell": "L0-attn"}]
-
-
-class Reader(html.parser.HTMLParser):
-    """The headings, texts, JSON scripts and addresses of a page."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.scripts, self.addresses, self.texts = [], [], [], []
-        self._script = None
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "script":
-            self._script = dict(attributes).get("type")
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
-
-    def handle_endtag(self, tag):
-        if tag == "script":
-            self._script = None
-
-    def handle_data(self, data):
-        if self._script == "application/json":
-            self.scripts.append(json.loads(data))
-        elif not any(tag == "script" for tag, _ in self.tags[-1:]):
-            self.texts.append(data)
-
-
-def read(path) -> Reader:
-    return Reader(path.read_text())
 
 
 def example(number: int, question: str = "What?") -> Example:
@@ -132,18 +99,6 @@ def test_what_a_page_shows(run):
     rates = next(table for table in tables if "rr" in table["columns"])
     assert rates["columns"] == ["cell", "rr", "n (3)", "n (4)"]
     assert rates["rows"] == [{"cell": "007", "rr": "0.50", "n (3)": "1", "n (4)": "2"}]  # as they were written
-
-
-def values(spec):
-    """The rows of a specification, list by list."""
-    if isinstance(spec, dict):
-        if isinstance(spec.get("data"), dict) and "values" in spec["data"]:
-            yield spec["data"]["values"]
-        for part in spec.values():
-            yield from values(part)
-    elif isinstance(spec, list):
-        for part in spec:
-            yield from values(part)
 
 
 def test_texts_cannot_become_markup(run):
@@ -362,28 +317,6 @@ def test_pictures_are_listed_whatever_is_written_first(tmp_path):
     assert [entry["file"] for entry in listed] == ["metrics.jsonl", "pictures"]
 
 
-def written(folder: Path, options: dict, right: list[bool], colour: int = 0, values: tuple = (0.25, 0.5)) -> Run:
-    """A run with answers to five questions, of which the last two show one picture, and a heat map of two cells."""
-    run = Run.open(folder, options)
-    numbers = [1, 2, 3, 4, 4]
-    picture = [Image.new("RGB", (8, 8), (number, colour, 0)) for number in numbers]
-    examples = [Example(f"t/{n}", (picture[n],), f"What is {n}?", ("cat",), task="t") for n in range(5)]
-    save_pictures(run, examples)
-    records = [
-        {"id": f"t/{n}", "task": "t", "question": f"What is {n}?", "correct": answer, "p": [0.5, answer], "note": EVIL}
-        for n, answer in enumerate(right)
-    ]
-    run.save_lines("samples.jsonl", [*records, {"id": f"t/{folder.name}", "correct": True}], Artifact("samples", "All"))
-    cells = [{**ROWS[0], "x": x, "value": value} for x, value in zip(("attn", "mlp"), values, strict=False)]
-    content = {"drawer": "a", "title": "Map", "data": {}, "chart": {"rows": cells, "titles": {"value": "RR"}}}
-    run.save_json("map.json", content, Artifact("heat_map", "Map"))
-    return run
-
-
-def compared(one: Run, other: Run, paired=paired) -> Reader:
-    return read(write_page(one.folder, other=other.folder, paired=paired))
-
-
 def token_map(queries: list[int] | None = None) -> TokenMap:
     places = np.array([[-1] * 3, [0, 0, 0], [0, 0, 1], [-1] * 3])
     shape = (2, 1, 4) if queries is None else (2, 1, len(queries), 4)
@@ -432,82 +365,41 @@ def test_many_values_of_tokens_are_cut(run, monkeypatch):
     assert len(shown["samples"]) == 1 and "The first 1 of 3 samples." in " ".join(page.texts)
 
 
-def test_two_runs(tmp_path):
-    """Side by side, after the options that differ, the paired difference of their scores, and that of their maps."""
-    one = written(tmp_path / "one", {"seed": 0, "model": "m", "deep": {"x": 1}}, [True, False, True, False, False])
-    other = written(
-        tmp_path / "other", {"seed": 0, "model": EVIL, "deep": {"x": 2}}, [True, True, True, True, True], values=(0.5,)
-    )
-    page = compared(one, other)
-    tables = {tuple(script["columns"]): script["rows"] for script in page.scripts if "columns" in script}
-    options = {row["what"]: (row["A"], row["B"]) for row in tables["what", "A", "B"]}
-    assert options == {"model": ("m", EVIL), "deep.x": ("1", "2")}
-    row, replicates = next(rows for columns, rows in tables.items() if "B - A" in columns)
-    want = paired([1, 1, 1, 1, 1], [1, 0, 1, 0, 0], clusters=[0, 1, 2, 3, 3])
-    assert row == {
-        "file": "samples.jsonl", "number": "correct", "samples": 5, "A": 0.4, "B": 1.0, "B - A": 0.6,
-        "low": want["low"], "high": want["high"], "clusters": "pictures",
-    }  # fmt: skip  # each run has a sixth sample, which the other has not
-    assert (replicates["number"], replicates["A"], replicates["B"]) == ("p", 0.45, 0.75)
-    alone = paired([1, 1, 1, 1, 1], [1, 0, 1, 0, 0])
-    assert want["low"] != alone["low"]  # two samples show one picture
-    (change,) = [spec for spec in page.scripts if "B - A" in str(spec.get("description"))]
-    (cells,) = values(change)
-    assert cells == [{"panel": "p", "x": "attn", "y": 0, "cell": "L0-attn", "value": 0.25, "A": 0.25, "B": 0.5}]
-    runs = [attributes["data-run"] for _, attributes in page.tags if "data-run" in attributes]
-    assert runs[:2] == ["0", "1"] and len(runs) >= 6
-    assert len([script for script in page.scripts if "t/1" in script]) == 2  # the pictures of each
-    assert not [attributes for tag, attributes in page.tags if tag == "img" and attributes["src"] == "x"]
-    assert (one.folder / "compared.html").exists() and not unlisted(one.folder)
+def test_files_of_one_name_stand_in_a_group(run):
+    """If they are many; the others stand alone, and titles that are the same get their folders' names."""
+    for number in range(7):
+        run.save_lines(f"cells/{number}/answers.jsonl", [{"id": "t/1", "correct": True}], Artifact("samples", "Cell"))
+    for number in range(2):
+        run.save_json(f"pair/{number}/score.json", {"a": 1}, Artifact("metrics", "Score"))
+    page = read(write_page(run.folder))
+    groups = [attributes["id"] for tag, attributes in page.tags if attributes.get("class") == "group"]
+    assert len(groups) == 1 and f"#{groups[0]}" in page.addresses
+    text = " ".join(page.texts)
+    assert text.count("answers.jsonl in 7 folders") == 2  # in the list of contents, and above the group
+    assert "Score (pair/0)" in text and "Score (pair/1)" in text and "Answers (" not in text
+    files = [attributes["data-file"] for tag, attributes in page.tags if tag == "section"]
+    assert len(files) == len(set(files)) and {f"cells/{n}/answers.jsonl" for n in range(7)} <= set(files)
 
 
-def test_samples_of_one_name_that_are_not_the_same(tmp_path):
-    """The control: with another picture or question nothing is compared."""
-    one = written(tmp_path / "one", {}, [True] * 5)
-    assert "no number that both have" in " ".join(
-        compared(one, written(tmp_path / "b", {}, [False] * 5, colour=9)).texts
-    )
-    asked = written(tmp_path / "d", {}, [False] * 5)
-    index = (asked.folder / "pictures/index.json").read_text().replace("What is 1", "Who is 1")
-    (asked.folder / "pictures/index.json").write_text(index)
-    row, _ = next(s["rows"] for s in compared(one, asked).scripts if "B - A" in s.get("columns", ()))
-    assert row["samples"] == 4
-    third = written(tmp_path / "c", {}, [False] * 5)
-    text = (third.folder / "samples.jsonl").read_text()
-    (third.folder / "samples.jsonl").write_text(text.replace("What is 1", "Who is 1"))
-    row, _ = next(s["rows"] for s in compared(one, third).scripts if "B - A" in s.get("columns", ()))
-    assert row["samples"] == 4 and row["B - A"] == -1
-    (third.folder / "samples.jsonl").write_text(text + text)  # which of two is meant is not known
-    assert "no number that both have" in " ".join(compared(one, third).texts)
+def test_an_estimate_knows_the_folders_of_its_samples(run):
+    """The chart has them, for the click; its tooltips do not show them."""
+    one = {"mean": 0.5, "low": 0.25, "high": 0.75, "folders": ["cells/0"]}
+    save_figure(run, "accuracy", before_and_after, "Scores", accuracy={"t": {"before": one, "after": one}})
+    page = read(write_page(run.folder))
+    (spec,) = [script for script in page.scripts if script.get("description") == "Scores"]
+    (rows,) = values(spec)
+    assert [row["folders"] for row in rows] == [["cells/0"]] * 2
+    tips = [tip["field"] for layer in spec["layer"] for tip in layer["encoding"].get("tooltip", ())]
+    assert "value" in tips and "folders" not in tips
 
 
-def test_one_sample_has_no_interval(tmp_path):
-    one, other = (written(tmp_path / name, {}, [name == "one"]) for name in ("one", "other"))
-    row, _ = next(s["rows"] for s in compared(one, other).scripts if "B - A" in s.get("columns", ()))
-    assert (row["samples"], row["B - A"], row["low"], row["high"]) == (1, -1, None, None)
+def test_an_adapter_says_what_it_is(run):
+    def write(folder):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "bias": None, "target_modules": ["q_proj"]}))
 
-
-def test_a_second_run_that_is_damaged(run, tmp_path, capsys):
-    """Its problems are told beside its name; what is no run is refused."""
-    second = written(tmp_path / "second", {}, [True] * 5)
-    (second.folder / "samples.jsonl").write_text("{")
-    (second.folder / "pictures/index.json").write_text("[3]")
-    (second.folder / "config.json").write_text("{")
-    for chart in (
-        {"rows": [3], "titles": {}},
-        {"lines": []},
-        {"rows": [{**ROWS[0], "panel": [1]}], "titles": {}},
-        {"rows": ROWS, "titles": None},
-    ):
-        (second.folder / "map.json").write_text(json.dumps({"chart": chart}))
-        assert "map.json" in " ".join(compared(run, second).texts)
-    texts = " ".join(compared(run, second).texts)
-    huge = json.dumps({"id": "t/1", "task": "t", "correct": 10**400}) + "\n"
-    (second.folder / "samples.jsonl").write_text(huge)
-    assert "no number that both have" in " ".join(compared(second, second).texts)
-    (second.folder / "samples.jsonl").write_text("{")
-    assert texts.count("pictures/index.json cannot be read") == 1 and "A map" in texts and "Map" in texts
-    with pytest.raises(UserError, match="is no run folder"):
-        write_page(run.folder, other=tmp_path)
-    command.main(command.Args(run.folder, second.folder))
-    assert "compared.html" in capsys.readouterr().out
+    run.write("adapter", write, Artifact("adapter", "LoRA"))
+    text = " ".join(read(write_page(run.folder)).texts)
+    assert "q_proj" in text and "bias" not in text
+    (run.folder / "adapter/adapter_config.json").write_text("{")
+    assert "adapter_config.json cannot be read" in " ".join(read(write_page(run.folder)).texts)

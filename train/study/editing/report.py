@@ -67,7 +67,10 @@ def report(
         row["minus_full"]["p_holm"] = float(adjusted)
     content = {"rows": rows, "reported": REPORTED}
     run.save_json("summary.json", content, Artifact("metrics", "Every condition with its interval", EDITING_SUMMARY))
-    shown = {row["section"] + ": " + row["condition"]: row["accuracy"]["trained tasks"] for row in rows}
+    shown = {
+        f"{row['section']}: {row['condition']}": row["accuracy"]["trained tasks"] | {"folders": [condition.folder]}
+        for condition, row in zip(cells, rows, strict=True)
+    }
     save_figure(run, "figures/conditions", draw_conditions, "Accuracy of every condition", accuracy=shown, full=FULL)
     table = Table(
         ("condition", "trained", *parts, f"minus {FULL}", "p (Holm)", "s / step", "GiB / step"),

@@ -54,7 +54,7 @@ class Study(NamedTuple):
 
     def cell(self, condition: Condition, seed: int) -> Cell:
         """The held-out scores of a condition that was trained with this seed."""
-        folder = f"cells/{condition.name.replace(' / ', '-').replace(', ', '-').replace(' ', '-')}"
+        folder = condition.folder
         if condition.editors is None and condition.lora is None and not condition.decoder:
             return Cell(0, self._scored(folder, condition.name, self.model), None, None)
         folder = f"{folder}/seed-{seed}"

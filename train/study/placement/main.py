@@ -1,6 +1,7 @@
 """P0's study with every model, placement and seed, and with statistics that separate real differences from chance."""
 
 import dataclasses
+import functools
 import time
 
 from train.loop import WATCHING
@@ -11,6 +12,7 @@ from train.study.placement.study import examples_by_split, experiments, run_stud
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.runs.folder import Run, run_manifest
+from vlm_jax.runs.pictures import save_pictures
 
 
 def run_placements(args: Args) -> None:
@@ -19,6 +21,8 @@ def run_placements(args: Args) -> None:
     check_options(args)
     examples, results, plans = examples_by_split(args), {}, []
     run = Run.open(args.out, args, ignored=("plan", *WATCHING))
+    tested = [example for part in examples[-1].values() for example in part]
+    run.when_begun = functools.partial(save_pictures, examples=tested)
     run.pin("data", {family: source(family, split="train", options=args) for family in args.families})
     for experiment in experiments(args, run, *examples):
         for kind in (args.tracing.corruption, *args.corruptions):

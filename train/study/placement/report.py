@@ -14,7 +14,7 @@ from interventions import statistics
 from interventions.figures import study as figures
 from interventions.figures.base import save_figure
 from interventions.figures.tracing import correlation, heatmap, interval_plot, stability
-from interventions.modules import module_names
+from interventions.modules import folder_name, module_names
 from interventions.statistics import normalised, write_rows
 from interventions.trace.result import bounds, by_module
 from train.study.artifacts import RUNS, SUMMARY
@@ -116,6 +116,13 @@ class Outcomes:
         scores = self.scores(family, placement, k)
         return statistics.accuracy(scores, clusters=self.clusters(family)) | {"runs": len(scores)}
 
+    def folders(self, model: str, family: str, placement: str, k: int) -> list[str]:
+        """The folders of the run that hold the answers of the runs."""
+        names = self.families if family == "both" else [family]
+        records = [(name, record) for name in names for record in self.by[name, placement, k]]
+        parts = [(name, folder_name(one["names"], self.depth) if one["names"] else "baseline") for name, one in records]
+        return list(dict.fromkeys(f"{model}/cells/{name}/{part}" for name, part in parts))
+
     def summary(self, placement: str, k: int) -> dict:
         by_family = {family: self.accuracy(family, placement, k) for family in (*self.families, "both")}
         return {"placement": placement, "k": k, "accuracy": by_family}
@@ -205,7 +212,8 @@ def predictions(outcomes: Outcomes, scores: dict) -> dict:
         predicted[family] = {
             "gains": dict(zip(every, gains.tolist(), strict=True)),
             "spearman": {
-                name: float(spearmanr(v, gains).statistic) if np.ptp(v) else None for name, v in tried.items()
+                name: float(spearmanr(v, gains).statistic) if np.ptp(v) and np.ptp(gains) else None
+                for name, v in tried.items()
             },
         }
     return predicted
@@ -313,6 +321,9 @@ def findings(outcomes: Outcomes, compared: list[dict], alone: dict) -> list[str]
             lines.append(f"* {family}: their 95 % intervals exclude differences larger than {low:.3f} to {high:.3f}.")
     for family, predicted in alone.items():
         rho = {name: value for name, value in predicted["spearman"].items() if value is not None}
+        if not rho:
+            lines.append(f"* {family}: LoRA gains the same on every module alone, so no score can be compared with it.")
+            continue
         shown = ", ".join(f"{name} {rho[name]:+.2f}" for name in sorted(rho, key=lambda name: -rho[name]))
         lines.append(f"* {family}: rank correlation of each score with the gain of LoRA on a module alone: {shown}.")
     return lines
@@ -349,7 +360,13 @@ def draw(run: Run, model: str, outcomes: Outcomes, result: dict, summary: dict, 
             title = f"correlation of restoration rates under different corruptions, {family}"
             write(f"corruptions_{family}", correlation, title, rows=agreement)
     at_k = [(p, k) for p, k in outcomes.keys if k in (0, outcomes.k) or p == "all"]
-    accuracy = {f: {condition_name(p, k): outcomes.accuracy(f, p, k) for p, k in at_k} for f in (*families, "both")}
+    accuracy = {
+        f: {
+            condition_name(p, k): outcomes.accuracy(f, p, k) | {"folders": outcomes.folders(model, f, p, k)}
+            for p, k in at_k
+        }
+        for f in (*families, "both")
+    }
     write("placements", figures.placements, "accuracy by placement", accuracy=accuracy)
     swept = sorted({p for p, k in outcomes.keys if k not in (0, outcomes.k)} - {"all"})
     if swept:

@@ -64,7 +64,10 @@ def report(run: Run, cells: Mapping[Condition, list[Cell]], tested: list[Example
     run.save_json(
         "summary.json", content, Artifact("metrics", "Every condition with its interval", REGISTERING_SUMMARY)
     )
-    shown = {f"{row['section']}: {row['condition']}": row["accuracy"]["all"] for row in rows}
+    shown = {
+        f"{row['section']}: {row['condition']}": row["accuracy"]["all"] | {"folders": [condition.folder]}
+        for condition, row in zip(cells, rows, strict=True)
+    }
     whole = rows[0]["condition"]
     save_figure(run, "figures/conditions", draw_conditions, "Accuracy of every condition", accuracy=shown, full=whole)
     head = (

@@ -55,9 +55,8 @@ class Study(NamedTuple):
 
     def cell(self, condition: Condition, seed: int) -> Cell:
         """The answers of a condition that was trained with this seed."""
-        folder = "cells/" + condition.name.replace(", ", "-").replace(" ", "-")
+        folder = condition.folder if condition.data is None else f"{condition.folder}/seed-{seed}"
         options = study_options(self.args, condition, seed)
-        folder += f"/seed-{seed}" if condition.data is not None else ""
 
         def make() -> list[dict]:
             model = self.model

@@ -154,10 +154,11 @@ def _colour(names: Sequence[str], titles: dict[str, str]) -> alt.Color:
 
 
 def _tips(fields: Any) -> list[alt.Tooltip]:
-    """What is told of a mark on which the pointer rests: every field."""
+    """What is told of a mark on which the pointer rests: every field but the folders, which a click opens."""
     # The tooltip would show fields with these two names as a picture and as a heading.
     titles = {"image": "image ", "title": "title "}
-    return [alt.Tooltip(field=_escaped(name), title=titles.get(name, name)) for name in map(str, fields)]
+    names = [name for name in map(str, fields) if name != "folders"]
+    return [alt.Tooltip(field=_escaped(name), title=titles.get(name, name)) for name in names]
 
 
 def _escaped(field: str) -> str:

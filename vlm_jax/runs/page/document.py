@@ -1,5 +1,6 @@
 """The page as a whole: its parts in order, its style and its scripts, all in one file."""
 
+import collections
 import functools
 import html
 import importlib.resources
@@ -44,11 +45,17 @@ def write_page(
     return out
 
 
+#: Files of one name, above this number, stand in a group that is closed at first.
+_MANY = 6
+
+
 class _Section(NamedTuple):
     """A part of the page under a heading."""
 
     title: str
     anchor: str
+    file: str
+    """The file that it shows, by its path in the run folder; "" if it shows none."""
     rank: int
     body: str
 
@@ -63,10 +70,9 @@ def _document(folders: list[RunFolder], options: Options, paired: Paired | None)
     if len(folders) == 2:
         found += _compared(Pair(*folders), paired)
     found.sort(key=lambda section: section.rank)
-    links = "".join(f'<li><a href="#{one.anchor}">{html.escape(one.title)}</a>' for one in found)
-    parts = "".join(
-        f'<section id="{one.anchor}"><h2>{html.escape(one.title)}</h2>{one.body}</section>' for one in found
-    )
+    groups = _grouped(_told_apart(found))
+    links = "".join(f'<li><a href="#{_target(group)}">{html.escape(_title(group))}</a>' for group in groups)
+    parts = "".join(map(_parts, groups))
     # Before the problems, because they can find some.
     pictures = "".join(
         f'<script class="pictures" type="application/json">{script_json(folder.pictures())}</script>'
@@ -118,7 +124,49 @@ def _section(folders: list[RunFolder], shown: list[tuple[int, Entry, Part]], opt
     entry = shown[0][1]
     rank = min(part.rank for *_, part in shown)
     title = " / ".join(dict.fromkeys(entry.title for _, entry, _ in shown))
-    return _Section(title, _anchor(entry), rank, _side_by_side(bodies, folders))
+    return _Section(title, _anchor(entry), entry.file, rank, _side_by_side(bodies, folders))
+
+
+def _told_apart(sections: list[_Section]) -> list[_Section]:
+    """Sections that have one title get their folders' names too."""
+    titles = collections.Counter(one.title for one in sections)
+    return [
+        one._replace(title=f"{one.title} ({Path(one.file).parent})") if titles[one.title] > 1 and one.file else one
+        for one in sections
+    ]
+
+
+def _grouped(sections: list[_Section]) -> list[list[_Section]]:
+    """The sections of files that have one name and are many, such as those of a study's cells, in groups; every other
+    section alone."""
+    names = collections.Counter(Path(one.file).name for one in sections if one.file)
+    groups: dict[str, list[_Section]] = {}
+    for one in sections:
+        name = Path(one.file).name
+        groups.setdefault(name if names[name] > _MANY else one.anchor, []).append(one)
+    return list(groups.values())
+
+
+def _title(group: list[_Section]) -> str:
+    return group[0].title if len(group) == 1 else f"{Path(group[0].file).name} in {len(group)} folders"
+
+
+def _target(group: list[_Section]) -> str:
+    return group[0].anchor if len(group) == 1 else f"group-{group[0].anchor}"
+
+
+def _parts(group: list[_Section]) -> str:
+    """The sections of a group, in a box that opens if they are several."""
+    parts = "".join(
+        f'<section id="{one.anchor}" data-file="{html.escape(one.file)}">'
+        f"<h2>{html.escape(one.title)}</h2>{one.body}</section>"
+        for one in group
+    )
+    if len(group) == 1:
+        return parts
+    return (
+        f'<details class="group" id="{_target(group)}"><summary>{html.escape(_title(group))}</summary>{parts}</details>'
+    )
 
 
 def _compared(pair: Pair, paired: Paired | None) -> list[_Section]:
@@ -144,13 +192,13 @@ def _compared(pair: Pair, paired: Paired | None) -> list[_Section]:
         return note + table(rows, len(rows))
 
     found = [
-        _Section("Options that differ", "compared-options", -2, attempt("the options", options)),
-        _Section("Differences", "compared-scores", -2, attempt("the samples", numbers)),
+        _Section("Options that differ", "compared-options", "", -2, attempt("the options", options)),
+        _Section("Differences", "compared-scores", "", -2, attempt("the samples", numbers)),
     ]
     for number, (entry, chart) in enumerate(maps(pair)):
         title = f"{entry.title}: B - A"
         body = attempt(entry.file, lambda chart=chart, title=title: drawn(charts.figure("heat_map", chart, title)))
-        found.append(_Section(title, f"compared-map-{number}", -1, body))
+        found.append(_Section(title, f"compared-map-{number}", "", -1, body))
     return found
 
 

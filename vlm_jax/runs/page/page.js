@@ -7,23 +7,24 @@ const data = (holder) => JSON.parse(holder.querySelector("script").textContent);
 const pictures = [...document.querySelectorAll("script.pictures")].map((script) => JSON.parse(script.textContent));
 const dark = () => document.documentElement.classList.contains("dark");
 
-// Charts. Another theme draws them again.
+// Charts. Another theme draws them again. What stands in a closed group is drawn when the group is opened.
 const charts = [...document.querySelectorAll(".chart")].map((holder) => {
   const spec = data(holder);
   const place = holder.appendChild(document.createElement("div"));
   return { spec, place };
 });
+const isOpen = (place) => !place.closest("details.group:not([open])");
 const actions = { export: { svg: true, png: true }, source: false, compiled: false, editor: false };
 const drawOne = async ({ spec, place }) => {
   const options = { actions, theme: dark() ? "dark" : undefined, config: { background: "transparent" }, renderer: "svg" };
   try {
     const { view } = await vegaEmbed(place, spec, options);
-    view.addEventListener("click", (event, item) => item?.datum?.cell !== undefined && choose(item.datum.cell));
+    view.addEventListener("click", (event, item) => item?.datum && chooseMark(item.datum));
   } catch (error) {
     place.textContent = `This chart cannot be drawn (${error.message}).`;
   }
 };
-const draw = () => Promise.all(charts.map(drawOne));
+const draw = () => Promise.all(charts.filter(({ place }) => isOpen(place)).map(drawOne));
 
 const button = document.getElementById("theme");
 const setTheme = (isDark) => {
@@ -94,9 +95,7 @@ const detail = (record, run) => {
   return list;
 };
 
-const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) => {
-  const { columns, rows } = data(holder);
-  const run = Number(holder.closest("[data-run]")?.dataset.run ?? 0);
+const makeTable = (holder, columns, rows, run) => {
   const seen = holder.className === "samples" && rows.some((row) => kept(row, run).question !== undefined);
   const added = seen
     ? [
@@ -144,64 +143,112 @@ const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) =>
       table.search.fixed("wrong", box.checked ? (text, row) => row.correct === false : null).draw();
     });
   }
-  return { table, columns, rows, holder, run };
+  return table;
+};
+const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) => {
+  const { columns, rows } = data(holder);
+  const run = Number(holder.closest("[data-run]")?.dataset.run ?? 0);
+  let made = null;
+  return { columns, rows, holder, run, get table() { return (made ??= makeTable(holder, columns, rows, run)); } };
 });
+const showTables = () => tables.forEach((one) => isOpen(one.holder) && one.table);
+for (const group of document.querySelectorAll("details.group")) {
+  group.addEventListener("toggle", async () => {
+    if (!group.open) return;
+    showTables();
+    await Promise.all(charts.filter(({ place }) => group.contains(place) && !place.hasChildNodes()).map(drawOne));
+  });
+}
+
+const openGroup = (place) => {
+  const group = place.closest("details.group");
+  if (group) group.open = true;
+};
+
+// Says at the top of a part what alone is shown of it. The button ends it.
+const note = (place, text, end) => {
+  place.querySelector(".chosen")?.remove();
+  const said = document.createElement("p");
+  said.className = "chosen";
+  said.setAttribute("role", "status");
+  said.append(`only ${text} `);
+  const all = said.appendChild(document.createElement("button"));
+  all.textContent = "show all";
+  all.addEventListener("click", () => {
+    end();
+    said.remove();
+  });
+  place.prepend(said);
+};
 
 // A click on a cell of a chart shows its rows alone, in every table that has cells.
-const choose = (cell) => {
-  let first = true;
-  for (const { table, columns, holder } of tables.filter(({ columns }) => columns.includes("cell"))) {
+const chooseCell = (cell) => {
+  const having = tables.filter(({ columns }) => columns.includes("cell"));
+  for (const { table, holder } of having) {
+    openGroup(holder);
     table.search.fixed("cell", (text, row) => row.cell === cell).draw();
-    holder.querySelector(".chosen")?.remove();
-    const note = document.createElement("p");
-    note.className = "chosen";
-    note.setAttribute("role", "status");
-    note.append(`only the cell ${cell} `);
-    const all = note.appendChild(document.createElement("button"));
-    all.textContent = "show all";
-    all.addEventListener("click", () => {
-      table.search.fixed("cell", null).draw();
-      note.remove();
-    });
-    holder.prepend(note);
-    if (first) holder.scrollIntoView({ block: "start" });
-    first = false;
+    note(holder, `the cell ${cell}`, () => table.search.fixed("cell", null).draw());
   }
+  having[0]?.holder.scrollIntoView({ block: "start" });
 };
 
-// The same by keyboard: a list of the cells of each chart.
-const cellsOf = (spec) => {
-  const found = new Set();
+// A click on an estimate shows the samples behind it alone: those of the files in its folders.
+const parts = [...document.querySelectorAll("main section")].filter((part) => part.querySelector(".samples"));
+const showParts = (isShown) => parts.forEach((part) => (part.hidden = !isShown(part)));
+const chooseFolders = (folders, name) => {
+  const behind = ({ dataset }) => folders.some((folder) => dataset.file.startsWith(`${folder}/`));
+  document.querySelectorAll("main section > .chosen").forEach((said) => said.remove());
+  showParts(behind);
+  const first = parts.find(behind);
+  if (!first) {
+    showParts(() => true);
+    return say(`the page has no samples of ${name}`);
+  }
+  openGroup(first);
+  note(first, `samples of ${name}`, () => showParts(() => true));
+  first.scrollIntoView({ block: "start" });
+};
+const nameOf = ({ panel, row, series }) => [...new Set([row, series, panel].filter(Boolean))].join(", ");
+const chooseMark = (mark) => {
+  if (mark.cell !== undefined) chooseCell(mark.cell);
+  else if (mark.folders !== undefined) chooseFolders(mark.folders, nameOf(mark));
+};
+
+// The same by keyboard: a list of the marks of each chart.
+const marksOf = (spec) => {
+  const found = new Map();
   JSON.stringify(spec, (key, value) => {
-    if (value?.cell !== undefined && typeof value.cell === "string") found.add(value.cell);
+    if (typeof value?.cell === "string") found.set(value.cell, value);
+    else if (Array.isArray(value?.folders)) found.set(nameOf(value), value);
     return value;
   });
-  return [...found];
+  return found;
 };
-if (tables.some(({ columns }) => columns.includes("cell"))) {
-  for (const { spec, place } of charts) {
-    const cells = cellsOf(spec);
-    if (!cells.length) continue;
-    const label = document.createElement("label");
-    label.className = "cells";
-    label.append("rows of the cell ");
-    const list = label.appendChild(document.createElement("select"));
-    for (const cell of ["", ...cells]) list.add(new Option(cell || "(choose)", cell));
-    list.addEventListener("change", () => list.value && choose(list.value));
-    place.after(label);
-  }
+for (const { spec, place } of charts) {
+  const marks = marksOf(spec);
+  if (!marks.size || !(parts.length || tables.some(({ columns }) => columns.includes("cell")))) continue;
+  const label = document.createElement("label");
+  label.className = "cells";
+  label.append("samples of ");
+  const list = label.appendChild(document.createElement("select"));
+  for (const name of ["", ...marks.keys()]) list.add(new Option(name || "(choose)", name));
+  list.addEventListener("change", () => list.value && chooseMark(marks.get(list.value)));
+  place.after(label);
 }
 
 // A link to a sample: #sample=ID.
 const follow = () => {
   const wanted = new URLSearchParams(location.hash.slice(1)).get("sample");
   if (wanted === null) return;
-  for (const { table, rows, holder, run } of tables) {
+  for (const one of tables) {
+    const { rows, holder, run } = one;
     const index = rows.findIndex((row) => row.id === wanted);
     if (index < 0) continue;
+    const { table } = one;
     const place = table.rows({ order: "applied", search: "applied" }).indexes().toArray().indexOf(index);
     if (place < 0) continue;
     table.page(Math.floor(place / table.page.len())).draw("page");
+    openGroup(holder);
     const row = table.row(index);
     if (!row.child.isShown()) row.child(detail(row.data(), run)).show();
     row.node().classList.add("linked");
@@ -211,6 +258,7 @@ const follow = () => {
 };
 addEventListener("hashchange", follow);
 
+showTables();
 await setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
 follow();
 document.documentElement.dataset.ready = "yes";

@@ -188,7 +188,17 @@ def _placement(folder: RunFolder, entry: Entry, options: Options) -> Part | None
     return None if names is None else Part(f"<p>{html.escape(', '.join(map(str, names)))}</p>")
 
 
-@view("arrays", "adapter", "model", "intervention", "dictionaries")
+@view("adapter")
+def _adapter(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
+    """What a PEFT folder says of its adapter, without what is empty or a default."""
+    config = folder.json(f"{entry.file}/adapter_config.json")
+    facts = {name: value for name, value in (config or {}).items() if value not in (None, False, [], {}, "")}
+    linked = _linked(folder, entry, options)
+    assert linked is not None, "every entry has a link"
+    return Part(f"<details><summary>its configuration</summary>{tree(facts)}</details>{linked.body}", linked.rank)
+
+
+@view("arrays", "model", "intervention", "dictionaries")
 def _linked(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
     path = folder.path / entry.file
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
