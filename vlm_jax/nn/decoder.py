@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 from vlm_jax.config import TextConfig
 from vlm_jax.mesh.sharding import constrain
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, attend, rotate
+from vlm_jax.nn.products import product
 from vlm_jax.nn.rope import rotary
 from vlm_jax.nn.visibility import Tokens, visible
 from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, Tap, scan_layers
@@ -298,6 +299,10 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[ArrayLike, "*rows width"]) -> Float[Array, "*rows vocab"]:
         """The logits from the output of the final norm."""
-        logits = x @ self.embed_tokens.weight[...].T if self.lm_head is None else self.lm_head(x)
+        if self.lm_head is None:
+            rows = jnp.asarray(x).reshape(-1, x.shape[-1])
+            logits = product("rd,vd->rv", rows, self.embed_tokens.weight[...]).reshape(*x.shape[:-1], -1)
+        else:
+            logits = self.lm_head(x)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from vlm_jax.nn.kernels import causal_attention
+from vlm_jax.nn.products import product
 from vlm_jax.sites import Probe
 from vlm_jax.typing import Array, ArrayLike
 
@@ -28,7 +29,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[ArrayLike, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         # On CPU the gradient of a flat matmul is several times faster than that of a batched one.
-        y = (x.reshape(-1, x.shape[-1]) @ self.kernel[...]).reshape(*x.shape[:-1], -1)
+        flat = jnp.asarray(x).reshape(-1, x.shape[-1])
+        y = product("ri,io->ro", flat, self.kernel[...]).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -149,7 +151,7 @@ def attend(
     segments: list[tuple] = [(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), m) for k, v, m in (*past, (k, v, mask))]
 
     def scores_of(q, keys):
-        scores = jnp.einsum("bgnd,bgtd->bgnt", q, keys, preferred_element_type=jnp.float32) * factor
+        scores = product("bgnd,bgtd->bgnt", q, keys, jnp.float32) * factor
         return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
     if observed:
@@ -211,8 +213,9 @@ def _attend_fused(q: jax.Array, segments: Sequence[tuple], scores_of: Callable) 
     for segment_scores, (_, values, _) in zip(scores, segments, strict=True):
         weights = jnp.exp(segment_scores - _fold(maximum, len(segment_scores)))
         total = total + _unfold(weights.sum(-1, keepdims=True), rows, length)
-        out = out + _unfold(jnp.einsum("bgnt,bgtd->bgnd", weights.astype(values.dtype), values), rows, length)
-    return (out / total).astype(out.dtype)
+        read = product("bgnt,bgtd->bgnd", weights.astype(values.dtype), values, jnp.float32)
+        out = out + _unfold(read, rows, length)
+    return (out / total).astype(q.dtype)
 
 
 def _attend_with_probs(
@@ -259,6 +262,6 @@ class Reader:
         for values in (*self.past, self.own):
             segment_probs = probs[..., start : start + values.shape[2]].astype(values.dtype)
             folded = _fold(segment_probs, len(values))
-            out = out + _unfold(jnp.einsum("bgnt,bgtd->bgnd", folded, values), rows, length)
+            out = out + _unfold(product("bgnt,bgtd->bgnd", folded, values, jnp.float32), rows, length)
             start += values.shape[2]
-        return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, -1)
+        return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, -1).astype(self.own.dtype)
