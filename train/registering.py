@@ -12,6 +12,7 @@ from train import tune
 from train.editors import TrainingOptions, train_editors
 from train.loop import LoopOptions
 from train.objective import scaled_rate
+from train.subsets import check_trainable
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
@@ -98,6 +99,8 @@ class RegisterOptions(LoopOptions, ModelOptions):
         """The model with its registers, not yet trained, and its processor."""
         model, processor = super().load()
         check_without_registers(model)
+        if self.trainable == "decoder":
+            check_trainable(model)
         vision, (low, high) = model.config.vision, PRESETS[self.preset].pixels
         if vision is not None and vision.any_size and low is not None:
             vision.limit_pixels(processor.image_processor, self.min_pixels or low, self.max_pixels or high)

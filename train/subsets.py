@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import optax
 
+from vlm_jax import Model
 from vlm_jax.checkpoints.leaves import leaf_name
 from vlm_jax.errors import UserError
 
@@ -42,6 +43,12 @@ class ByPart:
         if "registers" in self.trained and path.startswith("text.register_embeddings."):
             return "registers"
         return part if part in self.trained else FREEZE
+
+
+def check_trainable(model: Model) -> None:
+    """Refuses a model whose matrices have fewer bits than its activations: small steps would be lost in rounding."""
+    if model.text.embed_tokens.weight.dtype != model.text.dtype:
+        raise UserError("matrices in bfloat16 cannot be trained: drop --weights, or train adapters instead")
 
 
 @flax.struct.dataclass

@@ -18,7 +18,7 @@ from train.kept import tuned_model
 from train.loop import WATCHING, LoopOptions, fit
 from train.meter import About
 from train.objective import Epochs, LabelOptions, adamw, model_loss, scaled_rate, warmup_cosine
-from train.subsets import TRAINABLE_PARTS, ByPart
+from train.subsets import TRAINABLE_PARTS, ByPart, check_trainable
 from vlm_jax import Model
 from vlm_jax.checkpoints.leaves import named_leaves
 from vlm_jax.data import Example, easy_vqa, source
@@ -87,10 +87,13 @@ def check_parts(model: Model, args: Args) -> None:
     if missing := set(args.parts) - set(parts):
         raise UserError(f"the model has no part {sorted(missing)[0]!r}: it has {', '.join(parts)}")
     args.check_labels(args.parts)
+    if set(args.parts) - {"registers"}:
+        check_trainable(model)
 
 
 def tune(model: Model, processor: Processor, examples: list[Example], args: Args, folder: Path | None = None) -> Model:
     """The model after its parts ``args.parts`` were trained on the examples. Checkpoints are written to ``folder``."""
+    check_parts(model, args)
     epochs = Epochs(len(examples), args.epochs, args.batch, seed=args.seed)
     room, process_rows = room_of(examples, processor, model.config), own_rows(args.batch)
 

@@ -168,7 +168,7 @@ class Model(nnx.Module):
         )
         if registers is not None and registers.trained and not (same and old is not None and old.trained):
             (name,) = (jax.tree_util.keystr(path) for path, _ in paths if "register_embeddings" in str(path))
-            weight = self.text.embed_tokens.weight[...]
+            weight = self.text.embed_tokens.weight[...].astype(self.text.dtype)
             own[name] = jnp.tile(weight[registers.token_id], (registers.count, 1))
         return jax.tree.unflatten(structure, [own[jax.tree_util.keystr(path)] for path, _ in paths])
 

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 
-import jax
 import numpy as np
 
 from interventions.engine.prefix import shared_prefix
@@ -90,6 +89,6 @@ def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(),
     return Cost(
         token_layers=batch * (depth * length + runs * window),
         flops=flops + head * (len(variants) + 1 + (clean is not None)),
-        bytes=len(variants) * batch * window * config.hidden_size * jax.tree.leaves(model)[0].dtype.itemsize,
+        bytes=len(variants) * batch * window * config.hidden_size * model.text.dtype.itemsize,
         naive_flops=(len(variants) + 1) * (entire + head),
     )

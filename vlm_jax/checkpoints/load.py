@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_jax.checkpoints.leaves import abstract, leaf_name, rows_of, tensor_count
 from vlm_jax.checkpoints.orbax import load_orbax
+from vlm_jax.checkpoints.precision import Precision, would_round
 from vlm_jax.checkpoints.processors import fitting_processor
-from vlm_jax.checkpoints.redundant import BUFFERS, HEAD, check_buffers, settle_head
+from vlm_jax.checkpoints.redundant import BUFFERS, EMBEDDINGS, HEAD, check_buffers, settle_head
 from vlm_jax.checkpoints.save import check_registers
 from vlm_jax.checkpoints.sources import INDEX, ORBAX, SINGLE, read_config, resolve
 from vlm_jax.config import Config, with_attention
@@ -31,7 +32,14 @@ from vlm_jax.processor import Processor
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | None = None, attention: str = "xla"):
+def load(
+    source: str | os.PathLike,
+    *,
+    dtype=None,
+    weights=None,
+    mesh: jax.sharding.Mesh | None = None,
+    attention: str = "xla",
+):
     """Loads a model and its processor.
 
     Tensors are read one parameter at a time. Beyond the finished arrays, host memory holds at most one stacked
@@ -41,6 +49,8 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
         source: an embedded model's name (``mini-qwen3-vl``), a Hugging Face folder, a folder that
             ``python -m vlm_jax.convert`` wrote, or a hub id.
         dtype: precision of the parameters ("float32", "bfloat16", "float16"); None keeps the checkpoint's.
+        weights: "bfloat16" keeps the matrices as a bfloat16 checkpoint has them, in half the memory, while everything
+            else is float32. Results are those of ``dtype="float32"``, but for rounding in float32.
         mesh: distributes the parameters over this mesh by the rules of :mod:`vlm_jax.mesh.sharding`. Each process reads
             only the slices that its devices hold, and each slice once.
         attention: "xla", or "splash" for TPU's kernel where it applies (:mod:`vlm_jax.nn.kernels`).
@@ -55,23 +65,25 @@ def load(source: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | Non
 
     Raises:
         UserError: for an unknown source or architecture; missing, extra or misshapen tensors (all are listed); NaN or
-            infinite values; an unreadable file; a pickle checkpoint.
+            infinite values; an unreadable file; a pickle checkpoint; with ``weights``, another dtype than float32, or
+            matrices that bfloat16 would round.
     """
     if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in DTYPES.values():
         raise UserError(f"dtype {dtype!r} is not supported: use float32, bfloat16 or float16")
+    precision = Precision.of(dtype, weights)
     folder = resolve(source)
     config = with_attention(read_config(folder), attention)
     if (folder / ORBAX).is_dir():
-        leaves = load_orbax(folder, config, dtype, mesh)
+        leaves = load_orbax(folder, config, precision, mesh)
     else:
         with ExitStack() as stack:
             tensors = _open(folder, config, stack)
             for handle in {id(handle): handle for handle, _ in tensors.values()}.values():
                 check_registers(folder, config, (handle.metadata() or {}).get("registers"))
-            config = settle_head(config, tensors, folder, dtype)
+            config = settle_head(config, tensors, folder, precision.of_leaf(EMBEDDINGS))
             check_buffers(config, tensors, folder)
             rows = _coverage(config, tensors, folder)
-            leaves = {row.path: _read_parameter(row, leaf, tensors, config, dtype, mesh) for row, leaf in rows}
+            leaves = {row.path: _read_parameter(row, leaf, tensors, config, precision, mesh) for row, leaf in rows}
     check_precision({leaf.dtype for leaf in leaves.values()})
     model = abstract(config)
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
@@ -175,9 +187,12 @@ def _coverage(config: Config, tensors: dict, folder: Path) -> list[tuple[Row, ja
     return rows
 
 
-def _read_parameter(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, dtype, mesh) -> jax.Array:
+def _read_parameter(
+    row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, precision: Precision, mesh
+) -> jax.Array:
     """Reads one parameter from its tensors and puts it on its devices."""
     stored = (tensors[row.hf.format(i)] for i in range(tensor_count(row, leaf)))
+    dtype = precision.of_leaf(row.path)
     dtype = jnp.dtype(dtype or jnp.result_type(*{DTYPES[handle.get_slice(key).get_dtype()] for handle, key in stored}))
 
     def read_tensor(i: int, where: tuple[slice, ...]) -> np.ndarray:
@@ -196,6 +211,8 @@ def _read_parameter(row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config:
             if np.isfinite(value).all():
                 raise UserError(f"{key} holds numbers that are too large for {dtype}: load it as float32")
             raise UserError(f"{key} holds NaN or infinite numbers: the checkpoint is damaged, fetch it again")
+        if precision.is_kept(row.path) and not np.array_equal(cast.astype(value.dtype), value):
+            raise UserError(would_round(key))
         return cast
 
     @functools.cache

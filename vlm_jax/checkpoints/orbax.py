@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from vlm_jax.checkpoints.leaves import abstract, named_leaves
+from vlm_jax.checkpoints.precision import Precision, would_round
 from vlm_jax.checkpoints.save import check_registers, config_to_save, registers_json
 from vlm_jax.checkpoints.sources import ORBAX, REGISTERS
 from vlm_jax.config import Config
@@ -27,8 +28,8 @@ def save_orbax(model: Model, folder: Path) -> None:
             (place / REGISTERS).write_text(registers + "\n")
 
 
-def load_orbax(folder: Path, config: Config, dtype, mesh) -> dict[str, jax.Array]:
-    """Name -> parameter, read from an Orbax checkpoint; arguments as for :func:`vlm_jax.load`.
+def load_orbax(folder: Path, config: Config, precision: Precision, mesh) -> dict[str, jax.Array]:
+    """Name -> parameter, read from an Orbax checkpoint; ``mesh`` as for :func:`vlm_jax.load`.
 
     Raises:
         UserError: for an unreadable checkpoint; missing, extra or misshapen arrays (all are listed); NaN or infinite
@@ -60,11 +61,14 @@ def load_orbax(folder: Path, config: Config, dtype, mesh) -> dict[str, jax.Array
                 f"{folder}: {len(problems)} array(s) do not fit the config ({'; '.join(problems)}): "
                 "convert the model again"
             )
+        for name in expected:
+            if precision.is_kept(name) and str(saved[name].dtype) != "bfloat16":
+                raise UserError(would_round(name))
         first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = {
             name: jax.ShapeDtypeStruct(
                 leaf.shape,
-                dtype or saved[name].dtype,
+                precision.of_leaf(name) or saved[name].dtype,
                 sharding=first_device if mesh is None else sharding(name, leaf.shape, mesh),
             )
             for name, leaf in expected.items()

@@ -16,7 +16,7 @@ from vlm_jax.families import FAMILIES
 from vlm_jax.nn.rope import rotary
 
 #: The key table's name of the head, and the path of the embeddings to which a config may tie it.
-HEAD, _EMBEDDINGS = "lm_head.weight", "text.embed_tokens.weight"
+HEAD, EMBEDDINGS = "lm_head.weight", "text.embed_tokens.weight"
 #: Endings of the names of buffers: numbers that the config determines. Older files contain them.
 _POSITIONS = "embeddings.position_ids"
 BUFFERS = ("rotary_emb.inv_freq", _POSITIONS)
@@ -39,7 +39,7 @@ def settle_head(config: Config, tensors: dict[str, tuple[Any, str]], folder: Pat
     Warns:
         UserWarning: if the files hold another head.
     """
-    (embeddings,) = (row.hf for row in FAMILIES[config.family].table if row.path == _EMBEDDINGS)
+    (embeddings,) = (row.hf for row in FAMILIES[config.family].table if row.path == EMBEDDINGS)
     if not config.text.tie_word_embeddings or HEAD not in tensors:
         return config
     if embeddings not in tensors:

@@ -166,6 +166,11 @@ class Decoder(nnx.Module):
         # A tied head reads embed_tokens: a reference to it here would be a second leaf, which is trained separately.
         self.lm_head = None if config.tie_word_embeddings else Linear(head, config.hidden_size, config.vocab_size)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Precision of the activations. The matrices may have fewer bits (``weights`` of :func:`vlm_jax.load`)."""
+        return self.norm.weight.dtype
+
     def embed(
         self, input_ids: Int[ArrayLike, "*batch"], register_index: Int[ArrayLike, "*batch"] | None = None
     ) -> Float[Array, "*batch width"]:
@@ -174,7 +179,7 @@ class Decoder(nnx.Module):
         Args:
             register_index: the number of each register within its image, -1 for other tokens.
         """
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids).astype(self.dtype)
         if self.register_embeddings is not None and register_index is not None:
             own = self.register_embeddings(jnp.maximum(register_index, 0))
             x = jnp.where(jnp.asarray(register_index)[..., None] >= 0, own, x)

@@ -1,6 +1,9 @@
-"""Products of arrays, which add up in float32 whatever the arrays' precision."""
+"""Products of arrays of 16 bits, with each other or with float32 arrays. They add up in float32."""
 
-from functools import partial
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,53 +11,93 @@ import jax.numpy as jnp
 
 from vlm_jax.typing import Array, ArrayLike
 
+#: Three bfloat16 numbers of 8 significant bits make one float32 number of 24.
+_PARTS = 3
+
 
 def product(spec: str, x: ArrayLike, y: ArrayLike, dtype: Any = None) -> Array:
     """The einsum of two arrays.
 
-    Terms of bfloat16 or float16 are added in float32, and the sum is rounded once. Matrix units of CPUs, GPUs and TPUs
-    are made for this; a product whose sum also has 16 bits is several times slower on a CPU. Its gradients are such
-    products too: the incoming gradient is rounded to the precision of the arrays first.
+    Terms are added in float32, and the sum is rounded once. Matrix units of CPUs, GPUs and TPUs are made for this; a
+    product whose sum also has 16 bits is several times slower on a CPU. If one array is float32 and the other
+    bfloat16, the product is that of float32 arrays, without a float32 copy of the other array where there are matrix
+    units for bfloat16. Gradients are such products too; between two arrays of 16 bits, the incoming gradient is rounded
+    to their precision first.
 
     Args:
         spec: as in :func:`jax.numpy.einsum`, with names for all axes. Each axis of an array must be in the other one
             or in the result.
-        dtype: of the result; by default that of the arrays.
+        dtype: of the result; by default the more precise one of the arrays.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    if x.dtype != y.dtype or x.dtype.itemsize != 2:
-        out = jnp.einsum(spec, x, y)
-        return out if dtype is None else out.astype(dtype)
-    return _narrow(spec, jnp.dtype(dtype or x.dtype), x, y)
+    dtypes = {x.dtype, y.dtype}
+    out = jnp.dtype(dtype or jnp.result_type(x, y))
+    if dtypes == {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)} or (len(dtypes) == 1 and x.dtype.itemsize == 2):
+        return _product(spec, out, x, y)
+    return jnp.einsum(spec, x, y).astype(out)
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether this machine multiplies bfloat16 numbers several times faster than float32 ones."""
+    if jax.default_backend() != "cpu":
+        return True
+    facts = Path("/proc/cpuinfo")
+    return facts.is_file() and "amx_bf16" in facts.read_text()
 
 
 def _summed(spec: str, dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(dtype)
+    add = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+    if x.dtype == y.dtype:
+        return add(x, y).astype(dtype)
+    if not has_matrix_units():  # in a loop over layers, the widened copy is that of one layer
+        return add(x.astype(jnp.float32), y.astype(jnp.float32)).astype(dtype)
+    parts = itertools.product(_parts(x), _parts(y))
+    return sum(add(*pair) for pair in reversed(list(parts))).astype(dtype)
 
 
-#: JAX's own gradient would multiply a float32 gradient with a 16-bit array, for which it widens the array.
-_narrow = partial(jax.custom_vjp, nondiff_argnums=(0, 1))(_summed)
+def _parts(x: jax.Array) -> list[jax.Array]:
+    """bfloat16 arrays whose sum is x, the largest first."""
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    found = []
+    for _ in range(_PARTS):
+        found.append(x.astype(jnp.bfloat16))
+        x = x - found[-1].astype(jnp.float32)
+    return found
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Dtypes:
+    """The precisions of two arrays."""
+
+    x: Any
+    y: Any
+
+
+#: JAX's own gradient of a product with a float32 sum would widen the arrays.
+_product = functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))(_summed)
 
 
 def _forward(spec: str, dtype: Any, x: Any, y: Any) -> tuple[jax.Array, tuple]:
     # An array is kept only for the gradient of the other one. Frozen weights have none, so their inputs are not kept.
     kept = x.value if y.perturbed else None, y.value if x.perturbed else None
-    return _summed(spec, dtype, x.value, y.value), kept
+    return _summed(spec, dtype, x.value, y.value), (*kept, _Dtypes(x.value.dtype, y.value.dtype))
 
 
 def _backward(spec: str, dtype: Any, kept: tuple, gradient: Any) -> tuple:
     if isinstance(gradient, jax.custom_derivatives.SymbolicZero):
         return None, None
-    x, y = kept
+    x, y, dtypes = kept
     names, out = spec.split("->")
     of_x, of_y = names.split(",")
+    gradient = gradient.astype(jnp.promote_types(dtypes.x, dtypes.y))
 
-    def towards(other: jax.Array | None, inputs: str, outputs: str) -> jax.Array | None:
-        if other is None:
-            return None
-        return _summed(f"{out},{inputs}->{outputs}", other.dtype, gradient.astype(other.dtype), other)
+    def towards(other: jax.Array | None, inputs: str, outputs: str, dtype: Any) -> jax.Array | None:
+        return None if other is None else _summed(f"{out},{inputs}->{outputs}", dtype, gradient, other)
 
-    return towards(y, of_y, of_x), towards(x, of_x, of_y)
+    return towards(y, of_y, of_x, dtypes.x), towards(x, of_x, of_y, dtypes.y)
 
 
-_narrow.defvjp(_forward, _backward, symbolic_zeros=True)
+_product.defvjp(_forward, _backward, symbolic_zeros=True)

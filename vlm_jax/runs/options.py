@@ -67,6 +67,8 @@ class LoadOptions(DeviceOptions):
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the parameters. By default the same as in the checkpoint."""
+    weights: Literal["bfloat16"] | None = None
+    """bfloat16: matrices stay as a bfloat16 checkpoint has them, in half the memory, and everything else is float32."""
     min_pixels: Annotated[int | None, Range(least=1)] = None
     """Images with fewer pixels are enlarged to this number, for models that take images of any size. By default the
     model's processor sets it."""
@@ -89,7 +91,7 @@ class LoadOptions(DeviceOptions):
         mesh = None if mesh.empty else mesh
         if mesh is not None:
             check_mesh(read_config(resolve(source)), mesh)
-        model, processor = load(source, dtype=self.dtype, mesh=mesh, attention=self.attention)
+        model, processor = load(source, dtype=self.dtype, weights=self.weights, mesh=mesh, attention=self.attention)
         if processor is None:
             raise UserError(f"{source} has no tokenizer_config.json: add the tokeniser's files to the folder")
         self._limit_pixels(source, model.config, processor)

@@ -103,7 +103,7 @@ class VisionTower(nnx.Module):
         """
         config = self.config
         outer = Probe(interventions, taps, Context())
-        x = self.patch_embedding(images.pixel_values.astype(self.patch_embedding.kernel[...].dtype))
+        x = self.patch_embedding(images.pixel_values.astype(self.pre_layrnorm.weight.dtype))
         cls = jnp.broadcast_to(self.class_embedding[...], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], 1) + self.position_embedding.weight[...]
         x = outer("visual.embeddings", self.pre_layrnorm(x))

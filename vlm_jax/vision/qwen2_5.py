@@ -123,7 +123,7 @@ class VisionTower(nnx.Module):
         config = self.config
         assert images.grid_positions is not None, "these images are for another tower"
         outer = Probe(interventions, taps, Context())
-        x = self.patch_embed(images.pixel_values.astype(self.patch_embed.kernel[...].dtype))
+        x = self.patch_embed(images.pixel_values.astype(self.blocks.norm1.weight.dtype))
         x = outer("visual.embeddings", x)
         rope = rope_2d(images.grid_positions, config.rope_theta, config.hidden_size // config.num_heads)
         seen = images.patch_mask[:, None, :] & images.patch_mask[:, :, None]

@@ -151,7 +151,7 @@ class VisionTower(nnx.Module):
         config = self.config
         assert images.position_weight is not None, "these images are for another tower"
         outer = Probe(interventions, taps, Context())
-        dtype = self.patch_embed.kernel[...].dtype
+        dtype = self.blocks.norm1.weight.dtype
         x = self.patch_embed(images.pixel_values.astype(dtype))
         positions = (self.pos_embed(images.position_index) * images.position_weight[..., None]).sum(2)
         x = outer("visual.embeddings", x + positions.astype(dtype))

@@ -49,7 +49,7 @@ class Projector(nnx.Module):
         block = self.side // self.pooled
         x = x.reshape(images, self.side, self.side, width)[:, : block * self.pooled, : block * self.pooled]
         x = x.reshape(images, self.pooled, block, self.pooled, block, width).mean((2, 4), dtype=jnp.float32)
-        x = x.astype(self.mm_input_projection.kernel[...].dtype).reshape(images, self.pooled**2, width)
+        x = x.astype(self.mm_soft_emb_norm.weight.dtype).reshape(images, self.pooled**2, width)
         x = probe("projector.mm_soft_emb_norm", self.mm_soft_emb_norm(x))
         return probe.linear("projector.mm_input_projection", self.mm_input_projection, x)
 
@@ -79,7 +79,7 @@ class VisionTower(nnx.Module):
             Features, and the taps ``(images, patches, ...)``; those of the layers have a leading axis of layers.
         """
         outer = Probe(interventions, taps, Context())
-        x = self.patch_embedding(images.pixel_values.astype(self.patch_embedding.kernel[...].dtype))
+        x = self.patch_embedding(images.pixel_values.astype(self.post_layernorm.weight.dtype))
         x = outer("visual.embeddings", x + self.position_embedding.weight[...])
         x, _, layer_taps = scan_blocks(
             self.layers,
