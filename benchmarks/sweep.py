@@ -4,13 +4,12 @@
 
 Both sides run in this process on the same random Qwen3-VL and the same noise: the sweep, and transformers with PyTorch
 forward hooks, both with the visual features already computed. The sweep's times are medians of several calls.
-The hooked grid takes minutes, so it runs once: all cells in float32, the first ones in bfloat16.
+The sweep runs in float32, in float32 over bfloat16 weights, and in bfloat16. The hooked grid takes minutes, so it runs
+once: all cells in float32, the first ones in bfloat16.
 """
 
 import dataclasses
 import functools
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import tyro
+from lora import machine
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import vlm_jax
@@ -29,6 +29,7 @@ from interventions.engine.grids import patch_grid
 from interventions.engine.read import Gold
 from interventions.engine.sweep import sweep_runs
 from interventions.kinds.add import Add
+from vlm_jax.nn.products import product
 
 SITES = ("text.attn_out", "text.mlp_out")
 
@@ -189,31 +190,51 @@ def seconds(call: Callable[[], object], repeats: int) -> tuple[float, float]:
     return times[0], float(np.median(times[1:]))
 
 
-def matmul_rate(size: int = 2048) -> float:
-    """FLOP/s of this machine on one float32 matmul."""
-    x = jax.random.normal(jax.random.key(0), (size, size))
-    return 2 * size**3 / seconds(functools.partial(jax.jit(jnp.matmul), x, x), 9)[1]
+def matmul_rates(size: int = 2048) -> dict[str, dict[str, float]]:
+    """FLOP/s of XLA and of torch on one product of this size, by precision. Sums are float32 in both."""
+    rates: dict[str, dict[str, float]] = {}
+    for dtype in ("float32", "bfloat16"):
+        x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+        y = torch.randn(size, size).to(getattr(torch, dtype))
+        ours = functools.partial(jax.jit(functools.partial(product, "ij,jk->ik")), x, x)
+        sides = {"XLA": ours, "torch": functools.partial(torch.matmul, y, y)}
+        rates[dtype] = {name: 2 * size**3 / seconds(side, 9)[1] for name, side in sides.items()}
+    return rates
 
 
-def loaded(args: Args):
-    hf = build(args)
+def loaded(args: Args) -> tuple[Qwen3VLForConditionalGeneration, dict[str, vlm_jax.Model]]:
+    """transformers' model, and ours by precision. All have the same numbers, which bfloat16 can hold."""
+    hf = build(args).to(torch.bfloat16)
+    options = {
+        "float32": {"dtype": "float32"},
+        "float32 over bfloat16 weights": {"dtype": "float32", "weights": "bfloat16"},
+        "bfloat16": {"dtype": "bfloat16"},
+    }
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
-        return hf, vlm_jax.load(folder)[0]
+        return hf.float(), {name: vlm_jax.load(folder, **how)[0] for name, how in options.items()}
 
 
-def compare(args: Args, model, hf) -> None:
+def cells_of(sweep: Sweep) -> np.ndarray:
+    """The answer's probability in every cell, layer by layer."""
+    return np.asarray(sweep().variants.probability)[:, 0].reshape(2, -1).T.ravel()
+
+
+def compare(args: Args, models: dict[str, vlm_jax.Model], hf) -> None:
     arrays = prompt(args, args.image_tokens)
-    sweep = Sweep(model, arrays, args)
-    rate = matmul_rate()
-    first, median = seconds(sweep, args.repeats)
-    cells = np.asarray(sweep().variants.probability)[:, 0].reshape(2, -1).T.ravel()
-    cost, count = sweep.cost, len(sweep.variants)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}")
+    sweeps = {name: Sweep(model, arrays, args) for name, model in models.items()}
+    sweep, cost, count = sweeps["float32"], sweeps["float32"].cost, len(sweeps["float32"].variants)
+    rates = matmul_rates()
+    print(machine())
+    for dtype, by_library in rates.items():
+        print(f"{dtype} matmul: " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in by_library.items()))
     print(f"{count} cells, {arrays['input_ids'].shape[1]} tokens, {args.layers} layers, width {args.width}")
     print(f"sweep: {cost}")
-    print(f"matmul rate {rate / 1e9:.0f} GFLOP/s; the sweep reaches {cost.flops / median / rate:.0%} of it")
-    rows = [("sweep, float32", first - median, median, 1.0)]
+    rows, exact = [], cells_of(sweep)
+    for name, one in sweeps.items():
+        first, median = seconds(one, args.repeats)
+        share = cost.flops / median / rates["bfloat16" if name == "bfloat16" else "float32"]["XLA"]
+        rows.append((f"sweep, {name}", first - median, median, np.abs(cells_of(one) - exact).max(), f"{share:.0%}"))
     for dtype in (torch.float32, torch.bfloat16):
         hooked = Hooked(hf, arrays, sweep, dtype)
         run = min(count, args.hooked_cells or count) if dtype is torch.float32 else min(count, 8)
@@ -221,13 +242,15 @@ def compare(args: Args, model, hf) -> None:
         begun = time.perf_counter()
         values = np.array([hooked.cell(i) for i in range(run)])
         spent = (time.perf_counter() - begun) * count / run
-        if dtype is torch.float32:
-            print(f"largest difference in a cell's probability {np.abs(values - cells[:run]).max():.1e}")
         name = f"transformers + hooks, {str(dtype).removeprefix('torch.')}"
-        rows.append((name + (f" ({run} cells, extrapolated)" if run < count else ""), 0.0, spent, spent / median))
-    print("\n| engine | compilation (s) | grid (s) | times the sweep |\n|---|---|---|---|")
-    for name, compilation, grid, ratio in rows:
-        print(f"| {name} | {compilation:.1f} | {grid:.2f} | {ratio:.1f} |")
+        name += f" ({run} cells, extrapolated)" if run < count else ""
+        rows.append((name, 0.0, spent, np.abs(values - exact[:run]).max(), "-"))
+    print(
+        "\n| engine | compilation (s) | grid (s) | times the float32 sweep | of its matmul rate | largest difference |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name, compilation, grid, difference, share in rows:
+        print(f"| {name} | {compilation:.1f} | {grid:.2f} | {grid / rows[0][2]:.2f} | {share} | {difference:.1e} |")
 
 
 def growth(args: Args, model) -> dict[str, list[tuple[int, float]]]:
@@ -242,7 +265,7 @@ def growth(args: Args, model) -> dict[str, list[tuple[int, float]]]:
         add("image tokens", tokens, Sweep(model, prompt(args, tokens), args))
     for layers in (args.layers // 4, args.layers // 2):
         less = dataclasses.replace(args, layers=layers)
-        add("layers", layers, Sweep(loaded(less)[1], prompt(args, args.image_tokens), less))
+        add("layers", layers, Sweep(loaded(less)[1]["float32"], prompt(args, args.image_tokens), less))
     timings["layers"].append((args.layers, timings["image tokens"][-1][1]))
     heads, _ = patch_grid(("text.head_out",), args.layers, heads=args.heads)
     for count in (14, 56, 224, len(heads)):
@@ -268,10 +291,10 @@ def draw(path: Path, timings: dict[str, list[tuple[int, float]]], cells: int) ->
 
 
 def main(args: Args) -> None:
-    hf, model = loaded(args)
-    compare(args, model, hf)
+    hf, models = loaded(args)
+    compare(args, models, hf)
     if args.growth:
-        timings = growth(args, model)
+        timings = growth(args, models["float32"])
         if args.figure is not None:
             draw(args.figure, timings, 2 * args.layers)
 

@@ -6,10 +6,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Int, Shaped
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.stats import bootstrap
 
 from vlm_jax.data import Example
 from vlm_jax.data.choices import extract_choice
@@ -113,8 +111,8 @@ def clusters_of(examples: Sequence[Example]) -> Int[np.ndarray, " examples"]:
     ]
     rows, shared = np.array(edges, int).reshape(-1, 2).T
     size = len(examples) + len(keys)
-    links = coo_array((np.ones(len(rows)), (rows, shared)), shape=(size, size))
-    return connected_components(links, directed=False)[1][: len(examples)]
+    links = scipy.sparse.coo_array((np.ones(len(rows)), (rows, shared)), shape=(size, size))
+    return scipy.sparse.csgraph.connected_components(links, directed=False)[1][: len(examples)]
 
 
 def mean(
@@ -150,7 +148,7 @@ def ratio(
     count, error = len(counts[0]), 0.0
     if count > 1:
         options = {"n_resamples": resamples, "batch": 100, "method": "percentile", "rng": np.random.default_rng(0)}
-        error = float(bootstrap(counts, statistic, paired=True, vectorized=True, **options).standard_error)
+        error = float(scipy.stats.bootstrap(counts, statistic, paired=True, vectorized=True, **options).standard_error)
     return Value(float(statistic(*counts, axis=0)), error, count)
 
 

@@ -46,7 +46,7 @@ STAGES = ("text", "align", "instruct")
 _WINDOW, _ANSWER = 16, 48
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(LabelOptions, PageOptions):
     """Pre-train an embedded model on the miniworld, a small procedural world that comes with the library
     (docs/data.md).

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Array, Bool, Float
-from scipy.stats import rankdata
 
 from interventions.engine.grids import patch_grid
 from interventions.engine.read import Projections
@@ -174,7 +174,7 @@ def _rank(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
     """Spearman's correlation; NaN if one of the two is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+    return float(np.corrcoef(scipy.stats.rankdata(a), scipy.stats.rankdata(b))[0, 1])
 
 
 def _of_group(batch: Batch, group: str) -> Bool[np.ndarray, "batch tokens"]:

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float
-from scipy.stats import false_discovery_control, hypergeom
 
 from interventions.diff.quality import Sums
 
@@ -44,6 +44,6 @@ def enrichment(questions: Sums, neutral: Sums) -> Enrichment:
     with np.errstate(divide="ignore"):
         ratio = (a + 0.5) / (a_tokens - a + 0.5) / ((b + 0.5) / (b_tokens - b + 0.5))
     # Among all tokens, those of q are drawn; the chance of at least a active ones among them.
-    p = hypergeom.sf(np.round(a) - 1, round(a_tokens + b_tokens), np.round(a + b), round(a_tokens))
+    p = scipy.stats.hypergeom.sf(np.round(a) - 1, round(a_tokens + b_tokens), np.round(a + b), round(a_tokens))
     p = np.clip(p, 0, 1)
-    return Enrichment(a / a_tokens, b / b_tokens, ratio, p, false_discovery_control(p))
+    return Enrichment(a / a_tokens, b / b_tokens, ratio, p, scipy.stats.false_discovery_control(p))

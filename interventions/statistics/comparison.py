@@ -3,10 +3,9 @@
 from typing import Any
 
 import numpy as np
+import scipy
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest, norm
-from scipy.stats import t as student
 
 from interventions.statistics.bootstrap import bootstrap_rows, percentile_bounds
 from vlm_jax.errors import UserError
@@ -66,7 +65,7 @@ def paired(
     freedom_lost = (np.square(variances) / freedom).sum()
     freedom_left = sum(variances) ** 2 / freedom_lost if freedom_lost else np.inf
     tail = (1 + level) / 2
-    spread = draws * (student.ppf(tail, freedom_left) / norm.ppf(tail))
+    spread = draws * (scipy.stats.t.ppf(tail, freedom_left) / scipy.stats.norm.ppf(tail))
     low, high = map(float, percentile_bounds(mean + spread, level))
     if low == high and min(first.min(), second.min()) >= 0 and max(first.max(), second.max()) <= 1:
         # Nothing differs between samples, so the bootstrap knows nothing. The bound: the largest share of exceptions at
@@ -85,7 +84,7 @@ def paired(
         "low": low,
         "high": high,
         "excluded": max(abs(low), abs(high)),
-        "p": min(1.0, 2 * float(student.sf(norm.isf(share), freedom_left))),
+        "p": min(1.0, 2 * float(scipy.stats.t.sf(scipy.stats.norm.isf(share), freedom_left))),
     }
     one_seed_each = len(first) == len(second) == 1
     return result | (mcnemar(first[0], second[0]) if one_seed_each else dict.fromkeys(_MCNEMAR))
@@ -133,7 +132,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> dict:
     if not np.isin([first, second], (0, 1)).all():
         return dict.fromkeys(_MCNEMAR)
     gained, lost = int((first > second).sum()), int((first < second).sum())
-    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    p = float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return {"gained": gained, "lost": lost, "mcnemar_p": p}
 
 

@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy.stats import false_discovery_control
 
 from interventions.statistics.bootstrap import chunk_sizes, percentile_bounds
 from interventions.statistics.intervals import rr_resamples
@@ -93,7 +93,7 @@ def permutation_test(
         rr_resamples(*group, resamples=resamples, seed=[seed, n], **options) for n, group in enumerate(groups)
     )
     draws = normalised(one, -1) - normalised(other, -1) if normalise else one - other
-    return Difference(value, *percentile_bounds(draws), p, false_discovery_control(p))
+    return Difference(value, *percentile_bounds(draws), p, scipy.stats.false_discovery_control(p))
 
 
 def _scaled_means(

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from interventions.statistics.bootstrap import percentiles
 from interventions.statistics.restoration import EPS, check_effects, estimate_draws
@@ -53,7 +53,7 @@ def rank_stability(
         if not known.any():
             raise UserError(f"of {size} samples none has TE >= {options['min_te']}: trace more samples")
         one, other = (pair[known] for pair in pairs)
-        tau = np.array([kendalltau(a, b).statistic for a, b in zip(one, other, strict=True)])
+        tau = np.array([scipy.stats.kendalltau(a, b).statistic for a, b in zip(one, other, strict=True)])
         ranked = [np.argsort(-pair, axis=1, kind="stable") for pair in (one, other)]
         overlap = {}
         for k in (k for k in top if k <= cells):
@@ -73,7 +73,11 @@ def correlations(rates: Mapping[str, np.ndarray]) -> list[dict]:
     rows = []
     for (first, x), (second, y) in combinations(rates.items(), 2):
         constant = np.ptp(x) == 0 or np.ptp(y) == 0
-        measures = {"pearson": pearsonr, "spearman": spearmanr, "kendall": kendalltau}
+        measures = {
+            "pearson": scipy.stats.pearsonr,
+            "spearman": scipy.stats.spearmanr,
+            "kendall": scipy.stats.kendalltau,
+        }
         values = {name: None if constant else float(measure(x, y).statistic) for name, measure in measures.items()}
         rows.append({"first": first, "second": second, "cells": len(x), **values})
     return rows

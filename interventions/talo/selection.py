@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int, Shaped
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 
 from interventions.statistics import percentiles
 from vlm_jax.errors import UserError
@@ -248,14 +247,14 @@ def similarity(
 
 def tree(matrix: Float[np.ndarray, "tasks tasks"]) -> Float[np.ndarray, "merges 4"]:
     """SciPy's linkage matrix of tasks with these similarities: average linkage of 1 - similarity."""
-    return linkage(squareform(1 - matrix, checks=False), "average")
+    return scipy.cluster.hierarchy.linkage(scipy.spatial.distance.squareform(1 - matrix, checks=False), "average")
 
 
 def in_two(vectors: Float[np.ndarray, "tasks layers"], kind: Similarity) -> Bool[np.ndarray, "tasks tasks"]:
     """Whether two tasks are in the same one of the tree's two main branches."""
     if len(vectors) == 1:
         return np.ones((1, 1), bool)
-    half = fcluster(tree(similarity(vectors, kind)), 2, "maxclust")
+    half = scipy.cluster.hierarchy.fcluster(tree(similarity(vectors, kind)), 2, "maxclust")
     return half[:, None] == half
 
 

@@ -14,8 +14,6 @@ from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import Gold, LogitDifference
 from interventions.engine.sweep import sweep_runs
 from interventions.engine.variants import Variants
-from interventions.figures.base import save_figure
-from interventions.figures.tracing import heatmap, interval_plot
 from interventions.kinds.groups import bind, label, tokens_of
 from interventions.modules import MODULE_SITES, cell_names, module_names
 from interventions.statistics import write_effects, write_rows
@@ -278,6 +276,9 @@ def trace_task(
     It writes ``samples.jsonl`` batch by batch; then ``summary.json``, ``summary.parquet``, ``trace.parquet``, and
     figures with their data.
     """
+
+    from interventions.figures.base import save_figure  # Matplotlib takes a second to import
+    from interventions.figures.tracing import heatmap, interval_plot
 
     def make() -> dict:
         begun = time.perf_counter()

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from vlm_jax.checkpoints.leaves import abstract, named_leaves
 from vlm_jax.checkpoints.precision import Precision, would_round
@@ -19,6 +18,8 @@ from vlm_jax.model import Model
 
 def save_orbax(model: Model, folder: Path) -> None:
     """Writes ``config.json`` and an Orbax checkpoint. :func:`vlm_jax.load` reads the folder."""
+    import orbax.checkpoint as ocp  # takes half a second, and few folders need it
+
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / ORBAX).absolute(), named_leaves(model), force=True)
@@ -35,6 +36,8 @@ def load_orbax(folder: Path, config: Config, precision: Precision, mesh) -> dict
         UserError: for an unreadable checkpoint; missing, extra or misshapen arrays (all are listed); NaN or infinite
             values.
     """
+    import orbax.checkpoint as ocp
+
     path = (folder / ORBAX).absolute()
     own = path / REGISTERS
     check_registers(folder, config, own.read_text().strip() if own.is_file() else None)

@@ -4,7 +4,6 @@ import functools
 import math
 import pathlib
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -65,6 +64,8 @@ def _ink(rng: np.random.Generator) -> tuple[int, ...]:
 
 @functools.cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib  # for its fonts; it takes a moment to import
+
     return ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), size)
 
 

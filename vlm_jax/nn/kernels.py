@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
@@ -58,6 +57,8 @@ def causal_attention(
 
 
 def _batched(q, k, v, segments, kernel):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a moment, and few use it
+
     return jax.vmap(kernel)(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
 
 
@@ -87,6 +88,8 @@ _precise.defvjp(_forwards, _backwards)
 
 
 def _kernel(heads: int, length: int, softcap: float | None, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a moment, and few use it
+
     block = max(size for size in range(_LANES, _BLOCK + 1, _LANES) if length % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     block_sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
