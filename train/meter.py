@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -188,6 +189,11 @@ def _peak() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss counts the parent process's memory too
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found is not None:
+            return 1024 * int(found[1])
     if resource is None:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

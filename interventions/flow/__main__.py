@@ -200,7 +200,7 @@ def main(args: Args) -> None:
         results[task] = {
             "samples": len(examples),
             "attention": summarise_reading(readings[task], args.seed),
-            "answers": summarise_answers(records, args.seed),
+            "answers": summarise_answers(records),
             "windows": summarise_effect(effect, window_edges, args.seed),
         }
         _report(task, results[task])

@@ -7,7 +7,7 @@ import numpy as np
 from interventions.flow.knockout import FAILURES, Effect
 from interventions.flow.shares import Reading
 from interventions.kinds.groups import members
-from interventions.statistics import mean_interval
+from interventions.statistics import accuracy, mean_interval
 
 
 def summarise_reading(reading: Reading, seed: int = 0) -> dict:
@@ -43,7 +43,7 @@ def summarise_received(reading: Reading) -> dict:
     }
 
 
-def summarise_answers(records: list[dict], seed: int = 0) -> list[dict]:
+def summarise_answers(records: list[dict]) -> list[dict]:
     """For each condition: the accuracy with its interval, and the number of failures of each kind."""
     conditions: dict[str, list[dict]] = {}
     for record in records:
@@ -52,7 +52,7 @@ def summarise_answers(records: list[dict], seed: int = 0) -> list[dict]:
         {
             **{key: part[0][key] for key in ("edge", "layers", "mode")},
             "samples": len(part),
-            "accuracy": mean_interval([r["correct"] for r in part], seed),
+            "accuracy": accuracy([r["correct"] for r in part]),
             "failures": {why: sum(r["failure"] == why for r in part) for why in FAILURES},
         }
         for part in conditions.values()
