@@ -8,6 +8,7 @@ The sweep runs in float32, in float32 over bfloat16 weights, and in bfloat16. Th
 once: all cells in float32, the first ones in bfloat16.
 """
 
+import copy
 import dataclasses
 import functools
 import tempfile
@@ -202,17 +203,21 @@ def matmul_rates(size: int = 2048) -> dict[str, dict[str, float]]:
     return rates
 
 
-def loaded(args: Args) -> tuple[Qwen3VLForConditionalGeneration, dict[str, vlm_jax.Model]]:
-    """transformers' model, and ours by precision. All have the same numbers, which bfloat16 can hold."""
-    hf = build(args).to(torch.bfloat16)
+def loaded(args: Args, *names: str) -> tuple[Qwen3VLForConditionalGeneration, dict[str, vlm_jax.Model]]:
+    """transformers' model, and ours in these precisions, by default in all. They have the same numbers, which bfloat16
+    can hold."""
+    hf = build(args)
+    with torch.no_grad():
+        for parameter in hf.parameters():  # and no buffers, such as the rotary frequencies
+            parameter.copy_(parameter.to(torch.bfloat16).float())
     options = {
         "float32": {"dtype": "float32"},
         "float32 over bfloat16 weights": {"dtype": "float32", "weights": "bfloat16"},
         "bfloat16": {"dtype": "bfloat16"},
     }
     with tempfile.TemporaryDirectory() as folder:
-        hf.save_pretrained(folder)
-        return hf.float(), {name: vlm_jax.load(folder, **how)[0] for name, how in options.items()}
+        copy.deepcopy(hf).to(torch.bfloat16).save_pretrained(folder)
+        return hf, {name: vlm_jax.load(folder, **options[name])[0] for name in names or options}
 
 
 def cells_of(sweep: Sweep) -> np.ndarray:
@@ -265,7 +270,7 @@ def growth(args: Args, model) -> dict[str, list[tuple[int, float]]]:
         add("image tokens", tokens, Sweep(model, prompt(args, tokens), args))
     for layers in (args.layers // 4, args.layers // 2):
         less = dataclasses.replace(args, layers=layers)
-        add("layers", layers, Sweep(loaded(less)[1]["float32"], prompt(args, args.image_tokens), less))
+        add("layers", layers, Sweep(loaded(less, "float32")[1]["float32"], prompt(args, args.image_tokens), less))
     timings["layers"].append((args.layers, timings["image tokens"][-1][1]))
     heads, _ = patch_grid(("text.head_out",), args.layers, heads=args.heads)
     for count in (14, 56, 224, len(heads)):

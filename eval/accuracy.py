@@ -74,7 +74,7 @@ def metric_options(args: Args) -> dict:
 def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]]) -> dict:
     """The part of ``results.json`` that has lmms-eval's keys."""
     whole = args.limit is None or sum(map(len, samples.values())) < args.limit
-    names = ("dtype", "min_pixels", "max_pixels", "adapter", "intervention", "steps")
+    names = ("dtype", "weights", "min_pixels", "max_pixels", "adapter", "intervention", "steps")
     model_args = {"pretrained": args.model} | {name: getattr(args, name) for name in names}
     return lmms_eval_results(
         scores.summaries,

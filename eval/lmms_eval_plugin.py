@@ -49,7 +49,7 @@ def _plugin() -> type:
 
         Args (given with ``--model_args``):
             pretrained: the value of ``--model`` in our commands.
-            dtype, min_pixels, max_pixels: as the options of our commands.
+            dtype, weights, min_pixels, max_pixels: as the options of our commands.
             adapter: PEFT folder of a LoRA adapter.
             intervention: file of saved interventions.
             steps: "all" if they also act on generated tokens, "prefill" if they act on the prompt only.
@@ -62,6 +62,7 @@ def _plugin() -> type:
             self,
             pretrained: str = "mini-qwen3-vl",
             dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+            weights: Literal["bfloat16"] | None = None,
             min_pixels: int | None = None,
             max_pixels: int | None = None,
             adapter: str | None = None,
@@ -74,7 +75,8 @@ def _plugin() -> type:
         ) -> None:
             super().__init__()
             configure()  # our commands do this too, so both compute with the same float32 precision
-            options = ModelOptions(model=pretrained, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+            sizes = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+            options = ModelOptions(model=pretrained, dtype=dtype, weights=weights, **sizes)
             self.model, self.processor = options.load()
             if adapter is not None:
                 self.model = merge(self.model, load_peft(self.model, Path(adapter), pretrained))

@@ -1,6 +1,7 @@
 """Every mistake a user can make ends with one sentence on stderr, exit code 2 and nothing written."""
 
 import dataclasses
+import inspect
 import json
 import re
 from collections import defaultdict
@@ -337,6 +338,22 @@ def test_a_flag_means_the_same_in_every_command():
     same = {"--answer-batch", "--max-new-tokens", "--window", "--mesh"}
     mixed = {name for name, classes in owners.items() if len(classes) > 1 and classes & shared}
     assert mixed <= same, mixed
+
+
+@pytest.mark.parametrize("name", ARGS)
+def test_no_two_groups_of_options_share_a_field(name):
+    """One would silently take the other's values. A command may define an option of its groups anew."""
+    owners = defaultdict(set)
+    for cls in ARGS[name].__mro__[1:]:
+        for field in inspect.get_annotations(cls):
+            owners[field].add(cls)
+    unrelated = {
+        field: classes
+        for field, classes in owners.items()
+        if field not in inspect.get_annotations(ARGS[name])
+        and not any(all(issubclass(one, other) for other in classes) for one in classes)
+    }
+    assert unrelated == {}
 
 
 def numbers_without_range(cls: type):

@@ -245,3 +245,11 @@ def test_works_without_torch(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == "no torch"
+
+
+def test_packages_that_take_long_load_when_they_are_used():
+    """Not with the library, whose import is what a user waits for first."""
+    heavy = ["scipy.stats", "matplotlib", "orbax.checkpoint", "jax.experimental.pallas", "pandas", "transformers"]
+    program = f"import sys, interventions, vlm_jax; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

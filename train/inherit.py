@@ -5,9 +5,8 @@ import numpy as np
 
 from vlm_jax import Model, load
 from vlm_jax.checkpoints.leaves import leaf_name, named_leaves
+from vlm_jax.checkpoints.precision import EMBEDDINGS
 from vlm_jax.errors import UserError
-
-_EMBEDDINGS = "text.embed_tokens.weight"
 
 
 def inherited(model: Model, tokenizer, decoder: str | None, tower: str | None) -> Model:
@@ -26,8 +25,8 @@ def inherited(model: Model, tokenizer, decoder: str | None, tower: str | None) -
         if processor is None:
             raise UserError(f"{decoder} has no tokeniser: name a model with one in --decoder")
         given |= {name: leaf for name, leaf in named_leaves(source).items() if name.startswith("text.")}
-        rows = np.asarray(given[_EMBEDDINGS])
-        given[_EMBEDDINGS] = jax.numpy.asarray(_embeddings(rows, processor.tokenizer, tokenizer))
+        rows = np.asarray(given[EMBEDDINGS])
+        given[EMBEDDINGS] = jax.numpy.asarray(_embeddings(rows, processor.tokenizer, tokenizer))
     if tower is not None:
         source, _ = load(tower)
         if source.visual is None:

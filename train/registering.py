@@ -99,7 +99,7 @@ class RegisterOptions(LoopOptions, ModelOptions):
         """The model with its registers, not yet trained, and its processor."""
         model, processor = super().load()
         check_without_registers(model)
-        if self.trainable == "decoder":
+        if self.trainable != "registers":
             check_trainable(model)
         vision, (low, high) = model.config.vision, PRESETS[self.preset].pixels
         if vision is not None and vision.any_size and low is not None:

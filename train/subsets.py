@@ -14,7 +14,7 @@ import jax
 import optax
 
 from vlm_jax import Model
-from vlm_jax.checkpoints.leaves import leaf_name
+from vlm_jax.checkpoints.leaves import leaf_name, named_leaves
 from vlm_jax.errors import UserError
 
 #: ``label(path)``: the label of the leaf at a path, which :func:`vlm_jax.checkpoints.leaves.leaf_name` writes. A rule
@@ -47,8 +47,12 @@ class ByPart:
 
 def check_trainable(model: Model) -> None:
     """Refuses a model whose matrices have fewer bits than its activations: small steps would be lost in rounding."""
-    if model.text.embed_tokens.weight.dtype != model.text.dtype:
-        raise UserError("matrices in bfloat16 cannot be trained: drop --weights, or train adapters instead")
+    bits = model.text.dtype.itemsize
+    narrow = [name for name, leaf in named_leaves(model).items() if leaf.dtype.itemsize < bits]
+    if narrow:
+        raise UserError(
+            f"{narrow[0]} has fewer bits than the activations, so it cannot be trained: use --dtype float32"
+        )
 
 
 @flax.struct.dataclass

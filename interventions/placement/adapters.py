@@ -111,7 +111,8 @@ def compact(lora: LoRA) -> LoRA:
 
 def merge(model: Model, lora: LoRA) -> Model:
     """The model with the adapter added to its kernels. It computes the same function at the speed of the base model,
-    and the base model's compiled program runs it."""
+    and the base model's compiled program runs it. Kernels with fewer bits than the activations are widened, so that
+    nothing of the adapter is lost in rounding."""
 
     def folded(path, kernel):
         site = leaf_name(path).replace("text.layers.", "text.").removesuffix(".kernel")
@@ -120,6 +121,7 @@ def merge(model: Model, lora: LoRA) -> Model:
         a, b = lora.weights[site]
         layers = np.flatnonzero(np.asarray(lora.slot[site]) < len(a))
         slots = lora.slot[site][layers]
+        kernel = kernel.astype(jnp.promote_types(kernel.dtype, model.text.dtype))
         return kernel.at[layers].add((lora.scale * a[slots] @ b[slots]).astype(kernel.dtype))
 
     return jax.tree_util.tree_map_with_path(folded, model)

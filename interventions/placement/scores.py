@@ -385,7 +385,8 @@ def _add_kernel_gradients(total: dict, model: Model, inputs: Inputs, gold: Gold,
         y, _ = _through(text, (high, model.config.text.num_hidden_layers), y, window, deepstack)
         return -jnp.sum(gold(model, text.norm(y), 0).logp)
 
-    gradients = _kernels(jax.grad(loss)(jax.tree.map(lambda a: a[low:high], text.layers)))
+    # As precise as the activations: a gradient has the precision of what it is a gradient of.
+    gradients = _kernels(jax.grad(loss)(jax.tree.map(lambda a: a[low:high].astype(text.dtype), text.layers)))
     return {name: total[name] + gradients[name] for name in total}
 
 

@@ -59,7 +59,7 @@ with sync_playwright() as playwright:
     drawn = "[...document.querySelectorAll('img.picture')].filter((image) => image.naturalWidth).length"
     seen["pictures"] = page.evaluate(drawn)
     seen["lists"] = page.locator("label.cells select").count()
-    page.locator("label.cells select").first.select_option("L2-mlp")
+    page.locator("label.cells select").first.select_option("the cell L2-mlp")
     seen["listed"] = page.locator(".chosen").first.inner_text()
     page.get_by_label("only wrong answers").first.check()
     seen["wrong"] = rows.all_inner_texts()
@@ -96,7 +96,7 @@ print(json.dumps(seen))
 ANY_RUN = (
     OPENED
     + """
-page_file, browser_path, estimate, shot = sys.argv[1:]
+page_file, browser_path, estimate, sample, shot = sys.argv[1:]
 with sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
     page = opened(browser, page_file)
@@ -123,10 +123,18 @@ with sync_playwright() as playwright:
     wrong = page.get_by_label("only wrong answers")
     if wrong.count():
         table = page.locator(".samples:visible").filter(has=page.locator("label", has_text="only wrong")).first
-        texts = table.locator("tbody > tr").all_inner_texts
+        column = 1 + table.locator("thead th").all_inner_texts().index("correct")
         table.get_by_label("only wrong answers").check()
-        seen["wrong"] = sorted({"true" in text.split() for text in texts()})
+        seen["wrong"] = sorted(set(table.locator(f"tbody > tr > td:nth-child({column})").all_inner_texts()))
+        table.get_by_label("only wrong answers").uncheck()
     page.locator("#theme").click()
+    if groups.count():  # closed, so that the link has to open it
+        groups.click()
+        page.wait_for_selector("details.group:not([open]) .samples", state="hidden")
+    if sample:
+        page.goto(f"file://{page_file}#sample={sample}")
+        page.wait_for_selector("tr.linked", state="visible")
+        seen["linked"] = page.locator("tr.linked").inner_text()
     page.screenshot(path=shot, full_page=True)
     browser.close()
 print(json.dumps(seen))
@@ -216,12 +224,14 @@ def test_every_kind_of_run_in_chromium(tmp_path, python, make, estimate):
     browser = chromium()
     folder = make(tmp_path / "run") or tmp_path / "run"
     page = write_page(folder)
+    lines = [path.read_text().splitlines() for path in sorted(folder.rglob("samples.jsonl"))]
+    sample = json.loads(lines[0][1])["id"] if lines else ""
     (tmp_path / "script.py").write_text(ANY_RUN)
-    seen = json.loads(run(python, tmp_path / "script.py", page, browser, estimate, tmp_path / "page.png"))
+    seen = json.loads(run(python, tmp_path / "script.py", page, browser, estimate, sample, tmp_path / "page.png"))
     assert seen["errors"] == seen["problems"] == [] and set(seen["requests"]) <= {"file", "blob", "data"}
     assert seen["drawn"][0] == seen["drawn"][1] >= (make is not _accuracy)
     assert seen["tables"] and seen["pictures"]
-    assert seen.get("wrong", [False]) == [False]
+    assert seen.get("wrong", ["false"]) == ["false"] and sample in seen.get("linked", "")
     if estimate:
         before, chosen, after = seen["parts"]
         assert seen["chosen"].startswith("only samples of") and estimate in seen["chosen"]

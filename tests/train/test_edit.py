@@ -168,7 +168,7 @@ def test_talo_runs_the_edited_model(mini, editors, examples):
         ({"model": "mini-llava-text"}, "the model has no vision tower"),
         ({"train": ("mini-docvq",)}, "did you mean 'mini-docvqa'"),
         ({"editors": ("sufix",)}, "did you mean 'suffix'"),
-        ({"weights": (1.0, 2.0)}, "--weights is 1.0 2.0"),
+        ({"shares": (1.0, 2.0)}, "--shares is 1.0 2.0"),
         ({"label_lr": {"psi_X": 1e-4}}, "--label-lr names 'psi_X': use a label of this training"),
         ({"epochs": 0}, "--epochs"),
         ({"clip": 0.0}, "--clip is 0.0"),

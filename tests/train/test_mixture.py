@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.mixture import MixtureOptions, shares
+from train.mixture import MixtureOptions, divided
 from vlm_jax import UserError
 from vlm_jax.data.options import DataOptions
 
@@ -19,28 +19,28 @@ from vlm_jax.data.options import DataOptions
     ],
 )
 def test_shares_are_balanced_and_sum_up(limit, weights, tasks, expected):
-    found = shares(limit, weights, tasks)
+    found = divided(limit, weights, tasks)
     assert found == expected and (limit is None or sum(found) == limit)
 
 
 @pytest.mark.parametrize(
     "limit, weights, tasks, says",
     [
-        (10, (1.0,), 2, "--weights is 1.0: give one number above 0 for each of 2 tasks"),
+        (10, (1.0,), 2, "--shares is 1.0: give one number above 0 for each of 2 tasks"),
         (10, (1.0, 0.0), 2, "give one number above 0"),
         (10, (1.0, float("nan")), 2, "give one number above 0"),
-        (None, (1.0, 2.0), 2, "--weights needs a number of examples"),
+        (None, (1.0, 2.0), 2, "--shares needs a number of examples"),
         (1, (), 2, "--limit is 1: give at least one example for each of 2 tasks"),
         (3, (100.0, 1.0), 2, "leaves no example for 1 of the tasks"),
     ],
 )
 def test_refused_shares(limit, weights, tasks, says):
     with pytest.raises(UserError, match=says):
-        shares(limit, weights, tasks)
+        divided(limit, weights, tasks)
 
 
 def test_a_mixture_has_the_first_examples_of_each_task():
-    found = MixtureOptions(("mini-docvqa", "mini-vsr"), limit=8, weights=(1.0, 3.0)).mixture(DataOptions())
+    found = MixtureOptions(("mini-docvqa", "mini-vsr"), limit=8, shares=(1.0, 3.0)).mixture(DataOptions())
     assert {task: [e.id for e in examples] for task, examples in found.items()} == {
         "mini-docvqa": [f"mini-docvqa/train/{i:06d}" for i in range(2)],
         "mini-vsr": [f"mini-vsr/train/{i:06d}" for i in range(6)],

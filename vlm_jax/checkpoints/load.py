@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_jax.checkpoints.leaves import abstract, leaf_name, rows_of, tensor_count
 from vlm_jax.checkpoints.orbax import load_orbax
-from vlm_jax.checkpoints.precision import Precision, would_round
+from vlm_jax.checkpoints.precision import EMBEDDINGS, Precision
 from vlm_jax.checkpoints.processors import fitting_processor
-from vlm_jax.checkpoints.redundant import BUFFERS, EMBEDDINGS, HEAD, check_buffers, settle_head
+from vlm_jax.checkpoints.redundant import BUFFERS, HEAD, check_buffers, settle_head
 from vlm_jax.checkpoints.save import check_registers
 from vlm_jax.checkpoints.sources import INDEX, ORBAX, SINGLE, read_config, resolve
 from vlm_jax.config import Config, with_attention
@@ -48,7 +48,7 @@ def load(
     Args:
         source: an embedded model's name (``mini-qwen3-vl``), a Hugging Face folder, a folder that
             ``python -m vlm_jax.convert`` wrote, or a hub id.
-        dtype: precision of the parameters ("float32", "bfloat16", "float16"); None keeps the checkpoint's.
+        dtype: precision of parameters and activations ("float32", "bfloat16", "float16"); None keeps the checkpoint's.
         weights: "bfloat16" keeps the matrices as a bfloat16 checkpoint has them, in half the memory, while everything
             else is float32. Results are those of ``dtype="float32"``, but for rounding in float32.
         mesh: distributes the parameters over this mesh by the rules of :mod:`vlm_jax.mesh.sharding`. Each process reads
@@ -66,10 +66,8 @@ def load(
     Raises:
         UserError: for an unknown source or architecture; missing, extra or misshapen tensors (all are listed); NaN or
             infinite values; an unreadable file; a pickle checkpoint; with ``weights``, another dtype than float32, or
-            matrices that bfloat16 would round.
+            matrices that are not bfloat16 in the checkpoint.
     """
-    if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in DTYPES.values():
-        raise UserError(f"dtype {dtype!r} is not supported: use float32, bfloat16 or float16")
     precision = Precision.of(dtype, weights)
     folder = resolve(source)
     config = with_attention(read_config(folder), attention)
@@ -191,9 +189,11 @@ def _read_parameter(
     row: Row, leaf: jax.ShapeDtypeStruct, tensors: dict, config: Config, precision: Precision, mesh
 ) -> jax.Array:
     """Reads one parameter from its tensors and puts it on its devices."""
-    stored = (tensors[row.hf.format(i)] for i in range(tensor_count(row, leaf)))
-    dtype = precision.of_leaf(row.path)
-    dtype = jnp.dtype(dtype or jnp.result_type(*{DTYPES[handle.get_slice(key).get_dtype()] for handle, key in stored}))
+    stored = [tensors[row.hf.format(i)] for i in range(tensor_count(row, leaf))]
+    dtypes = {DTYPES[handle.get_slice(key).get_dtype()]: key for handle, key in stored}
+    for found, key in dtypes.items():
+        precision.check(row.path, found, key)
+    dtype = jnp.dtype(precision.of_leaf(row.path) or jnp.result_type(*dtypes))
 
     def read_tensor(i: int, where: tuple[slice, ...]) -> np.ndarray:
         """A slice, in our layout, of the parameter's i-th tensor."""
@@ -211,8 +211,6 @@ def _read_parameter(
             if np.isfinite(value).all():
                 raise UserError(f"{key} holds numbers that are too large for {dtype}: load it as float32")
             raise UserError(f"{key} holds NaN or infinite numbers: the checkpoint is damaged, fetch it again")
-        if precision.is_kept(row.path) and not np.array_equal(cast.astype(value.dtype), value):
-            raise UserError(would_round(key))
         return cast
 
     @functools.cache

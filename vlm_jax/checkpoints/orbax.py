@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.checkpoints.leaves import abstract, named_leaves
-from vlm_jax.checkpoints.precision import Precision, would_round
+from vlm_jax.checkpoints.precision import Precision
 from vlm_jax.checkpoints.save import check_registers, config_to_save, registers_json
 from vlm_jax.checkpoints.sources import ORBAX, REGISTERS
 from vlm_jax.config import Config
@@ -34,7 +34,7 @@ def load_orbax(folder: Path, config: Config, precision: Precision, mesh) -> dict
 
     Raises:
         UserError: for an unreadable checkpoint; missing, extra or misshapen arrays (all are listed); NaN or infinite
-            values.
+            values; matrices that would be rounded.
     """
     import orbax.checkpoint as ocp
 
@@ -65,8 +65,7 @@ def load_orbax(folder: Path, config: Config, precision: Precision, mesh) -> dict
                 "convert the model again"
             )
         for name in expected:
-            if precision.is_kept(name) and str(saved[name].dtype) != "bfloat16":
-                raise UserError(would_round(name))
+            precision.check(name, str(saved[name].dtype), name)
         first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = {
             name: jax.ShapeDtypeStruct(

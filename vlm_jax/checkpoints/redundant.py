@@ -11,12 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.checkpoints.precision import EMBEDDINGS
 from vlm_jax.config import Config
 from vlm_jax.families import FAMILIES
 from vlm_jax.nn.rope import rotary
 
-#: The key table's name of the head, and the path of the embeddings to which a config may tie it.
-HEAD, EMBEDDINGS = "lm_head.weight", "text.embed_tokens.weight"
+#: The key table's name of the head.
+HEAD = "lm_head.weight"
 #: Endings of the names of buffers: numbers that the config determines. Older files contain them.
 _POSITIONS = "embeddings.position_ids"
 BUFFERS = ("rotary_emb.inv_freq", _POSITIONS)

@@ -102,8 +102,8 @@ def check_registers(folder: Path, config: Config, found: str | None) -> None:
 
 
 def config_to_save(model: Model) -> dict:
-    """The model's ``config.json`` with the current precision of its parameters."""
-    return with_dtype(json.loads(model.config.hf), str(model.text.embed_tokens.weight[...].dtype))
+    """The model's ``config.json`` with the current precision of its activations."""
+    return with_dtype(json.loads(model.config.hf), str(model.text.dtype))
 
 
 def with_dtype(config: Any, dtype: str) -> Any:

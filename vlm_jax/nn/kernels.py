@@ -56,9 +56,15 @@ def causal_attention(
     return local(q, k, v, real)[:, :length]
 
 
-def _batched(q, k, v, segments, kernel):
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a moment, and few use it
+def _splash():
+    """The module of the kernel. It takes a moment to import, and few need it."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
 
+    return splash_attention
+
+
+def _batched(q, k, v, segments, kernel):
+    splash = _splash()
     return jax.vmap(kernel)(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
 
 
@@ -88,8 +94,7 @@ _precise.defvjp(_forwards, _backwards)
 
 
 def _kernel(heads: int, length: int, softcap: float | None, interpret: bool):
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a moment, and few use it
-
+    splash = _splash()
     block = max(size for size in range(_LANES, _BLOCK + 1, _LANES) if length % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     block_sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))

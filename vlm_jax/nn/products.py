@@ -1,4 +1,4 @@
-"""Products of arrays of 16 bits, with each other or with float32 arrays. They add up in float32."""
+"""Products that add up in float32 whatever the precision of the arrays: of 16 bits, or bfloat16 with float32."""
 
 import dataclasses
 import functools
@@ -19,10 +19,12 @@ def product(spec: str, x: ArrayLike, y: ArrayLike, dtype: Any = None) -> Array:
     """The einsum of two arrays.
 
     Terms are added in float32, and the sum is rounded once. Matrix units of CPUs, GPUs and TPUs are made for this; a
-    product whose sum also has 16 bits is several times slower on a CPU. If one array is float32 and the other
-    bfloat16, the product is that of float32 arrays, without a float32 copy of the other array where there are matrix
-    units for bfloat16. Gradients are such products too; between two arrays of 16 bits, the incoming gradient is rounded
-    to their precision first.
+    product of bfloat16 arrays whose sum is bfloat16 too is several times slower on a CPU. If one array is float32 and
+    the other bfloat16, the product is that of float32 arrays; where there are matrix units for bfloat16, it needs no
+    float32 copy of the other array, and numbers that bfloat16 cannot reach (infinite, or above 3.38e38) give NaN.
+
+    Gradients with bfloat16 arrays are such products too; between two of them, the incoming gradient is rounded to
+    bfloat16 first. They have a reverse mode only: jax.jvp refuses them.
 
     Args:
         spec: as in :func:`jax.numpy.einsum`, with names for all axes. Each axis of an array must be in the other one
@@ -32,9 +34,12 @@ def product(spec: str, x: ArrayLike, y: ArrayLike, dtype: Any = None) -> Array:
     x, y = jnp.asarray(x), jnp.asarray(y)
     dtypes = {x.dtype, y.dtype}
     out = jnp.dtype(dtype or jnp.result_type(x, y))
-    if dtypes == {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)} or (len(dtypes) == 1 and x.dtype.itemsize == 2):
+    narrow, wide = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    if dtypes in ({narrow}, {narrow, wide}):
         return _product(spec, out, x, y)
-    return jnp.einsum(spec, x, y).astype(out)
+    # In float16 an incoming gradient that is rounded could become 0 or infinite, so its gradients are JAX's own.
+    total = wide if dtypes == {jnp.dtype(jnp.float16)} else None
+    return jnp.einsum(spec, x, y, preferred_element_type=total).astype(out)
 
 
 @functools.cache
@@ -52,8 +57,8 @@ def _summed(spec: str, dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return add(x, y).astype(dtype)
     if not has_matrix_units():  # in a loop over layers, the widened copy is that of one layer
         return add(x.astype(jnp.float32), y.astype(jnp.float32)).astype(dtype)
-    parts = itertools.product(_parts(x), _parts(y))
-    return sum(add(*pair) for pair in reversed(list(parts))).astype(dtype)
+    pairs = list(itertools.product(_parts(x), _parts(y)))
+    return sum(add(*pair) for pair in reversed(pairs)).astype(dtype)  # the smallest first, so that they are not lost
 
 
 def _parts(x: jax.Array) -> list[jax.Array]:
@@ -62,8 +67,10 @@ def _parts(x: jax.Array) -> list[jax.Array]:
         return [x]
     found = []
     for _ in range(_PARTS):
-        found.append(x.astype(jnp.bfloat16))
-        x = x - found[-1].astype(jnp.float32)
+        # Not by a cast there and back, which XLA leaves out on GPUs: the other parts would be 0.
+        rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        found.append(rounded.astype(jnp.bfloat16))
+        x = x - rounded
     return found
 
 

@@ -66,9 +66,10 @@ class LoadOptions(DeviceOptions):
     """How a model is loaded."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the parameters. By default the same as in the checkpoint."""
+    """Precision of parameters and activations. By default the same as in the checkpoint."""
     weights: Literal["bfloat16"] | None = None
-    """bfloat16: matrices stay as a bfloat16 checkpoint has them, in half the memory, and everything else is float32."""
+    """bfloat16: matrices stay as a bfloat16 checkpoint has them, in half the memory, and everything else is float32. By
+    default matrices are like everything else."""
     min_pixels: Annotated[int | None, Range(least=1)] = None
     """Images with fewer pixels are enlarged to this number, for models that take images of any size. By default the
     model's processor sets it."""

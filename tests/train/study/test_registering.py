@@ -11,7 +11,7 @@ from train.study import __main__ as command
 from train.study.registering.options import Args, compared_with
 from train.study.registering.pictures import blocks_of, most_attended, pooled
 from train.study.registering.recipes import CONDITIONS, WHOLE
-from train.study.registering.study import training_sets
+from train.study.registering.study import study_options, training_sets
 from vlm_jax import UserError
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode
@@ -28,6 +28,14 @@ def test_every_condition_has_a_name_and_something_to_compare_it_with():
         (count, data) for count in (1, 4, 16) for data in ("captions", "questions", "both")
     }
     assert {c.mask for c in CONDITIONS if c.section == "other masks"} == {"mitre", "gist", "none", "blind"}
+
+
+def test_the_default_rate_depends_on_the_width():
+    """5e-5 for a width of 2560, so 1e-3 for 128."""
+    model, _ = vlm_jax.load("mini-qwen3-vl")
+    assert model.config.text.hidden_size == 128
+    assert study_options(Args(), CONDITIONS[-1], 0, model).lr == pytest.approx(1e-3)
+    assert study_options(Args(lr=3e-4), CONDITIONS[-1], 0, model).lr == 3e-4
 
 
 def test_training_sets_are_equally_large():

@@ -71,19 +71,41 @@ def test_gradients(name, out):
 
 
 def test_frozen_weights_keep_no_inputs():
-    """For the gradient of x only y is needed, and the reverse."""
+    """For the gradient of x only y is needed, and the reverse; also in a loop over layers."""
     spec, x, y = pair("linear")
     _, pull = jax.vjp(lambda x: product(spec, x, y), x)
     assert [leaf.shape for leaf in jax.tree.leaves(pull)] == [y.shape]
     _, pull = jax.vjp(lambda y: product(spec, x, y), y)
     assert [leaf.shape for leaf in jax.tree.leaves(pull)] == [x.shape]
+    square = jnp.stack([y @ y.T] * 3)  # three layers of (300, 300)
+
+    def layers(x, square, checkpoint=lambda body: body):
+        body = checkpoint(lambda x, w: (product(spec, x, w), None))
+        return jax.lax.scan(body, x, square)[0]
+
+    _, pull = jax.vjp(lambda x: layers(x, square), x)
+    assert (3, *x.shape) not in [leaf.shape for leaf in jax.tree.leaves(pull)]
+    _, pull = jax.vjp(lambda square: layers(x, square), square)
+    assert (3, *x.shape) in [leaf.shape for leaf in jax.tree.leaves(pull)]  # the control
+    plain, again = (
+        jax.grad(lambda x, how=how: layers(x, square, how).sum())(x) for how in (lambda b: b, jax.checkpoint)
+    )
+    np.testing.assert_array_equal(plain, again)
 
 
-def test_other_precisions_are_einsum():
+def test_other_precisions():
+    """float32 is an einsum; float16 keeps incoming gradients that it could not hold."""
     spec, x, y = pair("linear", jnp.float32)
     np.testing.assert_array_equal(product(spec, x, y), jnp.einsum(spec, x, y))
-    mixed = product(spec, x, y.astype(jnp.bfloat16))
-    assert mixed.dtype == jnp.float32
+    x, y = x.astype(jnp.float16), y.astype(jnp.float16)
+    slope = jax.grad(lambda x: 1e-8 * product(spec, x, y, jnp.float32).sum())(x)
+    assert slope.dtype == jnp.float16 and np.abs(slope).max() > 0
+
+
+def test_the_products_have_no_forward_mode():
+    spec, x, y = pair("linear")
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: product(spec, x, y), (x,), (x,))
 
 
 def test_under_vmap_and_scan():

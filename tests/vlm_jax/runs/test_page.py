@@ -366,7 +366,7 @@ def test_many_values_of_tokens_are_cut(run, monkeypatch):
 
 
 def test_files_of_one_name_stand_in_a_group(run):
-    """If they are many; the others stand alone, and titles that are the same get their folders' names."""
+    """If they are many; the others stand alone, and titles that are the same get their files' names."""
     for number in range(7):
         run.save_lines(f"cells/{number}/answers.jsonl", [{"id": "t/1", "correct": True}], Artifact("samples", "Cell"))
     for number in range(2):
@@ -376,7 +376,7 @@ def test_files_of_one_name_stand_in_a_group(run):
     assert len(groups) == 1 and f"#{groups[0]}" in page.addresses
     text = " ".join(page.texts)
     assert text.count("answers.jsonl in 7 folders") == 2  # in the list of contents, and above the group
-    assert "Score (pair/0)" in text and "Score (pair/1)" in text and "Answers (" not in text
+    assert "Score (pair/0/score.json)" in text and "Score (pair/1/score.json)" in text and "Answers (" not in text
     files = [attributes["data-file"] for tag, attributes in page.tags if tag == "section"]
     assert len(files) == len(set(files)) and {f"cells/{n}/answers.jsonl" for n in range(7)} <= set(files)
 

@@ -35,6 +35,7 @@ def run_control(args: Args) -> None:
 
     def check(model: Model) -> None:
         check_grid(model)
+        check_trainable(model)
         jax.eval_shape(lambda: begun(model, args.rank, jax.random.key(0)))
 
     run, model, processor = start(args, every, data, check=check, ignored=WATCHING)

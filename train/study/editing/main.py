@@ -30,7 +30,9 @@ def run_study(args: Args) -> None:
     metrics.check_metric(tested, args)
     data = {"train": args.sources(args)}
     data["test"] = {name: source(name, split="test", options=args) for name in args.eval}
-    run, model, processor = start(args, [*trained, *tested], data, ignored=WATCHING, shown=tested)
+    run, model, processor = start(
+        args, [*trained, *tested], data, check=check_trainable, ignored=WATCHING, shown=tested
+    )
     study = Study(args, run, model, processor, trained, tested)
     todo = [(condition, seed) for condition in conditions for seed in args.seeds]
     cells: dict = {condition: [] for condition in conditions}

@@ -120,8 +120,11 @@ class Outcomes:
         """The folders of the run that hold the answers of the runs."""
         names = self.families if family == "both" else [family]
         records = [(name, record) for name in names for record in self.by[name, placement, k]]
-        parts = [(name, folder_name(one["names"], self.depth) if one["names"] else "baseline") for name, one in records]
-        return list(dict.fromkeys(f"{model}/cells/{name}/{part}" for name, part in parts))
+        cells = [
+            f"{name}/" + (f"{folder_name(one['names'], self.depth)}/seed-{one['seed']}" if one["names"] else "baseline")
+            for name, one in records
+        ]
+        return [f"{model}/cells/{cell}" for cell in dict.fromkeys(cells)]
 
     def summary(self, placement: str, k: int) -> dict:
         by_family = {family: self.accuracy(family, placement, k) for family in (*self.families, "both")}
@@ -193,8 +196,8 @@ def corruption_agreement(run: Run, model: str, families: list[str], args) -> dic
 
 def predictions(outcomes: Outcomes, scores: dict) -> dict:
     """How well each score predicts where LoRA helps: Spearman's rank correlation, over modules, between the score and
-    the accuracy gained by LoRA on that module alone. It is None if a score has the same value for all modules. There is
-    no p-value, because the modules are not a sample: they are all that the model has."""
+    the accuracy gained by LoRA on that module alone. It is None if the score or the gain is the same for all modules.
+    There is no p-value, because the modules are not a sample: they are all that the model has."""
     predicted = {}
     every = module_names(outcomes.depth)
     for family in outcomes.families:

@@ -9,6 +9,7 @@ from train.registering import check_without_registers
 from train.study.registering.options import Args
 from train.study.registering.report import report
 from train.study.registering.study import Study, study_options, training_sets
+from train.subsets import check_trainable
 from vlm_jax import Model
 from vlm_jax.data import Example, source
 from vlm_jax.data.overlap import check_disjoint
@@ -40,8 +41,15 @@ def run_registering(args: Args) -> None:
             raise UserError(f"example {example.id!r} has {len(example.images)} images: this study needs one in each")
     data = {"train": {name: source(name, split="train", options=args) for name in (args.captions, *args.questions)}}
     data["test"] = {name: source(name, split="test", options=args) for name in args.questions}
-    run, model, processor = start(args, everything, data, check=check_without_registers, ignored=WATCHING, shown=tested)
-    for options in {c.registers: study_options(args, c, 0) for c in conditions if c.registers is not None}.values():
+
+    def check(model: Model) -> None:
+        check_without_registers(model)
+        check_trainable(model)
+
+    run, model, processor = start(args, everything, data, check=check, ignored=WATCHING, shown=tested)
+    for options in {
+        c.registers: study_options(args, c, 0, model) for c in conditions if c.registers is not None
+    }.values():
         masked = model.with_registers(options.registers_of(model, processor))  # refused here, before any training
         check_fit(everything, processor, masked.config)
     if args.layer >= model.depths["text"] - 1:

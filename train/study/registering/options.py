@@ -41,9 +41,9 @@ class Args(LoopOptions, DataOptions, ModelOptions):
     """Number of passes over the training examples."""
     batch: Annotated[int, BATCH] = 16
     """Training examples in a step."""
-    lr: Annotated[float, RATE] = 1e-3
-    """Peak learning rate of AdamW. Higher than in train.register, because a short training has to show what registers
-    can learn."""
+    lr: Annotated[float | None, RATE] = None
+    """Peak learning rate of AdamW. By default 5e-5 x 2560 / WIDTH, where WIDTH is the model's hidden size: higher than
+    in train.register, because a short training has to show what registers can learn."""
     seeds: Annotated[tuple[int, ...], Range(least=0), tyro.conf.arg(metavar="SEED [SEED ...]")] = (0, 1)
     """Seeds of the trainings. Every condition is trained with each of them."""
     conditions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()

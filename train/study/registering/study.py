@@ -14,6 +14,7 @@ from interventions.kinds.groups import bind
 from train.artifacts import training_log
 from train.loop import LoopOptions, forget
 from train.mixture import MixtureOptions
+from train.objective import scaled_rate
 from train.registering import RegisterOptions, train_registers
 from train.study.artifacts import REGISTERING_ANSWERS
 from train.study.registering.options import Args
@@ -27,6 +28,8 @@ from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.processes import fetch, progress
 
+#: The default peak learning rate for a model of width 2560.
+_LR = 5e-5
 #: Prompts are padded to a multiple of this, so that few programs are compiled.
 _STEP = 64
 
@@ -56,7 +59,7 @@ class Study(NamedTuple):
     def cell(self, condition: Condition, seed: int) -> Cell:
         """The answers of a condition that was trained with this seed."""
         folder = condition.folder if condition.data is None else f"{condition.folder}/seed-{seed}"
-        options = study_options(self.args, condition, seed)
+        options = study_options(self.args, condition, seed, self.model)
 
         def make() -> list[dict]:
             model = self.model
@@ -116,14 +119,14 @@ class Study(NamedTuple):
         return [records[row] for row in range(len(self.tested))]
 
 
-def study_options(args: Args, condition: Condition, seed: int) -> RegisterOptions:
+def study_options(args: Args, condition: Condition, seed: int, model: Model) -> RegisterOptions:
     """The options of train.register for a condition."""
     return RegisterOptions(
         registers=condition.registers or 1,
         mask=condition.mask,
         epochs=args.epochs,
         batch=args.batch,
-        lr=args.lr,
+        lr=scaled_rate(_LR, model.config.text.hidden_size) if args.lr is None else args.lr,
         seed=seed,
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(LoopOptions)},
     )

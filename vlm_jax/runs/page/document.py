@@ -128,10 +128,10 @@ def _section(folders: list[RunFolder], shown: list[tuple[int, Entry, Part]], opt
 
 
 def _told_apart(sections: list[_Section]) -> list[_Section]:
-    """Sections that have one title get their folders' names too."""
+    """Sections that have one title get their files' names too."""
     titles = collections.Counter(one.title for one in sections)
     return [
-        one._replace(title=f"{one.title} ({Path(one.file).parent})") if titles[one.title] > 1 and one.file else one
+        one._replace(title=f"{one.title} ({one.file})") if titles[one.title] > 1 and one.file else one
         for one in sections
     ]
 

@@ -30,6 +30,7 @@ const button = document.getElementById("theme");
 const setTheme = (isDark) => {
   document.documentElement.classList.toggle("dark", isDark);
   button.setAttribute("aria-pressed", String(isDark));
+  for (const { place } of charts) if (!isOpen(place)) place.replaceChildren();  // drawn again when it is opened
   return draw();
 };
 button.addEventListener("click", () => setTheme(!dark()));
@@ -148,26 +149,39 @@ const makeTable = (holder, columns, rows, run) => {
 const tables = [...document.querySelectorAll(".rows, .samples")].map((holder) => {
   const { columns, rows } = data(holder);
   const run = Number(holder.closest("[data-run]")?.dataset.run ?? 0);
-  let made = null;
-  return { columns, rows, holder, run, get table() { return (made ??= makeTable(holder, columns, rows, run)); } };
+  return { columns, rows, holder, run, made: null };
 });
-const showTables = () => tables.forEach((one) => isOpen(one.holder) && one.table);
+// The table, which is made when it is first shown. (In a closed group it would be laid out where nothing has a size.)
+const tableOf = (one) => {
+  if (!one.made) {
+    one.made = makeTable(one.holder, one.columns, one.rows, one.run);
+    if (cell !== null && one.columns.includes("cell")) showCell(one);
+  }
+  return one.made;
+};
+const showTables = () => tables.filter(({ holder }) => isOpen(holder)).forEach(tableOf);
+const fill = (group) => {
+  showTables();
+  return Promise.all(charts.filter(({ place }) => group.contains(place) && !place.hasChildNodes()).map(drawOne));
+};
 for (const group of document.querySelectorAll("details.group")) {
-  group.addEventListener("toggle", async () => {
-    if (!group.open) return;
-    showTables();
-    await Promise.all(charts.filter(({ place }) => group.contains(place) && !place.hasChildNodes()).map(drawOne));
-  });
+  group.addEventListener("toggle", () => group.open && fill(group));
 }
-
-const openGroup = (place) => {
+// Opens the group in which something stands.
+const open = async (place) => {
   const group = place.closest("details.group");
-  if (group) group.open = true;
+  if (!group) return;
+  group.open = true;
+  await fill(group);
+};
+const goTo = async (place) => {
+  await open(place); // first, so that everything before it has its size
+  place.scrollIntoView({ block: "start" });
 };
 
 // Says at the top of a part what alone is shown of it. The button ends it.
 const note = (place, text, end) => {
-  place.querySelector(".chosen")?.remove();
+  place.querySelector(":scope > .chosen")?.remove();
   const said = document.createElement("p");
   said.className = "chosen";
   said.setAttribute("role", "status");
@@ -182,31 +196,35 @@ const note = (place, text, end) => {
 };
 
 // A click on a cell of a chart shows its rows alone, in every table that has cells.
-const chooseCell = (cell) => {
+let cell = null;
+const showCell = ({ made, holder }) => {
+  made.search.fixed("cell", (text, row) => row.cell === cell).draw();
+  note(holder, `the cell ${cell}`, () => made.search.fixed("cell", null).draw());
+};
+const chooseCell = (chosen) => {
+  cell = chosen;
   const having = tables.filter(({ columns }) => columns.includes("cell"));
-  for (const { table, holder } of having) {
-    openGroup(holder);
-    table.search.fixed("cell", (text, row) => row.cell === cell).draw();
-    note(holder, `the cell ${cell}`, () => table.search.fixed("cell", null).draw());
-  }
-  having[0]?.holder.scrollIntoView({ block: "start" });
+  const made = having.filter((one) => one.made);
+  made.forEach(showCell);
+  const [first] = [...made.filter(({ holder }) => isOpen(holder)), ...having];
+  if (first) goTo(first.holder);
 };
 
 // A click on an estimate shows the samples behind it alone: those of the files in its folders.
 const parts = [...document.querySelectorAll("main section")].filter((part) => part.querySelector(".samples"));
 const showParts = (isShown) => parts.forEach((part) => (part.hidden = !isShown(part)));
+const showAllParts = () => {
+  document.querySelectorAll("main section > .chosen").forEach((said) => said.remove());
+  showParts(() => true);
+};
 const chooseFolders = (folders, name) => {
   const behind = ({ dataset }) => folders.some((folder) => dataset.file.startsWith(`${folder}/`));
-  document.querySelectorAll("main section > .chosen").forEach((said) => said.remove());
-  showParts(behind);
+  showAllParts();
   const first = parts.find(behind);
-  if (!first) {
-    showParts(() => true);
-    return say(`the page has no samples of ${name}`);
-  }
-  openGroup(first);
-  note(first, `samples of ${name}`, () => showParts(() => true));
-  first.scrollIntoView({ block: "start" });
+  if (!first) return say(`the page has no samples of ${name}`);
+  showParts(behind);
+  note(first, `samples of ${name}`, showAllParts);
+  goTo(first);
 };
 const nameOf = ({ panel, row, series }) => [...new Set([row, series, panel].filter(Boolean))].join(", ");
 const chooseMark = (mark) => {
@@ -214,22 +232,23 @@ const chooseMark = (mark) => {
   else if (mark.folders !== undefined) chooseFolders(mark.folders, nameOf(mark));
 };
 
-// The same by keyboard: a list of the marks of each chart.
+// The same by keyboard: a list of the marks of each chart that have something to show.
+const haveCells = tables.some(({ columns }) => columns.includes("cell"));
 const marksOf = (spec) => {
   const found = new Map();
   JSON.stringify(spec, (key, value) => {
-    if (typeof value?.cell === "string") found.set(value.cell, value);
-    else if (Array.isArray(value?.folders)) found.set(nameOf(value), value);
+    if (haveCells && typeof value?.cell === "string") found.set(`the cell ${value.cell}`, value);
+    else if (parts.length && Array.isArray(value?.folders)) found.set(`samples of ${nameOf(value)}`, value);
     return value;
   });
   return found;
 };
 for (const { spec, place } of charts) {
   const marks = marksOf(spec);
-  if (!marks.size || !(parts.length || tables.some(({ columns }) => columns.includes("cell")))) continue;
+  if (!marks.size) continue;
   const label = document.createElement("label");
   label.className = "cells";
-  label.append("samples of ");
+  label.append("only ");
   const list = label.appendChild(document.createElement("select"));
   for (const name of ["", ...marks.keys()]) list.add(new Option(name || "(choose)", name));
   list.addEventListener("change", () => list.value && chooseMark(marks.get(list.value)));
@@ -237,28 +256,25 @@ for (const { spec, place } of charts) {
 }
 
 // A link to a sample: #sample=ID.
-const follow = () => {
+const follow = async () => {
   const wanted = new URLSearchParams(location.hash.slice(1)).get("sample");
-  if (wanted === null) return;
-  for (const one of tables) {
-    const { rows, holder, run } = one;
-    const index = rows.findIndex((row) => row.id === wanted);
-    if (index < 0) continue;
-    const { table } = one;
-    const place = table.rows({ order: "applied", search: "applied" }).indexes().toArray().indexOf(index);
-    if (place < 0) continue;
-    table.page(Math.floor(place / table.page.len())).draw("page");
-    openGroup(holder);
-    const row = table.row(index);
-    if (!row.child.isShown()) row.child(detail(row.data(), run)).show();
-    row.node().classList.add("linked");
-    holder.scrollIntoView();
-    return;
-  }
+  const found = tables.find(({ rows }) => wanted !== null && rows.some((row) => row.id === wanted));
+  if (!found) return;
+  if (found.holder.closest("[hidden]")) showAllParts();
+  await open(found.holder);
+  const table = tableOf(found);
+  const index = found.rows.findIndex((row) => row.id === wanted);
+  const place = table.rows({ order: "applied", search: "applied" }).indexes().toArray().indexOf(index);
+  if (place < 0) return say(`a filter hides the sample ${wanted}`);
+  table.page(Math.floor(place / table.page.len())).draw("page");
+  const row = table.row(index);
+  if (!row.child.isShown()) row.child(detail(row.data(), found.run)).show();
+  row.node().classList.add("linked");
+  found.holder.scrollIntoView();
 };
 addEventListener("hashchange", follow);
 
 showTables();
 await setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
-follow();
+await follow();
 document.documentElement.dataset.ready = "yes";

@@ -190,9 +190,9 @@ def _placement(folder: RunFolder, entry: Entry, options: Options) -> Part | None
 
 @view("adapter")
 def _adapter(folder: RunFolder, entry: Entry, options: Options) -> Part | None:
-    """What a PEFT folder says of its adapter, without what is empty or a default."""
+    """What a PEFT folder says of its adapter, without what is empty."""
     config = folder.json(f"{entry.file}/adapter_config.json")
-    facts = {name: value for name, value in (config or {}).items() if value not in (None, False, [], {}, "")}
+    facts = {name: value for name, value in (config or {}).items() if value is not None and value not in ([], {}, "")}
     linked = _linked(folder, entry, options)
     assert linked is not None, "every entry has a link"
     return Part(f"<details><summary>its configuration</summary>{tree(facts)}</details>{linked.body}", linked.rank)
