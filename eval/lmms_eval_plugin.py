@@ -75,8 +75,9 @@ def _plugin() -> type:
         ) -> None:
             super().__init__()
             configure()  # our commands do this too, so both compute with the same float32 precision
-            sizes = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-            options = ModelOptions(model=pretrained, dtype=dtype, weights=weights, **sizes)
+            options = ModelOptions(
+                model=pretrained, dtype=dtype, weights=weights, min_pixels=min_pixels, max_pixels=max_pixels
+            )
             self.model, self.processor = options.load()
             if adapter is not None:
                 self.model = merge(self.model, load_peft(self.model, Path(adapter), pretrained))

@@ -14,6 +14,7 @@ from train.study.artifacts import CONTROL_SUMMARY
 from train.study.control.options import Args
 from train.study.control.places import PLACES, check_grid
 from train.study.control.study import CLASSES, Control, begun, pictures_of
+from train.subsets import check_trainable
 from vlm_jax import Model
 from vlm_jax.data import source
 from vlm_jax.runs.artifacts import Artifact

@@ -8,6 +8,7 @@ from train.loop import WATCHING
 from train.study.editing.options import Args
 from train.study.editing.report import report
 from train.study.editing.study import Study
+from train.subsets import check_trainable
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.data.overlap import check_disjoint
 from vlm_jax.errors import UserError
