@@ -38,7 +38,11 @@ class Args:
     name: Literal["Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B"] = "Qwen3-VL-4B"
     """Published configuration."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision on load. On a CPU, XLA makes a second copy of all bfloat16 weights, in float32."""
+    """Precision on load."""
+    weights: Literal["bfloat16"] | None = None
+    """bfloat16: with --dtype float32, the matrices stay as the checkpoint has them."""
+    image_tokens: int = 16
+    """Visual tokens of the traced sample, a square number; 32 of text are around them."""
     keep: bool = False
     """Do not delete the checkpoint."""
     stage: bool = False
@@ -98,27 +102,26 @@ class Peak:
         self.thread.join()
 
 
-def load_and_trace(folder: Path, dtype: str) -> None:
+def load_and_trace(args: Args) -> None:
     begun = time.perf_counter()
     with Peak() as peak:
-        model, _ = vlm_jax.load(folder, dtype=dtype)
+        model, _ = vlm_jax.load(args.folder, dtype=args.dtype, weights=args.weights)
     weights = sum(leaf.nbytes for leaf in vlm_jax.checkpoints.leaves.named_leaves(model).values())
     largest = max(vlm_jax.checkpoints.leaves.named_leaves(model).items(), key=lambda item: item[1].nbytes)
     print(f"weights {weights / 2**30:.2f} GiB, the largest stack {largest[1].nbytes / 2**30:.2f} GiB ({largest[0]})")
     print(f"load {time.perf_counter() - begun:.0f} s, peak {peak.gib:.2f} GiB of anonymous memory")
     vision, rng = model.config.vision, np.random.default_rng(0)
-    grid = np.array([[1, 8, 8]])  # 16 visual tokens
-    ids = np.concatenate([rng.integers(10, 1000, 12), [model.config.image_token_id] * 16, rng.integers(10, 1000, 20)])[
-        None
-    ]
+    image, side = args.image_tokens, 2 * int(args.image_tokens**0.5)
+    text = rng.integers(10, 1000, 32)
+    ids = np.concatenate([text[:12], [model.config.image_token_id] * image, text[12:]])[None]
     inputs = vlm_jax.Inputs.from_hf(
         model.config,
         input_ids=ids,
-        pixel_values=rng.standard_normal((64, vision.patch_dim), np.float32),
-        image_grid_thw=grid,
+        pixel_values=rng.standard_normal((side**2, vision.patch_dim), np.float32),
+        image_grid_thw=np.array([[1, side, side]]),
     )
     question, answer = np.zeros((2, *ids.shape), bool)
-    question[:, 30:42], answer[:, 46:48] = True, True
+    question[:, 14 + image : 26 + image], answer[:, -2:] = True, True
     begun = time.perf_counter()
     with Peak() as peak:
         trace = causal_trace(model, inputs, question, answer)
@@ -132,7 +135,7 @@ def load_and_trace(folder: Path, dtype: str) -> None:
 
 def main(args: Args) -> None:
     if args.stage:
-        load_and_trace(args.folder, args.dtype)
+        load_and_trace(args)
         return
     if args.folder.exists():
         raise SystemExit(f"{args.folder} exists: choose another --folder")
@@ -142,7 +145,16 @@ def main(args: Args) -> None:
         total = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
         print(f"wrote {total / 1e9:.2f} GB in {time.perf_counter() - begun:.0f} s")
         # In a separate process, so that only loading and tracing count.
-        stage = ["--folder", str(args.folder), "--dtype", args.dtype, "--stage"]
+        stage = [
+            "--folder",
+            str(args.folder),
+            "--dtype",
+            args.dtype,
+            "--image-tokens",
+            str(args.image_tokens),
+            "--stage",
+        ]
+        stage += [] if args.weights is None else ["--weights", args.weights]
         subprocess.run([sys.executable, __file__, *stage], check=True)
     finally:
         if not args.keep:
