@@ -100,7 +100,8 @@ def rotate(
 
 
 #: Attention with a causal mask runs over blocks of this many queries. A block skips the keys after its last query.
-_QUERY_BLOCK = 256
+#: Other attention, as in vision towers, runs over such blocks from ``_LONG`` queries on, to need less memory.
+_QUERY_BLOCK, _LONG = 256, 1024
 
 #: Keys, values and mask of earlier tokens that attention also reads. A segment has fewer rows than the queries where
 #: several rows share one past. (An underscore before an axis' name: its size differs from one segment to the next.)
@@ -156,6 +157,8 @@ def attend(
 
     if observed:
         out = _attend_with_probs(q, segments, scores_of, probe, tower)
+    elif not causal and not past and length >= _LONG:
+        out = _attend_in_turn(q, segments[0], scores_of)
     else:
         step, parts = _QUERY_BLOCK if causal else length, []
         for start in range(0, length, step):
@@ -216,6 +219,25 @@ def _attend_fused(q: jax.Array, segments: Sequence[tuple], scores_of: Callable) 
         read = product("bgnt,bgtd->bgnd", weights.astype(values.dtype), values, jnp.float32)
         out = out + _unfold(read, rows, length)
     return (out / total).astype(q.dtype)
+
+
+def _attend_in_turn(q: jax.Array, segment: tuple, scores_of: Callable) -> jax.Array:
+    """As :func:`_attend_fused` with one segment, one block of queries after the other, so that the scores of one block
+    are in memory at a time. A backward pass computes them again."""
+    keys, values, mask = segment
+    length, count = q.shape[3], -(-q.shape[3] // _QUERY_BLOCK)
+    padding = count * _QUERY_BLOCK - length
+
+    def blocks(x: jax.Array, axis: int) -> jax.Array:
+        x = jnp.pad(x, [(0, padding if number == axis else 0) for number in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, _QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0)
+
+    @jax.checkpoint
+    def one(block: tuple) -> jax.Array:
+        return _attend_fused(block[0], [(keys, values, block[1])], scores_of)
+
+    out = jax.lax.map(one, (blocks(q, 3), None if mask is None else blocks(mask, 1)))
+    return jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], -1, q.shape[4])[..., :length, :]
 
 
 def _attend_with_probs(
