@@ -35,7 +35,8 @@ class Condition:
             return f"{self.count} {self.reduced}"
         if self.data is None:
             return WHOLE
-        what = "plain tuning" if self.registers is None else f"{self.registers} registers, {self.mask}"
+        plural = "" if self.registers == 1 else "s"
+        what = "plain tuning" if self.registers is None else f"{self.registers} register{plural}, {self.mask}"
         return f"{what}, {trained[self.data]}"
 
     @property
