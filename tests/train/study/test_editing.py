@@ -141,6 +141,8 @@ def test_a_small_study(tmp_path, capsys):
     assert [row["condition"] for row in rows] == [FULL, "published suffix", "zero-shot", *names[1:3]]
     assert [row["parameters"] for row in rows] == [12_850, 12_850, 0, 1_638_400, 1_509_504]
     check_run_folder(args.out, tmp_path)
+    chart = json.loads((args.out / "figures/conditions.json").read_text())["chart"]
+    assert all((args.out / folder).is_dir() for row in chart["rows"] for folder in row["folders"])
     before = (args.out / "summary.json").read_bytes()
     command.main(args)  # nothing is left to do
     assert (args.out / "summary.json").read_bytes() == before and "| MRT | 12,850 |" in capsys.readouterr().out

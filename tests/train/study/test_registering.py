@@ -138,6 +138,8 @@ def test_a_small_study(tmp_path, capsys):
     records = json.loads((args.out / "cells/4-registers-none-captions-and-questions/seed-0/answers.json").read_text())
     assert len(records) == 8 and all("cut" in record for record in records)
     check_run_folder(args.out, tmp_path)
+    chart = json.loads((args.out / "figures/conditions.json").read_text())["chart"]
+    assert all((args.out / folder).is_dir() for row in chart["rows"] for folder in row["folders"])
     before = (args.out / "summary.json").read_bytes()
     command.main(args)
     assert (args.out / "summary.json").read_bytes() == before and f"| {WHOLE} |" in capsys.readouterr().out
