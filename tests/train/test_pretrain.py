@@ -43,10 +43,13 @@ def test_the_text_stage_leaves_a_text_only_model(out):
     np.testing.assert_array_equal(got.inputs.input_ids, want.inputs.input_ids)
 
 
-def test_stages_are_listed_as_models(out, tmp_path):
+def test_stages_are_listed_as_models_with_their_logs(out, tmp_path):
     check_run_folder(out, tmp_path)
     entries = json.loads((out / "artifacts.json").read_text())["artifacts"]
-    assert {entry["file"] for entry in entries} == {"untrained", "text", "backbone", "align"}
+    models = {entry["file"] for entry in entries if entry["type"] == "model"}
+    assert models == {"untrained", "text", "backbone", "align"}
+    logs = {entry["file"] for entry in entries if entry["type"] == "training"}
+    assert logs == {"text/metrics.jsonl", "align/metrics.jsonl"} and len(entries) == 6
 
 
 def test_every_stage_keeps_its_own_metrics(out):
