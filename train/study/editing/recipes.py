@@ -28,11 +28,6 @@ class Condition:
     lora: Literal["decoder", "decoder and tower", "as large as MRT"] | None = None
     decoder: bool = False
 
-    @property
-    def folder(self) -> str:
-        """The folder of its results in the run folder."""
-        return f"cells/{self.name.replace(' / ', '-').replace(', ', '-').replace(' ', '-')}"
-
 
 def _editing(section: str, **named: dict) -> list[Condition]:
     return [Condition(name, section, EditorOptions(**options)) for name, options in named.items()]

@@ -12,6 +12,7 @@ from interventions.statistics import accuracy, holm, paired
 from train.study.artifacts import EDITING_SUMMARY
 from train.study.editing.recipes import FULL, REPORTED, Condition
 from train.study.editing.study import Cell
+from train.study.folders import folder_of
 from vlm_jax.data import Example
 from vlm_jax.data.miniworld import TASKS, has_held_out_wording
 from vlm_jax.runs.artifacts import Artifact
@@ -68,8 +69,9 @@ def report(
     content = {"rows": rows, "reported": REPORTED}
     run.save_json("summary.json", content, Artifact("metrics", "Every condition with its interval", EDITING_SUMMARY))
     shown = {
-        f"{row['section']}: {row['condition']}": row["accuracy"]["trained tasks"] | {"folders": [condition.folder]}
-        for condition, row in zip(cells, rows, strict=True)
+        f"{row['section']}: {row['condition']}": row["accuracy"]["trained tasks"]
+        | {"folders": [folder_of(row["condition"])]}
+        for row in rows
     }
     save_figure(run, "figures/conditions", draw_conditions, "Accuracy of every condition", accuracy=shown, full=FULL)
     table = Table(

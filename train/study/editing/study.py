@@ -17,6 +17,7 @@ from train.kept import trained_interventions, tuned_model
 from train.objective import scaled_rate
 from train.study.editing.options import Args
 from train.study.editing.recipes import Condition
+from train.study.folders import folder_of
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.processor import Processor
@@ -54,7 +55,7 @@ class Study(NamedTuple):
 
     def cell(self, condition: Condition, seed: int) -> Cell:
         """The held-out scores of a condition that was trained with this seed."""
-        folder = condition.folder
+        folder = folder_of(condition.name)
         if condition.editors is None and condition.lora is None and not condition.decoder:
             return Cell(0, self._scored(folder, condition.name, self.model), None, None)
         folder = f"{folder}/seed-{seed}"

@@ -39,11 +39,6 @@ class Condition:
         what = "plain tuning" if self.registers is None else f"{self.registers} register{plural}, {self.mask}"
         return f"{what}, {trained[self.data]}"
 
-    @property
-    def folder(self) -> str:
-        """The folder of its results in the run folder."""
-        return f"cells/{self.name.replace(', ', '-').replace(' ', '-')}"
-
 
 CONDITIONS = (
     Condition("without training"),

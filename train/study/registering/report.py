@@ -10,6 +10,7 @@ from interventions.figures.base import save_figure
 from interventions.figures.editing import conditions as draw_conditions
 from interventions.statistics import accuracy, holm, paired
 from train.study.artifacts import REGISTERING_SUMMARY
+from train.study.folders import folder_of
 from train.study.registering.options import compared_with
 from train.study.registering.recipes import REPORTED, Condition
 from train.study.registering.study import Cell
@@ -65,8 +66,8 @@ def report(run: Run, cells: Mapping[Condition, list[Cell]], tested: list[Example
         "summary.json", content, Artifact("metrics", "Every condition with its interval", REGISTERING_SUMMARY)
     )
     shown = {
-        f"{row['section']}: {row['condition']}": row["accuracy"]["all"] | {"folders": [condition.folder]}
-        for condition, row in zip(cells, rows, strict=True)
+        f"{row['section']}: {row['condition']}": row["accuracy"]["all"] | {"folders": [folder_of(row["condition"])]}
+        for row in rows
     }
     whole = rows[0]["condition"]
     save_figure(run, "figures/conditions", draw_conditions, "Accuracy of every condition", accuracy=shown, full=whole)

@@ -17,6 +17,7 @@ from train.mixture import MixtureOptions
 from train.objective import scaled_rate
 from train.registering import RegisterOptions, train_registers
 from train.study.artifacts import REGISTERING_ANSWERS
+from train.study.folders import folder_of
 from train.study.registering.options import Args
 from train.study.registering.pictures import most_attended, pooled
 from train.study.registering.recipes import Condition, Data
@@ -58,7 +59,7 @@ class Study(NamedTuple):
 
     def cell(self, condition: Condition, seed: int) -> Cell:
         """The answers of a condition that was trained with this seed."""
-        folder = condition.folder if condition.data is None else f"{condition.folder}/seed-{seed}"
+        folder = folder_of(condition.name) if condition.data is None else f"{folder_of(condition.name)}/seed-{seed}"
         options = study_options(self.args, condition, seed, self.model)
 
         def make() -> list[dict]:
