@@ -158,8 +158,8 @@ class Peft:
         model = PeftModel.from_pretrained(base, folder / placement, is_trainable=True)
         if kind == "peft-lean":
             base.disable_input_require_grads()
-        self.model = model.train()
-        self.ids = torch.tensor(tokens(args))
+        self.model = model.to(torch_device()).train()
+        self.ids = torch.tensor(tokens(args), device=torch_device())
         self.labels = torch.full_like(self.ids, -100)
         self.labels[:, -args.answer :] = self.ids[:, -args.answer :]
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -255,6 +255,13 @@ def report(args: Args, results: dict) -> str:
                 f"| {row['core_seconds']:.1f} | {memory} | {row['loss_difference']:.1e} |"
             )
     return "\n".join(lines)
+
+
+def torch_device() -> str:
+    """The device of the other side."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def machine() -> str:

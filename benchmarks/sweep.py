@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import tyro
-from lora import machine
+from lora import machine, torch_device
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import vlm_jax
+from interventions.engine import bundles
 from interventions.engine.cost import estimate
-from interventions.engine.grids import patch_grid
+from interventions.engine.grids import each_token, patch_grid
 from interventions.engine.read import Gold
 from interventions.engine.sweep import sweep_runs
 from interventions.kinds.add import Add
@@ -42,7 +43,10 @@ class Args:
     layers: int = 28
     width: int = 1024
     heads: int = 16
-    """Query heads; half as many key-value heads. Heads are 64 wide."""
+    """Query heads."""
+    groups: int = 8
+    """Key-value heads."""
+    head_dim: int = 64
     ffn: int = 3072
     image_tokens: int = 1024
     """Visual tokens, a square number."""
@@ -55,11 +59,16 @@ class Args:
     """Run only this many cells with hooks and extrapolate; None: all of them."""
     growth: bool = True
     """Also time the sweep at other numbers of image tokens, layers and variants."""
+    tokens: int = 8
+    """Also time a grid over this many tokens behind the image, each patched by itself, whose variants carry only what
+    follows their token; and the same grid where each carries all tokens behind the image. 0: neither."""
     figure: Path | None = None
     """Where to draw how the time grows."""
 
 
 def build(args: Args) -> Qwen3VLForConditionalGeneration:
+    quarter = args.head_dim // 8
+    sections = [args.head_dim // 2 - 2 * (quarter + quarter // 4), *[quarter + quarter // 4] * 2]
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": 8192,
@@ -67,9 +76,9 @@ def build(args: Args) -> Qwen3VLForConditionalGeneration:
             "intermediate_size": args.ffn,
             "num_hidden_layers": args.layers,
             "num_attention_heads": args.heads,
-            "num_key_value_heads": args.heads // 2,
-            "head_dim": 64,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]},
+            "num_key_value_heads": args.groups,
+            "head_dim": args.head_dim,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
         },
         vision_config={
             "depth": 2,
@@ -133,9 +142,10 @@ class Hooked:
     """The other side: transformers with forward hooks, one decoder pass per cell."""
 
     def __init__(self, model, arrays: dict, sweep: Sweep, dtype=torch.float32):
-        self.model, self.dtype = model.to(dtype), dtype
+        device = torch_device()
+        self.model = model.to(device, dtype)
         self.text, self.gold = model.model.language_model, sweep.answer
-        tensors = {name: torch.tensor(value) for name, value in arrays.items()}
+        tensors = {name: torch.tensor(value, device=device) for name, value in arrays.items()}
         tensors["pixel_values"] = tensors["pixel_values"].to(dtype)
         self.target = tensors["input_ids"][0, self.gold]
         self.modules = [module for layer in self.text.layers for module in (layer.self_attn, layer.mlp)]
@@ -149,7 +159,7 @@ class Hooked:
             model(**tensors)
         handle.remove()
         self.embeds = self.kwargs["inputs_embeds"]
-        self.corrupt = self.embeds + torch.tensor(sweep.noise).to(dtype)
+        self.corrupt = self.embeds + torch.tensor(sweep.noise).to(device, dtype)
         self.outputs = {}
         handles = [
             module.register_forward_hook(functools.partial(self.record, i)) for i, module in enumerate(self.modules)
@@ -280,6 +290,26 @@ def growth(args: Args, model) -> dict[str, list[tuple[int, float]]]:
     return timings
 
 
+def token_grid(args: Args, model) -> None:
+    """Prints the seconds of a grid over tokens, evenly spaced from the question to the last token that is read."""
+    arrays = prompt(args, args.image_tokens)
+    length = arrays["input_ids"].shape[1]
+    patched = np.zeros((1, length), bool)
+    patched[0, np.linspace(length - args.after, length - 2, args.tokens).astype(int)] = True
+    variants, _ = patch_grid(SITES, args.layers, tokens=each_token(patched))
+    sweep = Sweep(model, arrays, args, variants)
+    print(f"\n{len(variants):,} cells: {args.layers} layers, 2 modules, {int(patched.sum())} tokens\n{sweep.cost}")
+    print("| a variant carries | compilation (s) | grid (s) | seconds a cell |\n|---|---|---|---|")
+    exact = None
+    for carries, worth in (("what follows its first token", bundles._WORTH), ("every token behind the prefix", 1.0)):
+        bundles._WORTH = worth
+        first, median = seconds(sweep, args.repeats)
+        values = np.asarray(sweep().variants.probability)
+        exact = values if exact is None else exact
+        assert np.abs(values - exact).max() < 1e-4
+        print(f"| {carries} | {first - median:.1f} | {median:.2f} | {median / len(variants):.4f} |", flush=True)
+
+
 def draw(path: Path, timings: dict[str, list[tuple[int, float]]], cells: int) -> None:
     import matplotlib
 
@@ -299,6 +329,8 @@ def draw(path: Path, timings: dict[str, list[tuple[int, float]]], cells: int) ->
 def main(args: Args) -> None:
     hf, models = loaded(args)
     compare(args, models, hf)
+    if args.tokens:
+        token_grid(args, models["float32"])
     if args.growth:
         timings = growth(args, models["float32"])
         if args.figure is not None:

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from interventions.dictionary import Dictionary
 from interventions.editing.editors import EDITORS, init_editors
-from interventions.engine.chunks import block_of, chunk_of
+from interventions.engine.bundles import bundled
 from interventions.engine.cost import estimate
 from interventions.engine.grids import patch_grid
 from interventions.engine.prefix import shared_prefix
@@ -169,18 +169,18 @@ def trace_job(model: Model, args: Args) -> Job:
     noise = Add(jnp.asarray(question, jnp.float32)[..., None], site="text.embeddings")
     prompt_runs = {"base": (noise,), "clean": ()}
     start = shared_prefix(model, inputs, variants, read, **prompt_runs)
-    chunk = chunk_of(inputs, start, "tpu")
-    if block_of(model, inputs, start, len(variants), chunk) < len(variants):
+    bundles, *others = bundled(model, inputs, variants, start, backend="tpu").bundles
+    if others:
         raise UserError(f"--batch {args.batch} is more than one sweep holds on this mesh: give a smaller one")
-    chunk = min(chunk, len(variants))
+    (chunk,) = (bundle.chunk for bundle in bundles)  # these patches act on all tokens
     # A chunk runs from the first layer in which one of its variants differs from the base run.
     starts = np.sort(np.asarray(first_layers(variants, depth)))
     unknown = np.mean([-(-int((starts <= layer).sum()) // chunk) for layer in range(depth)])
     flops = estimate(model, inputs, variants, read, **prompt_runs, gold=_ANSWER).flops
     wide = jax.ShapeDtypeStruct((args.batch, args.length, config.hidden_size), jnp.float32)
     features = jax.eval_shape(lambda m: m.features(inputs)[0], model)
-    arguments = (model, inputs, (), (noise.replace(value=wide),), variants, read.replace(first=0), features)
-    return Job(sweep_program, arguments, {"start": start, "chunk": chunk, "mesh": None}, flops, unknown=float(unknown))
+    arguments = (model, inputs, (), (noise.replace(value=wide),), bundles, read.replace(first=0), features)
+    return Job(sweep_program, arguments, {"start": start, "mesh": None}, flops, unknown=float(unknown))
 
 
 def training_step(loss: Loss, params: Any, label: Label, labels: Iterable[str], data: Any, flops: float) -> Job:

@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jinja2
-
 from vlm_jax.data import Example
 from vlm_jax.data.example import IMAGE_MARK, without_leading_marks
 from vlm_jax.errors import UserError
@@ -171,6 +169,8 @@ class Renderer:
 
 def _check_template(template: str) -> None:
     """Raises a UserError for a template that computes powers or with huge numbers: no limit of time could end that."""
+    import jinja2  # a tenth of a second that a command's --help need not wait
+
     try:
         tokens = list(jinja2.Environment().lex(template))
     except jinja2.TemplateError:

@@ -161,6 +161,9 @@ class Intervention(abc.ABC):
     sites: frozenset[str]
     #: The first token of the prompt on which it acts, if :meth:`tokens` returns None.
     start: int = 0
+    #: Whether it changes attention scores and probabilities query by query, and looks up its arrays of tokens with
+    #: ``ctx.tokens`` and ``ctx.keys``. It then gets the queries of a long prompt in blocks, which needs less memory.
+    by_query: bool = False
 
     @abc.abstractmethod
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
@@ -224,6 +227,16 @@ class Probe:
         """Whether an intervention or a tap needs one of the sites. If not, the model may compute the sites' part in a
         faster way."""
         return any(site in self.wanted or any(site in i.sites for i in self.interventions) for site in sites)
+
+    def splits_queries(self, *sites: str) -> bool:
+        """Whether attention may be computed for some queries at a time: no tap keeps these sites' values, and the
+        interventions there change them query by query."""
+        acting = [i for i in self.interventions if not i.sites.isdisjoint(sites)]
+        return all(i.by_query for i in acting) and not any(site in self.wanted for site in sites)
+
+    def behind(self, count: Any) -> "Probe":
+        """The interventions without taps, for a value that lacks the first ``count`` tokens."""
+        return Probe(self.interventions, NO_TAPS, dataclasses.replace(self.ctx, start=self.ctx.start + count))
 
     def __call__(self, site: str, value: jax.Array, input: jax.Array | None = None, read=None) -> jax.Array:
         for intervention in self.interventions:

@@ -1,10 +1,12 @@
 """The cost of a sweep. It is printed before a long sweep, and compared with the measured time after it."""
 
 import dataclasses
+import itertools
 import time
 
 import numpy as np
 
+from interventions.engine.bundles import bundled
 from interventions.engine.prefix import shared_prefix
 from interventions.engine.variants import Variants, first_layers
 from vlm_jax import Inputs, Model
@@ -79,16 +81,22 @@ def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(),
     config = model.config.text
     batch, length = inputs.input_ids.shape
     start = shared_prefix(model, inputs, variants, read, base, clean)
-    depth, window = config.num_hidden_layers, length - start
-    alive = int(np.sum(depth - np.minimum(fetch(first_layers(variants, depth)), depth)))
-    runs = alive + (depth if clean is not None else 0)
-
+    depth = config.num_hidden_layers
+    sweeps = bundled(model, inputs, variants, start).bundles
     head = head_flops(model, gold * batch)
     entire = layers_flops(model, batch, length)
-    flops = entire + runs / depth * layers_flops(model, batch, window, start)
+    flops, token_layers = entire, depth * length
+    if clean is not None:
+        flops += layers_flops(model, batch, length - start, start)
+        token_layers += depth * (length - start)
+    for bundle in itertools.chain.from_iterable(sweeps):
+        alive = int(np.sum(depth - fetch(first_layers(bundle.variants, depth))))
+        flops += alive / depth * layers_flops(model, batch, length - bundle.begin, bundle.begin)
+        token_layers += alive * (length - bundle.begin)
+    live = sum(len(bundle.variants) * (length - bundle.begin) for bundle in sweeps[0])
     return Cost(
-        token_layers=batch * (depth * length + runs * window),
+        token_layers=batch * token_layers,
         flops=flops + head * (len(variants) + 1 + (clean is not None)),
-        bytes=len(variants) * batch * window * config.hidden_size * model.text.dtype.itemsize,
+        bytes=batch * live * config.hidden_size * model.text.dtype.itemsize,
         naive_flops=(len(variants) + 1) * (entire + head),
     )

@@ -23,6 +23,12 @@ def layer_windows(depth: int, width: int = 1) -> Bool[np.ndarray, "layers layers
     return (np.arange(depth) >= low) & (np.arange(depth) < low + width)
 
 
+def each_token(mask: Bool[np.ndarray, "batch tokens"]) -> list[Bool[np.ndarray, "batch tokens"]]:
+    """Every token that ``mask`` marks in any row by itself, as a mask of the rows that have it: the ``tokens`` of a
+    :func:`patch_grid` over every token."""
+    return [mask & (np.arange(mask.shape[1]) == token) for token in np.flatnonzero(mask.any(0))]
+
+
 def patch_grid(
     sites: Sequence[str],
     depth: int,
@@ -36,7 +42,7 @@ def patch_grid(
     Args:
         window: how many layers around each layer a variant patches.
         heads: patch each of this many heads by itself (sites that have heads); None: all at once.
-        tokens: masks, each patched by itself; None: all tokens at once.
+        tokens: masks, each patched by itself (:func:`each_token` for every token); None: all tokens at once.
 
     Returns:
         The variants, and the shape of their grid: ``(sites, L)``, then heads, then token groups where given.

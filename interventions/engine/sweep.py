@@ -1,12 +1,12 @@
 """The sweep engine: N variants of one base run, exactly, at a fraction of the cost of N runs.
 
-Three facts make it cheap. Attention is causal, so the tokens before the first one that any variant changes are computed
+Three facts make it cheap. Attention is causal, so the tokens before the first one that a variant changes are computed
 once and only attended to (shared prefix). A variant that first acts in layer l equals the base run below l, so it
 starts there from the base run's residual (shared depth). And only what the read-out looks at is unembedded.
 
 The files of this room: :mod:`.variants` (what is swept), :mod:`.read` (what is kept of a run), :mod:`.grids` (common
-sets of variants), :mod:`.prefix` and :mod:`.chunks` (what is shared, how much is done at once), :mod:`.entry` and
-:mod:`.program` (the computation), :mod:`.naive` (its oracle), :mod:`.generation` and :mod:`.cost`.
+sets of variants), :mod:`.prefix`, :mod:`.bundles` and :mod:`.chunks` (what is shared, how much is done at once),
+:mod:`.entry` and :mod:`.program` (the computation), :mod:`.naive` (its oracle), :mod:`.generation` and :mod:`.cost`.
 """
 
 import dataclasses
@@ -15,9 +15,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from interventions.engine.chunks import block_of, chunk_of
+from interventions.engine.bundles import bundled
 from interventions.engine.naive import naive_program
 from interventions.engine.prefix import possible_prefix, shared_prefix
 from interventions.engine.program import sweep_program
@@ -76,17 +75,14 @@ def sweep_runs(
     read = dataclasses.replace(read, first=0)  # a static field: another value would compile another program
     if engine == "naive":
         return naive_program(model, inputs, clean, base, variants, read)
-    chunk = chunk_of(inputs, start) if chunk is None else chunk
-    count, parts = len(variants), []
-    block = block_of(model, inputs, start, count, chunk)
-    for at in range(0, count, block):
-        part = variants.take(np.minimum(np.arange(at, at + block), count - 1))
-        parts.append(
-            sweep_program(model, inputs, clean, base, part, read, features, start=start, chunk=chunk, mesh=mesh)
-        )
-    if len(parts) == 1:
+    sweeps = bundled(model, inputs, variants, start, chunk)
+    parts = [
+        sweep_program(model, inputs, clean, base, bundles, read, features, start=start, mesh=mesh)
+        for bundles in sweeps.bundles
+    ]
+    if len(parts) == len(sweeps.bundles[0]) == 1:
         return parts[0]
-    joined = jax.tree.map(lambda *a: jnp.concatenate(a)[:count], *(runs.variants for runs in parts))
+    joined = jax.tree.map(lambda *a: jnp.concatenate(a)[sweeps.position], *(runs.variants for runs in parts))
     return parts[0]._replace(variants=joined)
 
 

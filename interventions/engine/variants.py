@@ -118,6 +118,10 @@ class PerVariant(Intervention):
     def sites(self) -> frozenset[str]:
         return frozenset().union(*(i.sites for i in self.interventions))
 
+    @property
+    def by_query(self) -> bool:
+        return all(i.by_query for i in self.interventions)
+
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         def split_rows(x):  # (B * N, ...) -> (B, N, ...)
             return None if x is None else x.reshape(-1, self.count, *x.shape[1:])
@@ -164,27 +168,42 @@ def _first_layer(site: str, active: Mapping[str, jax.Array], depth: int) -> jax.
             return 0
 
 
+def first_tokens(variants: Variants, length: int) -> Int[np.ndarray, "variants"]:
+    """The index of the first prompt token on which each variant acts; ``length`` if it acts on no token.
+
+    The arrays of the variants must be concrete, not traced, because the results are numbers for Python.
+    """
+    pairs = zip(variants.interventions, variants.axes, strict=True)
+    return np.min([np.full(len(variants), _first_tokens(*pair, length)) for pair in pairs], 0)
+
+
 def first_token(variants: Variants, length: int) -> int:
     """The index of the first prompt token that any variant changes; ``length`` if no token is changed.
 
-    The arrays of the variants must be concrete, not traced, because the result is a Python number.
+    Interventions that only copy values of the clean run do not count. Before the first token at which the clean run and
+    the base run differ, such a copy changes nothing. The caller finds that token from those two runs.
     """
-    firsts = []
-    for intervention, axes in zip(variants.interventions, variants.axes, strict=True):
-        if intervention.missing == intervention.sites:
-            # It only copies values of the clean run. Before the first token at which the clean run and the base run
-            # differ, such a copy changes nothing. The caller finds that token from those two runs.
-            continue
-        if Stage.VISION in map(stage, intervention.sites):
-            return 0
-        is_mapped = bool(jax.tree.leaves(axes))
-        tokens = jax.vmap(lambda i: i.tokens(), in_axes=(axes,))(intervention) if is_mapped else intervention.tokens()
-        if tokens is None:
-            firsts.append(intervention.start)
-            continue
-        changed = fetch(tokens).reshape(-1, length).any(0)  # by any variant, in any row
-        firsts.append(int(changed.argmax()) if changed.any() else length)
-    return min(firsts, default=length)
+    pairs = zip(variants.interventions, variants.axes, strict=True)
+    changing = [pair for pair in pairs if pair[0].missing != pair[0].sites]
+    return min((int(np.min(_first_tokens(*pair, length))) for pair in changing), default=length)
+
+
+def _first_tokens(intervention: Intervention, axes: Any, length: int) -> Int[np.ndarray, "variants"] | int:
+    """The first token on which an intervention acts: of each variant, or one number for all.
+
+    Args:
+        axes: ``in_axes`` of the intervention for ``jax.vmap``.
+    """
+    if Stage.VISION in map(stage, intervention.sites):
+        return 0
+    is_mapped = bool(jax.tree.leaves(axes))
+    tokens = jax.vmap(lambda i: i.tokens(), in_axes=(axes,))(intervention) if is_mapped else intervention.tokens()
+    if tokens is None:
+        return intervention.start
+    tokens = fetch(tokens)
+    changed = tokens.reshape(len(tokens) if is_mapped else 1, -1, length).any(1)  # in any row
+    firsts = np.where(changed.any(1), changed.argmax(1), length)
+    return firsts if is_mapped else int(firsts[0])
 
 
 def check_acts(variants: Variants) -> None:

@@ -47,6 +47,7 @@ class AttentionKnockout(Intervention):
     mode: str = option(default="post_softmax")
     new: str = option(default="answer")
     group_names: tuple[str, ...] = option(default=GROUPS)
+    by_query = True
 
     @classmethod
     def between(
@@ -160,7 +161,7 @@ class AttentionKnockout(Intervention):
         queries = ctx.tokens(groups, value.shape[2], new)
         keys = ctx.keys(groups, value.shape[3], new)
         # A product with one-hot vectors, because gathering (B, S, keys) entries one by one is slow.
-        rows = self.keep[ctx.layer][queries]
+        rows = jnp.asarray(self.keep)[ctx.layer][queries]
         keep = jnp.einsum("bsg,bkg->bsk", rows, jax.nn.one_hot(keys, rows.shape[-1], dtype=rows.dtype))[:, None]
         match self.mode:
             case "pre_softmax":
@@ -213,6 +214,7 @@ class UniformAttention(OnTokens):
 
     strength: Float[ArrayLike, "layers"]
     site: str = option(default="text.attn_scores")
+    by_query = True
 
     @property
     def sites(self) -> frozenset[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from interventions.engine.grids import patch_grid
+from interventions.engine.grids import each_token, patch_grid
 from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import Gold
 from interventions.engine.sweep import sweep_runs
@@ -37,7 +37,8 @@ def token_effects(
     """The indirect effect of every token, P0's equation 3 with a patch of one token: p(gold) with the token's clean
     output of one module in the corrupted run, minus p(gold) of the corrupted run.
 
-    It is 0 for tokens before the first corrupted one: there the two runs agree.
+    It is 0 for tokens before the first corrupted one, where the two runs agree, and from the last gold token on, which
+    nobody reads.
 
     Args:
         row: the number of the example that ``batch`` holds, with its answer.
@@ -47,15 +48,17 @@ def token_effects(
     acting = bind(interventions, batch)
     base = *corrupt([row], batch), *acting
     start = min(first_token(stack([one]), length) for one in base)
-    # Padding is patched too, without an effect, so that prompts of one padded length share a program.
-    masks = np.eye(length, dtype=bool)[start // PREFIX_BUCKET * PREFIX_BUCKET :, None]
-    depth = model.config.text.num_hidden_layers
-    variants, shape = patch_grid(MODULE_SITES, depth, window=options.window, tokens=list(masks))
     gold = Gold.of(batch.inputs, batch.spans["answer"])
+    # Some tokens outside are patched too, without an effect, so that prompts of nearly the same shape share a program.
+    first, end = start // PREFIX_BUCKET, -(-int(gold.index[gold.valid].max()) // PREFIX_BUCKET)
+    patched = np.zeros((1, length), bool)
+    patched[:, first * PREFIX_BUCKET : end * PREFIX_BUCKET] = True
+    depth = model.config.text.num_hidden_layers
+    variants, shape = patch_grid(MODULE_SITES, depth, window=options.window, tokens=each_token(patched))
     runs = sweep_runs(model, batch.inputs, variants, gold, base=base, clean=acting)
     effects = fetch(runs.variants.probability)[:, 0] - fetch(runs.base.probability)[0]
     found = np.zeros((depth, len(MODULE_SITES), length), np.float32)
-    found[..., length - len(masks) :] = effects.reshape(shape).swapaxes(0, 1)
+    found[..., patched[0]] = effects.reshape(shape).swapaxes(0, 1)
     return found
 
 

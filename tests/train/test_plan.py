@@ -128,7 +128,8 @@ def test_turns_of_the_variants_loop():
     """Counted by hand: every layer runs the chunks in which some variant has begun. 8 layers, 16 variants."""
     model = abstract(config_of("mini-qwen3-vl"))
     job = trace_job(model, Args("mini-qwen3-vl", batch=16, length=1024))
-    chunk = job.kwargs["chunk"]
+    (bundle,) = job.args[4]
+    chunk = bundle.chunk
     assert 1 < chunk < 16
     assert job.unknown == sum(-(-2 * (layer + 1) // chunk) for layer in range(8)) / 8 > 1
 

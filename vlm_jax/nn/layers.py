@@ -100,7 +100,8 @@ def rotate(
 
 
 #: Attention with a causal mask runs over blocks of this many queries. A block skips the keys after its last query.
-#: Other attention, as in vision towers, runs over such blocks from ``_LONG`` queries on, to need less memory.
+#: Other attention, as in vision towers or under a knock-out, runs over such blocks from ``_LONG`` queries on, to need
+#: less memory.
 _QUERY_BLOCK, _LONG = 256, 1024
 
 #: Keys, values and mask of earlier tokens that attention also reads. A segment has fewer rows than the queries where
@@ -114,9 +115,9 @@ Segment = tuple[
 
 def attend(
     q: Float[ArrayLike, "batch tokens heads head_dim"],
-    k: Float[ArrayLike, "batch tokens groups head_dim"],
-    v: Float[ArrayLike, "batch tokens groups head_dim"],
-    mask: Bool[ArrayLike, "batch tokens tokens"] | None,
+    k: Float[ArrayLike, "batch keys groups head_dim"],
+    v: Float[ArrayLike, "batch keys groups head_dim"],
+    mask: Bool[ArrayLike, "batch tokens keys"] | None,
     probe: Probe,
     tower: str,
     past: Sequence[Segment] = (),
@@ -156,13 +157,23 @@ def attend(
         return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
     if observed:
-        out = _attend_with_probs(q, segments, scores_of, probe, tower)
+
+        def attend_with_probs(q, masks, probe):
+            masked = [(keys, values, mask) for (keys, values, _), mask in zip(segments, masks, strict=True)]
+            return _attend_with_probs(q, masked, scores_of, probe, tower)
+
+        masks = tuple(mask for _, _, mask in segments)
+        if length >= _LONG and probe.splits_queries(f"{tower}.attn_scores", f"{tower}.attn_probs"):
+            out = _in_turn(lambda q, masks, first: attend_with_probs(q, masks, probe.behind(first)), q, masks)
+        else:
+            out = attend_with_probs(q, masks, probe)
     elif not causal and not past and length >= _LONG:
-        out = _attend_in_turn(q, segments[0], scores_of)
+        keys, values, _ = segments[0]
+        out = _in_turn(lambda q, mask, _: _attend_fused(q, [(keys, values, mask)], scores_of), q, mask)
     else:
         step, parts = _QUERY_BLOCK if causal else length, []
         for start in range(0, length, step):
-            block, end = slice(start, start + step), min(start + step, length)
+            block, end = slice(start, start + step), min(start + step, length) if causal else k.shape[1]
             keys, values, _ = segments[-1]
             visible = None if mask is None else mask[:, block, :end]
             visible_segments: list[tuple] = [(*segment[:2], segment[2][:, block]) for segment in segments[:-1]]
@@ -221,23 +232,29 @@ def _attend_fused(q: jax.Array, segments: Sequence[tuple], scores_of: Callable) 
     return (out / total).astype(q.dtype)
 
 
-def _attend_in_turn(q: jax.Array, segment: tuple, scores_of: Callable) -> jax.Array:
-    """As :func:`_attend_fused` with one segment, one block of queries after the other, so that the scores of one block
-    are in memory at a time. A backward pass computes them again."""
-    keys, values, mask = segment
-    length, count = q.shape[3], -(-q.shape[3] // _QUERY_BLOCK)
-    padding = count * _QUERY_BLOCK - length
+def _in_turn(attend_block: Callable, q: jax.Array, masks: Any) -> jax.Array:
+    """Attention of one block of queries after the other, so that the scores of one block are in memory at a time. A
+    backward pass computes them again.
+
+    Args:
+        attend_block: ``(queries, their masks, the number of the first query) -> outputs``.
+        q: ``(B, G, H / G, S, d)``. masks: a pytree of arrays ``(B, S, keys)``.
+    """
+    length = q.shape[3]
+    whole = length // _QUERY_BLOCK * _QUERY_BLOCK
+    one = jax.checkpoint(attend_block)
 
     def blocks(x: jax.Array, axis: int) -> jax.Array:
-        x = jnp.pad(x, [(0, padding if number == axis else 0) for number in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, _QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0)
+        x = jax.lax.slice_in_dim(x, 0, whole, axis=axis)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, _QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0)
 
-    @jax.checkpoint
-    def one(block: tuple) -> jax.Array:
-        return _attend_fused(block[0], [(keys, values, block[1])], scores_of)
-
-    out = jax.lax.map(one, (blocks(q, 3), None if mask is None else blocks(mask, 1)))
-    return jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], -1, q.shape[4])[..., :length, :]
+    scanned = blocks(q, 3), jax.tree.map(lambda mask: blocks(mask, 1), masks), jnp.arange(0, whole, _QUERY_BLOCK)
+    out = jax.lax.map(lambda block: one(*block), scanned)
+    out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], whole, q.shape[4])
+    if whole == length:
+        return out
+    rest = one(q[..., whole:, :], jax.tree.map(lambda mask: mask[:, whole:], masks), whole)
+    return jnp.concatenate([out, rest], 3)
 
 
 def _attend_with_probs(

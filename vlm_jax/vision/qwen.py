@@ -14,7 +14,8 @@ from vlm_jax.config import VisionConfig
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import PATCH_BUCKET, Images, bucket
 from vlm_jax.nn.layers import Linear, attend, rotate
-from vlm_jax.sites import Probe
+from vlm_jax.nn.windows import Windows, attend_in_windows
+from vlm_jax.sites import NO_TAPS, Probe
 from vlm_jax.typing import Array, ArrayLike
 
 
@@ -127,11 +128,28 @@ class Attention(nnx.Module):
         rope: Rope2d,
         mask: Bool[ArrayLike, "images patches patches"],
         probe: Probe,
+        windows: Windows | None = None,
+        in_windows: Bool[ArrayLike, ""] | bool = False,
     ) -> Float[Array, "images patches width"]:
+        """Attention under ``mask``.
+
+        Args:
+            windows, in_windows: whether ``mask`` is the one of these windows.
+        """
         images, patches, _ = x.shape
         qkv = probe.linear("visual.attn.qkv", self.qkv, x).reshape(images, patches, 3, self.heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        out = attend(rotate(q, *rope), rotate(k, *rope), v, mask, probe, "visual")
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if windows is None or probe.meets("visual.attn_scores", "visual.attn_probs"):
+            out = attend(q, k, v, mask, probe, "visual")
+        else:
+            unseen = Probe((), NO_TAPS, probe.ctx)  # what a branch taps cannot leave it
+            out = jax.lax.cond(
+                in_windows,
+                lambda: attend_in_windows(q, k, v, windows),
+                lambda: attend(q, k, v, mask, unseen, "visual"),
+            )
+            out = probe("visual.head_out", out.reshape(v.shape)).reshape(out.shape)
         return probe.linear("visual.attn.proj", self.proj, out)
 
 

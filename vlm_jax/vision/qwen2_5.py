@@ -1,7 +1,8 @@
 """Qwen2.5-VL's vision tower: attention inside windows, with a few blocks that see the whole image.
 
 transformers sorts the patches by window, attends within each window and restores the order after the merger. Attention
-does not depend on the order, so here the patches stay in place and a mask says which of them share a window.
+does not depend on the order, so here the patches stay in place and a mask says which of them share a window. The
+attention of large pictures sorts them, computes window by window, and puts them back (:mod:`vlm_jax.nn.windows`).
 """
 
 import dataclasses
@@ -17,12 +18,15 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 from vlm_jax.inputs import Images
 from vlm_jax.nn.layers import ACTIVATIONS, Linear, RMSNorm
 from vlm_jax.nn.rope import rope_2d
+from vlm_jax.nn.windows import Windows
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, tower_sites
 from vlm_jax.typing import Array, ArrayLike
 from vlm_jax.vision.blocks import Features, scan_blocks
 from vlm_jax.vision.qwen import Attention, QwenVision, Rope2d
 
 _EPS = 1e-6
+#: From this many patches on, attention in windows is computed window by window.
+_LONG = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +78,11 @@ class Block(nnx.Module):
         rope: Rope2d,
         mask: Bool[ArrayLike, "images patches patches"],
         probe: Probe,
+        windows: Windows | None,
+        in_windows: Bool[ArrayLike, ""],
     ) -> Float[Array, "images patches width"]:
         x = probe("visual.resid_pre", x)
-        x = x + probe("visual.attn_out", self.attn(self.norm1(x), rope, mask, probe))
+        x = x + probe("visual.attn_out", self.attn(self.norm1(x), rope, mask, probe, windows, in_windows))
         x = x + probe("visual.mlp_out", self.mlp(self.norm2(x), probe))
         return probe("visual.resid_post", x)
 
@@ -127,13 +133,19 @@ class VisionTower(nnx.Module):
         x = outer("visual.embeddings", x)
         rope = rope_2d(images.grid_positions, config.rope_theta, config.hidden_size // config.num_heads)
         seen = images.patch_mask[:, None, :] & images.patch_mask[:, :, None]
-        window = images.grid_positions // config.window_side  # row and column of each patch's window
-        same_window = seen & (window[:, None, :] == window[:, :, None]).all(-1)
+        row, column = jnp.moveaxis(jnp.asarray(images.grid_positions) // config.window_side, -1, 0)
+        number = row * (column.max() + 1) + column  # of each patch's window
+        same_window = seen & (number[:, None, :] == number[:, :, None])
+        windows = None
+        if x.shape[1] >= _LONG:
+            windows = Windows.of(jnp.where(images.patch_mask, number, -1), config.window_side**2)
         full = np.isin(np.arange(config.depth), config.fullatt_block_indexes)
         x, _, block_taps = scan_blocks(
             self.blocks,
             x,
-            lambda block, x, full, probe: block(x, rope, jnp.where(full, seen, same_window), probe),
+            lambda block, x, full, probe: block(
+                x, rope, jnp.where(full, seen, same_window), probe, windows, jnp.logical_not(full)
+            ),
             each=jnp.asarray(full),
             interventions=interventions,
             taps=taps,

@@ -1,0 +1,134 @@
+"""Knock-outs in long prompts: the scores of one block of queries after the other, with the same results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kind_cases import FAMILIES, LAYERS, Case, error, only, spans_of
+
+from interventions import AttentionKnockout, Logits, UniformAttention, bind, stack, sweep
+from interventions.engine.program import sweep_program
+from interventions.kinds.attention import MODES
+from vlm_jax import Intervention
+from vlm_jax.nn import layers
+from vlm_jax.prompts import Batch
+from vlm_jax.sites import Context, Probe
+
+EXACT, CAUGHT = 2e-5, 1e-3  # logits reach 10, and blocks sum in another order
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    made = {}
+
+    def case(family):
+        if family not in made:
+            made[family] = Case(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return case
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """From now on, attention runs in blocks of 5 queries, the last of which is not full."""
+
+    def begin():
+        monkeypatch.setattr(layers, "_LONG", 8)
+        monkeypatch.setattr(layers, "_QUERY_BLOCK", 5)
+        sweep_program.clear_cache()
+
+    yield begin
+    sweep_program.clear_cache()
+
+
+def knock_outs(case, mode):
+    batch = Batch(case.inputs["left"], spans_of(case.masks["left"]), 2)
+    made = [
+        AttentionKnockout.between(LAYERS, query, key, layers, mode=mode, keep=0.1)
+        for query, key, layers in (("text", "image", None), ("question", "before+question", [1, 2]))
+    ]
+    return bind(made, batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_change_nothing(cases, in_blocks, family):
+    """Every mode, in prompts with images and padding."""
+    case = cases(family)
+    inputs, real = case.inputs["left"], case.real["left"]
+
+    def logits():
+        runs = [case.model(inputs, (knock,)).logits for mode in MODES for knock in knock_outs(case, mode)]
+        runs.append(case.model(inputs, (UniformAttention(only(1, 0.7, 0)),)).logits)
+        return [np.asarray(one)[real] for one in runs]
+
+    whole, plain = logits(), np.asarray(case.model(inputs).logits)[real]
+    in_blocks()
+    for number, (one, other) in enumerate(zip(logits(), whole, strict=True)):
+        assert np.abs(other - plain).max() > CAUGHT, number
+        assert error(one, other) < EXACT, number
+
+
+def test_sweeps_in_blocks(cases, in_blocks):
+    case = cases("qwen3_vl")
+    inputs, read = case.inputs["left"], Logits.of(case.inputs["left"])
+    variants = stack([(knock,) for mode in ("post_softmax",) for knock in knock_outs(case, mode)])
+    whole = np.asarray(sweep(case.model, inputs, variants, read, start=0))
+    in_blocks()
+    assert error(np.asarray(sweep(case.model, inputs, variants, read, start=0)), whole) < EXACT
+
+
+class Centred(Intervention):
+    """Takes the mean over the queries from every score, so it needs all of them at once."""
+
+    sites = frozenset({"text.attn_scores"})
+
+    def __call__(self, site, value, ctx):
+        return value - value.mean(2, keepdims=True)
+
+
+jax.tree_util.register_static(Centred)
+
+
+def test_what_needs_all_queries_gets_them(cases, in_blocks, monkeypatch):
+    """A kind that does not say that it works query by query. The control says so falsely."""
+    case = cases("qwen3_vl")
+    inputs, real = case.inputs["left"], case.real["left"]
+    whole = np.asarray(case.model(inputs, (Centred(),)).logits)[real]
+    in_blocks()
+    assert error(np.asarray(case.model(inputs, (Centred(),)).logits)[real], whole) < EXACT
+    monkeypatch.setattr(Centred, "by_query", True)
+    assert error(np.asarray(case.model(inputs, (Centred(),)).logits)[real], whole) > CAUGHT
+
+
+def test_taps_get_all_queries(cases, in_blocks):
+    case = cases("gemma3")
+    inputs, knock = case.inputs["left"], knock_outs(case, "post_softmax")[0]
+
+    def probabilities():
+        return np.asarray(case.model(inputs, (knock,), taps=["text.attn_probs"]).taps["text.attn_probs"])
+
+    whole = probabilities()
+    in_blocks()
+    np.testing.assert_allclose(probabilities(), whole, atol=EXACT)
+
+
+@pytest.mark.parametrize("mode", ["pre_softmax", "post_softmax"])
+def test_a_long_prompt_needs_less_memory(monkeypatch, mode):
+    """4,096 tokens of one layer: the compiled program's own account. Without blocks it is the control."""
+    knock = AttentionKnockout.between(1, "text", "image", mode=mode)
+
+    def temporary() -> int:
+        def run(q, k, mask, groups):
+            probe = Probe((knock.replace(groups=groups),), {}, Context(0))
+            return layers.attend(q, k, k, mask, probe, "text", causal=True)
+
+        shapes = [(1, 4096, 16, 64), (1, 4096, 4, 64)]
+        heads = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        mask = jax.ShapeDtypeStruct((1, 4096, 4096), jnp.bool_)
+        groups = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+        return jax.jit(run).lower(*heads, mask, groups).compile().memory_analysis().temp_size_in_bytes
+
+    blocks = temporary()
+    monkeypatch.setattr(layers, "_LONG", 8192)
+    assert 5 * blocks < temporary()
