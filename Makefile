@@ -43,3 +43,9 @@ $(VENV)/installed: pyproject.toml requirements.lock
 $(VENV)/installed-test: $(VENV)/installed requirements-test.lock
 	$(BIN)/pip install --quiet -r requirements-test.lock
 	touch $@
+
+# The other tools of benchmarks/peers.py.
+.venv-peers/installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet torch==2.13.0 transformers==5.24.0 nnsight==0.8.1 transformer-lens==4.3.0
+	touch $@

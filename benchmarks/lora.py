@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -49,6 +49,12 @@ class Args:
     """Over how many epochs the frozen trunk is reused, for placements with a trunk (P0: 3)."""
     repeats: int = 5
     placements: tuple[Literal["all", "upper"], ...] = ("all", "upper")
+    ours: tuple[Literal["ours", "ours-over-bfloat16", "ours-bfloat16"], ...] = (
+        "ours",
+        "ours-over-bfloat16",
+        "ours-bfloat16",
+    )
+    """This library in float32, in float32 over bfloat16 weights, in bfloat16."""
     peers: tuple[Literal["peft", "peft-lean", "peft-bfloat16"], ...] = ("peft", "peft-lean", "peft-bfloat16")
     """What to compare with: PEFT with its defaults; PEFT without gradients below the adapters (by default its gradient
     checkpointing computes those of the embeddings); PEFT with bfloat16 weights."""
@@ -84,7 +90,8 @@ def write_model(args: Args, folder: Path) -> None:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder / "model")
+    # In bfloat16, so that every side has the same weights in every precision.
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
 
 
 def write_adapter(args: Args, folder: Path, placement: str) -> None:
@@ -94,7 +101,7 @@ def write_adapter(args: Args, folder: Path, placement: str) -> None:
     import vlm_jax
     from interventions.placement.adapters import init_lora, save_peft
 
-    model, _ = vlm_jax.load(folder / "model")
+    model, _ = vlm_jax.load(folder / "model", dtype="float32")
     key = jax.random.key(0)
     lora = init_lora(model, modules(args, placement), r=args.r, alpha=16.0, dropout=args.dropout, key=key)
     shake = lambda b: 0.01 * jax.random.normal(jax.random.fold_in(key, b.shape[-1]), b.shape)  # noqa: E731
@@ -102,10 +109,18 @@ def write_adapter(args: Args, folder: Path, placement: str) -> None:
     save_peft(lora, model, folder / placement)
 
 
+#: The precisions of this library's sides.
+_OURS: dict[str, dict[str, Any]] = {
+    "ours": {"dtype": "float32"},
+    "ours-over-bfloat16": {"dtype": "float32", "weights": "bfloat16"},
+    "ours-bfloat16": {"dtype": "bfloat16"},
+}
+
+
 class Ours:
     """This library's training step, as ``train.trunk`` runs it."""
 
-    def __init__(self, args: Args, folder: Path, placement: str):
+    def __init__(self, args: Args, folder: Path, placement: str, side: str):
         import jax
 
         import vlm_jax
@@ -117,7 +132,7 @@ class Ours:
         from vlm_jax.prompts import Batch
 
         self.jax, self.update, self.trunk = jax, update, trunk
-        model, _ = vlm_jax.load(folder / "model")
+        model, _ = vlm_jax.load(folder / "model", **_OURS[side])
         lora = load_peft(model, folder / placement).replace(dropout=args.dropout)
         ids = tokens(args)
         answer = np.zeros(ids.shape, bool)
@@ -179,7 +194,7 @@ class Peft:
 
 
 def make(args: Args, folder: Path, placement: str, side: str):
-    return Ours(args, folder, placement) if side == "ours" else Peft(args, folder, placement, side)
+    return (Ours if side in _OURS else Peft)(args, folder, placement, side)
 
 
 def timed(call) -> tuple[float, float, float | None]:
@@ -191,7 +206,7 @@ def timed(call) -> tuple[float, float, float | None]:
 
 def compare(args: Args, folder: Path, placement: str) -> dict:
     """For every side: seconds of the trunk and of a step, measured in turns, and the losses."""
-    sides = {side: make(args, folder, placement, side) for side in ("ours", *args.peers)}
+    sides = {side: make(args, folder, placement, side) for side in (*args.ours, *args.peers)}
     rows: dict = {side: {"seconds": [], "trunk_seconds": [], "core_seconds": [], "losses": []} for side in sides}
     for side, it in sides.items():
         rows[side]["first_seconds"] = timed(it.step)[0]
@@ -244,10 +259,12 @@ def report(args: Args, results: dict) -> str:
         where = "all linears" if placement == "all" else f"the linears of the upper {args.upper} layers"
         whole = ours["trunk_seconds"] + ours["seconds"]
         reused = ours["trunk_seconds"] / args.epochs + ours["seconds"]
-        shown = [("ours", whole, ours)]
-        if placement != "all":
-            shown.append((f"ours, trunk reused over {args.epochs} epochs", reused, ours))
-        shown += [(side, row["seconds"], row) for side, row in rows.items() if side != "ours"]
+        shown = []
+        for side, row in rows.items():
+            shown.append((side, row["trunk_seconds"] + row["seconds"], row))
+            if placement != "all" and side in _OURS:
+                spent = row["trunk_seconds"] / args.epochs + row["seconds"]
+                shown.append((f"{side}, trunk reused over {args.epochs} epochs", spent, row))
         for name, spent, row in shown:
             memory = f"{row['memory_gib']:.2f}" if "memory_gib" in row else ""
             lines.append(

@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import tyro
-
 import peer_sides
 import sweep
-import vlm_jax
+import tyro
 from lora import machine
+
+import vlm_jax
 
 HERE = Path(__file__).resolve().parent
 

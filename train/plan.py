@@ -41,6 +41,7 @@ from train.objective import adamw, linear_decay
 from train.step import Loss, State, Step, update
 from train.subsets import Label, partitioned, split
 from vlm_jax.checkpoints.leaves import abstract, leaf_name
+from vlm_jax.checkpoints.precision import Precision
 from vlm_jax.config import Config, with_attention, with_registers
 from vlm_jax.errors import UserError
 from vlm_jax.generate import decoding
@@ -96,6 +97,8 @@ class Args:
     split the batch, fsdp also splits the parameters, tensor splits attention heads and MLPs."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the parameters."""
+    weights: Literal["bfloat16"] | None = None
+    """bfloat16: with --dtype float32, the matrices are bfloat16 and everything else is float32."""
     batch: Annotated[int, BATCH] = 8
     """Samples in a batch, over all chips; for --job sae tokens, which every dictionary reads."""
     length: Annotated[int, Range(least=1)] = 1024
@@ -290,11 +293,12 @@ def sae_job(model: Model, args: Args) -> Job:
 JOBS = {"trace": trace_job, "lora": lora_job, "edit": edit_job, "generate": generate_job, "sae": sae_job}
 
 
-def abstract_on(config: Config, mesh: jax.sharding.Mesh, dtype: str) -> Model:
+def abstract_on(config: Config, mesh: jax.sharding.Mesh, precision: Precision) -> Model:
     """The model with a shape, a dtype and a sharding on the mesh in place of each parameter."""
 
     def placed(path, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(leaf_name(path), leaf.shape, mesh))
+        name = leaf_name(path)
+        return jax.ShapeDtypeStruct(leaf.shape, precision.of_leaf(name), sharding=sharding(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(placed, abstract(config))
 
@@ -371,7 +375,7 @@ class Plan:
         longest = max(bounds, key=lambda cause: bounds[cause])
         lines = [
             f"{args.model}, {args.job} on {args.topology} ({self.chips} chips), mesh {args.mesh}: batch {args.batch}, "
-            f"{args.length} tokens, {args.dtype}",
+            f"{args.length} tokens, {args.dtype}" + (f" over {args.weights} weights" if args.weights else ""),
             f"  memory per chip  {self.total / gib:.2f} of {self.chip.memory_bytes / gib:.2f} GiB: arguments "
             f"{self.arguments / gib:.2f}, parameters not read {self.idle / gib:.2f}, temporaries "
             f"{self.temporaries / gib:.2f}, results {self.outputs / gib:.2f}",
@@ -424,7 +428,7 @@ def compiled(args: Args) -> Plan:
     check_mesh(config, mesh)
     if args.batch % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"--batch {args.batch} cannot be split over data x fsdp = {rows}: give a multiple of it")
-    model = abstract_on(config, mesh, args.dtype)
+    model = abstract_on(config, mesh, Precision.of(args.dtype, args.weights))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         job = JOBS[args.job](model, args)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):

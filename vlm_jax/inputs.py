@@ -4,6 +4,7 @@ Everything that depends on a *value* (image grids, where images are, padding) is
 itself depends on shapes only, and compiles once per bucket.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -199,6 +200,25 @@ class Inputs:
 
         return self.replace(images=jax.tree.map(spread, old).replace(stride=stride), image_index=index)
 
+    def trimmed(self) -> "Inputs":
+        """The same rows with less padding behind the patches of their images (NumPy arrays only).
+
+        The number of patches is one of few, at most half more than the largest image needs, so that batches of pictures
+        of many sizes have few shapes.
+        """
+        images, index = self.images, self.image_index
+        if images is None or index is None or images.grid_positions is None:
+            return self  # towers that take one size have no such padding
+        patches = images.patch_mask.shape[1]
+        merge = patches // images.stride
+        needed = few(int(images.patch_mask.sum(1).max()), math.lcm(PATCH_BUCKET, merge))
+        if needed >= patches:
+            return self
+        stride = needed // merge
+        moved = np.where(index >= 0, index // images.stride * stride + index % images.stride, -1).astype(index.dtype)
+        fewer = jax.tree.map(lambda array: array[:, :needed], images).replace(stride=stride)
+        return self.replace(images=fewer, image_index=moved)
+
     def turned(self) -> "Inputs":
         """Swaps the first two axes of position_ids: ``(3, batch, tokens)`` becomes ``(batch, 3, tokens)``.
 
@@ -293,3 +313,10 @@ def rope_index(
 def bucket(length: int, step: int = LENGTH_BUCKET) -> int:
     """``length`` rounded up to a multiple of ``step``."""
     return -(-length // step) * step
+
+
+def few(length: int, step: int) -> int:
+    """``length`` rounded up to ``step`` times 1, 2, 3, 4, 6, 8, 12, 16 and so on."""
+    steps = max(1, -(-length // step))
+    power = 1 << (steps - 1).bit_length()
+    return step * (3 * power // 4 if steps <= 3 * power // 4 else power)

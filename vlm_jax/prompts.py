@@ -219,7 +219,8 @@ def batches(
     step: int = LENGTH_BUCKET,
     **options,
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of ``size`` rows of similar length. There are few different shapes, so few programs are compiled.
+    """Batches of ``size`` rows of similar length. There are few different shapes, so few programs are compiled. A very
+    large picture makes the vision tower do more work in its own batch only.
 
     Args:
         align: if not 0, a batch has only questions that begin within the same ``align`` tokens.
@@ -241,7 +242,7 @@ def batches(
             for start in range(0, len(group), size):
                 rows = group[start : start + size]
                 filled = rows + rows[-1:] * (size - len(rows))
-                inputs = window.inputs.take(filled, size * image_count).cut(length)
+                inputs = window.inputs.take(filled, size * image_count).cut(length).trimmed()
                 spans = {name: span[filled, :length] for name, span in window.spans.items()}
                 yield [first + row for row in rows], Batch(inputs, spans, image_count)
 

@@ -44,9 +44,7 @@ def product(spec: str, x: ArrayLike, y: ArrayLike, dtype: Any = None) -> Array:
 
 @functools.cache
 def has_matrix_units() -> bool:
-    """Whether this machine multiplies bfloat16 numbers several times faster than float32 ones."""
-    if jax.default_backend() != "cpu":
-        return True
+    """Whether the CPU multiplies bfloat16 numbers several times faster than float32 ones, as accelerators do."""
     facts = Path("/proc/cpuinfo")
     return facts.is_file() and "amx_bf16" in facts.read_text()
 
@@ -55,10 +53,16 @@ def _summed(spec: str, dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     add = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
     if x.dtype == y.dtype:
         return add(x, y).astype(dtype)
-    if not has_matrix_units():  # in a loop over layers, the widened copy is that of one layer
+
+    def widened(x: jax.Array, y: jax.Array) -> jax.Array:  # in a loop over layers, the copy is that of one layer
         return add(x.astype(jnp.float32), y.astype(jnp.float32)).astype(dtype)
-    pairs = list(itertools.product(_parts(x), _parts(y)))
-    return sum(add(*pair) for pair in reversed(pairs)).astype(dtype)  # the smallest first, so that they are not lost
+
+    def by_parts(x: jax.Array, y: jax.Array) -> jax.Array:
+        pairs = list(itertools.product(_parts(x), _parts(y)))
+        return sum(add(*pair) for pair in reversed(pairs)).astype(dtype)  # the smallest first: they are not lost
+
+    # The choice is made for the machine that the program is compiled for, which need not be this one.
+    return jax.lax.platform_dependent(x, y, cpu=by_parts if has_matrix_units() else widened, default=by_parts)
 
 
 def _parts(x: jax.Array) -> list[jax.Array]:
