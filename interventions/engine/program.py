@@ -16,6 +16,7 @@ from interventions.engine.variants import PerVariant, Variants, first_layers
 from vlm_jax import Inputs, Model
 from vlm_jax.model import Embedded
 from vlm_jax.nn.decoder import Decoder, KeyValues, Layer, Window
+from vlm_jax.nn.stacks import layer_at
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap, token_axis
 from vlm_jax.typing import Array, ArrayLike
 from vlm_jax.vision.blocks import Features
@@ -206,8 +207,11 @@ def _through_layers(fixed: Fixed, depth: int, has_clean: bool) -> States:
         entry = bundle.variant_entry
         variants.append(jnp.zeros((len(bundle.first_layer), *x.shape), x.dtype) if entry is None else entry.x)
     states = States(fixed.lead_entry.x, fixed.base_entry.x if has_clean else None, tuple(variants))
-    step = functools.partial(_through_layer, fixed)
-    return jax.lax.scan(step, states, (fixed.text.layers, jnp.arange(depth)))[0]
+
+    def step(states, index):
+        return _through_layer(fixed, states, (layer_at(fixed.text.layers, index), index))
+
+    return jax.lax.scan(step, states, jnp.arange(depth))[0]
 
 
 def _through_layer(fixed: Fixed, states: States, scanned: tuple[Layer, jax.Array]) -> tuple[States, None]:

@@ -64,7 +64,7 @@ def test_trimming_changes_no_result(loaded, examples):
         for i in range(len(rows)):
             real = batch.inputs.attention_mask[i]
             other = untrimmed.inputs.attention_mask[i]
-            np.testing.assert_allclose(read[0][i][real], read[1][i][other], atol=1e-5)
+            np.testing.assert_allclose(read[0][i][real], read[1][i][other], atol=5e-5)
 
 
 def test_towers_of_one_size_stay_as_they_are(examples):

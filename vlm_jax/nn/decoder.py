@@ -15,6 +15,7 @@ from vlm_jax.mesh.sharding import constrain
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, attend, rotate
 from vlm_jax.nn.products import product
 from vlm_jax.nn.rope import rotary
+from vlm_jax.nn.stacks import layer_at, scanned_layer
 from vlm_jax.nn.visibility import Tokens, visible
 from vlm_jax.sites import LAYER_SITES, NO_TAPS, Context, Probe, Tap, scan_layers
 from vlm_jax.typing import Array, ArrayLike
@@ -277,7 +278,7 @@ class Decoder(nnx.Module):
 
         def body(x, scanned, index):
             layer, past, layer_interventions = scanned
-            layer = jax.tree.map(lambda a: a[index], self.layers) if layer is None else layer
+            layer = layer_at(self.layers, index) if layer is None else scanned_layer(layer, self.layers, index)
             context = Context(index, start=window.start, decoding=window.decoding)
             probe = Probe((*interventions, *layer_interventions), taps, context)
             x, key_values = layer(x, self.at(window, index), past, self.deepstack_at(deepstack, index), probe)

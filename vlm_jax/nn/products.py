@@ -54,7 +54,7 @@ def _summed(spec: str, dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     if x.dtype == y.dtype:
         return add(x, y).astype(dtype)
 
-    def widened(x: jax.Array, y: jax.Array) -> jax.Array:  # in a loop over layers, the copy is that of one layer
+    def widened(x: jax.Array, y: jax.Array) -> jax.Array:
         return add(x.astype(jnp.float32), y.astype(jnp.float32)).astype(dtype)
 
     def by_parts(x: jax.Array, y: jax.Array) -> jax.Array:
