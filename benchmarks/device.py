@@ -2,15 +2,17 @@
 
     python benchmarks/device.py --size full --json runs/device.json
 
-On a card it takes at most ``--minutes``: a part that would begin later is left out and named. It needs no network. With
-``--size toy``, the default, it runs on a CPU, to see that it works. It uses the versions that it meets and names them:
-torch, transformers, peft, and jax with its CUDA plugin.
+No part begins after ``--minutes``; one that would is named instead. It needs no network. With ``--size toy``, the
+default, it runs on a CPU, to see that it works. It uses the versions that it meets and names them: torch, transformers,
+peft, and jax with its CUDA plugin.
 """
 
+import copy
 import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -18,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a part of the card too
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def memory_gib() -> dict[str, float | None]:
-    """The peaks of both libraries' device memory since the process began."""
+    """The peaks of both libraries' device memory: of JAX since the process began, of torch in this part."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     other = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
@@ -86,15 +90,18 @@ def parity(_: Args) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for family, rows in _ROWS.items():
         config = tiny_config(family)
-        hf = tiny_model(config).to(torch.bfloat16)  # so that all precisions have the same weights
+        hf = tiny_model(config)
+        with torch.no_grad():
+            for parameter in hf.parameters():  # so that all precisions have the same weights; buffers stay exact
+                parameter.copy_(parameter.to(torch.bfloat16).float())
         batch = make_batch(rows, "left", 0, config)
         real = batch["attention_mask"] == 1
         with tempfile.TemporaryDirectory() as folder:
-            hf.save_pretrained(folder)
+            copy.deepcopy(hf).to(torch.bfloat16).save_pretrained(folder)
             for name, options in _PRECISIONS.items():
                 model, _ = vlm_jax.load(folder, **options)
                 ours = model(vlm_jax.Inputs.from_hf(model.config, **batch)).logits
-                oracle = hf.to(lora.torch_device(), getattr(torch, options["dtype"])).eval()
+                oracle = copy.deepcopy(hf).to(lora.torch_device(), getattr(torch, options["dtype"])).eval()
                 fed = {key: value.to(oracle.device) for key, value in tensors(batch).items()}
                 if "pixel_values" in fed:
                     fed["pixel_values"] = fed["pixel_values"].to(oracle.dtype)
@@ -162,13 +169,13 @@ def generation(_: Args, shapes: sweep.Args, new_tokens: int) -> dict[str, Any]:
     def ours(count: int):
         return vlm_jax.generate(models["bfloat16"], inputs, count, eos_token_id=())
 
-    def hooks(count: int):
+    def transformers(count: int):
         with torch.no_grad():
             options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
             return theirs.generate(**fed, **options).cpu().numpy()
 
     found = {}
-    for name, run in (("this library", ours), ("transformers", hooks)):
+    for name, run in (("this library", ours), ("transformers", transformers)):
         one, many = (sweep.seconds(functools.partial(run, count), 3)[1] for count in (1, 1 + new_tokens))
         found[name] = {"prompt_seconds": one, "tokens_per_second": new_tokens / (many - one)}
     return found
@@ -220,7 +227,7 @@ def parts(args: Args) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 def main(args: Args) -> None:
-    vlm_jax.configure()
+    vlm_jax.configure(cache=None)  # so that compilation is measured
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     begun = time.perf_counter()
     device = jax.local_devices()[0].device_kind
@@ -231,7 +238,13 @@ def main(args: Args) -> None:
             found[name] = f"left out: it would have begun after {args.minutes:g} minutes"
         else:
             started = time.perf_counter()
-            found[name] = {**part(), "part_seconds": time.perf_counter() - started, "peak_gib": memory_gib()}
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                found[name] = part()
+            except Exception as error:  # the other parts are measured all the same
+                found[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            found[name] |= {"part_seconds": time.perf_counter() - started, "peak_gib": memory_gib()}
         print(f"{name}: {json.dumps(found[name], indent=2)}", flush=True)
         if args.json is not None:  # after every part, so that a machine that goes away leaves what it measured
             args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ class Args:
         "ours-over-bfloat16",
         "ours-bfloat16",
     )
-    """This library in float32, in float32 over bfloat16 weights, in bfloat16."""
+    """This library in float32, in float32 over bfloat16 weights, in bfloat16. Others are compared with the first."""
     peers: tuple[Literal["peft", "peft-lean", "peft-bfloat16"], ...] = ("peft", "peft-lean", "peft-bfloat16")
     """What to compare with: PEFT with its defaults; PEFT without gradients below the adapters (by default its gradient
     checkpointing computes those of the embeddings); PEFT with bfloat16 weights."""
@@ -218,9 +218,10 @@ def compare(args: Args, folder: Path, placement: str) -> dict:
             for name, value in values.items():
                 rows[side][name].append(value)
             print(f"{placement}, turn {turn + 1}, {side}: {read:.2f} + {step:.2f} s, loss {loss:.5f}", flush=True)
+    first = next(iter(rows.values()))
     for row in rows.values():
         row |= {name: statistics.median(row[name]) for name in ("seconds", "trunk_seconds", "core_seconds")}
-        gaps = [abs(a - b) for a, b in zip(row["losses"], rows["ours"]["losses"], strict=True)]
+        gaps = [abs(a - b) for a, b in zip(row["losses"], first["losses"], strict=True)]
         row["loss_difference"] = max(gaps)
     return rows
 
@@ -255,7 +256,7 @@ def report(args: Args, results: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for placement, rows in results.items():
-        ours = rows["ours"]
+        ours = next(iter(rows.values()))
         where = "all linears" if placement == "all" else f"the linears of the upper {args.upper} layers"
         whole = ours["trunk_seconds"] + ours["seconds"]
         reused = ours["trunk_seconds"] / args.epochs + ours["seconds"]

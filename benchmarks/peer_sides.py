@@ -109,18 +109,21 @@ def peak_gib() -> float:
 def main(side: str, folder: str, cells: str) -> None:
     from transformers import Qwen3VLForConditionalGeneration
 
-    hf = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     arrays = dict(np.load(Path(folder) / "prompt.npz"))
     noise, gold = (torch.tensor(arrays.pop(name)) for name in ("noise", "gold"))
     prompt = {name: torch.tensor(value) for name, value in arrays.items()}
-    forget_peak()
-    begun = time.perf_counter()
-    with torch.no_grad():
-        values = SIDES[side](hf, prompt, noise, gold, int(cells))
-    seconds = time.perf_counter() - begun
+    seconds, values = [], []
+    for count in (0, int(cells)):  # what comes before the cells, then all
+        hf = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        forget_peak()
+        begun = time.perf_counter()
+        with torch.no_grad():
+            values = SIDES[side](hf, prompt, noise, gold, count)
+        seconds.append(time.perf_counter() - begun)
+    spent = {"before_seconds": seconds[0], "cells_seconds": seconds[1] - seconds[0]}
     package = {"hooks": "transformers"}.get(side, side)
     name = f"{package} {importlib.metadata.version(package)}" + (" + hooks" if side == "hooks" else "")
-    print(json.dumps({"name": name, "seconds": seconds, "peak_gib": peak_gib(), "cells": values}))
+    print(json.dumps({"name": name, **spent, "peak_gib": peak_gib(), "cells": values}))
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def trace_job(model: Model, args: Args) -> Job:
     noise = Add(jnp.asarray(question, jnp.float32)[..., None], site="text.embeddings")
     prompt_runs = {"base": (noise,), "clean": ()}
     start = shared_prefix(model, inputs, variants, read, **prompt_runs)
-    bundles, *others = bundled(model, inputs, variants, start, backend="tpu").bundles
+    bundles, *others = bundled(model, inputs, variants, start, backend="tpu")
     if others:
         raise UserError(f"--batch {args.batch} is more than one sweep holds on this mesh: give a smaller one")
     (chunk,) = (bundle.chunk for bundle in bundles)  # these patches act on all tokens

@@ -211,7 +211,7 @@ class Inputs:
             return self  # towers that take one size have no such padding
         patches = images.patch_mask.shape[1]
         merge = patches // images.stride
-        needed = few(int(images.patch_mask.sum(1).max()), math.lcm(PATCH_BUCKET, merge))
+        needed = coarse_bucket(int(images.patch_mask.sum(1).max()), math.lcm(PATCH_BUCKET, merge))
         if needed >= patches:
             return self
         stride = needed // merge
@@ -315,7 +315,7 @@ def bucket(length: int, step: int = LENGTH_BUCKET) -> int:
     return -(-length // step) * step
 
 
-def few(length: int, step: int) -> int:
+def coarse_bucket(length: int, step: int) -> int:
     """``length`` rounded up to ``step`` times 1, 2, 3, 4, 6, 8, 12, 16 and so on."""
     steps = max(1, -(-length // step))
     power = 1 << (steps - 1).bit_length()

@@ -219,8 +219,8 @@ def batches(
     step: int = LENGTH_BUCKET,
     **options,
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of ``size`` rows of similar length. There are few different shapes, so few programs are compiled. A very
-    large picture makes the vision tower do more work in its own batch only.
+    """Batches of ``size`` rows of similar length. There are few different shapes, of prompts and of pictures, so few
+    programs are compiled. A very large picture makes the vision tower do more work in its own batch only.
 
     Args:
         align: if not 0, a batch has only questions that begin within the same ``align`` tokens.

@@ -162,7 +162,8 @@ class Intervention(abc.ABC):
     #: The first token of the prompt on which it acts, if :meth:`tokens` returns None.
     start: int = 0
     #: Whether it changes attention scores and probabilities query by query, and looks up its arrays of tokens with
-    #: ``ctx.tokens`` and ``ctx.keys``. It then gets the queries of a long prompt in blocks, which needs less memory.
+    #: ``ctx.tokens`` and ``ctx.keys``. It then gets the queries of a long prompt in blocks, which needs less memory;
+    #: ``ctx.start`` is traced there. A class with a ``__call__`` of its own must state it anew.
     by_query: bool = False
 
     @abc.abstractmethod
@@ -216,6 +217,16 @@ NO_TAPS: Mapping[str, Tap] = MappingProxyType({})
 Taps = Iterable[str] | Mapping[str, Tap | Sequence[int] | None]
 
 
+def splits_queries(interventions: Iterable[Intervention], *sites: str) -> bool:
+    """Whether all interventions at these sites change attention query by query."""
+
+    def states(intervention: Intervention) -> bool:
+        owner = next(cls for cls in type(intervention).__mro__ if "__call__" in vars(cls))
+        return "by_query" in vars(owner) and intervention.by_query
+
+    return all(states(i) for i in interventions if not i.sites.isdisjoint(sites))
+
+
 class Probe:
     """Applies interventions and collects taps in one part of a forward pass, such as one layer."""
 
@@ -231,8 +242,7 @@ class Probe:
     def splits_queries(self, *sites: str) -> bool:
         """Whether attention may be computed for some queries at a time: no tap keeps these sites' values, and the
         interventions there change them query by query."""
-        acting = [i for i in self.interventions if not i.sites.isdisjoint(sites)]
-        return all(i.by_query for i in acting) and not any(site in self.wanted for site in sites)
+        return splits_queries(self.interventions, *sites) and not any(site in self.wanted for site in sites)
 
     def behind(self, count: Any) -> "Probe":
         """The interventions without taps, for a value that lacks the first ``count`` tokens."""

@@ -1,10 +1,7 @@
 """The cost of a sweep. It is printed before a long sweep, and compared with the measured time after it."""
 
 import dataclasses
-import itertools
 import time
-
-import numpy as np
 
 from interventions.engine.bundles import bundled
 from interventions.engine.prefix import shared_prefix
@@ -82,18 +79,19 @@ def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(),
     batch, length = inputs.input_ids.shape
     start = shared_prefix(model, inputs, variants, read, base, clean)
     depth = config.num_hidden_layers
-    sweeps = bundled(model, inputs, variants, start).bundles
+    sweeps = bundled(model, inputs, variants, start)
     head = head_flops(model, gold * batch)
     entire = layers_flops(model, batch, length)
     flops, token_layers = entire, depth * length
     if clean is not None:
         flops += layers_flops(model, batch, length - start, start)
         token_layers += depth * (length - start)
-    for bundle in itertools.chain.from_iterable(sweeps):
-        alive = int(np.sum(depth - fetch(first_layers(bundle.variants, depth))))
-        flops += alive / depth * layers_flops(model, batch, length - bundle.begin, bundle.begin)
-        token_layers += alive * (length - bundle.begin)
-    live = sum(len(bundle.variants) * (length - bundle.begin) for bundle in sweeps[0])
+    alive = depth - fetch(first_layers(variants, depth))
+    for begin, numbers in sweeps.numbers.items():
+        layers = int(alive[numbers].sum())
+        flops += layers / depth * layers_flops(model, batch, length - begin, begin)
+        token_layers += layers * (length - begin)
+    live = sum(-(-len(numbers) // len(sweeps)) * (length - begin) for begin, numbers in sweeps.numbers.items())
     return Cost(
         token_layers=batch * token_layers,
         flops=flops + head * (len(variants) + 1 + (clean is not None)),

@@ -77,10 +77,9 @@ def sweep_runs(
         return naive_program(model, inputs, clean, base, variants, read)
     sweeps = bundled(model, inputs, variants, start, chunk)
     parts = [
-        sweep_program(model, inputs, clean, base, bundles, read, features, start=start, mesh=mesh)
-        for bundles in sweeps.bundles
+        sweep_program(model, inputs, clean, base, bundles, read, features, start=start, mesh=mesh) for bundles in sweeps
     ]
-    if len(parts) == len(sweeps.bundles[0]) == 1:
+    if len(parts) == len(sweeps.numbers) == 1:
         return parts[0]
     joined = jax.tree.map(lambda *a: jnp.concatenate(a)[sweeps.position], *(runs.variants for runs in parts))
     return parts[0]._replace(variants=joined)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from vlm_jax import UserError
 from vlm_jax.runs.processes import fetch
-from vlm_jax.sites import NO_TAPS, Context, Intervention, Probe, Stage, stage
+from vlm_jax.sites import NO_TAPS, Context, Intervention, Probe, Stage, splits_queries, stage
 from vlm_jax.typing import Array
 
 
@@ -120,7 +120,7 @@ class PerVariant(Intervention):
 
     @property
     def by_query(self) -> bool:
-        return all(i.by_query for i in self.interventions)
+        return splits_queries(self.interventions, "text.attn_scores", "text.attn_probs")
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         def split_rows(x):  # (B * N, ...) -> (B, N, ...)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from kind_cases import FAMILIES, LAYERS, Case, error, only, spans_of
 
-from interventions import AttentionKnockout, Logits, UniformAttention, bind, stack, sweep
+from interventions import AttentionKnockout, Gate, Logits, UniformAttention, bind, stack, sweep
 from interventions.engine.program import sweep_program
 from interventions.kinds.attention import MODES
 from vlm_jax import Intervention
 from vlm_jax.nn import layers
 from vlm_jax.prompts import Batch
-from vlm_jax.sites import Context, Probe
+from vlm_jax.sites import Context, Probe, splits_queries
 
 EXACT, CAUGHT = 2e-5, 1e-3  # logits reach 10, and blocks sum in another order
 
@@ -69,13 +69,24 @@ def test_blocks_change_nothing(cases, in_blocks, family):
         assert error(one, other) < EXACT, number
 
 
-def test_sweeps_in_blocks(cases, in_blocks):
+@pytest.mark.parametrize("mode", ["post_softmax", "random_mass"])
+@pytest.mark.parametrize("start", [0, 8])
+def test_sweeps_in_blocks(cases, in_blocks, monkeypatch, mode, start):
+    """With a shared prefix and without, and with an intervention at another site in every run."""
     case = cases("qwen3_vl")
     inputs, read = case.inputs["left"], Logits.of(case.inputs["left"])
-    variants = stack([(knock,) for mode in ("post_softmax",) for knock in knock_outs(case, mode)])
-    whole = np.asarray(sweep(case.model, inputs, variants, read, start=0))
+    batch = Batch(inputs, spans_of(case.masks["left"]), 2)
+    made = [AttentionKnockout.between(LAYERS, "question", "image", [i], mode=mode) for i in range(LAYERS)]
+    variants = stack([(knock,) for knock in bind(made, batch)])
+    base = (Gate({"text.mlp_out": only(1, 0.5, 1)}),)
+
+    def logits():
+        return np.asarray(sweep(case.model, inputs, variants, read, base=base, start=start))
+
+    whole, calls, in_turn = logits(), [], layers._in_turn
+    monkeypatch.setattr(layers, "_in_turn", lambda *args: calls.append(1) or in_turn(*args))
     in_blocks()
-    assert error(np.asarray(sweep(case.model, inputs, variants, read, start=0)), whole) < EXACT
+    assert error(logits(), whole) < EXACT and calls
 
 
 class Centred(Intervention):
@@ -90,6 +101,13 @@ class Centred(Intervention):
 jax.tree_util.register_static(Centred)
 
 
+class Inherited(UniformAttention):
+    """A kind of its own that inherits what it says of queries from another one."""
+
+    def __call__(self, site, value, ctx):
+        return value - value.mean(2, keepdims=True)
+
+
 def test_what_needs_all_queries_gets_them(cases, in_blocks, monkeypatch):
     """A kind that does not say that it works query by query. The control says so falsely."""
     case = cases("qwen3_vl")
@@ -98,6 +116,7 @@ def test_what_needs_all_queries_gets_them(cases, in_blocks, monkeypatch):
     in_blocks()
     assert error(np.asarray(case.model(inputs, (Centred(),)).logits)[real], whole) < EXACT
     monkeypatch.setattr(Centred, "by_query", True)
+    assert not splits_queries([Inherited(np.ones(LAYERS, np.float32))], "text.attn_scores")  # it states nothing itself
     assert error(np.asarray(case.model(inputs, (Centred(),)).logits)[real], whole) > CAUGHT
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 import vlm_jax
 from vlm_jax.data import Example
-from vlm_jax.inputs import few
+from vlm_jax.inputs import coarse_bucket
 from vlm_jax.prompts import batches, encode
 
 SIZES = ((32, 32), (48, 96), (64, 64), (160, 96), (192, 224))
@@ -31,9 +31,10 @@ def examples():
 
 
 def test_few_sizes():
-    rooms = sorted({few(length, 64) for length in range(1, 64 * 200)})
+    rooms = sorted({coarse_bucket(length, 64) for length in range(1, 64 * 200)})
     assert len(rooms) <= 16 and all(room % 64 == 0 for room in rooms)
-    assert all(length <= few(length, 64) <= max(64, 1.5 * length + 64) for length in range(1, 64 * 200, 7))
+    for length in range(1, 64 * 200, 7):
+        assert length <= coarse_bucket(length, 64) < max(65, 1.5 * (length + 63))
 
 
 def test_large_pictures_pad_only_their_own_batches(loaded, examples):
@@ -56,15 +57,20 @@ def test_large_pictures_pad_only_their_own_batches(loaded, examples):
     assert min(patches.values()) < longest == max(patches.values())
 
 
-def test_trimming_changes_no_result(loaded, examples):
+def test_trimming_changes_no_result(loaded, examples, monkeypatch):
     model, processor = loaded
-    for rows, batch in batches(examples, processor, model.config, 2):
-        untrimmed = encode([examples[row] for row in rows], processor, model.config)
+    monkeypatch.setattr("vlm_jax.inputs.Inputs.trimmed", lambda inputs: inputs)
+    longest = [batch for _, batch in batches(examples, processor, model.config, 2)]
+    monkeypatch.undo()
+    counts = []
+    for (rows, batch), untrimmed in zip(batches(examples, processor, model.config, 2), longest, strict=True):
+        counts.append([len(x.inputs.images.patch_mask[0]) if x.inputs.images else 0 for x in (batch, untrimmed)])
         read = [np.asarray(model(inputs).logits) for inputs in (batch.inputs, untrimmed.inputs)]
         for i in range(len(rows)):
             real = batch.inputs.attention_mask[i]
             other = untrimmed.inputs.attention_mask[i]
             np.testing.assert_allclose(read[0][i][real], read[1][i][other], atol=5e-5)
+    assert any(trimmed < whole for trimmed, whole in counts)
 
 
 def test_towers_of_one_size_stay_as_they_are(examples):

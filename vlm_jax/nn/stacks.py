@@ -1,8 +1,8 @@
 """Stacked layers of bfloat16 in a loop, without a second copy of all of them in float32.
 
-On a CPU, XLA slices a bfloat16 array by widening it first. If a loop slices a stack of layers, XLA widens the whole stack
-once, before the loop, which takes twice the memory of the weights. Here the widening depends on the loop's index, so it
-stays in the loop and becomes one with the slice.
+On a CPU, XLA slices a bfloat16 array by widening it first. If a loop slices a stack of layers, XLA widens the whole
+stack once, before the loop, which takes twice the memory of the weights. Here the widening depends on the loop's index,
+so it stays in the loop and becomes one with the slice.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from vlm_jax.typing import ArrayLike
 
 
 def layer_at(stack: Any, index: Int[ArrayLike, ""]) -> Any:
-    """One layer of ``stack``, a pytree of arrays with a leading axis of layers, in the body of a loop over ``index``."""
+    """A layer of ``stack``, a pytree of arrays with a leading axis of layers, in the body of a loop over ``index``."""
     return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(_kept(array, index), index, keepdims=False), stack)
 
 

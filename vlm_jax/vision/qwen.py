@@ -131,16 +131,17 @@ class Attention(nnx.Module):
         windows: Windows | None = None,
         in_windows: Bool[ArrayLike, ""] | bool = False,
     ) -> Float[Array, "images patches width"]:
-        """Attention under ``mask``.
+        """Attention under ``mask``, or inside windows.
 
         Args:
-            windows, in_windows: whether ``mask`` is the one of these windows.
+            windows: of a large picture, if neither scores nor probabilities are looked at.
+            in_windows: whether this block attends inside them; it then does not read ``mask``.
         """
         images, patches, _ = x.shape
         qkv = probe.linear("visual.attn.qkv", self.qkv, x).reshape(images, patches, 3, self.heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if windows is None or probe.meets("visual.attn_scores", "visual.attn_probs"):
+        if windows is None:
             out = attend(q, k, v, mask, probe, "visual")
         else:
             unseen = Probe((), NO_TAPS, probe.ctx)  # what a branch taps cannot leave it

@@ -140,12 +140,17 @@ class VisionTower(nnx.Module):
         if x.shape[1] >= _LONG:
             windows = Windows.of(jnp.where(images.patch_mask, number, -1), config.window_side**2)
         full = np.isin(np.arange(config.depth), config.fullatt_block_indexes)
+
+        def run(block: Block, x: jax.Array, full: jax.Array, probe: Probe) -> jax.Array:
+            # Where windows are computed one by one, only the blocks without windows need a mask.
+            by_mask = windows is None or probe.meets("visual.attn_scores", "visual.attn_probs")
+            mask = jnp.where(full, seen, same_window) if by_mask else seen
+            return block(x, rope, mask, probe, None if by_mask else windows, jnp.logical_not(full))
+
         x, _, block_taps = scan_blocks(
             self.blocks,
             x,
-            lambda block, x, full, probe: block(
-                x, rope, jnp.where(full, seen, same_window), probe, windows, jnp.logical_not(full)
-            ),
+            run,
             each=jnp.asarray(full),
             interventions=interventions,
             taps=taps,

@@ -7,11 +7,12 @@ import pytest
 from hf_oracle import make_batch, tiny_config, tiny_model
 
 import vlm_jax
+from interventions import Gate
 from vlm_jax.nn import windows
 from vlm_jax.nn.layers import attend
 from vlm_jax.nn.windows import Windows, attend_in_windows
 from vlm_jax.sites import NO_TAPS, Context, Probe, Tap
-from vlm_jax.vision import qwen2_5
+from vlm_jax.vision import qwen, qwen2_5
 
 SIDE = 4  # of a window, so that at most 16 patches share one
 
@@ -68,22 +69,27 @@ def test_work_grows_with_the_patches():
 
 
 def test_the_tower_takes_windows_for_large_pictures(monkeypatch, tmp_path):
-    """Qwen2.5-VL's tower on two pictures of different sizes: every site's values, and under an intervention."""
+    """Qwen2.5-VL's tower on pictures of different sizes: the values of sites, under an intervention at one of them."""
     config = tiny_config("qwen2_5_vl")
     tiny_model(config).save_pretrained(tmp_path)
     model, _ = vlm_jax.load(tmp_path)
     arrays = make_batch([[9, (12, 16), 3], [5, (2, 10), 2, (16, 6), 4]], "left", 0, config)
     inputs = vlm_jax.Inputs.from_hf(model.config, **arrays)
     sites = [f"visual.{name}" for name in ("head_out", "attn_out", "resid_post")]
+    halved = Gate({"visual.attn_out": jnp.full(model.depths["visual"], 0.5)})
 
     def run():
-        features, taps = model.features(inputs, taps=dict.fromkeys(sites, Tap()))
+        features, taps = model.features(inputs, (halved,), taps=dict.fromkeys(sites, Tap()))
         real = np.asarray(inputs.images.patch_mask)
         return {name: np.asarray(value)[:, real] for name, value in taps.items()}, features
 
     masked, features = run()
     monkeypatch.setattr(qwen2_5, "_LONG", 1)
+    monkeypatch.setattr(windows, "_BLOCK", 48)
+    calls = []
+    monkeypatch.setattr(qwen, "attend_in_windows", lambda *args: calls.append(1) or attend_in_windows(*args))
     sorted_, same = run()
+    assert calls
     for name in sites:
         np.testing.assert_allclose(sorted_[name], masked[name], atol=1e-5)
     counted = np.asarray(inputs.image_index)
