@@ -44,8 +44,9 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.lock
 	$(BIN)/pip install --quiet -r requirements-test.lock
 	touch $@
 
-# The other tools of benchmarks/peers.py.
+# The other tools of benchmarks/peers.py. TransformerLens asks whether torchvision is there, and does not use it.
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet torch==2.13.0 transformers==5.24.0 nnsight==0.8.1 transformer-lens==4.3.0
+	.venv-peers/bin/pip install --quiet --no-deps torchvision==0.28.0
 	touch $@

@@ -176,7 +176,11 @@ class Intervention(abc.ABC):
         return {}
 
     def tokens(self) -> jax.Array | None:
-        """The tokens of the prompt on which it acts, ``(B, T)`` bool; None for all tokens from :attr:`start` on."""
+        """The tokens of the prompt on which it acts, ``(B, T)`` bool; None for all tokens from :attr:`start` on.
+
+        The new value of a token may depend on that token's value alone, at attention scores and probabilities on its
+        query's row: a sweep carries only the tokens from the first one on which a variant acts.
+        """
         return None
 
     def bound(self, labels: np.ndarray) -> "Intervention":
