@@ -5,10 +5,11 @@ python -m vlm_jax.convert mini-qwen3-vl converted/mini-qwen3-vl
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import logging
-import re
+import os
 import shutil
 import sys
 import tempfile
@@ -133,13 +134,17 @@ def _remove(folder: Path) -> None:
             return
 
 
+#: Why a file cannot be written.
+_REASONS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+
+
 def _reason(error: BaseException) -> str:
     """What the system said, in one line."""
     if isinstance(error, UserError) and error.__context__ is not None:
         error = error.__context__  # the error that a writer put into a sentence of its own
-    found = re.search(r"([^:]+) [\[(]os[_ ]error", str(error))  # as TensorStore and safetensors write it
-    if found is not None:
-        return found[1].strip()
+    # TensorStore and safetensors write it somewhere in a longer text.
+    if found := [reason for reason in map(os.strerror, _REASONS) if reason in str(error)]:
+        return found[0]
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 

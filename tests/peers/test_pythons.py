@@ -1,4 +1,4 @@
-"""Other Pythons install the pinned packages and the library, and trace the same numbers."""
+"""Other Pythons install the pinned packages, from 3.12 on a newer jax, and the library, and trace the same numbers."""
 
 import json
 import sys
@@ -25,4 +25,4 @@ def test_another_python_traces_the_same_numbers(version, tmp_path):
         run(command, *TRACE, "--out", tmp_path / name, cwd=ROOT if name == "this" else tmp_path)
         ratios[name] = np.array(json.loads((tmp_path / name / "summary.json").read_text())["rr"], float)
     assert np.abs(ratios["this"]).max() > 0.01
-    np.testing.assert_allclose(ratios["other"], ratios["this"], atol=1e-6)
+    np.testing.assert_allclose(ratios["other"], ratios["this"], atol=1e-5)  # another jax from Python 3.12 on

@@ -631,7 +631,8 @@ import numpy as np
 import vlm_jax
 from interventions import Add, Gate, Gold, bind, sweep
 from interventions.kinds.groups import GROUPS
-from interventions.engine.grids import cut_grid
+from interventions.engine.bundles import bundled
+from interventions.engine.grids import cut_grid, each_token, patch_grid
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode
 
@@ -665,6 +666,18 @@ by_sample = run(inputs)
 for name, got in (("variant", by_variant), ("sample", by_sample)):
     worst = (np.abs(got - one) / np.maximum(1, np.abs(one))).max()
     assert worst < 1e-5, (name, worst)
+
+tokens = each_token(batch.spans["question"] | batch.spans["answer"])[::2]
+patches, _ = patch_grid(("text.attn_out",), depth, tokens=tokens)
+start = np.flatnonzero(tokens[0].any(0))[0] // 8 * 8
+assert len(bundled(model, batch.inputs, patches, int(start)).numbers) > 1
+noise = (Add(base[0].value * batch.spans["question"][..., None]),)
+bundles = [
+    np.asarray(sweep(model, batch.inputs, patches, read, base=noise, clean=(), **how).logp)
+    for how in ({}, {"mesh": mesh("variant")})
+]
+assert np.ptp(bundles[0], 0).max() > 0.01
+assert np.abs(bundles[1] - bundles[0]).max() < 1e-5
 print("equal")
 """
 
