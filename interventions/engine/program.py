@@ -2,6 +2,7 @@
 begun to differ from the base run."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +110,11 @@ def sweep_program(
     devices = 1 if mesh is None else mesh.devices.shape[0]
     bundles = tuple(bundle.replace(chunk=min(bundle.chunk, -(-len(bundle.variants) // devices))) for bundle in bundles)
     firsts = tuple(first_layers(bundle.variants, model.config.text.num_hidden_layers) for bundle in bundles)
-    orders = tuple(_order(first, bundle.chunk, devices) for first, bundle in zip(firsts, bundles, strict=True))
+    dealt = itertools.accumulate(map(len, firsts), initial=0)
+    orders = tuple(
+        _order(first, bundle.chunk, devices, before)
+        for first, bundle, before in zip(firsts, bundles, dealt, strict=False)
+    )
     run = functools.partial(_run, start=start)
     args = (model, inputs, clean, base, bundles, read, features, firsts)
     if mesh is not None:
@@ -131,12 +136,16 @@ def sweep_program(
     return runs._replace(variants=jax.tree.map(lambda *a: jnp.concatenate(a), *in_place))
 
 
-def _order(first: Int[Array, "variants"], chunk: int, devices: int) -> Int[Array, "padded"]:
+def _order(first: Int[Array, "variants"], chunk: int, devices: int, dealt: int) -> Int[Array, "padded"]:
     """The order in which variants are run: by their first layers, so that those that are alive in a layer fill the
     first few chunks. Entries of -1 fill up the last chunk. The variants are dealt to the devices in turn, so that every
-    device gets long and short runs."""
+    device gets long and short runs.
+
+    Args:
+        dealt: how many variants of other bundles were dealt before. The next device in turn is the first one here.
+    """
     order = jnp.pad(jnp.argsort(first), (0, -len(first) % (chunk * devices)), constant_values=-1)
-    return order.reshape(-1, devices).T.reshape(-1)
+    return jnp.roll(order.reshape(-1, devices), dealt, 1).T.reshape(-1)
 
 
 def _run(orders, model, inputs, clean, base, bundles, read, features, firsts, *, start: int) -> Runs:
