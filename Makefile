@@ -18,7 +18,7 @@ test: $(VENV)/installed-test
 
 # Kills, several processes, eight devices, TPU compilations, the docs' code.
 test-slow: $(VENV)/installed-test
-	CHECK_ALL_SHAPES=1 $(PYTEST) -m slow
+	CHECK_ALL_SHAPES=1 $(PYTEST) -m "slow and not release"
 
 # What changes seldom break and takes minutes of both cores: CI leaves it out, to stay within its time.
 test-release: $(VENV)/installed-test

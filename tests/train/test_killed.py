@@ -101,7 +101,10 @@ def undisturbed(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.release) if name in ("study", "register") else name for name in COMMANDS],
+)
 def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, tmp_path):
     whole, size = contents(undisturbed(name)), written(undisturbed(name))
     assert len(whole) > 5

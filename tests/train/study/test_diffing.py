@@ -80,7 +80,7 @@ def test_bad_options(changes, words):
     assert one_sentence(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_study_in_small(tmp_path, capsys):
     args = Args(
         stages=("mini-llava-half",),
