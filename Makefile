@@ -48,5 +48,5 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.lock
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet torch==2.13.0 transformers==5.24.0 nnsight==0.8.1 transformer-lens==4.3.0
-	.venv-peers/bin/pip install --quiet --no-deps torchvision==0.28.0
+	.venv-peers/bin/pip install --quiet --no-deps torchvision==0.29.1
 	touch $@
