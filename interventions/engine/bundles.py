@@ -1,7 +1,8 @@
 """Bundles: the variants of a sweep, sorted by the token at which they begin to differ from the base run.
 
 Attention is causal, so a variant that first acts on token t equals the base run before t. A bundle carries only the
-tokens from the first one on which any of its variants acts. In a grid over every token this halves the work.
+tokens from the first one on which any of its variants acts. In a grid over every token this
+saves nearly half of the work.
 """
 
 import dataclasses

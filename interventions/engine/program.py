@@ -279,11 +279,11 @@ def _bundle_step(
     """The states of a bundle's variants after a layer. Those that have not begun keep theirs, which nobody reads."""
     past = beside.past(fixed.start, bundle.begin)
     behind = bundle.begin - fixed.start
-    beside = beside._replace(before=beside.before[:, behind:], donors=_from(beside.donors, behind))
+    before, donors = beside.before[:, behind:], _from(beside.donors, behind)
     window = _repeated(fixed.text.at(bundle.window, index), bundle.chunk)
 
     def chunk_step(number, states):
-        return _chunk_step(fixed, bundle, layer, index, number * bundle.chunk, states, beside, window, past)
+        return _chunk_step(fixed, bundle, layer, index, number * bundle.chunk, states, before, window, past, donors)
 
     alive = jnp.sum(bundle.first_layer <= index)
     return jax.lax.fori_loop(0, -(-alive // bundle.chunk), chunk_step, states)
@@ -296,25 +296,27 @@ def _chunk_step(
     index: Int[ArrayLike, ""],
     at: Int[ArrayLike, ""],
     states: Float[ArrayLike, "variants batch tokens width"],
-    beside: Beside,
+    before: Float[ArrayLike, "batch tokens width"],
     window: Window,
     past: list[KeyValues],
+    donors: dict[str, Any],
 ) -> Float[Array, "variants batch tokens width"]:
     """The states of a bundle's variants after one chunk of them, from index ``at`` on, went through the layer.
 
-    ``window`` is for the rows of a chunk. ``beside`` holds the tokens from the bundle's first one on.
+    ``before`` is the base run's state, which a variant has before its first layer. ``window`` is for the rows of a
+    chunk. All begin with the bundle's first token.
     """
     chunk = bundle.chunk
     x = jax.lax.dynamic_slice_in_dim(states, at, chunk)
     begins = jax.lax.dynamic_slice_in_dim(bundle.first_layer, at, chunk) == index
     if bundle.variant_entry is not None:  # in layer 0, variants have embeddings that differ from the base run's
         begins = begins & (index > 0)
-    x = jnp.where(begins[:, None, None, None], beside.before, x)
+    x = jnp.where(begins[:, None, None, None], before, x)
     deepstack = _chunk_deepstack(fixed, bundle, index, at)
     # The base run's interventions and the chunk's act as one intervention on the chunk's rows.
     interventions = (*fixed.base, *bundle.variants.chunk(at, chunk))
     axes = ((None,) * len(fixed.base)) + bundle.variants.axes
-    ctx = Context(index, donors=beside.donors, start=bundle.begin)
+    ctx = Context(index, donors=donors, start=bundle.begin)
     probe = Probe((PerVariant(interventions, axes, chunk),), NO_TAPS, ctx)
     by_sample = x.swapaxes(0, 1)  # (B, chunk, S', D)
     rows = by_sample.reshape(-1, *x.shape[2:])  # (B * chunk, S', D)
