@@ -210,10 +210,14 @@ class Tap:
 
     layers: return only the values of these layers, which are kept in a buffer of their size; None for all layers.
     reduce: a function that is applied to each value. Only its result is kept, which saves memory.
+    add: instead of ``reduce``, a function ``(value, ctx)`` of attention scores or probabilities that may get the
+        queries of a long prompt in blocks, which saves more memory. The results of the blocks are added. ``ctx.tokens``
+        looks up the block's entries in an array of tokens; ``ctx.start`` is the number of its first query.
     """
 
     layers: tuple[int, ...] | None = None
     reduce: Callable[[jax.Array], Any] | None = None
+    add: Callable[[jax.Array, Context], Any] | None = None
 
 
 NO_TAPS: Mapping[str, Tap] = MappingProxyType({})
@@ -244,13 +248,14 @@ class Probe:
         return any(site in self.wanted or any(site in i.sites for i in self.interventions) for site in sites)
 
     def splits_queries(self, *sites: str) -> bool:
-        """Whether attention may be computed for some queries at a time: no tap keeps these sites' values, and the
-        interventions there change them query by query."""
-        return splits_queries(self.interventions, *sites) and not any(site in self.wanted for site in sites)
+        """Whether attention may be computed for some queries at a time: the interventions at these sites change them
+        query by query, and the taps there add up what they keep."""
+        taps = [self.wanted[site] for site in sites if site in self.wanted]
+        return splits_queries(self.interventions, *sites) and all(tap.add is not None for tap in taps)
 
     def behind(self, count: Any) -> "Probe":
-        """The interventions without taps, for a value that lacks the first ``count`` tokens."""
-        return Probe(self.interventions, NO_TAPS, dataclasses.replace(self.ctx, start=self.ctx.start + count))
+        """A probe for values that lack the first ``count`` queries; it collects taps of its own."""
+        return Probe(self.interventions, self.wanted, dataclasses.replace(self.ctx, start=self.ctx.start + count))
 
     def __call__(self, site: str, value: jax.Array, input: jax.Array | None = None, read=None) -> jax.Array:
         for intervention in self.interventions:
@@ -259,8 +264,11 @@ class Probe:
                 value = intervention(site, value, ctx).astype(value.dtype)
         value = checkpoint_name(value, site)  # so that training can store it for the backward pass
         if site in self.wanted:
-            reduce = self.wanted[site].reduce
-            self.taps[site] = value if reduce is None else reduce(value)
+            tap = self.wanted[site]
+            if tap.add is not None:
+                self.taps[site] = tap.add(value, self.ctx)
+            else:
+                self.taps[site] = value if tap.reduce is None else tap.reduce(value)
         return value
 
     def linear(self, site: str, module, x: jax.Array) -> jax.Array:
@@ -358,6 +366,8 @@ def _check_tap(name: str, tap: Tap, present: frozenset[str], depths: Mapping[str
             f"tap {name!r} is no site of this pass, because the model lacks it, or because it needs an image and these "
             "inputs have none: give images or drop the tap"
         )
+    if tap.add is not None and (tap.reduce is not None or not name.endswith(("attn_scores", "attn_probs"))):
+        raise UserError(f"tap {name!r} has add, which is for attention scores and probabilities, without reduce")
     if tap.layers is None:
         return
     depth = depths[name.partition(".")[0]] if layered(name) else 0

@@ -17,7 +17,7 @@ from vlm_jax.prompts import encode
 from vlm_jax.runs.processes import fetch
 from vlm_jax.runs.token_maps import TokenMap
 from vlm_jax.seen import read_prompt
-from vlm_jax.sites import Intervention
+from vlm_jax.sites import Context, Intervention
 from vlm_jax.typing import Array, ArrayLike
 
 #: The most numbers that are kept of a sample. With more, the heads are left out, and only their mean is kept.
@@ -66,12 +66,13 @@ def _attention(
     *,
     with_heads: bool,
 ) -> Float[Array, "layers maps queries tokens"]:
-    """The probabilities of the only prompt: their mean over heads, then those of each head. Only one layer's whole
-    probabilities are held at once."""
+    """The probabilities of the only prompt: their mean over heads, then those of each head."""
 
-    def kept(probs: jax.Array) -> jax.Array:
-        found = probs[0][:, queries]
+    def kept(probs: jax.Array, ctx: Context) -> jax.Array:
+        index = queries - ctx.start
+        held = (index >= 0) & (index < probs.shape[2])  # the block's own queries; the others are added as zeros
+        found = jnp.where(held[:, None], probs[0][:, jnp.where(held, index, 0)], 0)
         mean = found.mean(0, keepdims=True)
         return jnp.concatenate([mean, found]) if with_heads else mean
 
-    return model(inputs, interventions, taps={"text.attn_probs": Tap(reduce=kept)}).taps["text.attn_probs"]
+    return model(inputs, interventions, taps={"text.attn_probs": Tap(add=kept)}).taps["text.attn_probs"]

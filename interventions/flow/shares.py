@@ -15,7 +15,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches, positions
 from vlm_jax.runs.processes import fetch, progress
-from vlm_jax.sites import Intervention
+from vlm_jax.sites import Context, Intervention
 from vlm_jax.typing import Array, ArrayLike
 
 _IMAGE = GROUPS.index("image")
@@ -81,7 +81,8 @@ def _curve(received: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def text_attention(model: Model, batch: Batch, interventions: Sequence[Intervention] = ()) -> Reading:
     """The attention of the text after the image: in the prompt, and in the answer if the batch has it.
 
-    The probabilities are summed over the text layer by layer, so no array of layers x tokens x tokens is needed.
+    The probabilities are summed over the text layer by layer, and in a long prompt block by block of queries, so
+    those of all tokens and layers are never held at once.
 
     Args:
         interventions: those that act on the model, bound to the batch.
@@ -107,8 +108,11 @@ def _summed(
     model: Model, inputs: Inputs, text: Bool[ArrayLike, "batch tokens"], interventions: tuple[Intervention, ...]
 ) -> Float[Array, "layers batch heads tokens"]:
     """The attention probabilities, summed over the queries that ``text`` marks."""
-    tap = Tap(reduce=lambda probs: jnp.einsum("bhst,bs->bht", probs, text.astype(probs.dtype)))
-    return model(inputs, interventions, taps={"text.attn_probs": tap}).taps["text.attn_probs"]
+
+    def summed(probs: jax.Array, ctx: Context) -> jax.Array:
+        return jnp.einsum("bhst,bs->bht", probs, ctx.tokens(jnp.asarray(text, probs.dtype), probs.shape[2]))
+
+    return model(inputs, interventions, taps={"text.attn_probs": Tap(add=summed)}).taps["text.attn_probs"]
 
 
 def read_examples(

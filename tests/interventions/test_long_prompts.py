@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_oracle import make_batch
 from kind_cases import LAYERS, Case, error, only, spans_of
 
 from interventions import AttentionKnockout, Gate, Logits, UniformAttention, bind, stack, sweep
 from interventions.engine.program import sweep_program
+from interventions.flow.maps import _attention
+from interventions.flow.shares import _summed
 from interventions.kinds.attention import MODES
-from vlm_jax import Intervention
+from vlm_jax import Inputs, Intervention, Tap
+from vlm_jax.errors import UserError
 from vlm_jax.nn import layers
 from vlm_jax.prompts import Batch
 from vlm_jax.sites import Context, Probe, splits_queries
@@ -130,6 +134,37 @@ def test_taps_get_all_queries(cases, in_blocks):
     whole = probabilities()
     in_blocks()
     np.testing.assert_allclose(probabilities(), whole, atol=EXACT)
+
+
+def test_sums_over_queries_come_from_blocks(cases, in_blocks):
+    """P1's sums and the result page's maps, with padding and a knock-out. The control ignores where a block begins."""
+    case = cases("gemma3")
+    inputs, knock = case.inputs["left"], knock_outs(case, "post_softmax")[0]
+    text = case.real["left"] & ~np.asarray(case.masks["left"]["image"])
+    prompt = Inputs.from_hf(case.model.config, **make_batch(case.rows[2:], "left", 0, case.config))
+    queries = np.arange(2, len(case.rows[2]) + 9)
+
+    def read():
+        jax.clear_caches()
+        return (
+            np.asarray(_summed(case.model, inputs, text, (knock,))),
+            np.asarray(_attention(case.model, prompt, queries, (), with_heads=True)),
+        )
+
+    whole = read()
+    in_blocks()
+    for one, other in zip(read(), whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=EXACT)
+    tap = Tap(add=lambda probs, ctx: jnp.einsum("bhst,bs->bht", probs, text[:, : probs.shape[2]]))
+    wrong = case.model(inputs, (knock,), taps={"text.attn_probs": tap}).taps["text.attn_probs"]
+    assert error(np.asarray(wrong), whole[0]) > CAUGHT
+
+
+def test_a_sum_over_queries_is_one_of_attention(cases):
+    case = cases("gemma3")
+    for site, tap in {"text.resid_post": Tap(add=print), "text.attn_probs": Tap(add=print, reduce=print)}.items():
+        with pytest.raises(UserError, match="attention scores and probabilities, without reduce"):
+            case.model(case.inputs["left"], taps={site: tap})
 
 
 @pytest.mark.parametrize("mode", ["pre_softmax", "post_softmax"])

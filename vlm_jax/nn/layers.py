@@ -164,12 +164,18 @@ def attend(
 
         masks = tuple(mask for _, _, mask in segments)
         if length >= _LONG and probe.splits_queries(f"{tower}.attn_scores", f"{tower}.attn_probs"):
-            out = _in_turn(lambda q, masks, first: attend_with_probs(q, masks, probe.behind(first)), q, masks)
+
+            def attend_block(q, masks, first):
+                block = probe.behind(first)
+                return attend_with_probs(q, masks, block), block.taps
+
+            out, taps = _in_turn(attend_block, q, masks)
+            probe.taps |= taps
         else:
             out = attend_with_probs(q, masks, probe)
     elif not causal and not past and length >= _LONG:
         keys, values, _ = segments[0]
-        out = _in_turn(lambda q, mask, _: _attend_fused(q, [(keys, values, mask)], scores_of), q, mask)
+        out, _ = _in_turn(lambda q, mask, _: (_attend_fused(q, [(keys, values, mask)], scores_of), {}), q, mask)
     else:
         step, parts = _QUERY_BLOCK if causal else length, []
         for start in range(0, length, step):
@@ -232,13 +238,16 @@ def _attend_fused(q: jax.Array, segments: Sequence[tuple], scores_of: Callable) 
     return (out / total).astype(q.dtype)
 
 
-def _in_turn(attend_block: Callable, q: jax.Array, masks: Any) -> jax.Array:
+def _in_turn(attend_block: Callable, q: jax.Array, masks: Any) -> tuple[jax.Array, dict[str, Any]]:
     """Attention of one block of queries after the other, so that the scores of one block are in memory at a time. A
     backward pass computes them again.
 
     Args:
-        attend_block: ``(queries, their masks, the number of the first query) -> outputs``.
+        attend_block: ``(queries, their masks, the number of the first query) -> (outputs, taps)``.
         q: ``(B, G, H / G, S, d)``. masks: a pytree of arrays ``(B, S, keys)``.
+
+    Returns:
+        The outputs, and the sums of the blocks' taps.
     """
     length = q.shape[3]
     whole = length // _QUERY_BLOCK * _QUERY_BLOCK
@@ -249,12 +258,13 @@ def _in_turn(attend_block: Callable, q: jax.Array, masks: Any) -> jax.Array:
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, _QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0)
 
     scanned = blocks(q, 3), jax.tree.map(lambda mask: blocks(mask, 1), masks), jnp.arange(0, whole, _QUERY_BLOCK)
-    out = jax.lax.map(lambda block: one(*block), scanned)
+    out, taps = jax.lax.map(lambda block: one(*block), scanned)
     out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], whole, q.shape[4])
+    taps = jax.tree.map(lambda tap: tap.sum(0), taps)
     if whole == length:
-        return out
-    rest = one(q[..., whole:, :], jax.tree.map(lambda mask: mask[:, whole:], masks), whole)
-    return jnp.concatenate([out, rest], 3)
+        return out, taps
+    rest, rest_taps = one(q[..., whole:, :], jax.tree.map(lambda mask: mask[:, whole:], masks), whole)
+    return jnp.concatenate([out, rest], 3), jax.tree.map(jnp.add, taps, rest_taps)
 
 
 def _attend_with_probs(
