@@ -13,22 +13,20 @@ from eval.artifacts import LMMS_EVAL_SAMPLES, RESULTS
 from eval.evaluation import AnswerOptions, Scored, answer_and_score
 from eval.judging import METRICS, MetricOptions, check_metric
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
-from interventions.options import InterventionOptions
-from interventions.placement.adapters import load_peft, merge
+from interventions.options import StateOptions
 from interventions.store import digest
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.prompts import P0_PROMPT
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
-from vlm_jax.runs.folder import digests
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.ranges import Range
 from vlm_jax.runs.startup import load_examples, start
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(AnswerOptions, MetricOptions, InterventionOptions, DataOptions, ModelOptions):
+class Args(AnswerOptions, MetricOptions, StateOptions, DataOptions, ModelOptions):
     """Let a model answer the questions of a task, and score the answers.
 
     The prompt and the default metric (exact match) are those of P0, the first paper in README.md. With --metric task,
@@ -38,10 +36,9 @@ class Args(AnswerOptions, MetricOptions, InterventionOptions, DataOptions, Model
     task: str = "mini-okvqa"
     """The task to score: a task's name (docs/data.md lists them), a family of tasks (knowledge, perception,
     p0-knowledge ...), a JSONL file or a folder."""
-    adapter: Path | None = None
-    """Folder of a LoRA adapter in PEFT's format. It is merged into the model before the questions are answered."""
     steps: Literal["all", "prefill"] = "all"
-    """Where interventions act. all: on the prompt and on generated tokens; prefill: on the prompt only."""
+    """Where interventions act. all: on the prompt and on generated tokens; prefill: on the prompt only. An adapter acts
+    on every token."""
     split: str = "test"
     """Which part of a named task to use: trace, train, eval or test. For a public dataset, all gives every row that its
     benchmark scores."""
@@ -74,8 +71,10 @@ def metric_options(args: Args) -> dict:
 def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]]) -> dict:
     """The part of ``results.json`` that has lmms-eval's keys."""
     whole = args.limit is None or sum(map(len, samples.values())) < args.limit
-    names = ("dtype", "weights", "min_pixels", "max_pixels", "adapter", "intervention", "steps")
+    names = ("dtype", "weights", "min_pixels", "max_pixels", "steps")
     model_args = {"pretrained": args.model} | {name: getattr(args, name) for name in names}
+    for name in ("adapter", "intervention"):
+        model_args[name] = "+".join(map(str, getattr(args, name))) or None
     return lmms_eval_results(
         scores.summaries,
         samples,
@@ -101,11 +100,7 @@ def main(args: Args) -> None:
     check_metric(examples, args)
     data = source(args.task, split=args.split, options=args)
     run, model, processor = start(args, examples, data, with_answer=False)
-    if args.adapter is not None:  # once merged, an adapter acts on every token; --steps does not change that
-        model = merge(model, load_peft(model, args.adapter, args.model))
-        run.pin("adapter", digests(args.adapter))
-    interventions = args.interventions(model)
-    run.pin("interventions", digest(interventions))
+    model, interventions = args.applied(run, model, args.model)
     answers, scores = answer_and_score(
         run,
         "",

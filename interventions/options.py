@@ -1,31 +1,46 @@
-"""The option of every command that can run a model under saved interventions."""
+"""The options of every command that can run a changed model."""
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
-from interventions.store import describe, load_interventions
+import tyro
+
+from interventions.placement.adapters import load_peft, merge
+from interventions.store import describe, digest, load_interventions
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.model import Model
+from vlm_jax.runs.folder import Run, digests
 from vlm_jax.sites import Intervention
 
 
 @dataclasses.dataclass(frozen=True)
-class InterventionOptions:
-    """Saved interventions."""
+class StateOptions:
+    """The state of the model: as it was loaded, with adapters, or under interventions."""
 
-    intervention: Path | None = None
-    """File of saved interventions, which act on the model throughout: editors that train.edit trained, the layer cut
-    that interventions.talo wrote, or others."""
+    adapter: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR [DIR ...]")] = ()
+    """Folders of LoRA adapters in PEFT's format. All of them are added to the model's weights before anything runs."""
+    intervention: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
+    """Files of saved interventions, which act on the model throughout, in this order: editors that train.edit trained,
+    the layer cut that interventions.talo wrote, or others."""
 
-    def interventions(self, model: Model) -> tuple[Intervention, ...]:
-        """The saved interventions; prints a line for each.
+    def applied(self, run: Run, model: Model, source: str) -> tuple[Model, tuple[Intervention, ...]]:
+        """The model with its adapters, and the saved interventions. Both are pinned in the run's manifest; a line is
+        printed for each intervention.
+
+        Args:
+            source: what the model was loaded from.
 
         Raises:
-            UserError: for a file that cannot be read, or that was trained with another model.
+            UserError: for a folder or file that cannot be read, or that was trained with another model.
         """
-        if self.intervention is None:
-            return ()
-        loaded = load_interventions(self.intervention, fingerprint(model))
-        for intervention in loaded:
+        own = fingerprint(model)
+        acting = tuple(one for file in self.intervention for one in load_interventions(file, own))
+        for intervention in acting:
             print(describe(intervention))
-        return loaded
+        for folder in self.adapter:
+            model = merge(model, load_peft(model, folder, source))
+        if self.adapter:
+            run.pin("adapter", [digests(folder) for folder in self.adapter])
+        run.pin("interventions", digest(acting))
+        return model, acting

@@ -192,7 +192,7 @@ def test_folder_of_something_else(refused, tmp_path, command):
 
 
 def test_unknown_adapter(refused, tmp_path):
-    assert "adapter_config.json" in refused(eval.accuracy, adapter=tmp_path)
+    assert "adapter_config.json" in refused(eval.accuracy, adapter=(tmp_path,))
 
 
 def run_accuracy(out: Path, limit: int = 3) -> None:
@@ -215,9 +215,9 @@ def test_accuracy_folder(refused, tmp_path):
 
 def test_saved_intervention_that_does_not_fit(refused, tmp_path):
     file = tmp_path / "cut.safetensors"
-    assert "no saved interventions" in refused(eval.accuracy, intervention=file)
+    assert "no saved interventions" in refused(eval.accuracy, intervention=(file,))
     save_interventions(file, (Gate.cut(4, [1]),))
-    assert "has 8 layers" in refused(eval.accuracy, intervention=file, limit=2)
+    assert "has 8 layers" in refused(eval.accuracy, intervention=(file,), limit=2)
 
 
 def test_accuracy_under_a_saved_intervention(tmp_path, capsys):
@@ -231,7 +231,7 @@ def test_accuracy_under_a_saved_intervention(tmp_path, capsys):
         lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()
         return [json.loads(line)["prediction"] for line in lines]
 
-    base, under = predictions("base"), predictions("cut", intervention=tmp_path / "cut.safetensors")
+    base, under = predictions("base"), predictions("cut", intervention=(tmp_path / "cut.safetensors",))
     assert base != under
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["interventions"] == digest(cut)
     assert "text.attn_out L1" in capsys.readouterr().out

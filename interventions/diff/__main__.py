@@ -21,20 +21,22 @@ from vlm_jax.runs.startup import load_tasks, start
 def main(args: Args) -> None:
     folders = args.folders()
     (spatial,), (neutral,) = (
-        load_tasks((name,), split="test", limit=args.limit, options=args).values() for name in (args.task, args.neutral)
+        load_tasks((name,), split=args.split, limit=args.limit, options=args).values()
+        for name in (args.task, args.neutral)
     )
     truths([*spatial, *neutral])
     spatial = large_enough(spatial)
     compared = Compared(**{name: load_dictionaries(folder) for name, folder in folders.items()})
-    data = {name: source(name, split="test", options=args) for name in (args.task, args.neutral)}
+    data = {name: source(name, split=args.split, options=args) for name in (args.task, args.neutral)}
     run, model, processor = start(args, [*spatial, *neutral], data, check=compared.check, with_answer=False)
     if args.text_model is not None:
         text_model = args.load_model(args.text_model)
         run.pin("text_model", fingerprint(text_model[0]))
     else:
         text_model = None
+    model, acting = args.applied(run, model, args.model)
     run.pin("dictionaries", {name: dictionaries_digest(folder) for name, folder in folders.items()})
-    show(Comparison(run, "", args, model, processor, text_model, compared, spatial, neutral).results())
+    show(Comparison(run, "", args, model, processor, text_model, compared, spatial, neutral, acting).results())
     print(f"written to {args.out}")
 
 

@@ -23,6 +23,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import batches, encode
 from vlm_jax.runs.processes import fetch, progress
+from vlm_jax.sites import Intervention
 
 #: P2's three sites, in the order of a layer.
 SITES = ("text.attn_out", "text.mlp_out", "text.resid_post")
@@ -120,10 +121,14 @@ def answer_under(
     examples: Sequence[Example],
     changes: Sequence[ProjectOut] | Sequence[Add],
     *,
+    base: Sequence[Intervention] = (),
     batch: int = 16,
     label: str = "",
 ) -> Answered:
     """Answers yes-or-no questions with nothing changed and under each of some interventions: one sweep for each batch.
+
+    Args:
+        base: interventions that act in every run.
 
     Raises:
         UserError: for an example whose answer is neither yes nor no.
@@ -131,7 +136,7 @@ def answer_under(
     truth = truths(examples)
     yes, no = answer_tokens(processor, model.config)
     groups = list(batches(examples, processor, model.config, batch, step=_LENGTH_STEP, with_answer=False))
-    sweeps = []
+    sweeps, acting = [], [bind(base, encoded) for _, encoded in groups]
     for _, encoded in groups:
         sweeps.append((encoded.inputs, stack(bind(changes, encoded)), Odds.of(encoded.inputs, yes, no)))
     costs = [estimate(model, *sweep) for sweep in sweeps]
@@ -139,8 +144,8 @@ def answer_under(
     without = np.zeros((len(changes), len(examples)))
     bar = progress(total=len(examples), desc=f"ablate {label}".strip(), unit="sample", leave=False)
     with Announced(sum(costs[1:], costs[0])), bar:
-        for (rows, _), sweep in zip(groups, sweeps, strict=True):
-            runs = fetch(sweep_runs(model, *sweep))
+        for (rows, _), sweep, always in zip(groups, sweeps, acting, strict=True):
+            runs = fetch(sweep_runs(model, *sweep, base=always))
             odds[rows], without[:, rows] = runs.base[: len(rows)], runs.variants[:, : len(rows)]
             bar.update(len(rows))
     return Answered(odds, without, truth)

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
-from interventions.kinds.groups import GROUPS, check_group, label, tokens_of
-from vlm_jax import Model
+from interventions.kinds.groups import GROUPS, bind, check_group, label, tokens_of
+from vlm_jax import Inputs, Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches, encode
 from vlm_jax.runs.processes import fetch
 from vlm_jax.runs.ranges import BATCH, Range
-from vlm_jax.sites import BLOCK_SITES, TEXT_SITES, layered, stage, token_axis
+from vlm_jax.sites import BLOCK_SITES, TEXT_SITES, Intervention, layered, stage, token_axis
 
 #: Sites whose values have an entry for each token of the prompt or, in the vision tower, for each patch.
 _SITES = TEXT_SITES - {"text.deepstack"} | BLOCK_SITES | {"visual.embeddings"}
@@ -120,6 +120,7 @@ class Computed:
     """Activations that the model computes whenever they are read.
 
     blocks: the numbers of the examples in each block. Their prompts have similar lengths.
+    interventions: those that act on the model.
     """
 
     model: Model
@@ -128,10 +129,16 @@ class Computed:
     options: ActivationOptions
     blocks: list[list[int]]
     index: Index
+    interventions: tuple[Intervention, ...] = ()
 
     @classmethod
     def of(
-        cls, model: Model, processor: Processor, examples: Sequence[Example], options: ActivationOptions
+        cls,
+        model: Model,
+        processor: Processor,
+        examples: Sequence[Example],
+        options: ActivationOptions,
+        interventions: tuple[Intervention, ...] = (),
     ) -> "Computed":
         """The activations of the examples' prompts, without answers.
 
@@ -154,11 +161,12 @@ class Computed:
                 raise UserError(f"no example has a picture, whose patches {options.sites[0]} needs: give other tasks")
             raise UserError(f"no example has a token of the group {options.tokens!r}: choose another --tokens")
         index = Index(*(np.concatenate(arrays).astype(np.int32) for arrays in zip(*parts, strict=True)))
-        return cls(model, processor, examples, options, blocks, index)
+        return cls(model, processor, examples, options, blocks, index, interventions)
 
     def read(self, block: int) -> dict[str, Float[np.ndarray, "layers rows width"]]:
         found, batch = self._found(block)
-        values = fetch(tapped(self.model, batch.inputs, self.options.sites, self.layers))
+        acting = bind(self.interventions, batch)
+        values = fetch(tapped(self.model, batch.inputs, self.options.sites, self.layers, acting))
         return {site: value[:, found.marked] for site, value in values.items()}
 
     def token_ids(self, block: int) -> Int32[np.ndarray, " rows"]:
@@ -225,11 +233,17 @@ def _found(model: Model, batch: Batch, examples: Sequence[Example], options: Act
 
 
 @functools.partial(jax.jit, static_argnames=("sites", "layers"))
-def tapped(model: Model, inputs, sites: tuple[str, ...], layers: tuple[int, ...]) -> dict[str, jax.Array]:
+def tapped(
+    model: Model,
+    inputs: Inputs,
+    sites: tuple[str, ...],
+    layers: tuple[int, ...],
+    interventions: tuple[Intervention, ...] = (),
+) -> dict[str, jax.Array]:
     """Site -> the values of the layers, ``(layers, batch, tokens, width)``; at sites of the vision tower
     ``(layers, images, patches, width)``. Heads are joined."""
     taps = {site: layers if layered(site) else None for site in sites}
-    values = model(inputs, taps=taps).taps
+    values = model(inputs, interventions, taps=taps).taps
     values = {site: value if layered(site) else value[None] for site, value in values.items()}
     return {site: value.reshape(*value.shape[:3], -1).astype(jnp.float32) for site, value in values.items()}
 

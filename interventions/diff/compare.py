@@ -47,6 +47,7 @@ from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.configuration import file_digest
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.token_maps import TOKEN_MAPS, TokenMap, write_token_maps
+from vlm_jax.sites import Intervention
 
 #: Sites whose values are in the residual stream, or are added to it.
 RESIDUAL = (
@@ -111,6 +112,8 @@ class Comparison(NamedTuple):
     compared: Compared
     spatial: list[Example]
     neutral: list[Example]
+    interventions: tuple[Intervention, ...] = ()
+    """Those that act on the model in every run."""
 
     def results(self) -> dict:
         """Runs it and writes its files; the content of ``results.json``."""
@@ -183,7 +186,7 @@ class Comparison(NamedTuple):
 
         self.run.once(
             f"{self.folder}token_maps",
-            lambda: feature_maps(self.model, self.processor, examples, shown, dictionaries),
+            lambda: feature_maps(self.model, self.processor, examples, shown, dictionaries, self.interventions),
             Artifact("token_maps", "Samples in which features are most active", TOKEN_MAPS),
             write=write,
             read=lambda path: None,
@@ -209,9 +212,14 @@ class Comparison(NamedTuple):
         )
 
         def sums(
-            model: Model, processor: Processor, examples: Sequence[Example], title: str, tokens: str = args.tokens
+            model: Model,
+            processor: Processor,
+            examples: Sequence[Example],
+            title: str,
+            tokens: str = args.tokens,
+            acting: tuple[Intervention, ...] = self.interventions,
         ) -> dict[Place, Sums]:
-            computed = Computed.of(model, processor, examples, options)
+            computed = Computed.of(model, processor, examples, options, acting)
             return {place: one.of(tokens) for place, one in measure(computed, dictionaries, title).items()}
 
         def make() -> dict[str, np.ndarray]:
@@ -222,8 +230,8 @@ class Comparison(NamedTuple):
                 both = [*spatial, *neutral]
                 blind = [example.without_images() for example in both]
                 found["same"] = sums(*own, both, "questions", SAME)
-                found["text"] = sums(*self.text_model, blind, "text model", SAME)
-            pictures = Computed.of(*own, with_prompts(spatial, args.neutral_prompts), options)
+                found["text"] = sums(*self.text_model, blind, "text model", SAME, ())
+            pictures = Computed.of(*own, with_prompts(spatial, args.neutral_prompts), options, self.interventions)
             arrays = {f"lexical/{p}": share for p, share in active_share(pictures, dictionaries, args.tokens).items()}
             for name, of_places in found.items():
                 for place, one in of_places.items():
@@ -272,7 +280,8 @@ class Comparison(NamedTuple):
         batch = max(1, self.options.activation_batch // 2)
 
         def make() -> dict[str, np.ndarray]:
-            return answer_under(self.model, self.processor, examples, changes, batch=batch, label=name)._asdict()
+            how = {"base": self.interventions, "batch": batch, "label": name}
+            return answer_under(self.model, self.processor, examples, changes, **how)._asdict()
 
         title = f"Log-odds of yes on {name} questions, as they are and {self.how}"
         return Answered(**self.run.once(f"{self.folder}{name}-answers.npz", make, Artifact("arrays", title)))
@@ -291,11 +300,12 @@ class Comparison(NamedTuple):
         rows, agreed, mean = [], [], None
         for (relation, place), group in itertools.groupby(ordered, key=lambda f: (f.relation, f.place)):
             chosen = list(group)
-            mean = mean_image_embedding(*on, examples) if mean is None else mean
+            mean = mean_image_embedding(*on, examples, base=self.interventions) if mean is None else mean
             asked = [example for example in examples if example.subtask == relation][: args.head_limit]
             directions = np.stack([_unit(self.compared.adapted[place].dictionary, f.latent) for f in chosen])
             assert place.layer is not None, "residual streams are in the layers"
             how: dict[str, Any] = {"at": args.at, "steps": args.steps, "label": f"{relation}, layer {place.layer}"}
+            how["base"] = self.interventions
             scores = head_scores(*on, asked, directions, place.layer, mean, **how)
             rows += head_rows(chosen, scores)
             agreed += agreement_rows(chosen, agreement(scores))

@@ -19,14 +19,16 @@ from interventions.engine.grids import patch_grid
 from interventions.engine.read import Projections
 from interventions.engine.sweep import sweep_runs
 from interventions.kinds.add import Add
-from interventions.kinds.groups import GROUPS, label, members
+from interventions.kinds.groups import GROUPS, bind, label, members
 from interventions.kinds.patch import Replace
+from interventions.kinds.up_to import up_to
 from vlm_jax import Inputs, Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches
 from vlm_jax.runs.processes import fetch, progress
+from vlm_jax.sites import Intervention
 
 _HEADS, _EMBEDDINGS = "text.head_out", "text.embeddings"
 #: A: the clean run's gradient. B: the corrupt run's.
@@ -57,14 +59,19 @@ class Agreement(NamedTuple):
 
 
 def mean_image_embedding(
-    model: Model, processor: Processor, examples: Sequence[Example], batch: int = 32
+    model: Model,
+    processor: Processor,
+    examples: Sequence[Example],
+    batch: int = 32,
+    *,
+    base: Sequence[Intervention] = (),
 ) -> Float[np.ndarray, " width"]:
     """The mean embedding of all image tokens of some examples."""
     total, count = 0.0, 0
     for rows, encoded in batches(examples, processor, model.config, batch, with_answer=False):
         image = _of_group(encoded, "image")
         image[len(rows) :] = False
-        embeddings = np.asarray(_embeddings(model, encoded.inputs))
+        embeddings = np.asarray(_embeddings(model, encoded.inputs, bind(base, encoded)))
         total, count = total + embeddings[image].sum(0, dtype=np.float64), count + image.sum()
     if not count:
         raise UserError("no example has an image, so there is no mean image embedding: give examples with images")
@@ -72,8 +79,10 @@ def mean_image_embedding(
 
 
 @jax.jit
-def _embeddings(model: Model, inputs: Inputs) -> Float[Array, "batch tokens width"]:
-    return model.embed(inputs)[0].x
+def _embeddings(
+    model: Model, inputs: Inputs, base: tuple[Intervention, ...] = ()
+) -> Float[Array, "batch tokens width"]:
+    return model.embed(inputs, base)[0].x
 
 
 def head_scores(
@@ -86,6 +95,7 @@ def head_scores(
     *,
     at: Direction = "A",
     steps: int = 1,
+    base: Sequence[Intervention] = (),
     batch: int = 8,
     label: str = "",
 ) -> Scores:
@@ -96,6 +106,7 @@ def head_scores(
         at: where the gradient is taken: in the clean run (A) or in the corrupt run (B).
         steps: with more than one, gradients are averaged over runs whose image embeddings lie between those of the two
             runs (integrated gradients); ``at`` then makes no difference.
+        base: interventions that act in every run.
     """
     short = model.up_to(layer + 1)
     sums: list[Any] = [0.0, 0.0, 0.0]
@@ -104,12 +115,13 @@ def head_scores(
             text, image = _of_group(encoded, "text"), _of_group(encoded, "image")
             weight = (np.arange(len(text)) < len(rows)).astype(np.float32)
             where = text & (weight > 0)[:, None]
+            acting = up_to(bind(base, encoded), layer + 1)
             corrupt = Replace(mean_image, _EMBEDDINGS, where=image)
-            shares = _shares(at, steps)
-            attributed = fetch(_attribution(short, encoded.inputs, mean_image, image, where, directions, shares))
+            inputs, shares = encoded.inputs, _shares(at, steps)
+            attributed = fetch(_attribution(short, inputs, acting, mean_image, image, where, directions, shares))
             read = Projections.of(directions, text)
             grid, shape = patch_grid([_HEADS], layer + 1, heads=model.config.text.num_attention_heads, tokens=[text])
-            runs = fetch(sweep_runs(short, encoded.inputs, grid, read, base=(), clean=(corrupt,)))
+            runs = fetch(sweep_runs(short, inputs, grid, read, base=acting, clean=(*acting, corrupt)))
             change = (runs.base - runs.variants) * weight[:, None]  # (N, B, features)
             exact = change.sum(1).T.reshape(len(directions), *shape[1:3])
             for number, part in enumerate((*attributed, exact)):
@@ -127,6 +139,7 @@ def _shares(at: Direction, steps: int) -> Float[np.ndarray, " runs"]:
 def _attribution(
     model: Model,
     inputs: Inputs,
+    base: tuple[Intervention, ...],
     mean_image: Float[Array, " width"],
     image: Bool[Array, "batch tokens"],
     where: Bool[Array, "batch tokens"],
@@ -135,16 +148,16 @@ def _attribution(
 ) -> tuple[Float[Array, "features layers heads"], Float[Array, "features layers heads"]]:
     """The signed and the absolute scores, summed over the batch. The model ends at the features' layer."""
     depth = model.config.text.num_hidden_layers
-    embeddings = model.embed(inputs)[0].x
+    embeddings = model.embed(inputs, base)[0].x
     away = jnp.where(image[..., None], mean_image - embeddings, 0)
 
     def heads(share):
-        return model(inputs, [Add(share * away, _EMBEDDINGS)], taps={_HEADS: None}).taps[_HEADS]
+        return model(inputs, [*base, Add(share * away, _EMBEDDINGS)], taps={_HEADS: None}).taps[_HEADS]
 
     difference = heads(jnp.float32(0)) - heads(jnp.float32(1))  # clean minus corrupt, (L, B, T, H, d)
 
     def read(zeros, share):
-        interventions = [Add(share * away, _EMBEDDINGS), Add(zeros, _HEADS, jnp.arange(depth))]
+        interventions = [*base, Add(share * away, _EMBEDDINGS), Add(zeros, _HEADS, jnp.arange(depth))]
         x, _ = model.hidden(inputs, interventions)
         return jnp.einsum("btd,bt,nd->n", x, where.astype(x.dtype), directions)
 

@@ -8,6 +8,7 @@ from interventions.diff.activations import tapped
 from interventions.diff.dictionaries import Stored
 from interventions.diff.place import Place
 from interventions.diff.selection import Feature
+from interventions.kinds.groups import bind
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.processor import Processor
@@ -15,6 +16,7 @@ from vlm_jax.prompts import encode
 from vlm_jax.runs.processes import fetch
 from vlm_jax.runs.token_maps import TokenMap
 from vlm_jax.seen import read_prompt
+from vlm_jax.sites import Intervention
 
 #: Samples in which they are looked for, and how many of a feature's best are kept.
 SEARCHED, BEST = 64, 2
@@ -26,6 +28,7 @@ def feature_maps(
     examples: Sequence[Example],
     features: Sequence[Feature],
     dictionaries: Mapping[Place, Stored],
+    interventions: tuple[Intervention, ...] = (),
 ) -> tuple[list[TokenMap], list[str]]:
     """The activation of each feature in every token of the samples in which one of them is most active, and the
     features' names. Only the first :data:`SEARCHED` samples are searched.
@@ -39,7 +42,7 @@ def feature_maps(
     for example in examples[:SEARCHED]:
         batch = encode([example], processor, model.config, with_answer=False)
         real = np.asarray(batch.inputs.attention_mask)[0]
-        values = tapped(model, batch.inputs, sites, layers)
+        values = tapped(model, batch.inputs, sites, layers, bind(interventions, batch))
         codes = {}  # place -> (tokens, latents)
         for place in places:
             x = values[place.site][0 if place.layer is None else layers.index(place.layer), 0]

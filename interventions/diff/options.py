@@ -9,6 +9,7 @@ import tyro
 from interventions.diff.features import Energy
 from interventions.diff.heads import Direction
 from interventions.kinds.groups import members
+from interventions.options import StateOptions
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
 from vlm_jax.runs.options import ModelOptions
@@ -70,7 +71,7 @@ class CompareOptions(FilterOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(CompareOptions, DataOptions, ModelOptions):
+class Args(CompareOptions, StateOptions, DataOptions, ModelOptions):
     """Find features that learnt to see, which of them belong to spatial relations, which heads drive them and what
     their removal costs (P2), by comparing dictionaries that train.sae wrote.
 
@@ -87,9 +88,11 @@ class Args(CompareOptions, DataOptions, ModelOptions):
     text_model: str | None = None
     """The text model, for --energy ratio and share."""
     task: str = "mini-vsr"
-    """Task of the relations: questions with yes or no, whose subtasks are the relations. Its test split is used."""
+    """Task of the relations: questions with yes or no, whose subtasks are the relations."""
     neutral: str = "mini-vqa"
-    """Task of the neutral questions, also with yes or no. Its test split is used."""
+    """Task of the neutral questions, also with yes or no."""
+    split: str = "test"
+    """Which split of both tasks to use: trace, train, eval or test."""
     limit: Annotated[int, Range(least=4)] = 600
     """Largest number of questions of each of the two tasks."""
     out: Path = Path("runs/diff")

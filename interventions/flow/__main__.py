@@ -24,8 +24,7 @@ from interventions.flow.knockout import (
 from interventions.flow.maps import attention_maps
 from interventions.flow.shares import Reading, read_examples
 from interventions.flow.summary import summarise_answers, summarise_effect, summarise_reading, summarise_received
-from interventions.options import InterventionOptions
-from interventions.store import digest
+from interventions.options import StateOptions
 from vlm_jax.config import Config
 from vlm_jax.data import Example, source
 from vlm_jax.data.options import DataOptions
@@ -40,12 +39,14 @@ from vlm_jax.runs.token_maps import TOKEN_MAPS, write_token_maps
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(InterventionOptions, DataOptions, ModelOptions):
+class Args(StateOptions, DataOptions, ModelOptions):
     """Measure how visual information flows to text (P1): the attention to the image, answers with parts of the
     attention cut, and the layers in which cuts matter."""
 
     task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ("mini-okvqa", "mini-docvqa")
     """Tasks: names, families (knowledge, perception, p0-knowledge ...), JSONL files or folders."""
+    split: str = "trace"
+    """Which split of a named task to use: trace, train, eval or test."""
     limit: Annotated[int, Range(least=1)] = 48
     """How many samples of each task to use."""
     edges: tuple[str, ...] | None = None
@@ -150,15 +151,14 @@ def main(args: Args) -> None:
     from interventions.figures import flow as figures
     from interventions.figures.base import save_figure
 
-    tasks = load_tasks(args.task, split="trace", limit=args.limit, options=args)
+    tasks = load_tasks(args.task, split=args.split, limit=args.limit, options=args)
     examples = list(itertools.chain(*tasks.values()))
     check_images(examples)
-    data = {name: source(name, split="trace", options=args) for name in args.task}
+    data = {name: source(name, split=args.split, options=args) for name in args.task}
     run, model, processor = start(args, examples, data, ignored=("maps",))
     edges, window_edges = edges_of(args, model.config)
     in_windows = window_layers(model.config.text.num_hidden_layers, args.window)
-    acting = args.interventions(model)
-    run.pin("interventions", digest(acting))
+    model, acting = args.applied(run, model, args.model)
     batching: dict[str, Any] = {"size": args.batch, "seed": args.seed, "interventions": acting}
     to_generate: dict[str, Any] = batching | {
         "modes": args.modes,

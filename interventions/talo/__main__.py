@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import tyro
 
-from interventions.store import digest, save_interventions
+from interventions.store import save_interventions
 from interventions.talo.artifacts import RESULTS, SAMPLES, TABLE
 from interventions.talo.options import Args
 from interventions.talo.report import compare, records, task_report
@@ -66,8 +66,7 @@ def main(args: Args) -> None:
         args.layers(model.config.text.num_hidden_layers)
 
     run, model, processor = start(args, itertools.chain(*loaded.values()), data, check=check)
-    acting = args.interventions(model)
-    run.pin("interventions", digest(acting))
+    model, acting = args.applied(run, model, args.model)
     tasks, results, lines = {}, {}, []
     for label, examples in loaded.items():
 

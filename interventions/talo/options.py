@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from interventions.options import InterventionOptions
+from interventions.options import StateOptions
 from interventions.talo.selection import SelectOptions, Similarity
 from interventions.talo.tables import Cut
 from vlm_jax.data.miniworld import TASKS
@@ -16,7 +16,7 @@ from vlm_jax.runs.ranges import BATCH, Range
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(SelectOptions, InterventionOptions, DataOptions, ModelOptions):
+class Args(SelectOptions, StateOptions, DataOptions, ModelOptions):
     """Find the layers that hurt each task, choose one to cut on a few samples, and measure the choice on others (P3).
 
     A sample counts as right if greedy decoding would write exactly the first gold answer and then stop.

@@ -9,8 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from interventions.options import InterventionOptions
-from interventions.store import digest
+from interventions.options import StateOptions
 from interventions.trace.options import TraceOptions
 from interventions.trace.tokens import save_token_maps
 from interventions.trace.tracing import trace_task, with_gold_first
@@ -25,11 +24,13 @@ from vlm_jax.runs.startup import load_examples, start
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(TraceOptions, InterventionOptions, DataOptions, ModelOptions):
+class Args(TraceOptions, StateOptions, DataOptions, ModelOptions):
     """Trace which layers' attention and MLP outputs restore the answer when the prompt is corrupted (P0)."""
 
     task: str = "mini-okvqa"
     """The task to trace: a name, a family (knowledge, perception), a dataset, a JSONL file or a folder."""
+    split: str = "trace"
+    """Which split of a named task to use: trace, train, eval or test."""
     limit: Annotated[int, Range(least=1)] = 96
     """How many samples to trace."""
     maps: Annotated[int | None, Range(least=1)] = None
@@ -41,9 +42,9 @@ class Args(TraceOptions, InterventionOptions, DataOptions, ModelOptions):
 
 @command
 def main(args: Args) -> None:
-    loaded = load_examples(args.task, split="trace", limit=args.limit, options=args)
+    loaded = load_examples(args.task, split=args.split, limit=args.limit, options=args)
     examples = [with_gold_first(example, args.gold) for example in loaded]
-    data = source(args.task, split="trace", options=args)
+    data = source(args.task, split=args.split, options=args)
 
     def check(model: Model) -> None:
         args.check(model.config.text.num_hidden_layers)
@@ -51,8 +52,7 @@ def main(args: Args) -> None:
     if args.maps is not None and args.positions != ("each",):
         raise UserError("--maps belongs to --positions each: give both, or drop it")
     run, model, processor = start(args, examples, data, check=check, ignored=("maps",))
-    acting = args.interventions(model)
-    run.pin("interventions", digest(acting))
+    model, acting = args.applied(run, model, args.model)
     task = task_label(args.task)
     summary = trace_task(run, "", model, processor, task, examples, args, interventions=acting)
     if args.positions == ("each",):

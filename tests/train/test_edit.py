@@ -77,7 +77,7 @@ def test_accuracy_gives_the_same_numbers(run, tmp_path):
     """And the same answers, by way of the file."""
     for task in TASKS:
         out = tmp_path / task
-        accuracy.main(accuracy.Args(task=task, limit=6, intervention=run.out / "editors.safetensors", out=out))
+        accuracy.main(accuracy.Args(task=task, limit=6, intervention=(run.out / "editors.safetensors",), out=out))
         for name in ("samples.jsonl", "predictions.jsonl"):
             assert (out / name).read_text() == (run.out / "after" / task / name).read_text()
     changed = [(run.out / when / "mini-okvqa/predictions.jsonl").read_text() for when in ("before", "after")]
@@ -189,7 +189,7 @@ def test_refusals_are_one_sentence_and_leave_nothing(changed, message, tmp_path,
 
 def test_editors_of_another_model_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        args = accuracy.Args(intervention=run.out / "editors.safetensors", model="mini-llava", limit=2)
+        args = accuracy.Args(intervention=(run.out / "editors.safetensors",), model="mini-llava", limit=2)
         accuracy.main(dataclasses.replace(args, out=tmp_path / "run"))
     error = capsys.readouterr().err
     assert "was trained with another model (fingerprint" in error and error.count("\n") == 1
@@ -197,7 +197,7 @@ def test_editors_of_another_model_are_refused(run, tmp_path, capsys):
 
 
 def test_pictures_are_not_corrupted_under_editors_of_the_tower(run, tmp_path, capsys):
-    args = TraceArgs(intervention=run.out / "editors.safetensors", corruption="image_noise", limit=2)
+    args = TraceArgs(intervention=(run.out / "editors.safetensors",), corruption="image_noise", limit=2)
     with pytest.raises(SystemExit):
         trace_main(dataclasses.replace(args, out=tmp_path / "run"))
     error = capsys.readouterr().err

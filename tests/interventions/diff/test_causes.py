@@ -6,7 +6,7 @@ import pytest
 from kind_cases import one_sentence
 
 import vlm_jax
-from interventions import ProjectOut, Replace, bind, sweep_runs
+from interventions import Gate, ProjectOut, Replace, bind, sweep_runs
 from interventions.diff.ablation import SITES, answer_tokens, answer_under, with_directions, without_directions
 from interventions.diff.heads import agreement, head_scores, mean_image_embedding
 from interventions.diff.place import Place
@@ -205,3 +205,31 @@ def test_agreement(scores):
     assert all(one.rank == pytest.approx(-1) for one in turned)
     (constant, *_) = agreement(scores._replace(signed=np.zeros_like(scores.signed)))
     assert np.isnan(constant.rank)
+
+
+def test_heads_under_an_intervention(mini, examples, mean_image, scores):
+    """Half of an attention output is a model with half an output matrix. What acts behind the features' layer does not
+    matter; the control is the scores without an intervention."""
+    model, processor = mini
+    scales = np.ones(8, np.float32)
+    scales[[1, 6]] = 0.5
+    base = (Gate({"text.attn_out": scales}),)
+    found = head_scores(*mini, examples, DIRECTIONS, LAYER, mean_image, batch=2, base=base)
+    halved = jax.tree.map(lambda leaf: leaf, model)
+    kernel = halved.text.layers.self_attn.o_proj.kernel
+    kernel[...] = kernel[...].at[1].multiply(0.5)
+    want = head_scores(halved, processor, examples, DIRECTIONS, LAYER, mean_image, batch=2)
+    for name in ("exact", "signed"):
+        one, other, plain = (np.asarray(getattr(s, name)) for s in (found, want, scores))
+        np.testing.assert_allclose(one, other, atol=2e-3 * np.abs(other).max())
+        assert np.abs(plain - other).max() > 2e-2 * np.abs(other).max()
+
+
+def test_answers_under_an_intervention(mini, examples):
+    """The cut that acts throughout is in every run."""
+    cut = Gate.cut(8, [2])
+    removed = without_directions(8, DIRECTIONS)
+    found = answer_under(*mini, examples, removed, batch=2, base=(cut,))
+    pairs = answer_under(*mini, examples, [cut], batch=2)
+    np.testing.assert_allclose(found.odds, pairs.without[0], atol=1e-3)
+    assert np.abs(found.odds - pairs.odds).max() > 1e-2
