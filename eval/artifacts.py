@@ -15,6 +15,7 @@ SAMPLES = Schema(
         "metric": "the metric of the score",
         "score": "from 0 to 1",
         "read": "the answer that the metric recognised in the prediction",
+        "cluster": "number of the sample's cluster: samples that show the same image share it",
     },
 )
 _ACCURACY = {

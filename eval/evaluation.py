@@ -119,6 +119,7 @@ def score_answers(
     """Scores the answers to some examples with one metric (P0's exact match by default), or with each task's metric."""
     judged = judge(examples, answers, options)
     summaries = summarise_tasks(examples, judged, options)
+    clusters = clusters_of(examples).tolist()
     records = [
         {
             "id": e.id,
@@ -131,8 +132,9 @@ def score_answers(
             "metric": metric_name(e, options),
             "score": j.score,
             "read": j.read,
+            "cluster": cluster,
         }
-        for e, a, j in zip(examples, answers, judged, strict=True)
+        for e, a, j, cluster in zip(examples, answers, judged, clusters, strict=True)
     ]
 
     def accuracy(rows: list[int]) -> dict:

@@ -1,5 +1,6 @@
 """Interventions on a forward pass, the sweep engine, and one room per analysis."""
 
+from interventions.compare.runs import compare
 from interventions.dictionary import Dictionary
 from interventions.engine.generation import generate_variants
 from interventions.engine.read import Gold, Logits, Scores
@@ -9,12 +10,16 @@ from interventions.kinds.add import Add, Noise
 from interventions.kinds.attention import AttentionKnockout, UniformAttention
 from interventions.kinds.gates import Gate, HeadGate
 from interventions.kinds.groups import GROUPS, bind, label
+from interventions.kinds.hook import hook
 from interventions.kinds.latents import Latents
+from interventions.kinds.layers import at
 from interventions.kinds.lora import LoRA
+from interventions.kinds.packed import describe, digest
 from interventions.kinds.patch import Patch, Replace
 from interventions.kinds.project_out import ProjectOut
 from interventions.kinds.reft import ConsReFT, DiReFT, LobiReFT, LoReFT, NodiReFT, NoReFT
-from interventions.store import describe, digest, load_interventions, save_interventions
+from interventions.steering import difference_of_means
+from interventions.store import load_interventions, save_interventions
 from interventions.trace.causal import Trace, causal_trace
 
 __all__ = [
@@ -42,11 +47,15 @@ __all__ = [
     "Trace",
     "UniformAttention",
     "Variants",
+    "at",
     "bind",
     "causal_trace",
+    "compare",
     "describe",
+    "difference_of_means",
     "digest",
     "generate_variants",
+    "hook",
     "label",
     "load_interventions",
     "save_interventions",

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import tyro
 
+from interventions.kinds.packed import describe, digest
 from interventions.placement.adapters import load_peft, merge
-from interventions.store import describe, digest, load_interventions
+from interventions.store import load_interventions
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.model import Model
 from vlm_jax.runs.folder import Run, digests

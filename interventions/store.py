@@ -1,29 +1,28 @@
-"""Interventions on disk and in words.
+"""Interventions on disk.
 
 A file of interventions is a safetensors file. Its metadata describes, as JSON, each intervention in order: its kind,
 the module that defines the kind, its options, and which arrays its fields hold.
 """
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from interventions.kinds import KINDS
+from interventions.kinds.layers import Layers
+from interventions.kinds.packed import LAYERS, file_of, hash_of, packed
+from vlm_jax.acting import several
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files import check_regular, order_metadata, parse_json
 from vlm_jax.sites import Intervention
 
 
-def save_interventions(path: str | Path, interventions: Sequence[Intervention], model: str | None = None) -> None:
-    """Writes the interventions, in their order, to one file.
+def save_interventions(
+    path: str | Path, interventions: Intervention | Sequence[Intervention], model: str | None = None
+) -> None:
+    """Writes one or several interventions, in their order, to one file.
 
     Args:
         model: the fingerprint of the only model that they are for (:mod:`vlm_jax.checkpoints.fingerprint`), such as the
@@ -32,69 +31,18 @@ def save_interventions(path: str | Path, interventions: Sequence[Intervention], 
     Raises:
         UserError: for an intervention whose class is not registered with :func:`interventions.kinds.base.kind`.
     """
-    entries, tensors = _packed(interventions)
+    interventions = several(interventions)
+    for kind in map(type, interventions):
+        if KINDS.get(kind.__name__) is not kind:
+            raise UserError(
+                f"a {kind.__name__} cannot be saved: register its class with @interventions.kinds.base.kind"
+            )
+    entries, tensors = packed(interventions)
     modules = [{"module": type(intervention).__module__} for intervention in interventions]
     entries = list(map(dict.__or__, entries, modules))
-    own = {"digest": _hash(entries, tensors)} | ({} if model is None else {"model": model})
-    Path(path).write_bytes(_file(entries, tensors, **own))
+    own = {"digest": hash_of(entries, tensors)} | ({} if model is None else {"model": model})
+    Path(path).write_bytes(file_of(entries, tensors, **own))
     order_metadata(Path(path))
-
-
-def digest(interventions: Sequence[Intervention]) -> str:
-    """A hash of the kinds, options and arrays of the interventions."""
-    return _hash(*_packed(interventions))
-
-
-def _hash(entries: list[dict], tensors: dict[str, np.ndarray]) -> str:
-    return hashlib.sha256(_file(entries, tensors)).hexdigest()[:12]
-
-
-def _file(entries: list[dict], tensors: dict[str, np.ndarray], **metadata: str) -> bytes:
-    metadata |= {"interventions": json.dumps(entries, sort_keys=True)}
-    return save(dict(sorted(tensors.items())), metadata=metadata)
-
-
-def _packed(interventions: Sequence[Intervention]) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """The description of each intervention, and all their arrays by name."""
-    tensors: dict[str, np.ndarray] = {}
-    return [_described(number, i, tensors) for number, i in enumerate(interventions)], tensors
-
-
-def _described(number: int, intervention: Intervention, tensors: dict[str, np.ndarray]) -> dict:
-    """Kind, options, and the names that the arrays get in ``tensors``."""
-    name = type(intervention).__name__
-    if KINDS.get(name) is not type(intervention):
-        raise UserError(f"a {name} cannot be saved: register its class with @interventions.kinds.base.kind")
-    options, arrays = {}, {}
-    for field in _fields(intervention):
-        value = getattr(intervention, field.name)
-        if _is_option(field):
-            options[field.name] = value
-        elif value is not None:
-            arrays[field.name] = _pack(value, f"{number}.{field.name}", tensors)
-    return {"kind": name, "options": options, "arrays": arrays}
-
-
-def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
-    """The fields of an intervention: every kind is a dataclass, though the base class is not."""
-    return dataclasses.fields(kind)
-
-
-def _is_option(field: dataclasses.Field) -> bool:
-    """Whether a field of a kind is static."""
-    return not field.metadata.get("pytree_node", True)
-
-
-def _pack(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
-    """Puts the arrays of ``value`` into ``tensors`` and returns their names in its place."""
-    if value is None:
-        return None
-    if isinstance(value, dict):
-        return {key: _pack(part, f"{name}.{key}", tensors) for key, part in sorted(value.items())}
-    if isinstance(value, tuple):
-        return [_pack(part, f"{name}.{i}", tensors) for i, part in enumerate(value)]
-    tensors[name] = np.asarray(value, order="C")
-    return name
 
 
 def load_interventions(path: str | Path, model: str | None = None) -> tuple[Intervention, ...]:
@@ -125,7 +73,7 @@ def load_interventions(path: str | Path, model: str | None = None) -> tuple[Inte
                 raise UserError(f"{path}: {name} is stored as {tensor.dtype}, which no kind has: save it again")
             if not np.isfinite(tensor.astype(np.float32 if tensor.dtype.kind in "fV" else tensor.dtype)).all():
                 raise UserError(f"{path}: {name} holds a number that is not finite: train or save it again")
-        if (own := metadata.get("digest")) is not None and own != (found := _hash(entries, tensors)):
+        if (own := metadata.get("digest")) is not None and own != (found := hash_of(entries, tensors)):
             raise UserError(f"{path} is damaged (its digest is {found} instead of {own}): save or fetch it again")
         return tuple(_unpack(entry, tensors) for entry in entries)
     except UserError:
@@ -149,7 +97,8 @@ def _unpack(entry: dict, tensors: dict[str, np.ndarray]) -> Intervention:
         if layout is None:
             return None
         if isinstance(layout, dict):
-            return {key: arrays(part) for key, part in layout.items()}
+            parts = {key: arrays(part) for key, part in layout.items()}
+            return Layers(**parts[LAYERS]) if parts.keys() == {LAYERS} else parts
         return tuple(arrays(part) for part in layout) if isinstance(layout, list) else tensors[layout]
 
     # JSON turns tuples into lists, but static fields must be hashable.
@@ -157,24 +106,3 @@ def _unpack(entry: dict, tensors: dict[str, np.ndarray]) -> Intervention:
     intervention = KINDS[name].restored(options | {key: arrays(layout) for key, layout in entry["arrays"].items()})
     intervention.sites  # noqa: B018  refuses options that the kind does not know
     return intervention
-
-
-def describe(intervention: Intervention) -> str:
-    """One line: the kind, where it acts, its options and its hash."""
-    tables = {site: np.atleast_1d(np.asarray(table)) for site, table in intervention.active().items()}
-    parts = [_site_and_layers(site, tables.get(site)) for site in sorted(intervention.sites)]
-    for field in filter(_is_option, _fields(intervention)):
-        value = getattr(intervention, field.name)
-        if value and isinstance(value, str | int | float):
-            parts.append(f"{field.name}={value}")
-    size = sum(np.size(leaf) for leaf in jax.tree.leaves(intervention))
-    return f"{type(intervention).__name__}({'; '.join(parts)}) {size:,} numbers #{digest((intervention,))}"
-
-
-def _site_and_layers(site: str, table: np.ndarray | None) -> str:
-    """A site and the layers that are True in its ``table (L,)``: ``text.attn_out L3,4``. If the table is None or True
-    everywhere, just the site."""
-    if table is None or table.all():
-        return site
-    layers = np.flatnonzero(table)
-    return f"{site} L{','.join(map(str, layers))}" if len(layers) else f"{site} nowhere"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32, PRNGKeyArray
 
+from vlm_jax.acting import acting
 from vlm_jax.errors import UserError
 from vlm_jax.inputs import Inputs, bucket
 from vlm_jax.model import Embedded, Model
@@ -29,7 +30,7 @@ def generate(
     model: Model,
     inputs: Inputs,
     max_new_tokens: int,
-    interventions: Sequence[Any] = (),
+    interventions: Any = (),
     *,
     steps: Literal["all", "prefill"] = "all",
     temperature: float = 0.0,
@@ -44,7 +45,8 @@ def generate(
 
     Args:
         inputs: prompts padded on either side.
-        interventions: act on the prompt and on every new token, unless their tokens are restricted to the prompt.
+        interventions: one or several; they act on the prompt and on every new token, unless their tokens are restricted
+            to the prompt.
         steps: "prefill" applies the interventions only to the prompt. New tokens then read the keys and values that
             the interventions changed, but are not changed themselves.
         temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled with ``key``.
@@ -63,6 +65,7 @@ def generate(
         UserError: for options that are not possible, an intervention that touches nothing, or a model whose scores of
             the next token are not finite.
     """
+    interventions = acting(interventions, model.depths)
     check_sites(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
     held = held_tokens(model, inputs, interventions if steps == "all" else ()) if drop_images else None
     options = decoding(model, max_new_tokens, steps, eos_token_id, pad_token_id, held)
@@ -71,7 +74,7 @@ def generate(
     if temperature and key is None:
         raise UserError("sampling needs a key: pass key=jax.random.key(seed)")
     sampling = (jnp.float32(temperature), jnp.float32(top_p), key) if temperature else None
-    tokens = generation_program(model, inputs, tuple(interventions), options, sampling)
+    tokens = generation_program(model, inputs, interventions, options, sampling)
     check_finite(tokens, names)
     return tokens
 

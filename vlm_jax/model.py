@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
+from vlm_jax.acting import acting
 from vlm_jax.config import Config, with_registers
 from vlm_jax.errors import UserError
 from vlm_jax.families import backbone_config
@@ -70,17 +71,19 @@ class Model(nnx.Module):
         rows.append(("dtype", ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(self)}))))
         return titled(repr(self), table_html(rows))
 
-    def __call__(self, inputs: Inputs, interventions: Sequence[Any] = (), taps: Taps = ()) -> Output:
+    def __call__(self, inputs: Inputs, interventions: Any = (), taps: Taps = ()) -> Output:
         """One forward pass.
 
         Args:
-            interventions: :class:`vlm_jax.Intervention`, applied in order at each site (see :mod:`vlm_jax.sites`).
+            interventions: a :class:`vlm_jax.Intervention`, or several, applied in order at each site (see
+                :mod:`vlm_jax.sites`).
             taps: names of the sites whose values to return; or a dict from names to the layers whose values to keep,
                 or to a :class:`vlm_jax.Tap`, which can also reduce each value.
 
         Raises:
             UserError: for an unknown tap or site, or an intervention that touches nothing.
         """
+        interventions = acting(interventions, self.depths)
         checked = check_sites(interventions, taps, self.sites(inputs), self.depths, inputs.input_ids.shape)
         x, tapped = self.hidden(inputs, interventions, checked)
         probe = Probe(interventions, checked, Context())

@@ -20,16 +20,18 @@ def shown(cls: Class) -> Class:
     Fields that are None are left out. A class can have a ``_notes_html`` method, whose HTML stands below the table.
     """
 
-    def text(self) -> str:
-        fields = ", ".join(f"{name}={described(value)}" for name, value in _fields(self))
-        return f"{type(self).__name__}({fields})"
-
     def table(self) -> str:
         notes = self._notes_html() if hasattr(self, "_notes_html") else ""
         return titled(type(self).__name__, table_html(_fields(self))) + notes
 
-    cls.__repr__, cls._repr_html_ = text, table
+    cls.__repr__, cls._repr_html_ = fields_in_words, table
     return cls
+
+
+def fields_in_words(value: Any) -> str:
+    """The class of a dataclass or NamedTuple, and its fields in a few words each."""
+    fields = ", ".join(f"{name}={described(field)}" for name, field in _fields(value))
+    return f"{type(value).__name__}({fields})"
 
 
 def described(value: Any) -> str:

@@ -188,6 +188,11 @@ class Intervention(abc.ABC):
         the group of each token (:func:`interventions.kinds.groups.label`)."""
         return self
 
+    def sized(self, depths: Mapping[str, int]) -> "Intervention":
+        """The intervention for a model with these depths: tower -> number of layers. A kind whose tables of layers wait
+        for the depth (:class:`interventions.kinds.base.Layers`) makes them here."""
+        return self
+
     @property
     def missing(self) -> frozenset[str]:
         """The sites at which it needs the values of a clean run (``ctx.donors``). Only a sweep has them."""

@@ -13,8 +13,8 @@ from interventions.engine.read import Odds
 from interventions.engine.sweep import sweep_runs
 from interventions.engine.variants import stack
 from interventions.kinds.add import Add
-from interventions.kinds.base import slots
 from interventions.kinds.groups import bind
+from interventions.kinds.layers import slots
 from interventions.kinds.project_out import ProjectOut
 from vlm_jax import Model
 from vlm_jax.config import Config

@@ -23,6 +23,7 @@ from interventions.kinds.groups import GROUPS, bind, label, members
 from interventions.kinds.patch import Replace
 from interventions.kinds.up_to import up_to
 from vlm_jax import Inputs, Model
+from vlm_jax.acting import acting
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
@@ -115,13 +116,13 @@ def head_scores(
             text, image = _of_group(encoded, "text"), _of_group(encoded, "image")
             weight = (np.arange(len(text)) < len(rows)).astype(np.float32)
             where = text & (weight > 0)[:, None]
-            acting = up_to(bind(base, encoded), layer + 1)
+            always = up_to(acting(bind(base, encoded), model.depths), layer + 1)
             corrupt = Replace(mean_image, _EMBEDDINGS, where=image)
             inputs, shares = encoded.inputs, _shares(at, steps)
-            attributed = fetch(_attribution(short, inputs, acting, mean_image, image, where, directions, shares))
+            attributed = fetch(_attribution(short, inputs, always, mean_image, image, where, directions, shares))
             read = Projections.of(directions, text)
             grid, shape = patch_grid([_HEADS], layer + 1, heads=model.config.text.num_attention_heads, tokens=[text])
-            runs = fetch(sweep_runs(short, inputs, grid, read, base=acting, clean=(*acting, corrupt)))
+            runs = fetch(sweep_runs(short, inputs, grid, read, base=always, clean=(*always, corrupt)))
             change = (runs.base - runs.variants) * weight[:, None]  # (N, B, features)
             exact = change.sum(1).T.reshape(len(directions), *shape[1:3])
             for number, part in enumerate((*attributed, exact)):

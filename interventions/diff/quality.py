@@ -15,9 +15,9 @@ from interventions.diff.place import Place
 from interventions.engine.read import Gold
 from interventions.engine.sweep import sweep_runs
 from interventions.engine.variants import stack
-from interventions.kinds.base import slots
 from interventions.kinds.groups import GROUPS, bind, label, members, tokens_of
 from interventions.kinds.latents import Latents
+from interventions.kinds.layers import slots
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from interventions.kinds.base import layer_table, slots
+from interventions.kinds.layers import layer_table, slots
 from interventions.kinds.reft import Editor, LoReFT
 from vlm_jax import Model
 from vlm_jax.errors import UserError

@@ -5,7 +5,7 @@ import time
 
 from interventions.engine.bundles import bundled
 from interventions.engine.prefix import shared_prefix
-from interventions.engine.variants import Variants, first_layers
+from interventions.engine.variants import Variants, first_layers, sized_variants
 from vlm_jax import Inputs, Model
 from vlm_jax.nn.flops import head_flops, layers_flops
 from vlm_jax.runs.processes import fetch
@@ -75,7 +75,7 @@ def estimate(model: Model, inputs: Inputs, variants: Variants, read, *, base=(),
     Args:
         gold: positions that the read-out unembeds.
     """
-    config = model.config.text
+    config, variants = model.config.text, sized_variants(variants, model.depths)
     batch, length = inputs.input_ids.shape
     start = shared_prefix(model, inputs, variants, read, base, clean)
     depth = config.num_hidden_layers

@@ -12,8 +12,9 @@ from jaxtyping import Int
 from interventions.engine.chunks import chunk_of
 from interventions.engine.entry import behind_prefix, embedded, entered
 from interventions.engine.prefix import possible_prefix
-from interventions.engine.variants import Variants, check_acts, first_token, stack
+from interventions.engine.variants import Variants, check_acts, first_token, sized_variants
 from vlm_jax import Inputs, Model
+from vlm_jax.acting import acting
 from vlm_jax.generate import Decoding, check_finite, continued, decoding
 from vlm_jax.sites import check_sites
 from vlm_jax.typing import Array
@@ -37,7 +38,8 @@ def generate_variants(
         steps: as in :func:`vlm_jax.generate`.
         chunk: how many variants generate together.
     """
-    variants = variants if isinstance(variants, Variants) else stack(variants)
+    variants = sized_variants(variants, model.depths)
+    base = acting(base, model.depths)
     check_sites((*base, *variants.take(0).interventions), (), model.sites(inputs), model.depths, inputs.input_ids.shape)
     check_acts(variants)
     options = decoding(model, max_new_tokens, steps)
@@ -46,7 +48,7 @@ def generate_variants(
     length = inputs.input_ids.shape[1]
     start = possible_prefix(model, inputs, min(first_token(variants, length), length - 1 - padding))
     chunk = chunk_of(inputs, start) if chunk is None else chunk
-    tokens = _program(model, inputs, tuple(base), variants, start=start, chunk=chunk, options=options)
+    tokens = _program(model, inputs, base, variants, start=start, chunk=chunk, options=options)
     check_finite(tokens)
     return tokens
 

@@ -21,8 +21,9 @@ from interventions.engine.naive import naive_program
 from interventions.engine.prefix import possible_prefix, shared_prefix
 from interventions.engine.program import sweep_program
 from interventions.engine.read import ReadOut, Runs
-from interventions.engine.variants import Variants, check_acts, stack
+from interventions.engine.variants import Variants, check_acts, sized_variants
 from vlm_jax import Inputs, Model, UserError
+from vlm_jax.acting import acting
 from vlm_jax.sites import Stage, check_sites, stage
 from vlm_jax.vision.blocks import Features
 
@@ -39,8 +40,8 @@ def sweep_runs(
     variants: Variants | Sequence[Any],
     read: ReadOut,
     *,
-    base: Sequence[Any] = (),
-    clean: Sequence[Any] | None = None,
+    base: Any = (),
+    clean: Any = None,
     engine: Literal["sweep", "naive"] = "sweep",
     start: int | None = None,
     chunk: int | None = None,
@@ -67,8 +68,8 @@ def sweep_runs(
     Raises:
         UserError: for a variant that acts nowhere, or for variants that differ in more than values.
     """
-    variants = variants if isinstance(variants, Variants) else stack(variants)
-    base, clean = tuple(base), None if clean is None else tuple(clean)
+    variants = sized_variants(variants, model.depths)
+    base, clean = acting(base, model.depths), None if clean is None else acting(clean, model.depths)
     _check(model, inputs, variants, base, clean, engine)
     longest = shared_prefix(model, inputs, variants, read, base, clean)
     start = longest if start is None else possible_prefix(model, inputs, min(start, longest))

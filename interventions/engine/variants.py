@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from interventions.kinds.layers import Layers
 from vlm_jax import UserError
+from vlm_jax.acting import acting, several
 from vlm_jax.runs.processes import fetch
 from vlm_jax.sites import NO_TAPS, Context, Intervention, Probe, Stage, splits_queries, stage
 from vlm_jax.typing import Array
@@ -81,7 +83,7 @@ def stack(variants: Sequence[Any]) -> Variants:
     Raises:
         UserError: if the variants differ in more than their arrays' values.
     """
-    tuples = [v if isinstance(v, tuple) else (v,) for v in variants]
+    tuples = [tuple(several(variant)) for variant in variants]
     if not tuples:
         raise UserError("there is no variant to stack: give at least one")
     leaves, structures = zip(*(jax.tree.flatten(v) for v in tuples), strict=True)
@@ -98,6 +100,17 @@ def stack(variants: Sequence[Any]) -> Variants:
         mapped = (True, *mapped[1:])  # at least one leaf must have the axis of variants, because it tells their number
     stacked = [jnp.stack(arrays) if is_mapped else arrays[0] for is_mapped, arrays in zip(mapped, by_leaf, strict=True)]
     return Variants(structures[0].unflatten(stacked), mapped)
+
+
+def sized_variants(variants: Variants | Sequence[Any], depths: Mapping[str, int]) -> Variants:
+    """The variants, stacked if they are a list, for a model with these depths
+    (:meth:`vlm_jax.Intervention.sized`)."""
+    if not isinstance(variants, Variants):
+        return stack([acting(variant, depths) for variant in variants])
+    flags = jax.tree.structure(variants.interventions).unflatten(variants.mapped)
+    # A table has an axis of variants if one of the arrays that it is made of has one.
+    joined = jax.tree.map(lambda flag: any(jax.tree.leaves(flag)), flags, is_leaf=lambda x: isinstance(x, Layers))
+    return Variants(acting(variants.interventions, depths), tuple(jax.tree.leaves(joined)))
 
 
 @dataclasses.dataclass(frozen=True)

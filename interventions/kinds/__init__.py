@@ -4,7 +4,9 @@ from interventions.kinds.add import Add, Noise
 from interventions.kinds.attention import AttentionKnockout, UniformAttention
 from interventions.kinds.base import KINDS
 from interventions.kinds.gates import Gate, HeadGate
+from interventions.kinds.hook import Hook, hook
 from interventions.kinds.latents import Latents
+from interventions.kinds.layers import Layers, at
 from interventions.kinds.lora import LoRA
 from interventions.kinds.patch import Patch, Replace
 from interventions.kinds.project_out import ProjectOut
@@ -18,7 +20,9 @@ __all__ = [
     "DiReFT",
     "Gate",
     "HeadGate",
+    "Hook",
     "Latents",
+    "Layers",
     "LoRA",
     "LoReFT",
     "LobiReFT",
@@ -29,4 +33,6 @@ __all__ = [
     "ProjectOut",
     "Replace",
     "UniformAttention",
+    "at",
+    "hook",
 ]

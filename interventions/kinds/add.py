@@ -1,10 +1,14 @@
 """Adds something to values: a vector (steering), an array, Gaussian noise."""
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int, UInt32
 
-from interventions.kinds.base import OnTokens, kind, option, slot_at
+from interventions.kinds.base import OnTokens, kind, option
+from interventions.kinds.layers import Layers, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, token_axis
 from vlm_jax.typing import ArrayLike
@@ -48,7 +52,36 @@ class Add(OnTokens):
 
     value: Float[ArrayLike, "..."]
     site: str = option(default="text.embeddings")
-    slot: Int[ArrayLike, "layers"] | None = None
+    slot: Int[ArrayLike, "layers"] | Layers | None = None
+
+    @classmethod
+    def steer(
+        cls,
+        vector: Float[ArrayLike, "*chosen width"],
+        layer: int | None = None,
+        *,
+        layers: Iterable[int] | None = None,
+        site: str = "text.resid_post",
+        strength: float = 1.0,
+        **tokens,
+    ) -> "Add":
+        """Steering: adds ``strength`` times a vector at a site of the layers.
+
+        Args:
+            vector: ``(D,)``; or ``(K, D)``, one for each of K ``layers``.
+            layer, layers: where, counted from the end if negative; all layers if neither is given.
+            tokens: on which tokens (where, group, new); by default all, generated ones included.
+
+        Raises:
+            UserError: for ``layer`` beside ``layers``, or another number of vectors than of layers.
+        """
+        if layer is not None and layers is not None:
+            raise UserError("layer and layers are both given: give one of them")
+        if np.ndim(vector) not in (1, 2):
+            raise UserError(f"a steering vector of shape {np.shape(vector)} is not possible: give (D,) or (K, D)")
+        vectors = jnp.asarray(vector, jnp.float32).reshape(-1, np.shape(vector)[-1])
+        chosen = layers if layer is None else [layer]
+        return cls(strength * vectors, site, Layers.of(chosen, len(vectors)), **tokens)
 
     @property
     def sites(self) -> frozenset[str]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt32
 
-from interventions.kinds.base import OnTokens, kind, layer_table, option
+from interventions.kinds.base import OnTokens, kind, option
 from interventions.kinds.groups import GROUPS, is_part, members, tokens_of
+from interventions.kinds.layers import layer_table
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.sites import Context, Intervention
 from vlm_jax.typing import Array, ArrayLike

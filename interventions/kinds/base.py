@@ -1,10 +1,9 @@
-"""What the kinds of intervention share: the registry, and the tables that say where a kind acts.
+"""What the kinds of intervention share: the registry, and how a kind acts on some of the tokens.
 
 A kind is a small frozen pytree with the members of :class:`vlm_jax.sites.Intervention`. All kinds follow three rules.
 
-*Which layers*: an array with one entry per layer. It is either a strength or an int32 **slot table** ``slot (L,)``. A
-slot table holds the number of the slot that each layer uses, or the number of slots where a layer uses none. So a layer
-without a slot needs no array. At a site outside of the layers, the table is a scalar.
+*Which layers*: an array with one entry per layer. It is either a strength or an int32 **slot table** ``slot (L,)``
+(:mod:`interventions.kinds.layers`). At a site outside of the layers, the table is a scalar.
 
 *Which tokens of the prompt*: ``where (B, T)`` bool; or ``group``, the name of a token group, which
 :func:`interventions.kinds.groups.bind` looks up in every batch; or all tokens, if neither is given.
@@ -15,18 +14,19 @@ without a slot needs no array. At a site outside of the layers, the table is a s
 docs/interventions.md ("A kind of your own") shows how to write one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 from interventions.kinds.groups import tokens_of
+from interventions.kinds.layers import sized_slots
+from interventions.kinds.packed import short
 from vlm_jax.errors import UserError
-from vlm_jax.showing import shown
 from vlm_jax.sites import Context, Intervention, Stage, head_axis, stage, token_axis
 from vlm_jax.typing import ArrayLike
 
@@ -59,36 +59,10 @@ def kind(cls: Kind) -> Kind:
     other = KINDS.get(cls.__name__)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise UserError(f"the kind {cls.__name__!r} exists in {other.__module__} already: choose another name")
-    registered = shown(flax.struct.dataclass(cls))
+    registered = flax.struct.dataclass(cls)
+    registered.__repr__ = short
     KINDS[cls.__name__] = registered
     return registered
-
-
-def layer_table(
-    depth: int, layers: Iterable[int] | None, on: float = 1.0, off: float = 0.0
-) -> Float[np.ndarray, "layers"]:
-    """``(depth,)`` float32: ``on`` at the layers (None: all), ``off`` elsewhere.
-
-    Raises:
-        UserError: for a layer that the model lacks, or for an empty list.
-    """
-    layers = range(depth) if layers is None else list(layers)
-    if not layers or not set(layers) <= set(range(depth)):
-        raise UserError(f"layers {list(layers)} are not possible: name some of 0 to {depth - 1}")
-    return np.where(np.isin(np.arange(depth), list(layers)), on, off).astype(np.float32)
-
-
-def slots(depth: int, layers: Iterable[int] | None) -> Int[np.ndarray, "layers"]:
-    """The slot table ``(depth,)`` in which the layers (None: all), ascending, use slots 0, 1, ..."""
-    used = layer_table(depth, layers) > 0
-    return np.where(used, np.cumsum(used) - 1, used.sum()).astype(np.int32)
-
-
-def slot_at(slot: jax.Array, count: int, ctx: Context) -> tuple[jax.Array, jax.Array]:
-    """The slot that this layer uses, and whether it uses one. If not, the slot is ``count - 1``, so that it is still a
-    valid index."""
-    slot = slot if ctx.layer is None else slot[ctx.layer]
-    return jnp.minimum(slot, count - 1), slot < count
 
 
 def beside_tokens(tokens: Bool[ArrayLike, "batch tokens"], site: str, ndim: int) -> jax.Array:
@@ -116,6 +90,9 @@ class OnTokens(Intervention):
 
     def tokens(self) -> jax.Array | None:
         return self.where
+
+    def sized(self, depths: Mapping[str, int]) -> Intervention:
+        return sized_slots(self, depths) if hasattr(self, "slot") else self
 
     def bound(self, labels: Int[ArrayLike, "batch tokens"]) -> Intervention:
         """A copy with ``where`` for a batch with these labels ``(B, T)``, if the intervention names a token group."""

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from interventions.kinds.base import OnTokens, beside_heads, kind, layer_table, option
+from interventions.kinds.base import OnTokens, beside_heads, kind, option
+from interventions.kinds.layers import layer_table
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, head_axis
 from vlm_jax.typing import ArrayLike

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
+from vlm_jax.acting import several
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.prompts import Batch
 from vlm_jax.sites import Intervention
@@ -105,14 +106,14 @@ def _answer_begins(batch: Batch) -> Int[np.ndarray, "batch"]:
     return np.where(answer.any(1), answer.argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1))
 
 
-def bind(interventions: Sequence[Intervention], batch: Batch) -> tuple[Intervention, ...]:
-    """The interventions with their token groups looked up in a batch.
+def bind(interventions: Intervention | Sequence[Intervention], batch: Batch) -> tuple[Intervention, ...]:
+    """The interventions, one or several, with their token groups looked up in a batch.
 
     Raises:
         UserError: if the batch has no token of a group.
     """
     labels = label(batch)
-    return tuple(intervention.bound(labels) for intervention in interventions)
+    return tuple(intervention.bound(labels) for intervention in several(interventions))
 
 
 def roles(batch: Batch) -> dict[str, Bool[np.ndarray, "batch tokens"]]:

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from interventions.dictionary import Architecture, Dictionary
-from interventions.kinds.base import OnTokens, kind, option, slot_at
+from interventions.kinds.base import OnTokens, kind, option
+from interventions.kinds.layers import Layers, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context
 from vlm_jax.typing import ArrayLike
@@ -30,7 +31,7 @@ class Latents(OnTokens):
     weights: dict[str, Float[ArrayLike, "slots ..."]]
     scale: Float[ArrayLike, "slots latents"]
     shift: Float[ArrayLike, "slots latents"]
-    slot: dict[str, Int[ArrayLike, "*layers"]]
+    slot: dict[str, Int[ArrayLike, "*layers"] | Layers]
     architecture: Architecture = option(default="topk")
     k: int | None = option(default=None)
     error: bool = option(default=True)

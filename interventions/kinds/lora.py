@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from interventions.kinds.base import kind, option, slot_at
+from interventions.kinds.base import kind, option
+from interventions.kinds.layers import slot_at
 from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
 from vlm_jax.typing import Array, ArrayLike
 

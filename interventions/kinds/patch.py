@@ -1,10 +1,13 @@
 """Replaces values by those of another run (patching) or by a fixed vector."""
 
+from collections.abc import Iterable, Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from interventions.kinds.base import OnTokens, beside_heads, beside_tokens, kind, option, slot_at
+from interventions.kinds.base import OnTokens, beside_heads, beside_tokens, kind, option
+from interventions.kinds.layers import Layers, sized_slots, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context, Intervention, token_axis
 from vlm_jax.typing import ArrayLike
@@ -20,7 +23,7 @@ class Patch(Intervention):
     """
 
     donor: dict[str, Float[ArrayLike, "slots batch ..."] | None]
-    slot: dict[str, Int[ArrayLike, "*layers"]]
+    slot: dict[str, Int[ArrayLike, "*layers"] | Layers]
     where: Bool[ArrayLike, "batch tokens"] | None = None
     heads: Bool[ArrayLike, "heads"] | None = None
     start: int = option(default=0)
@@ -50,6 +53,9 @@ class Patch(Intervention):
 
     def tokens(self) -> jax.Array | None:
         return self.where
+
+    def sized(self, depths: Mapping[str, int]) -> Intervention:
+        return sized_slots(self, depths)
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         if ctx.decoding:
@@ -82,7 +88,20 @@ class Replace(OnTokens):
 
     value: Float[ArrayLike, "..."]
     site: str = option(default="text.embeddings")
-    slot: Int[ArrayLike, "layers"] | None = None
+    slot: Int[ArrayLike, "layers"] | Layers | None = None
+
+    @classmethod
+    def by(
+        cls,
+        vector: Float[ArrayLike, "..."],
+        layers: int | Iterable[int] | None = None,
+        *,
+        site: str = "text.resid_post",
+        **tokens,
+    ) -> "Replace":
+        """Replaces values at a site of some layers (None: all) by one vector ``(..., D)``. ``tokens``: where, group,
+        new."""
+        return cls(jnp.asarray(vector)[None], site, Layers.of(layers), **tokens)
 
     @property
     def sites(self) -> frozenset[str]:

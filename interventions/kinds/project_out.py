@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from interventions.kinds.base import OnTokens, kind, slot_at
+from interventions.kinds.base import OnTokens, kind
+from interventions.kinds.layers import Layers, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context
 from vlm_jax.typing import ArrayLike
@@ -18,7 +19,7 @@ class ProjectOut(OnTokens):
     """Removes directions: ``y - (y V^T) V`` with K slots of R orthonormal rows ``directions (K, R, D)`` (P2)."""
 
     directions: Float[ArrayLike, "slots rank width"]
-    slot: dict[str, Int[ArrayLike, "*layers"]]
+    slot: dict[str, Int[ArrayLike, "*layers"] | Layers]
 
     @classmethod
     def of(cls, vectors: Float[ArrayLike, "slots rank width"], slot: dict[str, Any], **tokens: Any) -> "ProjectOut":

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from interventions.kinds.base import OnTokens, kind, slot_at
+from interventions.kinds.base import OnTokens, kind
+from interventions.kinds.layers import Layers, slot_at
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Context
 from vlm_jax.typing import ArrayLike
@@ -39,7 +40,7 @@ class Editor(OnTokens):
     orthonormal: ClassVar[bool] = True
 
     weights: dict[str, tuple[Float[ArrayLike, "slots ..."], ...]]
-    slot: dict[str, Int[ArrayLike, "*layers"]]
+    slot: dict[str, Int[ArrayLike, "*layers"] | Layers]
 
     @property
     def sites(self) -> frozenset[str]:

@@ -4,7 +4,7 @@ All functions are plain NumPy, take a seed, and use bounded memory.
 """
 
 from interventions.statistics.bootstrap import Interval, bootstrap_rows, mean_interval, percentiles
-from interventions.statistics.comparison import accuracy, holm, mcnemar, paired
+from interventions.statistics.comparison import accuracy, holm, mcnemar, paired, paired_columns
 from interventions.statistics.intervals import Over, rr_interval, rr_resamples, rr_summary
 from interventions.statistics.permutation import Difference, permutation_test
 from interventions.statistics.ranking import correlations, rank_stability
@@ -27,6 +27,7 @@ __all__ = [
     "mean_interval",
     "normalised",
     "paired",
+    "paired_columns",
     "percentiles",
     "permutation_test",
     "rank_stability",

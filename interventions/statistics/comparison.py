@@ -7,7 +7,7 @@ import scipy
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from interventions.statistics.bootstrap import bootstrap_rows, percentile_bounds
+from interventions.statistics.bootstrap import bootstrap_rows, percentile_bounds, sum_by_place
 from vlm_jax.errors import UserError
 
 
@@ -88,6 +88,42 @@ def paired(
     }
     one_seed_each = len(first) == len(second) == 1
     return result | (mcnemar(first[0], second[0]) if one_seed_each else dict.fromkeys(_MCNEMAR))
+
+
+def paired_columns(
+    first: Float[np.ndarray, "samples columns"],
+    second: Float[np.ndarray, "samples columns"],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Float[np.ndarray, "columns"]]:
+    """The change of the mean of every column between two measurements of the same samples. A sample is left out of the
+    columns in which one of its values is NaN.
+
+    Returns:
+        ``first``, ``second``: the means. ``change``: second minus first. ``low``, ``high``: its percentile bootstrap
+        interval over samples. ``p``: its two-sided p-value (:func:`two_sided`). NaN in a column without a sample.
+    """
+    known = ~np.isnan(first) & ~np.isnan(second)
+    change = np.where(known, second - first, 0)
+    chunks = []
+    with np.errstate(invalid="ignore"):
+        for rows in bootstrap_rows(len(change), resamples, seed, change.shape[1]):
+            times_drawn = sum_by_place(rows[..., None], np.ones(rows.shape), len(change))
+            chunks.append(times_drawn @ change / (times_drawn @ known))
+        means = [np.where(known, values, 0).sum(0) / known.sum(0) for values in (first, second, change)]
+    draws = np.concatenate(chunks)
+    low, high = percentile_bounds(draws)
+    p = np.where(known.any(0), two_sided(draws), np.nan)
+    return dict(zip(("first", "second", "change", "low", "high", "p"), (*means, low, high, p), strict=True))
+
+
+def two_sided(draws: Float[np.ndarray, "resamples *shape"]) -> Float[np.ndarray, "*shape"]:
+    """The two-sided p-value of 0 from bootstrap draws of a difference: twice the smaller share of the draws on either
+    side of 0, at least 2 / (resamples + 1)."""
+    known = ~np.isnan(draws)
+    beyond = np.minimum((known & (draws <= 0)).sum(0), (known & (draws >= 0)).sum(0))
+    return np.minimum(1.0, 2 * (1 + beyond) / (1 + known.sum(0)))
 
 
 def accuracy(scores: ArrayLike, *, clusters: ArrayLike | None = None) -> dict:

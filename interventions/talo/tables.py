@@ -11,9 +11,9 @@ from interventions.engine.read import Gold
 from interventions.engine.sweep import sweep_runs
 from interventions.engine.variants import stack
 from interventions.kinds.attention import UniformAttention
-from interventions.kinds.base import layer_table
 from interventions.kinds.gates import Gate
 from interventions.kinds.groups import bind
+from interventions.kinds.layers import layer_table
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError

@@ -15,9 +15,9 @@ from interventions.engine.read import Gold, LogitDifference
 from interventions.engine.sweep import sweep_runs
 from interventions.engine.variants import Variants
 from interventions.kinds.groups import bind, label, tokens_of
+from interventions.kinds.packed import digest
 from interventions.modules import MODULE_SITES, cell_names, module_names
 from interventions.statistics import write_effects, write_rows
-from interventions.store import digest
 from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions

@@ -7,7 +7,8 @@ import pytest
 import vlm_jax
 from interventions import Add, Gate, Patch, stack
 from interventions.engine.variants import check_acts, first_layers, first_token
-from interventions.kinds.base import kind, slots
+from interventions.kinds.base import kind
+from interventions.kinds.layers import slots
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Stage, stage
 

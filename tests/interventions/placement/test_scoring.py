@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 import vlm_jax
 from interventions import Add, Gate, Gold, causal_trace
-from interventions.kinds.base import slots
+from interventions.kinds.layers import slots
 from interventions.modules import module_names
 from interventions.placement import scores as scoring
 from interventions.placement.adapters import init_lora

@@ -19,8 +19,8 @@ import vlm_jax
 from interventions import Patch
 from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import LogitDifference
-from interventions.kinds.base import slots
 from interventions.kinds.groups import label, members
+from interventions.kinds.layers import slots
 from interventions.trace.corruption import Corrupter, Survey, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, summarise
