@@ -17,7 +17,7 @@ from interventions.kinds.packed import digest
 from interventions.options import StateOptions
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.data.options import DataOptions
-from vlm_jax.prompts import P0_PROMPT
+from vlm_jax.prompts import prompt_of
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
 from vlm_jax.runs.options import ModelOptions
@@ -68,8 +68,8 @@ def metric_options(args: Args) -> dict:
     return {"normalisation": args.normalisation, "multi_gold": args.multi_gold, "choices": args.choices}
 
 
-def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]]) -> dict:
-    """The part of ``results.json`` that has lmms-eval's keys."""
+def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]], prompt: str) -> dict:
+    """The part of ``results.json`` that has lmms-eval's keys. ``prompt``: the questions', with ``{QUESTION}``."""
     whole = args.limit is None or sum(map(len, samples.values())) < args.limit
     names = ("dtype", "weights", "min_pixels", "max_pixels", "steps")
     model_args = {"pretrained": args.model} | {name: getattr(args, name) for name in names}
@@ -85,7 +85,7 @@ def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]
             "limit": args.limit,
         },
         task_config={
-            "doc_to_text": P0_PROMPT,
+            "doc_to_text": prompt,
             "test_split": args.split,
             "generation_kwargs": {"max_new_tokens": args.max_new_tokens, "temperature": 0, "do_sample": False},
             "metadata": metric_options(args),
@@ -122,12 +122,12 @@ def main(args: Args) -> None:
         "interventions": digest(interventions),
         **scores.results,
     }
-    prompts = [P0_PROMPT.replace("{QUESTION}", example.question) for example in examples]
+    prompts = [prompt_of(example).replace("{QUESTION}", example.question) for example in examples]
     samples = lmms_eval_samples(examples, prompts, answers.texts, scores.judged, args)
     for task, lines in samples.items():
         artifact = Artifact("samples", f"{task}: scored answers as lmms-eval writes them", LMMS_EVAL_SAMPLES)
         run.save_lines(f"samples_{file_name(task)}.jsonl", lines, artifact)
-    content = {**results, **in_lmms_eval_shape(args, scores, samples)}
+    content = {**results, **in_lmms_eval_shape(args, scores, samples, prompt_of(examples[0]))}
     run.save_json("results.json", content, Artifact("metrics", f"{args.task}: accuracy", RESULTS))
     show(args.task, scores)
     easy_vqa.show_baseline(examples)

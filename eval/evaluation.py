@@ -13,7 +13,7 @@ from interventions.kinds.groups import bind
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.processor import Processor
-from vlm_jax.prompts import P0_PROMPT, batches, shape_of
+from vlm_jax.prompts import batches, shape_of
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.log import Log
@@ -53,7 +53,7 @@ def answer(
     max_new_tokens: int = 12,
     steps: Literal["all", "prefill"] = "all",
     label: str = "",
-    prompt: str = P0_PROMPT,
+    prompt: str | None = None,
     log: Log | None = None,
 ) -> Answers:
     """Generates the answer to each example, with or without interventions. Interventions that name token groups are
@@ -63,7 +63,7 @@ def answer(
         batch, max_new_tokens: see :class:`AnswerOptions`.
         steps: "all" if interventions also act on generated tokens, "prefill" if they act on the prompt only.
         label: the title of the progress bar.
-        prompt: the user's message, in which ``{QUESTION}`` stands for the question.
+        prompt: the user's message, in which ``{QUESTION}`` stands for the question; None for the examples' own.
         log: the file to which each batch's answers are written. Answers that it already holds are not generated again.
 
     Raises:

@@ -15,10 +15,12 @@ from vlm_jax.data.metrics import (
     LETTERS,
     NORMALISATIONS,
     anls,
+    contains,
     evalai,
     exact_match,
     extract_yes_no,
     normalise,
+    prefix,
     relaxed_match,
     vqa_accuracy,
 )
@@ -33,15 +35,16 @@ class MetricOptions:
     """How answers are scored."""
 
     metric: str = "exact_match"
-    """How an answer is scored: exact_match (as in P0), vqa_accuracy, anls, multiple_choice, circular, yes_no, mme, pope
-    or relaxed_accuracy (docs/metrics.md explains them). task: by the metric of each task's benchmark."""
+    """How an answer is scored: exact_match (as in P0), prefix or contains (a gold answer at the beginning of the
+    answer, or anywhere in it), vqa_accuracy, anls, multiple_choice, circular, yes_no, mme, pope or relaxed_accuracy
+    (docs/metrics.md explains them). task: by the metric of each task's benchmark."""
     normalisation: Literal["strip", "lower", "evalai"] = "lower"
-    """Differences that exact_match ignores. strip: white space around the texts; lower: also case, and punctuation
-    around the texts; evalai: the same as vqa_accuracy, such as articles and most punctuation. P0 does not specify
-    this."""
+    """Differences that exact_match, prefix and contains ignore. strip: white space around the texts; lower: also case,
+    and punctuation around the texts; evalai: the same as vqa_accuracy, such as articles and most punctuation. P0 does
+    not specify this."""
     multi_gold: Literal["any", "first"] = "any"
-    """Which gold answers exact_match accepts, if there are several. any: each of them; first: only the first, which
-    most annotators gave. P0 does not specify this."""
+    """Which gold answers exact_match, prefix and contains accept, if there are several. any: each of them; first: only
+    the first, which most annotators gave. P0 does not specify this."""
 
 
 class Judged(NamedTuple):
@@ -167,6 +170,16 @@ def groups_of(examples: Sequence[Example]) -> list[list[int]]:
 def _judge_exact_match(example: Example, prediction: str, options: MetricOptions) -> Judged:
     right = exact_match(prediction, example.answers, options.normalisation, options.multi_gold)
     return Judged(float(right), _text(NORMALISATIONS[options.normalisation](prediction), prediction))
+
+
+def _judge_part(within: Callable[..., bool]) -> Callable[[Example, str, MetricOptions], Judged]:
+    """A judge of answers that hold a gold answer in the way that ``within`` tells."""
+
+    def judge_part(example: Example, prediction: str, options: MetricOptions) -> Judged:
+        right = within(prediction, example.answers, options.normalisation, options.multi_gold)
+        return Judged(float(right), _text(NORMALISATIONS[options.normalisation](prediction), prediction))
+
+    return judge_part
 
 
 def _judge_vqa_accuracy(example: Example, prediction: str, _: MetricOptions) -> Judged:
@@ -348,6 +361,8 @@ def _pope(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Va
 
 METRICS: dict[str, Metric] = {
     "exact_match": Metric("exact_match", _judge_exact_match, _mean_of("exact_match")),
+    "prefix": Metric("prefix", _judge_part(prefix), _mean_of("prefix")),
+    "contains": Metric("contains", _judge_part(contains), _mean_of("contains")),
     "vqa_accuracy": Metric("vqa_accuracy", _judge_vqa_accuracy, _mean_of("vqa_accuracy")),
     "anls": Metric("anls", _judge_anls, _mean_of("anls")),
     "multiple_choice": Metric("multiple_choice", _judge_choice, _mean_of("multiple_choice")),

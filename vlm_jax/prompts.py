@@ -42,7 +42,7 @@ PLAIN_PROMPT = "{QUESTION}"
 
 #: Number of examples that are encoded together. It limits the memory that their images need.
 _WINDOW = 512
-SPANS = ("image", "image_end", "register", "question", "answer", "end")
+SPANS = ("image", "image_end", "register", "question", "subject", "answer", "end")
 
 
 @shown
@@ -53,7 +53,8 @@ class Batch(NamedTuple):
     spans: dict[str, Bool[np.ndarray, "batch tokens"]]
     """Name of a span -> its tokens ``(B, T)``. ``image``: visual tokens; ``image_end``: the token that closes an image,
     unless it is a register; ``register``: the registers behind images (:class:`vlm_jax.registers.Registers`);
-    ``question``: the tokens in place of ``{QUESTION}``; ``answer``: the gold tokens; ``end``: the token that ends the
+    ``question``: the tokens in place of ``{QUESTION}``; ``subject``: those of the part that the example names as its
+    subject, or else the question's; ``answer``: the gold tokens; ``end``: the token that ends the
     answer's turn."""
     images: int
     """The largest number of images in an example."""
@@ -64,7 +65,7 @@ def encode(
     processor: Processor,
     config: Config,
     *,
-    prompt: str | Sequence[str] = P0_PROMPT,
+    prompt: str | Sequence[str] | None = None,
     with_answer: bool = True,
     step: int = LENGTH_BUCKET,
 ) -> Batch:
@@ -73,7 +74,7 @@ def encode(
     Args:
         processor: the model's processor, as :func:`vlm_jax.load` returns it.
         prompt: the user's message, in which ``{QUESTION}`` stands for the question; one for all examples, or a list
-            with one for each.
+            with one for each. None: the examples' own (:func:`prompt_of`).
         with_answer: append the gold answer ``answers[0]`` and the end of its turn (teacher forcing).
         step: the length is rounded up to a multiple of this.
 
@@ -82,7 +83,7 @@ def encode(
             images (``<image>``), but not one for each; if the chat template changes it; if a text-only model gets
             images; if the processor refuses an image.
     """
-    prompts = [prompt] * len(examples) if isinstance(prompt, str) else prompt
+    prompts = [prompt] * len(examples) if isinstance(prompt, str) else prompt or list(map(prompt_of, examples))
     images_of = [_images(example) for example in examples]  # decodes every image once
     sizes = [_sizes(images, processor, config) for images in images_of]
     rows = _tokens(examples, prompts, sizes, processor, config, with_answer)
@@ -111,6 +112,11 @@ def encode(
         spans,
         max(len(example.images) for example in examples),
     )
+
+
+def prompt_of(example: Example) -> str:
+    """The user's message of an example, with ``{QUESTION}``: its own, or else P0's."""
+    return P0_PROMPT if example.prompt is None else example.prompt
 
 
 def _images(example: Example) -> list[Image.Image]:
@@ -285,7 +291,7 @@ def room_of(examples: Sequence[Example], processor: Processor, config: Config, w
         for start in range(0, len(share), _WINDOW):
             window = share[start : start + _WINDOW]
             sizes = [_sizes(_images(example), processor, config) for example in window]
-            rows = _tokens(window, [P0_PROMPT] * len(window), sizes, processor, config, with_answer)
+            rows = _tokens(window, list(map(prompt_of, window)), sizes, processor, config, with_answer)
             rooms += (
                 Room(
                     bucket(len(row.ids)),

@@ -32,11 +32,11 @@ class Rendered(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """A text of a message, and the part of it that belongs to the question."""
+    """A text of a message, and the parts of it that belong to the question and to its subject: name -> (first
+    character, last character + 1), which are equal if there is none."""
 
     text: str
-    begin: int
-    end: int
+    parts: dict[str, tuple[int, int]]
 
 
 class Renderer:
@@ -44,7 +44,7 @@ class Renderer:
 
     def __init__(self, processor: Processor, chat: Chat):
         self._processor, self._chat = processor, chat
-        self._frames: dict[tuple[bool, ...], list[str]] = {}
+        self._frames: dict[tuple[bool, ...], list[str]] = {}  # by the kinds of a message's parts, in the chat template
         tokenizer = processor.tokenizer
         # Some special tokens have a name; others are only marked as special in the vocabulary.
         marked = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -71,11 +71,12 @@ class Renderer:
             if token in example.question.replace(IMAGE_MARK, "") or token in example.answers[0]:
                 raise UserError(f"example {example.id!r} holds the special token {token!r}: remove it from the text")
         message = _message(example, prompt)
-        plain = self._apply([part and part.text for part in message])
-        spans = [("question", *bounds) for bounds in self._find(example, message, plain)]
+        plain = self._apply([part and part.text for part in message], example.chat_template)
+        spans = list(self._find(example, message, plain))
         text, spans = self._with_images(example, plain, spans, counts)
         if with_answer:
-            if not self._turn_end:
+            turn_end = self._turn_end if example.chat_template else self._processor.tokenizer.eos_token
+            if not turn_end:
                 raise UserError(
                     "the tokeniser has no eos_token, so no answer of this model can end: name one in "
                     "tokenizer_config.json"
@@ -83,12 +84,14 @@ class Renderer:
             # If the prompt ends in a word, a space comes before the answer and belongs to its first token, as in any
             # text.
             answer = text + ("" if text[-1:].isspace() else " ") + example.answers[0].strip()
-            spans += [("answer", len(text), len(answer)), ("end", len(answer), len(answer) + len(self._turn_end))]
-            text = answer + self._turn_end
+            spans += [("answer", len(text), len(answer)), ("end", len(answer), len(answer) + len(turn_end))]
+            text = answer + turn_end
         return Rendered(text, spans)
 
-    def _apply(self, parts: Sequence[str | None]) -> str:
-        """The chat template with a message of texts and images (None)."""
+    def _apply(self, parts: Sequence[str | None], chat_template: bool = True) -> str:
+        """The chat template with a message of texts and images (None), or the bare message."""
+        if not chat_template:
+            return "".join(self._chat.placeholder if part is None else part for part in parts)
         content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
         try:
             turns = [{"role": "user", "content": content}]
@@ -103,9 +106,14 @@ class Renderer:
                 f"the model's chat template cannot show a question ({reason}): use an instruction-tuned checkpoint"
             ) from None
 
-    def _frame(self, message: Sequence[_Text | None]) -> list[str]:
-        """What the template writes before, between and behind the texts of a message."""
+    def _frame(self, message: Sequence[_Text | None], chat_template: bool) -> list[str]:
+        """What is before, between and behind the texts of a message: what the template writes there, and images."""
         kinds = tuple(part is None for part in message)
+        if not chat_template:
+            gaps = [""]
+            for image in kinds:
+                gaps[-1:] = [gaps[-1] + self._chat.placeholder] if image else [gaps[-1], ""]
+            return gaps
         if kinds not in self._frames:
             placeholders = [chr(_PLACEHOLDER + i) for i in range(kinds.count(False))]
             unused = iter(placeholders)
@@ -118,18 +126,19 @@ class Renderer:
             self._frames[kinds] = re.split(f"[{''.join(placeholders)}]", frame)
         return self._frames[kinds]
 
-    def _find(self, example: Example, message: Sequence[_Text | None], plain: str) -> Iterator[tuple[int, int]]:
-        """The bounds of the question's parts in the rendered message."""
-        before, *behind = self._frame(message)
+    def _find(self, example: Example, message: Sequence[_Text | None], plain: str) -> Iterator[tuple[str, int, int]]:
+        """The bounds of the parts of the question and of its subject in the rendered message."""
+        before, *behind = self._frame(message, example.chat_template)
         at = len(before) if plain.startswith(before) else -1
         for part, after in zip([part for part in message if part is not None], behind, strict=True):
             trimmed = part.text.strip()
             lead = part.text.index(trimmed)
             for shown, cut in ((part.text, 0), (part.text.rstrip(), 0), (part.text.lstrip(), lead), (trimmed, lead)):
                 if at >= 0 and plain.startswith(shown + after, at):
-                    begin, end = (at + min(max(i - cut, 0), len(shown)) for i in (part.begin, part.end))
-                    if begin < end:
-                        yield begin, end
+                    for name, bounds in part.parts.items():
+                        begin, end = (at + min(max(i - cut, 0), len(shown)) for i in bounds)
+                        if begin < end:
+                            yield name, begin, end
                     at += len(shown) + len(after)
                     break
             else:
@@ -213,7 +222,9 @@ def _message(example: Example, prompt: str) -> list[_Text | None]:
     before, after = prompt.split("{QUESTION}")
     # LLaVA's data begin with the mark and an end of line. These images come before the prompt, as without marks.
     question, leading = without_leading_marks(example.question)
-    begin, end = len(before), len(before) + len(question)
+    bounds_of = {"question": (len(before), len(before) + len(question))}
+    begin = len(before) + _subject_at(example, question)
+    bounds_of["subject"] = (begin, begin + len(question if example.subject is None else example.subject))
     text, more = without_leading_marks(before + question + after)
     cut = len(before + question + after) - len(text)
     marks = [found.span() for found in re.finditer(IMAGE_MARK, text)]
@@ -226,6 +237,25 @@ def _message(example: Example, prompt: str) -> list[_Text | None]:
     message: list[_Text | None] = [None] * (leading + more if found else count)
     bounds = [0, *(i for mark in marks for i in mark), len(text)]
     for low, high in zip(bounds[::2], bounds[1::2], strict=True):
-        inside = (min(max(i - cut, low), high) - low for i in (begin, end))
-        message += [None] * (low > 0) + [_Text(text[low:high], *inside)] * (low < high or not text)
+        parts = {}
+        for name, (begin, end) in bounds_of.items():
+            parts[name] = min(max(begin - cut, low), high) - low, min(max(end - cut, low), high) - low
+        message += [None] * (low > 0) + [_Text(text[low:high], parts)] * (low < high or not text)
     return message
+
+
+def _subject_at(example: Example, question: str) -> int:
+    """The first character of the subject in the question; 0 if the example names none.
+
+    Raises:
+        UserError: if the question has not exactly one.
+    """
+    if example.subject is None:
+        return 0
+    count = question.count(example.subject) if example.subject.strip() else 0
+    if count != 1:
+        raise UserError(
+            f"example {example.id!r}: its question has the subject {example.subject!r} {count} times: name a part "
+            "that it has once"
+        )
+    return question.index(example.subject)

@@ -55,6 +55,42 @@ def heatmap(panels: Mapping[str, Sequence], label: str = "restoration rate (RR)"
     return figure
 
 
+def _positions_chart(panels: Mapping[str, Sequence], groups: Sequence[str], label: str) -> Chart:
+    rows = [
+        {"panel": kind, "x": layer, "y": group, "value": value, "cell": f"L{layer}-{kind}@{group}"}
+        for kind, values in panels.items()
+        for group, row in zip(groups, values, strict=True)
+        for layer, value in enumerate(row)
+    ]
+    return Chart(rows, {"x": "layer", "y": "tokens", "value": label})
+
+
+@drawer(
+    "heat_map",
+    _positions_chart,
+    panels="module -> values (groups, L), null where no sample has such a token",
+    groups="names of the token groups",
+    label="what the values are",
+)
+def position_map(panels: Mapping[str, Sequence], groups: Sequence[str], label: str = "restoration rate (RR)") -> Figure:
+    """Token group x layer maps, one below the other for attention and MLP, on one colour scale centred at 0 (as figure
+    1 of Meng et al. 2022). Cells without a value are grey."""
+    maps = {kind: np.array(values, float) for kind, values in panels.items()}
+    limit = max(float(np.nanmax(np.abs(values))) for values in maps.values()) or 1.0
+    depth = len(next(iter(maps.values()))[0])
+    size = 2.4 + 0.24 * max(depth, 12), 0.5 + len(maps) * (0.7 + 0.28 * len(groups))
+    figure, axes = subplots(len(maps), 1, size=size, sharex=True)
+    for axis, (kind, values) in zip(axes[:, 0], maps.items(), strict=True):
+        axis.set_facecolor("#bbbbbb")
+        image = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axis.set_title(kind, fontsize=10)
+        axis.set_yticks(range(len(groups)), groups)
+    axes[-1, 0].set_xticks(range(0, depth, max(1, -(-depth // 16))))
+    axes[-1, 0].set_xlabel("layer")
+    figure.colorbar(image, ax=axes[:, 0].tolist(), label=label)
+    return figure
+
+
 def _interval_chart(
     cells: Sequence[str],
     groups: Mapping[str, Mapping[str, Sequence]],

@@ -31,8 +31,8 @@ UNIONS = {
     "prompt": ("before", "image", "image_end", "register", "after", "question", "last"),
     "all": GROUPS[1:],
 }
-#: The six roles of ROME (Meng et al. 2022), with the question as the subject.
-ROLES = ("first question", "middle question", "last question", "next", "further", "last")
+#: The six roles of ROME (Meng et al. 2022).
+ROLES = ("first_subject", "middle_subject", "last_subject", "next", "further", "last")
 
 
 _END = re.compile(r"(first|last)(\d+):(.+)")
@@ -62,6 +62,28 @@ def is_part(name: str) -> bool:
 def check_group(group: str) -> None:
     """Raises a UserError if ``group`` names no tokens."""
     tokens_of(group, np.zeros((1, 0), np.int32))
+
+
+def check_positions(group: str) -> None:
+    """Raises a UserError if ``group`` is no group, role or ``subject``, or several of these joined by "+"."""
+    for part in group.split("+"):
+        if is_part(part) or part not in (*ROLES, "subject"):
+            try:
+                check_group(part)
+            except UserError:
+                if is_part(part):
+                    raise
+                known = ("subject", *ROLES, *GROUPS, *UNIONS)
+                raise UserError(f"unknown token group {part!r}{nearest(part, known)}") from None
+
+
+def positions_of(group: str, batch: Batch) -> Bool[np.ndarray, "batch tokens"]:
+    """The tokens of a group, of one of ROME's roles, or of the ``subject`` in an encoded batch; or of several of these
+    joined by "+"."""
+    labels = label(batch)
+    named = roles(batch) | {"subject": batch.spans["subject"]}
+    parts = [named[part] if part in named else tokens_of(part, labels) for part in group.split("+")]
+    return np.logical_or.reduce(parts)
 
 
 def tokens_of(group: str, labels: Int[np.ndarray, "batch tokens"]) -> Bool[np.ndarray, "batch tokens"]:
@@ -117,18 +139,22 @@ def bind(interventions: Intervention | Sequence[Intervention], batch: Batch) -> 
 
 
 def roles(batch: Batch) -> dict[str, Bool[np.ndarray, "batch tokens"]]:
-    """The tokens of ROME's roles: the question's first, middle and last tokens, the token after the
-    question, the tokens after that, and the last token before the answer."""
-    question, stop = batch.spans["question"], _answer_begins(batch)[:, None]
-    index = np.arange(question.shape[1])
-    first = question & (index == question.argmax(1)[:, None])
-    end = question.shape[1] - 1 - question[:, ::-1].argmax(1)[:, None]
-    last_question = index == end
+    """The tokens of ROME's roles: the subject's first, middle and last tokens, the token after it (``next``), the
+    tokens from there to the last one (``further``), and the last token before the answer. The subject is the question's
+    part that the example names, or else the question.
+
+    As in ROME's code, a token can have two roles: the one token of a short subject is its first and its last, and the
+    token after a subject can be the prompt's last. A row lacks a role that no token of it has.
+    """
+    subject, stop = batch.spans["subject"], _answer_begins(batch)[:, None]
+    index = np.arange(subject.shape[1])
+    begin = subject.argmax(1)[:, None]
+    end = subject.shape[1] - 1 - subject[:, ::-1].argmax(1)[:, None]
     return {
-        "first question": first,
-        "middle question": question & ~first & ~last_question,
-        "last question": last_question & ~first,
-        "next": (index == end + 1) & (index < stop - 1),
+        "first_subject": subject & (index == begin),
+        "middle_subject": subject & (index > begin) & (index < end),
+        "last_subject": subject & (index == end),
+        "next": (index == end + 1) & (index < stop),
         "further": (index > end + 1) & (index < stop - 1),
         "last": index == stop - 1,
     }

@@ -53,10 +53,16 @@ def sum_by_place(
 
 
 def percentile_bounds(draws: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The percentiles over axis 0 between which ``level`` of the draws lie. NaN draws are left out."""
-    percentile = np.nanpercentile if np.isnan(draws).any() else np.percentile
-    low, high = percentile(draws, [50 * (1 - level), 50 * (1 + level)], axis=0)
-    return low, high
+    """The percentiles over axis 0 between which ``level`` of the draws lie. NaN draws are left out; the
+    percentiles are NaN where all draws are."""
+    ends = [50 * (1 - level), 50 * (1 + level)]
+    missing = np.isnan(draws)
+    if not missing.any():
+        low, high = np.percentile(draws, ends, axis=0)
+        return low, high
+    none = missing.all(0)
+    low, high = np.nanpercentile(np.where(none, 0, draws), ends, axis=0)
+    return np.where(none, np.nan, low), np.where(none, np.nan, high)
 
 
 def percentiles(draws: np.ndarray) -> dict:

@@ -82,6 +82,7 @@ def rr_summary(
 
     ``low`` and ``high`` are the interval over samples. With several replicates there are also ``replicates_low``,
     ``replicates_high``, ``both_low`` and ``both_high``. The ratio of means is left out if the mean TE is not positive.
+    All numbers of a cell are None if no sample with TE >= ``min_te`` has it.
 
     Args:
         options: min_te and eps, as for :func:`rr`.
@@ -99,10 +100,13 @@ def rr_summary(
             for over in columns
         }
         value = intervals["samples"].value
-        rank = 1 + np.argsort(np.argsort(-value, kind="stable"), kind="stable")
+        rank = 1 + np.argsort(np.argsort(-value, kind="stable"), kind="stable")  # NaN comes last
         for cell, name in enumerate(cells):
-            row = {"cell": name, "statistic": statistic, "rr": float(value[cell]), "rank": int(rank[cell])}
+            known = bool(np.isfinite(value[cell]))
+            row = {"cell": name, "statistic": statistic, "rr": None, "rank": int(rank[cell]) if known else None}
+            row["rr"] = float(value[cell]) if known else None
             for over, (low, high) in columns.items():
-                row |= {low: float(intervals[over].low[cell]), high: float(intervals[over].high[cell])}
+                bounds = (intervals[over].low[cell], intervals[over].high[cell])
+                row |= {end: float(bound) if known else None for end, bound in zip((low, high), bounds, strict=True)}
             rows.append(row)
     return rows

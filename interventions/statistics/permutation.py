@@ -102,6 +102,10 @@ def _scaled_means(
     """A group's TE and IE, means over replicates; with ``normalise``, IE is divided by the
     group's largest RR."""
     te, ie = check_effects(te, ie)
+    if np.isnan(ie).any():
+        raise UserError(
+            "some samples lack a cell, and the permutation test needs all cells of all samples: leave it out"
+        )
     largest = rr(te, ie, **options).max()
     if normalise and largest <= 0:
         raise UserError("no RR of a group is positive: its largest cannot normalise it, compare raw RR")

@@ -49,11 +49,13 @@ def rank_stability(
     for size in sizes:
         order = rng.permuted(np.broadcast_to(np.arange(count), (halves, count)), axis=1)
         pairs = [estimate_draws(te, ie, order[:, start : start + size], **options) for start in (0, size)]
-        known = np.isfinite(pairs[0]).all(1) & np.isfinite(pairs[1]).all(1)
+        both = np.isfinite(pairs[0]) & np.isfinite(pairs[1])  # a set may have no sample that has some cell
+        known = both.sum(1) >= min(2, cells)
         if not known.any():
             raise UserError(f"of {size} samples none has TE >= {options['min_te']}: trace more samples")
-        one, other = (pair[known] for pair in pairs)
-        tau = np.array([scipy.stats.kendalltau(a, b).statistic for a, b in zip(one, other, strict=True)])
+        one, other = (np.where(both, pair, -np.inf)[known] for pair in pairs)
+        compared = zip(one, other, both[known], strict=True)
+        tau = np.array([scipy.stats.kendalltau(a[at], b[at]).statistic for a, b, at in compared])
         ranked = [np.argsort(-pair, axis=1, kind="stable") for pair in (one, other)]
         overlap = {}
         for k in (k for k in top if k <= cells):

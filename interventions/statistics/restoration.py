@@ -1,7 +1,8 @@
 """The restoration rate RR of a traced task (P0, equation 4), of the task itself or of many draws of its samples.
 
 A traced task is ``te (N, R)`` and ``ie (N, R, C)``: N samples, R paired replicates of the corruption, C cells. A
-sample's TE and IE are means over its replicates.
+sample's TE and IE are means over its replicates. An IE is NaN where a sample lacks a cell, as a question without an
+image lacks the cells of image tokens. Such a sample does not count in the RR of that cell.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -61,12 +62,12 @@ def check_effects(
 
     Raises:
         ValueError: for other shapes.
-        UserError: if a sample's TE or IE is not finite.
+        UserError: if a sample's TE or IE is not finite; an IE that is NaN in all replicates is missing.
     """
     te, ie = np.asarray(te, float), np.asarray(ie, float)
     if te.ndim != 2 or ie.ndim != 3 or ie.shape[:2] != te.shape or not ie.size:
         raise ValueError(f"te is {te.shape} and ie {ie.shape}: they must be (N, R) and (N, R, C)")
-    bad = ~(np.isfinite(te).all(1) & np.isfinite(ie).all((1, 2)))
+    bad = ~(np.isfinite(te).all(1) & (np.isfinite(ie).all(1) | np.isnan(ie).all(1)).all(1))
     if bad.any():
         raise UserError(
             f"TE or IE of sample {int(bad.argmax())} is not a finite number: leave out {bad.sum()} such samples"
@@ -123,8 +124,8 @@ def estimate_draws(
     eps: float,
     statistic: Statistic,
 ) -> Float[np.ndarray, "draws cells"]:
-    """RR of draws of samples, which are given as for :func:`draw_weights`. NaN where no drawn sample has
-    TE >= ``min_te``."""
+    """RR of draws of samples, which are given as for :func:`draw_weights`. NaN where no drawn sample that has the cell
+    has TE >= ``min_te``."""
     effects, places, numerator, denominator = draw_weights(te, ie, samples, replicates, min_te, eps, statistic)
     if statistic == "median":
         kept = denominator > 0
@@ -132,9 +133,20 @@ def estimate_draws(
             effects[at[keep]].mean(1) * weight[keep, None]
             for at, weight, keep in zip(places, numerator, kept, strict=True)
         )  # (n, C) each
-        return np.stack([np.median(r, 0) if len(r) else np.full(effects.shape[1], np.nan) for r in ratios])
+        return np.stack([_median(r) if len(r) else np.full(effects.shape[1], np.nan) for r in ratios])
     with np.errstate(divide="ignore", invalid="ignore"):
+        known = ~np.isnan(effects)
+        if not known.all():
+            above, below = (sum_by_place(places, weights, len(effects)) for weights in (numerator, denominator))
+            return (above @ np.where(known, effects, 0)) / (below @ known)
         return sum_by_place(places, numerator, len(effects)) @ effects / denominator.sum(1)[:, None]
+
+
+def _median(ratios: Float[np.ndarray, "samples cells"]) -> Float[np.ndarray, "cells"]:
+    """The medians of the samples that have a cell; NaN if none has it."""
+    if not np.isnan(ratios).any():
+        return np.median(ratios, 0)
+    return np.array([np.median(r[~np.isnan(r)]) if not np.isnan(r).all() else np.nan for r in ratios.T])
 
 
 def estimate_with_variance(

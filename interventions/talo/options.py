@@ -19,7 +19,8 @@ from vlm_jax.runs.ranges import BATCH, Range
 class Args(SelectOptions, StateOptions, DataOptions, ModelOptions):
     """Find the layers that hurt each task, choose one to cut on a few samples, and measure the choice on others (P3).
 
-    A sample counts as right if greedy decoding would write exactly the first gold answer and then stop.
+    A sample counts as right if greedy decoding would write exactly the first gold answer and then stop; without
+    the chat template, whatever it writes then.
     """
 
     task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = tuple(

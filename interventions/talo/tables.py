@@ -18,7 +18,7 @@ from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
-from vlm_jax.prompts import batches
+from vlm_jax.prompts import Batch, batches
 from vlm_jax.runs.processes import fetch, progress
 from vlm_jax.sites import Intervention
 
@@ -55,7 +55,8 @@ def tabulate(
     """Which examples are answered correctly: by the uncut model (``base``) and with each layer cut (``correct``).
 
     An answer is correct if the gold token is the likeliest at every token of the gold answer and of its turn's end.
-    Greedy decoding would then write exactly ``answers[0]`` and stop.
+    Greedy decoding would then write exactly ``answers[0]`` and stop. Without the chat template a model has no turn to
+    end, so only the tokens of the answer count.
 
     Args:
         interventions: those that act in all these runs; token groups are bound to every batch.
@@ -65,7 +66,7 @@ def tabulate(
     depth = model.config.text.num_hidden_layers
     cuts = [layer_cut(depth, layer, cut) for layer in range(depth)]
     groups = list(batches(examples, processor, model.config, batch, step=_LENGTH_STEP))
-    golds = [Gold.of(encoded.inputs, encoded.spans["answer"] | encoded.spans["end"]) for _, encoded in groups]
+    golds = [Gold.of(encoded.inputs, _scored([examples[row] for row in rows], encoded)) for rows, encoded in groups]
     sweeps = [(encoded.inputs, stack(cuts), gold) for (_, encoded), gold in zip(groups, golds, strict=True)]
     bases = [bind(interventions, encoded) for _, encoded in groups]
     costs = [estimate(model, *sweep, base=base) for sweep, base in zip(sweeps, bases, strict=True)]
@@ -78,6 +79,13 @@ def tabulate(
             answered[1:, rows] = runs.variants.correct[:, : len(rows)]
             bar.update(len(rows))
     return answered[0], answered[1:]
+
+
+def _scored(examples: Sequence[Example], batch: Batch) -> Bool[np.ndarray, "batch tokens"]:
+    """The tokens that must be the likeliest. ``examples`` are the batch's first rows; the others repeat the last."""
+    ends = np.array([example.chat_template for example in examples])
+    ends = np.pad(ends, (0, len(batch.spans["end"]) - len(ends)), mode="edge")
+    return batch.spans["answer"] | (batch.spans["end"] & ends[:, None])
 
 
 def subtask(example: Example) -> str:

@@ -62,6 +62,8 @@ def main(args: Args) -> None:
         f"p_clean {summary['p_clean']:.3f}, p_corrupt {summary['p_corrupt']:.3f}"
     )
     rows = {row["cell"]: row for row in summary["cells"] if row["statistic"] == args.statistic}
+    if absent := [cell for cell, count in summary["missing"].items() if count == summary["samples"]]:
+        print(f"  no sample has the tokens of {len(absent)} cells, such as {absent[0]}")
     for name in summary["ranking"][:10]:
         print(f"  {name:10s} RR {rows[name]['rr']:+.3f}  [{rows[name]['low']:+.3f}, {rows[name]['high']:+.3f}]")
     print(f"written to {args.out}")

@@ -10,7 +10,8 @@ SAMPLES = Schema(
         "correct": "whether greedy decoding of the clean prompt writes the gold answer",
         "p_clean": "the metric of the clean run, such as the probability of the gold answer",
         "p_corrupt": "(R,), the metric of every replicate's corrupted run",
-        "ie": "(R, C), indirect effects: metric with a cell restored, minus p_corrupt; cells as in the summary's rr",
+        "ie": "(R, C), indirect effects: metric with a cell restored, minus p_corrupt; cells as in the summary's rr; "
+        "null where the sample has no token of the cell's group",
     },
 )
 SUMMARY = Schema(
@@ -27,8 +28,10 @@ SUMMARY = Schema(
         "p_corrupt": "mean over samples and replicates",
         "sigma_E": "standard deviation that the noise was scaled by",
         "statistic": "the statistic of rr and ranking",
-        "ranking": "cells, the most restoring first",
-        "rr": "cell -> restoration rate",
+        "ranking": "cells, the most restoring first; those without a rate are left out",
+        "rr": "cell -> restoration rate; null if no counted sample has a token of the cell's group",
+        "missing": "cell -> samples without a token of its group, which do not count in its rate; cells without any "
+        "are left out",
         "tasks": "task -> cell -> restoration rate, from the samples of that task only",
         "stability": "per sample size, how similar the rankings of two disjoint sets of samples are",
         "cells": "the rows of summary.parquet",
@@ -39,8 +42,8 @@ CELLS = Schema(
     {
         "cell": "layer and module, head or token group, such as L3-attn",
         "statistic": "how the rate sums up the samples",
-        "rr": "restoration rate",
-        "rank": "1 is the highest rate",
+        "rr": "restoration rate; null if no counted sample has a token of the cell's group",
+        "rank": "1 is the highest rate; null without a rate",
         "low": "lower bound of the 95 % interval over samples",
         "high": "upper bound of this interval",
         "replicates_low": "lower bound of the interval over replicates, if there are several",
@@ -59,7 +62,8 @@ EFFECTS = Schema(
         "p_clean": "the metric of the clean run",
         "p_corrupt": "the metric of the corrupted run",
         "te": "total effect: p_clean - p_corrupt",
-        "ie": "indirect effect: metric with the cell restored, minus p_corrupt",
+        "ie": "indirect effect: metric with the cell restored, minus p_corrupt; NaN if the sample has no token of the "
+        "cell's group",
         "rr": "ie / (te + eps) of this sample and replicate",
     },
 )

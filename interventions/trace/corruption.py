@@ -41,8 +41,8 @@ class Survey:
     has no DeepStack."""
 
     sigma: dict[str, float]
-    """Standard deviation of the embeddings: over all ``sequence`` tokens (P0's sigma_E), over the ``question`` tokens,
-    and over the ``vocabulary``."""
+    """Standard deviation of the embeddings: over all ``sequence`` tokens (P0's sigma_E), over the ``question`` tokens
+    (those of the subject, where the example names one), and over the ``vocabulary``."""
     deepstack_sigma: Float[np.ndarray, "levels"] | None
     """Standard deviation of each DeepStack tensor."""
     mean_image: Float[np.ndarray, "width"] | None
@@ -108,7 +108,7 @@ class Surveyor:
         embedded = fetch(embed(self.model, batch.inputs))
         image = batch.spans["image"][:rows]
         self.sequence.add(embedded.x[:rows][np.asarray(batch.inputs.attention_mask)[:rows]])
-        self.question.add(embedded.x[:rows][batch.spans["question"][:rows]])
+        self.question.add(embedded.x[:rows][batch.spans["subject"][:rows]])
         self.image.add(embedded.x[:rows][image])
         if embedded.deepstack is not None:
             self.deepstack.add(np.moveaxis(embedded.deepstack[:, :rows][:, image], 0, 1))
@@ -195,9 +195,10 @@ def sample_key(seed: int, name: str, replicate: int) -> Key[Array, ""]:
 
 
 def question_noise(case: Case) -> Embedded:
-    """Gaussian noise on the question's token embeddings (P0, equation 5)."""
+    """Gaussian noise on the question's token embeddings (P0, equation 5), or on those of its subject, where the example
+    names one (ROME)."""
     noise = case.scale * case.sigma * case.noise()
-    x = jnp.where(case.batch.spans["question"][..., None], case.embedded.x + noise, case.embedded.x)
+    x = jnp.where(case.batch.spans["subject"][..., None], case.embedded.x + noise, case.embedded.x)
     return case.embedded._replace(x=x)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 
 from interventions.engine.grids import layer_windows
-from interventions.kinds.groups import check_group
+from interventions.kinds.groups import check_positions
 from interventions.trace.corruption import CORRUPTIONS, CorruptionName
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.runs.ranges import BATCH, Range, check_ranges
@@ -17,19 +17,22 @@ class TraceOptions:
     """How a task is traced. The defaults are P0's, or ours for options that P0 does not mention."""
 
     corruption: CorruptionName = "question_noise"
-    """How the prompt is corrupted. Noise on the embeddings of the question (P0) or of the image, DeepStack included;
-    the question or the image of another sample; the mean image embedding; blurred pixels."""
+    """How the prompt is corrupted. Noise on the embeddings of the question (P0; of its subject, where the data name
+    one) or of the image, DeepStack included; the question or the image of another sample; the mean image embedding;
+    blurred pixels."""
     noise_scale: Annotated[float, Range(above=0)] = 2.0
     """How strong the noise is: its standard deviation is noise_scale * sigma_E (s in P0's equation 5)."""
     sigma: Literal["sequence", "question", "vocabulary"] = "sequence"
     """The embeddings whose standard deviation is sigma_E: those of all tokens of the task's prompts (P0), those of
-    their question tokens, or the whole embedding table. The sigmas of DeepStack's noise are measured separately."""
+    their question tokens (of their subjects, where the data name them), or the whole embedding table. The sigmas of
+    DeepStack's noise are measured separately."""
     replicates: Annotated[int, Range(least=1)] = 1
     """How often every sample is corrupted, each time with other noise. All cells see the same noise."""
     positions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP [GROUP ...]")] = ("all",)
-    """The tokens that a patch restores: all (P0), or token groups such as question, last, image, answer. Each group is
-    patched separately. each (interventions.trace only): as all, and of some samples every token by itself, for the
-    result page (eval.page); this takes 2 x layers x tokens patches a sample."""
+    """The tokens that a patch restores: all (P0), or token groups such as question, last, image, answer, or ROME's
+    roles: first_subject, middle_subject, last_subject, next, further, last. Each group is patched separately; samples
+    without such a token do not count in its cells. each (interventions.trace only): as all, and of some samples every
+    token by itself, for the result page (eval.page); this takes 2 x layers x tokens patches a sample."""
     window: Annotated[int, Range(least=1)] = 1
     """How many neighbouring layers a patch restores at once (P0: 1; ROME: 10)."""
     heads: bool = False
@@ -72,7 +75,7 @@ class TraceOptions:
         if "each" in self.positions and (len(self.positions) > 1 or self.heads or self.metric != "probability"):
             raise UserError("--positions each goes with no other group, --heads or --trace-metric: drop them")
         for group in self.groups:
-            check_group(group)
+            check_positions(group)
         layer_windows(depth, self.window)
         if self.replicates > 1 and not CORRUPTIONS[self.corruption].random:
             raise UserError(

@@ -1,12 +1,13 @@
 """The result of tracing a task: the restoration rate (RR) of each cell, its interval, and the ranking of the cells."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from interventions import statistics
-from interventions.modules import PAPER_SHARE, module_names
+from interventions.modules import MODULES, PAPER_SHARE, module_names
 from interventions.trace.options import TraceOptions
 from vlm_jax.errors import UserError
 
@@ -31,7 +32,7 @@ class TaskTrace(NamedTuple):
     """The same metric in the corrupted run."""
     ie: Float[np.ndarray, "samples replicates cells"]
     """The indirect effect of each cell: how much the metric rises if the cell's clean value is patched into the
-    corrupted run (P0, equation 3)."""
+    corrupted run (P0, equation 3). NaN where a sample has no token of the cell's group."""
     correct: Bool[np.ndarray, "samples"]
     """Whether greedy decoding writes the gold answer."""
     sigma: float
@@ -58,7 +59,8 @@ def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
     chosen = [row for row in rows if row["statistic"] == options.statistic]
     if not chosen:  # the chosen statistic is not defined for these samples; this call raises an error with the reason
         statistics.rr(te, traced.ie, statistic=options.statistic, **rate_options)
-    ranked = sorted(chosen, key=lambda row: row["rank"])
+    ranked = sorted((row for row in chosen if row["rank"] is not None), key=lambda row: row["rank"])
+    missing = np.isnan(traced.ie[:, 0]).sum(0)
     try:
         # How many cells at the top are compared: P0's share of all cells, and 10.
         top_counts = sorted({max(1, round(PAPER_SHARE * len(traced.cells))), 10})
@@ -78,13 +80,14 @@ def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
         "statistic": options.statistic,
         "ranking": [row["cell"] for row in ranked],
         "rr": {row["cell"]: row["rr"] for row in chosen},
+        "missing": {cell: int(count) for cell, count in zip(traced.cells, missing, strict=True) if count},
         "tasks": {task: rates for task in dict.fromkeys(traced.tasks) if (rates := _of_task(traced, task, options))},
         "stability": stability,
         "cells": rows,
     }
 
 
-def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, float]:
+def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, float | None]:
     """Cell -> RR over the samples of one task of a family. Empty if RR is not defined for them, for example because no
     sample has TE >= min_te."""
     in_task = np.array(traced.tasks) == task
@@ -93,17 +96,26 @@ def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, f
         rates = statistics.rr(traced.te[in_task], traced.ie[in_task], **rate_options)
     except UserError:
         return {}
-    return dict(zip(traced.cells, rates.tolist(), strict=True))
+    return {cell: rate if np.isfinite(rate) else None for cell, rate in zip(traced.cells, rates.tolist(), strict=True)}
 
 
 def bounds(summary: dict) -> statistics.Interval:
     """RR of every cell by the chosen statistic, with its 95 % interval over samples. Each array is ``(C,)``."""
     rows = [row for row in summary["cells"] if row["statistic"] == summary["statistic"]]
-    return statistics.Interval(*(np.array([row[name] for row in rows]) for name in ("rr", "low", "high")))
+    return statistics.Interval(*(np.array([row[name] for row in rows], float) for name in ("rr", "low", "high")))
+
+
+def by_position(summary: dict, groups: Sequence[str]) -> dict[str, list[list[float | None]]]:
+    """Module -> RR ``(groups, L)`` of the cells of several token groups; None where there is no rate."""
+    depth = len(summary["rr"]) // (len(MODULES) * len(groups))
+    return {
+        kind: [[summary["rr"][f"L{layer}-{kind}@{group}"] for layer in range(depth)] for group in groups]
+        for kind in MODULES
+    }
 
 
 def by_module(summary: dict) -> Float[np.ndarray, "layers 2"]:
     """RR of every module. The last axis is attention, then MLP. The cells of the summary must be modules."""
     rates = summary["rr"]
     depth = len(rates) // 2
-    return np.array([rates[name] for name in module_names(depth)]).reshape(depth, 2)
+    return np.array([rates[name] for name in module_names(depth)], float).reshape(depth, 2)

@@ -2,26 +2,26 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from interventions.engine.grids import patch_grid
 from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import Gold, LogitDifference
 from interventions.engine.sweep import sweep_runs
 from interventions.engine.variants import Variants
-from interventions.kinds.groups import bind, label, tokens_of
+from interventions.kinds.groups import ROLES, bind, positions_of
 from interventions.kinds.packed import digest
 from interventions.modules import MODULE_SITES, cell_names, module_names
 from interventions.statistics import write_effects, write_rows
 from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
-from interventions.trace.result import TaskTrace, bounds, by_module, summarise
+from interventions.trace.result import TaskTrace, bounds, by_module, by_position, summarise
 from vlm_jax import Inputs, Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.config import Config
@@ -33,7 +33,7 @@ from vlm_jax.prompts import Batch, batches, encode
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.log import Log
-from vlm_jax.runs.processes import apart, fetch, progress
+from vlm_jax.runs.processes import apart, fetch, gathered, progress
 from vlm_jax.sites import Intervention, Stage, stage
 
 
@@ -69,7 +69,9 @@ def trace_examples(
             for rows, batch in batches(team_examples, processor, model.config, options.batch, align=PREFIX_BUCKET):
                 yield [team_rows[row] for row in rows], batch
 
-        task_survey = survey(model, groups())
+        present = Present(options.groups)
+        task_survey = survey(model, present.noted(groups()))
+        present.check()
         if CORRUPTIONS[options.corruption].visual and task_survey.mean_image is None:
             raise UserError(
                 f"--corruption {options.corruption} needs images, and no sample has one: corrupt the question"
@@ -84,7 +86,8 @@ def trace_examples(
     log.join(part, ids, team)
     by_id = {record["id"]: record for record in log.records}
     kept = [by_id[example.id] for example in examples]
-    columns = {name: np.array([record[name] for record in kept]) for name in ("p_clean", "p_corrupt", "ie", "correct")}
+    columns = {name: np.array([record[name] for record in kept], float) for name in ("p_clean", "p_corrupt", "ie")}
+    columns["correct"] = np.array([record["correct"] for record in kept])
     return TaskTrace(
         [example.id for example in examples],
         [example.task for example in examples],
@@ -133,7 +136,7 @@ def trace_batch(
     read = gold = Gold.of(batch.inputs, batch.spans["answer"])
     if options.metric == "logit_difference":
         read = _difference(corrupt, rows, batch)
-    variants, shape = grid(model.config, options, batch)
+    variants, shape, present = grid(model.config, options, batch)
     features = _features(model, batch.inputs)
     p_corrupt, ie = [], []
     for replicate in range(options.replicates):
@@ -145,6 +148,7 @@ def trace_batch(
         ie.append((patched - corrupted).T)
     scores = runs.clean if read is gold else _scores(model, batch.inputs, gold.replace(first=0), acting)
     correct = fetch(scores.correct)
+    known = np.tile(present, (1, len(variants) // present.shape[1]))  # groups are the last axis of the grid
     for i, example in enumerate(examples):
         if not all(np.isfinite(values[i]).all() for values in (clean, *p_corrupt, *ie)):
             raise UserError(
@@ -158,7 +162,7 @@ def trace_batch(
             "correct": bool(correct[i]),
             "p_clean": _short(clean[i]),
             "p_corrupt": [_short(p[i]) for p in p_corrupt],
-            "ie": [[_short(value) for value in cells[i]] for cells in ie],
+            "ie": [[_short(value) if k else None for value, k in zip(cells[i], known[i], strict=True)] for cells in ie],
         }
         for i, example in enumerate(examples)
     ]
@@ -236,21 +240,52 @@ def answered(
     return kept
 
 
-def grid(config: Config, options: TraceOptions, batch: Batch) -> tuple[Variants, tuple[int, ...]]:
-    """The patches of a batch, and the shape of their grid: sites, layers, then heads and token groups if there are
-    any."""
-    tokens = None
+class Grid(NamedTuple):
+    """The patches of a batch; the shape of their grid: sites, layers, then heads and token groups if there are any; and
+    which rows have a token of each group."""
+
+    variants: Variants
+    shape: tuple[int, ...]
+    present: Bool[np.ndarray, "batch groups"]
+
+
+def grid(config: Config, options: TraceOptions, batch: Batch) -> Grid:
+    """The patches of a batch (:class:`Grid`)."""
+    tokens, present = None, np.ones((len(batch.inputs.input_ids), 1), bool)
     if options.groups != ("all",):
-        labels = label(batch)
-        tokens = [tokens_of(group, labels) for group in options.groups]
-        for group, mask in zip(options.groups, tokens, strict=True):
-            if not mask.any():
-                raise UserError(f"--positions {group}: a batch of samples has no such token, choose other groups")
+        tokens = [positions_of(group, batch) for group in options.groups]
+        present = np.stack([mask.any(1) for mask in tokens], 1)
+        # A patch must act somewhere. Of a group that no row has, nothing is recorded, so any token will do.
+        last = positions_of("last", batch)
+        tokens = [mask if mask.any() else last for mask in tokens]
     depth, window = config.text.num_hidden_layers, options.window
     if options.heads:
         heads = config.text.num_attention_heads
-        return patch_grid(("text.head_out",), depth, window=window, heads=heads, tokens=tokens)
-    return patch_grid(MODULE_SITES, depth, window=window, tokens=tokens)
+        return Grid(*patch_grid(("text.head_out",), depth, window=window, heads=heads, tokens=tokens), present)
+    return Grid(*patch_grid(MODULE_SITES, depth, window=window, tokens=tokens), present)
+
+
+class Present:
+    """Notes which token groups some row of some batch has."""
+
+    def __init__(self, groups: Sequence[str]):
+        self.groups = groups
+        self.seen = np.array([group == "all" for group in groups])
+
+    def noted(self, batches: Iterable[tuple[list[int], Batch]]) -> Iterator[tuple[list[int], Batch]]:
+        """The same batches."""
+        for rows, batch in batches:
+            for i in np.flatnonzero(~self.seen):
+                self.seen[i] = positions_of(self.groups[i], batch).any()
+            yield rows, batch
+
+    def check(self) -> None:
+        """Raises a UserError, in all processes, if no sample has a token of a group. A role may be missing everywhere,
+        as subjects of one token have no middle, unless it is the only group."""
+        seen = np.any(gathered(self.seen.tolist()), 0)
+        for group, has in zip(self.groups, seen, strict=True):
+            if not has and (group not in ROLES or len(self.groups) == 1):
+                raise UserError(f"--positions {group}: no sample has such a token, choose other groups")
 
 
 def cells_of(config: Config, options: TraceOptions) -> list[str]:
@@ -278,7 +313,7 @@ def trace_task(
     """
 
     from interventions.figures.base import save_figure  # Matplotlib takes a second to import
-    from interventions.figures.tracing import heatmap, interval_plot
+    from interventions.figures.tracing import heatmap, interval_plot, position_map
 
     def make() -> dict:
         begun = time.perf_counter()
@@ -300,6 +335,9 @@ def trace_task(
         if set(result.cells) == set(module_names(model.config.text.num_hidden_layers)):
             title = f"{task}: restoration rate by layer and module"
             save_figure(run, f"{folder}heatmap", heatmap, title, panels={task: by_module(summary)})
+        if len(options.groups) > 1 and not options.heads:
+            title, panels = f"{task}: restoration rate by layer and tokens", by_position(summary, options.groups)
+            save_figure(run, f"{folder}positions", position_map, title, panels=panels, groups=options.groups)
         title = f"{task}: restoration rate of every cell with its 95 % interval"
         estimates = {task: bounds(summary)._asdict()}
         save_figure(run, f"{folder}intervals", interval_plot, title, cells=result.cells, groups=estimates)

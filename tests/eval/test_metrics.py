@@ -23,9 +23,11 @@ from eval.judging import (
 from vlm_jax.data import Example
 from vlm_jax.data.metrics import (
     anls,
+    contains,
     evalai,
     exact_match,
     extract_yes_no,
+    prefix,
     relaxed_match,
     vqa_accuracy,
 )
@@ -405,7 +407,7 @@ def test_images_cluster_the_samples_of_a_task():
 
 
 def test_registry():
-    names = "exact_match vqa_accuracy anls multiple_choice circular yes_no mme pope relaxed_accuracy"
+    names = "exact_match prefix contains vqa_accuracy anls multiple_choice circular yes_no mme pope relaxed_accuracy"
     assert list(METRICS) == names.split()
     for name in METRICS:
         fields = {"choices": ("yes", "no"), "gold": 0, "subtask": "count", "group": "g"}
@@ -441,3 +443,35 @@ def test_subtasks():
     found = summary("exact_match", examples, ["x", "y", "x"])
     assert {name: part.values["exact_match"].value for name, part in found.subtasks.items()} == {"a": 0.5, "b": 1}
     assert summary("exact_match", examples[:2], ["x", "y"]).subtasks == {}
+
+
+# A gold answer within an answer.
+
+
+@pytest.mark.parametrize(
+    "prediction, answers, at_the_beginning, anywhere",
+    [
+        ("Paris.", ["Paris"], True, True),
+        ("Paris, which is large", ["paris"], True, True),
+        ("Parisian food", ["Paris"], False, False),
+        ("The city of Paris is", ["Paris"], False, True),
+        ("comparison", ["paris"], False, False),
+        ("35", ["3"], False, False),
+        ("New York City", ["London", "New York"], True, True),
+        ("", ["Paris"], False, False),
+        ("C++ is", ["C"], True, True),
+        ("it is C++", ["C++"], False, True),
+        ("東京です", ["東京"], True, True),
+        ("a.b", ["axb"], False, False),
+    ],
+)
+def test_prefix_and_contains(prediction, answers, at_the_beginning, anywhere):
+    assert (prefix(prediction, answers), contains(prediction, answers)) == (at_the_beginning, anywhere)
+    for name, right in (("prefix", at_the_beginning), ("contains", anywhere)):
+        assert values(name, [example(answers=tuple(answers))], [prediction]) == {name: float(right)}
+
+
+def test_normalisation_and_golds_of_prefix_and_contains():
+    assert prefix("The Paris", ["paris"], "evalai") and not prefix("The Paris", ["paris"])
+    assert not contains("Paris", ["paris"], "strip")
+    assert contains("in Rome", ["Paris", "Rome"]) and not contains("in Rome", ["Paris", "Rome"], "lower", "first")

@@ -25,6 +25,15 @@ DATA = {
         4,
         {"panel": "a", "x": "mlp", "y": 1, "value": -0.4, "cell": "L1-mlp"},
     ),
+    "tracing.position_map": (
+        {
+            "panels": {"attn": [[0.1, 0.2], [0.3, None]], "mlp": [[0.5, 0.6], [0.7, 0.8]]},
+            "groups": ["subject", "last"],
+            "label": "RR",
+        },
+        8,
+        {"panel": "attn", "x": 1, "y": "last", "value": None, "cell": "L1-attn@last"},
+    ),
     "tracing.interval_plot": (
         {
             "cells": ["L0-attn", "L1-mlp"],

@@ -92,12 +92,57 @@ def test_rr_of_exact_restoration_is_the_profile():
     "change, message",
     [
         (lambda te, ie: (te - 9, ie), "no sample has TE >= 0.01"),
-        (lambda te, ie: (te, np.where(np.arange(len(te)) == 4, np.nan, ie.T).T), "sample 4 is not a finite number"),
+        (lambda te, ie: (te, np.where(np.arange(len(te)) == 4, np.inf, ie.T).T), "sample 4 is not a finite number"),
+        # An IE that is NaN in one of three replicates is no missing cell.
+        (
+            lambda te, ie: (te, np.where(np.indices(ie.shape)[0] * 3 + np.indices(ie.shape)[1] == 13, np.nan, ie)),
+            "sample 4 is not a finite number",
+        ),
     ],
 )
 def test_what_has_no_rr_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         rr(*change(*trace(6)))
+
+
+def with_missing(count=24, replicates=2):
+    """A traced task in which odd samples lack cell 1 and all samples cell 3."""
+    te, ie = trace(count, replicates)
+    te[4] = 0.001
+    ie[1::2, :, 1] = ie[:, :, 3] = np.nan
+    return te, ie
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_samples_that_lack_a_cell_do_not_count_in_it(statistic):
+    te, ie = with_missing()
+    found = rr(te, ie, statistic=statistic)
+    np.testing.assert_allclose(found[[0, 2]], rr(te, ie[..., [0, 2]], statistic=statistic), rtol=1e-12)
+    np.testing.assert_allclose(found[1], rr(te[::2], ie[::2, :, 1:2], statistic=statistic)[0], rtol=1e-12)
+    assert np.isnan(found[3])
+    draws = {over: rr_resamples(te, ie, over, resamples=50, statistic=statistic) for over in ("samples", "both")}
+    for over, drawn in draws.items():
+        np.testing.assert_allclose(
+            drawn[:, [0, 2]], rr_resamples(te, ie[..., [0, 2]], over, resamples=50, statistic=statistic), rtol=1e-12
+        )
+    # Sample draw by sample draw, of the mean over replicates.
+    for rows, drawn in zip(np.concatenate(list(bootstrap_rows(24, 50, 0, 2))), draws["samples"], strict=True):
+        rows = rows[rows % 2 == 0]
+        np.testing.assert_allclose(drawn[1], rr(te[rows], ie[rows, :, 1:2], statistic=statistic)[0], rtol=1e-12)
+
+
+def test_summary_of_missing_cells():
+    rows = rr_summary(*with_missing(), ["a", "b", "c", "d"], resamples=50)
+    chosen = {row["cell"]: row for row in rows if row["statistic"] == "median"}
+    assert sorted(chosen[cell]["rank"] for cell in "abc") == [1, 2, 3]
+    assert chosen["b"]["low"] <= chosen["b"]["rr"] <= chosen["b"]["high"]
+    assert {name for name, value in chosen["d"].items() if value is None} == {
+        "rr", "rank", "low", "high", "replicates_low", "replicates_high", "both_low", "both_high"
+    }  # fmt: skip
+    stability = rank_stability(*with_missing(), sizes=[8], top=[1, 2], halves=20)
+    assert 0.5 < stability[0]["tau"]["mean"] <= 1
+    with pytest.raises(UserError, match="needs all cells of all samples"):
+        permutation_test(with_missing(), trace(24, 2))
 
 
 def test_other_refusals():

@@ -1,5 +1,6 @@
 """Loads the examples of a task: the miniworld, a public dataset by name, or a user's file or folder by path."""
 
+import dataclasses
 import hashlib
 import pathlib
 
@@ -59,8 +60,15 @@ def load_task(
         raise UserError("the task's name is empty: give a task, a .jsonl file or a folder")
     if is_url(name):
         raise UserError(f"the task {name} is a URL: download it, and name the file or folder")
+    return options.shown(_load(name, path, split, limit, options, bad))
+
+
+def _load(
+    name: str, path: pathlib.Path, split: str, limit: int | None, options: DataOptions, bad: dict[str, str] | None
+) -> list[Example]:
+    """:func:`load_task` without the options' prompt."""
     if name.endswith(".jsonl"):
-        return read_jsonl(path, bad)[:limit]
+        return _in_family(read_jsonl(path, bad)[:limit], options.family)
     if name in catalogue.names():
         return loading.load_named(name, split, limit, options, bad)
     if name == easy_vqa.NAME:
@@ -70,7 +78,7 @@ def load_task(
     if name not in (*TASKS, *TASK_FAMILIES):
         if path.is_dir():
             task, opened = open_folder(path, split, leave_out=bad is not None)
-            return loading.load_rows(opened, task, limit, options, bad)
+            return _in_family(loading.load_rows(opened, task, limit, options, bad), options.family)
         if path.is_file():
             raise UserError(f"{name} is a file, but not a .jsonl file: write one JSON object a line and name it .jsonl")
         raise UserError(
@@ -82,6 +90,11 @@ def load_task(
     count = len(tasks) * SPLIT_SIZES[split]
     count = count if limit is None else min(limit, count)
     return [make_example(tasks[i % len(tasks)], split, i // len(tasks)) for i in range(count)]
+
+
+def _in_family(examples: list[Example], family: str | None) -> list[Example]:
+    """The examples, those without a family in the given one."""
+    return [e if e.family else dataclasses.replace(e, family=family) for e in examples]
 
 
 def source(name_or_path: str | pathlib.Path, *, split: str = "eval", options: DataOptions = DataOptions()) -> dict:  # noqa: B008

@@ -40,6 +40,14 @@ class Example:
     """A name of the image, by which questions about the same image are recognised."""
     group: str | None = None
     """A name that examples share which are scored together, such as the rotations of one multiple-choice question."""
+    subject: str | None = None
+    """The part of the question that it is about, such as "France", written exactly once in it. None: all of the
+    question."""
+    prompt: str | None = None
+    """The user's message, in which ``{QUESTION}`` stands for the question; None for P0's
+    (:data:`vlm_jax.prompts.P0_PROMPT`)."""
+    chat_template: bool = True
+    """Whether the prompt is a user's turn in the model's chat template. If not, the model continues the bare text."""
 
     def without_images(self) -> "Example":
         """The same question without its images, for a text-only model."""

@@ -21,9 +21,10 @@ def read_jsonl(path: str | pathlib.Path, bad: dict[str, str] | None = None) -> l
     """The examples of a file with one JSON object on each line.
 
     An object is ``{"id": .., "image": "a.png" or ["a.png", ..], "question": .., "answers": [..]}``, with the optional
-    keys ``"choices": [..]`` and ``"family": "knowledge" or "perception"``. Image paths are relative to the file's
-    folder. Every image is decoded here, so that a broken one is reported before any work starts. Where there are
-    choices, the answers state the right ones, in the same form on all lines (:func:`vlm_jax.data.stated.decide`).
+    keys ``"choices": [..]``, ``"family": "knowledge" or "perception"`` and ``"subject": ..``, a part of the question.
+    Image paths are relative to the file's folder. Every image is decoded here, so that a broken one is reported before
+    any work starts. Where there are choices, the answers state the right ones, in the same form on all lines
+    (:func:`vlm_jax.data.stated.decide`).
 
     Args:
         bad: where bad lines are listed, with the reason, and left out.
@@ -112,6 +113,13 @@ def _parse(line: str, path: pathlib.Path, where: str) -> Example:
     answers = record["answers"] if isinstance(record["answers"], list) else [record["answers"]]
     _check(_is_values(answers), where, "answers", "a text, a number, or a list of these")
     _check(choices is None or _is_values(choices), where, "choices", "a non-empty list of texts or numbers")
+    subject = record.get("subject")
+    _check(subject is None or _is_text(subject), where, "subject", "a non-empty part of the question")
+    if subject is not None and record["question"].count(subject) != 1:
+        raise UserError(
+            f"{where}: its question has the subject {subject!r} {record['question'].count(subject)} times: name a part "
+            "that it has once"
+        )
     if family is not None and family not in TASK_FAMILIES:
         raise UserError(f"{where}: unknown family {family!r}{nearest(str(family), TASK_FAMILIES)}")
     return Example(
@@ -122,6 +130,7 @@ def _parse(line: str, path: pathlib.Path, where: str) -> Example:
         choices=None if choices is None else tuple(map(as_text, choices)),
         family=family,
         task=path.stem,
+        subject=subject,
     )
 
 

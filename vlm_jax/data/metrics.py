@@ -72,11 +72,53 @@ def exact_match(
 
     A text that normalisation would empty (the letter A is an article) gets a weaker normalisation.
     """
+    reply, golds = _forms(prediction, answers, normalisation, multi_gold)
+    return reply in golds
+
+
+def prefix(
+    prediction: str,
+    answers: Sequence[str],
+    normalisation: Literal["strip", "lower", "evalai"] = "lower",
+    multi_gold: Literal["any", "first"] = "any",
+) -> bool:
+    """Whether the normalised prediction begins with a normalised gold answer, as whole words: "Paris." and "Paris,
+    which" begin with "Paris", "Parisian" does not. Arguments as for :func:`exact_match`."""
+    reply, golds = _forms(prediction, answers, normalisation, multi_gold)
+    return any(gold and _place(gold).match(reply) for gold in golds)
+
+
+def contains(
+    prediction: str,
+    answers: Sequence[str],
+    normalisation: Literal["strip", "lower", "evalai"] = "lower",
+    multi_gold: Literal["any", "first"] = "any",
+) -> bool:
+    """Whether a normalised gold answer is anywhere in the normalised prediction, as whole words. Arguments as for
+    :func:`exact_match`. It also accepts what is denied ("not Paris") and lists of guesses."""
+    reply, golds = _forms(prediction, answers, normalisation, multi_gold)
+    return any(gold and _place(gold).search(reply) for gold in golds)
+
+
+def _forms(prediction: str, answers: Sequence[str], normalisation: str, multi_gold: str) -> tuple[str, list[str]]:
+    """The normalised prediction and the normalised gold answers that are accepted."""
 
     def form(text: str) -> str:
         return NORMALISATIONS[normalisation](text) or normalise(text) or text.strip()
 
-    return form(prediction) in {form(answer) for answer in (answers if multi_gold == "any" else answers[:1])}
+    return form(prediction), [form(answer) for answer in (answers if multi_gold == "any" else answers[:1])]
+
+
+def _place(text: str) -> re.Pattern[str]:
+    """Finds a text where it is not a part of a longer word or number. Scripts without spaces between words have no such
+    borders."""
+    begins, ends = (r"(?<!\w)" if _spaced(text[0]) else "", r"(?!\w)" if _spaced(text[-1]) else "")
+    return re.compile(begins + re.escape(text) + ends)
+
+
+def _spaced(character: str) -> bool:
+    """Whether words with this character are written with spaces between them (not so in Chinese, Japanese or Thai)."""
+    return character.isalnum() and not re.match("[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]", character)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:

@@ -16,7 +16,7 @@ from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.processor import Processor
-from vlm_jax.prompts import check_fit
+from vlm_jax.prompts import check_fit, prompt_of
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.pictures import save_pictures
@@ -111,5 +111,8 @@ def start(
     run.pin("model", fingerprint(model), from_the_start=True)
     if left_out():
         run.pin("left_out", left_out())
+    prompts = {prompt_of(e) for e in examples if e.prompt is not None}
+    if prompts:  # the options may name a file
+        run.pin("prompt", sorted(prompts))
     run.when_begun = functools.partial(save_pictures, examples=examples if shown is None else list(shown))
     return Started(run, model, processor)

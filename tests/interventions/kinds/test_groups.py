@@ -6,9 +6,10 @@ import pytest
 import vlm_jax
 from interventions import GROUPS, Add, AttentionKnockout, bind, label
 from interventions.flow.knockout import edge
-from interventions.kinds.groups import check_group, members, tokens_of
+from interventions.kinds.groups import ROLES, check_group, check_positions, members, positions_of, roles, tokens_of
+from vlm_jax import Inputs
 from vlm_jax.data import load_task
-from vlm_jax.prompts import encode
+from vlm_jax.prompts import SPANS, Batch, encode
 
 G = {name: number for number, name in enumerate(GROUPS)}
 #: Three rows: a long question, one of five tokens, none.
@@ -126,3 +127,47 @@ def test_parts_survive_saving(case, tmp_path):
     np.testing.assert_array_equal(one, other)
     whole = AttentionKnockout.between(model.config.text.num_hidden_layers, "question", "image")
     assert np.abs(np.asarray(one - model(batch.inputs, bind((whole,), batch)).logits)).max() > 1e-3
+
+
+# ROME's roles
+
+
+def made_up(subject, stop, length=9):
+    """A row: the template's token, a question from 1 to ``stop``, its subject, and an answer from ``stop`` on."""
+    spans = {name: np.zeros((1, length), bool) for name in SPANS}
+    spans["question"][0, 1:stop] = spans["answer"][0, stop:] = True
+    spans["subject"][0, subject[0] : subject[1]] = True
+    mask = np.ones((1, length), bool)
+    return Batch(Inputs(np.ones((1, length), np.int32), mask, np.zeros((3, 1, length), np.int32)), spans, 0)
+
+
+@pytest.mark.parametrize(
+    "subject, stop, expected",
+    [
+        ((2, 5), 8, [[2], [3], [4], [5], [6], [7]]),
+        ((2, 4), 8, [[2], [], [3], [4], [5, 6], [7]]),
+        ((2, 3), 8, [[2], [], [2], [3], [4, 5, 6], [7]]),
+        ((2, 4), 5, [[2], [], [3], [4], [], [4]]),
+        ((1, 5), 5, [[1], [2, 3], [4], [], [], [4]]),
+    ],
+    ids=["three", "two", "one", "next is last", "to the end"],
+)
+def test_roles(subject, stop, expected):
+    batch = made_up(subject, stop)
+    found = {name: np.flatnonzero(mask[0]).tolist() for name, mask in roles(batch).items()}
+    expected = dict(zip(ROLES, expected, strict=True))
+    assert found == expected
+    for name, tokens in expected.items():
+        np.testing.assert_array_equal(np.flatnonzero(positions_of(name, batch)[0]), tokens)
+    both = np.flatnonzero(positions_of("first_subject+answer", batch)[0]).tolist()
+    assert both == [subject[0], *range(stop, 9)]
+    assert np.flatnonzero(positions_of("subject", batch)[0]).tolist() == list(range(*subject))
+    assert np.flatnonzero(positions_of("first1:question", batch)[0]).tolist() == [1]
+
+
+def test_names_of_positions():
+    for name in ("last_subject", "subject", "question", "first4:question", "next+last", "all"):
+        check_positions(name)
+    for name, says in (("last_subjct", "did you mean 'last_subject'"), ("nxt", "unknown token group 'nxt'")):
+        with pytest.raises(vlm_jax.UserError, match=says):
+            check_positions(name)

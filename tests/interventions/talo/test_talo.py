@@ -402,3 +402,23 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
             assert digest(load_interventions(file)) == digest((layer_cut(8, layer, "attn"),))
             rows = np.array(used) == "eval"
             assert found["eval_gain"]["mean"] == pytest.approx(correct[rows, layer].mean() - base[rows].mean())
+
+
+def test_a_bare_prompt_has_no_turn_to_end(mini):
+    """The word that the model would write is right, though the end of a turn is not what it would write next; under the
+    chat template that would be wrong."""
+    model, processor, examples = mini
+    checked = 0
+    for example in examples:
+        bare = dataclasses.replace(example, prompt="{QUESTION} The answer is", chat_template=False)
+        batch = encode([bare], processor, model.config, with_answer=False)
+        last = np.flatnonzero(batch.inputs.attention_mask[0])[-1]
+        word = processor.tokenizer.decode([int(np.argmax(model(batch.inputs).logits[0, last]))]).strip()
+        answered = dataclasses.replace(bare, answers=(word or "x",))
+        whole = encode([answered], processor, model.config)
+        likeliest = np.argmax(model(whole.inputs).logits[0], -1)
+        ids, at = whole.inputs.input_ids[0], np.flatnonzero(whole.spans["answer"][0])
+        right = bool((likeliest[at - 1] == ids[at]).all())
+        assert tabulate(model, processor, [answered])[0].tolist() == [right]
+        checked += right and likeliest[at[-1]] != ids[at[-1] + 1]
+    assert checked

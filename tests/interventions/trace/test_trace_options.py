@@ -324,7 +324,7 @@ def test_what_only_the_samples_show(task):
     blind = [dataclasses.replace(e, images=()) for e in task.examples[:2]]
     for options, says in (
         ({"corruption": "mean_image"}, "needs images.*corrupt the question"),
-        ({"positions": ("image",)}, "--positions image: a batch of samples has no such token"),
+        ({"positions": ("image",)}, "--positions image: no sample has such a token"),
     ):
         with pytest.raises(UserError, match=says):
             trace_examples(task.model, task.processor, blind, TraceOptions(batch=2, **options), "test")

@@ -167,7 +167,7 @@ def trace_difference(run: Run, model: str, families: list[str], args) -> dict:
         lines = (run.folder / f"{model}/trace/{family}/samples.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         te = np.array([r["p_clean"] - np.array(r["p_corrupt"]) for r in records])
-        traced.append((te, np.array([r["ie"] for r in records])))
+        traced.append((te, np.array([r["ie"] for r in records], float)))
     tests: dict[str, dict | None] = {}
     for name, normalise in (("raw", False), ("normalised", True)):
         options = {"min_te": args.tracing.min_te, "eps": args.tracing.eps, "statistic": args.tracing.statistic}
