@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from interventions.options import InterventionOptions
+from interventions.statistics import NOT_ENOUGH, interval_text
 from interventions.store import digest
 from interventions.trace.options import TraceOptions
 from interventions.trace.tokens import save_token_maps
@@ -63,7 +64,9 @@ def main(args: Args) -> None:
     )
     rows = {row["cell"]: row for row in summary["cells"] if row["statistic"] == args.statistic}
     for name in summary["ranking"][:10]:
-        print(f"  {name:10s} RR {rows[name]['rr']:+.3f}  [{rows[name]['low']:+.3f}, {rows[name]['high']:+.3f}]")
+        print(f"  {name:10s} RR {interval_text(rows[name], 'rr', '+')}")
+    if not summary["stability"]:
+        print(f"  how stable the ranking is: {NOT_ENOUGH}")
     print(f"written to {args.out}")
 
 
