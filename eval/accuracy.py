@@ -13,8 +13,8 @@ from eval.artifacts import LMMS_EVAL_SAMPLES, RESULTS
 from eval.evaluation import AnswerOptions, Scored, answer_and_score
 from eval.judging import METRICS, MetricOptions, check_metric
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
-from interventions.kinds.packed import digest
 from interventions.options import StateOptions
+from interventions.statistics import interval_text
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.data.options import DataOptions
 from vlm_jax.prompts import prompt_of
@@ -50,17 +50,15 @@ class Args(AnswerOptions, MetricOptions, StateOptions, DataOptions, ModelOptions
 
 
 def show(task: str, scores: Scored) -> None:
-    """Prints the main value of every task's metrics, and the mean score over all samples."""
+    """Prints the main value of every task's metrics and the mean score over all samples, with 95 % intervals."""
     for name, parts in scores.summaries.items():
         for metric, summary in parts.items():
             headline = METRICS[metric].headline
             value, title = summary.values[headline], "" if headline == "exact_match" else f" {headline}"
             unread = f", {summary.unparsed} unread" if summary.unparsed else ""
             unread += f", {summary.incomplete} incomplete groups" if summary.incomplete else ""
-            score = f"{value.value:.3f} ± {value.stderr:.3f}"
-            print(f"{name or task:20s} {score}  ({summary.samples} samples{unread}){title}")
-    mean_score = f"{scores.results['accuracy']:.3f} ± {scores.results['stderr']:.3f}"
-    print(f"{'all':20s} {mean_score}  ({scores.results['samples']} samples)")
+            print(f"{name or task:20s} {value}  ({summary.samples} samples{unread}){title}")
+    print(f"{'all':20s} {interval_text(scores.results, 'accuracy')}  ({scores.results['samples']} samples)")
 
 
 def metric_options(args: Args) -> dict:

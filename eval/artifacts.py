@@ -21,8 +21,10 @@ SAMPLES = Schema(
 _ACCURACY = {
     "accuracy": "mean score",
     "stderr": "its standard error",
+    "low": "lower bound of its 95 % interval",
+    "high": "upper bound of this interval",
     "samples": "number of samples",
-    "tasks": "task -> its accuracy, stderr and samples, and all values that its metrics report",
+    "tasks": "task -> its accuracy, stderr, low, high and samples, and all values that its metrics report",
 }
 SCORE = Schema(
     "score",

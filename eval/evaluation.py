@@ -4,11 +4,13 @@ import dataclasses
 import time
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import tyro
 
 import vlm_jax
 from eval.artifacts import SAMPLES, SCORE
-from eval.judging import Judged, MetricOptions, Summary, clusters_of, judge, mean, metric_name, summarise_tasks
+from eval.judging import Judged, MetricOptions, Summary, clusters_of, judge, metric_name, summarise_tasks
+from eval.values import mean
 from interventions.kinds.groups import bind
 from vlm_jax import Model
 from vlm_jax.data import Example
@@ -101,8 +103,8 @@ class Scored(NamedTuple):
     """The scores of some answers."""
 
     results: dict
-    """The mean score (``accuracy``) with its standard error, over all answers and of each task. A task's ``metrics``
-    are the values that its metrics report."""
+    """The mean score (``accuracy``) with its standard error and 95 % interval (``low``, ``high``), over all answers and
+    of each task. A task's ``metrics`` are the values that its metrics report."""
     records: list[dict]
     """One for each answer, with its score. ``correct`` is true if the score is 1."""
     judged: list[Judged]
@@ -139,7 +141,8 @@ def score_answers(
 
     def accuracy(rows: list[int]) -> dict:
         average = mean([judged[row].score for row in rows], clusters_of([examples[row] for row in rows]))
-        return {"accuracy": average.value, "stderr": average.stderr, "samples": len(rows)}
+        ends = {"low": average.low, "high": average.high}
+        return {"accuracy": average.value, "stderr": average.stderr, **ends, "samples": len(rows)}
 
     tasks = {
         task: {
@@ -239,4 +242,8 @@ def evaluate(
         per_sample = [record["score"] for record in scores.records]
         return {**scores.results, "scores": per_sample, "clusters": clusters_of(examples).tolist()}
 
-    return run.once(f"{folder}score.json", make, Artifact("metrics", f"{title}: accuracy", SCORE))
+    found = run.once(f"{folder}score.json", make, Artifact("metrics", f"{title}: accuracy", SCORE))
+    if "low" not in found:  # an older version wrote it
+        average = mean(found["scores"], np.array(found["clusters"]))
+        found |= {"low": average.low, "high": average.high}
+    return found

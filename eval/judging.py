@@ -1,4 +1,4 @@
-"""Scores the answers of a task, and computes the values that its benchmark reports, with their standard errors."""
+"""Scores the answers of a task, and computes the values that its benchmark reports."""
 
 import dataclasses
 from collections import defaultdict
@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 
+from eval.values import Value, mean, ratio, total
 from vlm_jax.data import Example
 from vlm_jax.data.choices import extract_choice
 from vlm_jax.data.metrics import (
@@ -58,14 +59,6 @@ class Judged(NamedTuple):
     """Scores by other rules."""
 
 
-class Value(NamedTuple):
-    """A reported number, its standard error, and the number of independent clusters (images, groups or samples)."""
-
-    value: float
-    stderr: float
-    clusters: int
-
-
 class Summary(NamedTuple):
     """The result of a metric on a task."""
 
@@ -100,7 +93,7 @@ class Metric:
     """The number of rows of a complete group, for metrics that score groups."""
 
 
-# Independent clusters of samples, and standard errors.
+# Samples that belong together.
 
 
 def clusters_of(examples: Sequence[Example]) -> Int[np.ndarray, " examples"]:
@@ -116,43 +109,6 @@ def clusters_of(examples: Sequence[Example]) -> Int[np.ndarray, " examples"]:
     size = len(examples) + len(keys)
     links = scipy.sparse.coo_array((np.ones(len(rows)), (rows, shared)), shape=(size, size))
     return scipy.sparse.csgraph.connected_components(links, directed=False)[1][: len(examples)]
-
-
-def mean(
-    scores: Sequence[float] | Shaped[np.ndarray, " samples"], clusters: Int[np.ndarray, " samples"] | None = None
-) -> Value:
-    """The mean and its standard error.
-
-    The error is sqrt(var / n), with the variance divided by n. For clustered samples it includes the products of the
-    deviations within each cluster (Miller 2024, "Adding error bars to evals", equation 4).
-    """
-    values = np.asarray(scores, float)
-    clusters = np.arange(len(values)) if clusters is None else clusters
-    deviations = np.bincount(clusters, values - values.mean())
-    return Value(float(values.mean()), float(np.sqrt(np.sum(deviations**2)) / len(values)), len(set(clusters.tolist())))
-
-
-def ratio(
-    numerator: Shaped[np.ndarray, " samples"],
-    denominator: Shaped[np.ndarray, " samples"],
-    clusters: Int[np.ndarray, " samples"],
-    resamples: int = 1000,
-) -> Value:
-    """sum(numerator) / sum(denominator), 0 if the denominator is 0.
-
-    The standard error comes from a bootstrap over clusters with a fixed seed; it is 0 for a single cluster.
-    """
-
-    def statistic(above, below, axis):
-        below = below.sum(axis)
-        return np.divide(above.sum(axis), below, out=np.zeros(np.shape(below)), where=below > 0)
-
-    counts = [np.bincount(clusters, np.asarray(part, float)) for part in (numerator, denominator)]
-    count, error = len(counts[0]), 0.0
-    if count > 1:
-        options = {"n_resamples": resamples, "batch": 100, "method": "percentile", "rng": np.random.default_rng(0)}
-        error = float(scipy.stats.bootstrap(counts, statistic, paired=True, vectorized=True, **options).standard_error)
-    return Value(float(statistic(*counts, axis=0)), error, count)
 
 
 def groups_of(examples: Sequence[Example]) -> list[list[int]]:
@@ -325,10 +281,10 @@ def _mme(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Val
     for rows in pairs:
         right = [judged[row].score for row in rows]
         categories[examples[rows[0]].subtask].append(100 * (np.mean(right) + min(right)))
-    scores = {category: mean(of_pairs) for category, of_pairs in categories.items()}
+    scores = {category: mean(of_pairs, top=200) for category, of_pairs in categories.items()}
     totals = {name: [scores[c] for c in parts if c in scores] for name, parts in MME.items()}
     totals = {"mme_total_score": list(scores.values()), **totals}
-    values = {name: _sum(parts) for name, parts in totals.items() if parts}
+    values = {name: total(parts) for name, parts in totals.items() if parts}
     if pairs:
         values["mme_accuracy"] = mean([j.score for j in judged], clusters_of(examples))
         values["mme_accuracy_plus"] = mean([min(judged[row].score for row in rows) for rows in pairs])
@@ -337,12 +293,6 @@ def _mme(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Val
 
 def _pair(_: Example) -> int:
     return 2
-
-
-def _sum(values: Sequence[Value]) -> Value:
-    """The sum of independent values."""
-    value, stderr, clusters = map(np.array, zip(*values, strict=True))
-    return Value(float(value.sum()), float(np.sqrt(np.sum(stderr**2))), int(clusters.sum()))
 
 
 def _pope(examples: Sequence[Example], judged: Sequence[Judged]) -> dict[str, Value]:

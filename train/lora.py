@@ -24,8 +24,9 @@ from interventions.figures.tracing import heatmap
 from interventions.modules import check_k, default_k
 from interventions.placement.rules import Scoring, choose_modules, find_placement, read_names, read_trace
 from interventions.placement.scores import module_sizes
-from interventions.statistics import normalised
+from interventions.statistics import interval_text, normalised
 from interventions.trace.options import TraceOptions
+from interventions.trace.result import sample_count
 from train.artifacts import TABLE_1
 from train.loop import WATCHING
 from train.study.experiment import Experiment
@@ -246,19 +247,24 @@ def module_scores(args: Args, experiment: Experiment, examples: Examples) -> dic
     }
     if needed != "rr":
         return {needed: scores}
+    counts = {}
     for family in (family for family in scores if family not in args.traces):
         summary = experiment.trace(family)
+        counts[family] = sample_count(summary)
         print(
             f"{family}: traced {summary['samples']} samples, TE <= 0 in {summary['te_not_positive']}, "
             f"most restored by {', '.join(summary['ranking'][:4])}"
         )
     if len(scores) == 2:
         run = experiment.run
-        save_figure(run, "trace/heatmap", heatmap, "Restoration rate by layer and module", panels=scores)
+        save_figure(
+            run, "trace/heatmap", heatmap, "Restoration rate by layer and module", panels=scores, samples=counts
+        )
         (one, a), (other, b) = ((family, normalised(rates)) for family, rates in scores.items())
         difference = {f"{one} - {other}": a - b}
         title, label = "Difference of the families' normalised restoration rates", "difference of normalised RR"
-        save_figure(run, "trace/difference", heatmap, title, panels=difference, label=label)
+        both = dict.fromkeys(difference, " and ".join(map(str, counts.values()))) if len(counts) == 2 else None
+        save_figure(run, "trace/difference", heatmap, title, panels=difference, label=label, samples=both)
     return {needed: scores}
 
 
@@ -287,7 +293,7 @@ def main(args: Args) -> None:
     run.save_json("results.json", {"rows": rows}, Artifact("metrics", title, TABLE_1))
     table = table1(rows, families)
     run.write("table.md", lambda path: path.write_text(table), Artifact("table", title))
-    print(f"\nAccuracy ({args.metric.metric}) on held-out examples after LoRA training; ± is the standard error.")
+    print(f"\nAccuracy ({args.metric.metric}) on held-out examples after LoRA training, [95 % interval].")
     print(f"\n{table}")
     for family in families:
         easy_vqa.show_baseline(examples.tested[family])
@@ -315,10 +321,10 @@ def table1(rows: list[dict], families: list[str]) -> str:
 
 
 def _accuracy(scores: list[dict]) -> str:
-    mean = np.mean([score["accuracy"] for score in scores])
     # All seeds are evaluated on the same samples. So the mean over seeds has the same sampling error as one seed.
-    error = np.mean([score["stderr"] for score in scores])
-    return f"{mean:.3f} ± {error:.3f}"
+    return interval_text(
+        {name: np.mean([score[name] for score in scores]) for name in ("accuracy", "low", "high")}, "accuracy"
+    )
 
 
 def _parameters(counts: dict[str, float] | None) -> str:

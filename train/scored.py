@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from eval.evaluation import evaluate
 from eval.judging import check_metric
-from interventions.statistics import accuracy, paired
+from interventions.statistics import accuracy, change_text, interval_text, paired
 from vlm_jax import Model
 from vlm_jax.data import Example, source
 from vlm_jax.data.overlap import check_disjoint
@@ -94,6 +94,4 @@ def show_tasks(tasks: Mapping[str, dict], times: Sequence[str]) -> None:
     for task, found in tasks.items():
         earlier = "".join(f"{found[when]['mean']:<10.3f}" for when in times[:-1])
         last, change = found[times[-1]], found["change"]
-        now = f"{last['mean']:.3f} [{last['low']:.3f}, {last['high']:.3f}]"
-        moved = f"{change['difference']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
-        print(f"{task:20s}{earlier}{now:24s}{moved}")
+        print(f"{task:20s}{earlier}{interval_text(last):24s}{change_text(change)}  ({found['samples']} samples)")

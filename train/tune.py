@@ -14,6 +14,7 @@ import tyro
 
 from eval import judging as metrics
 from eval.evaluation import AnswerOptions, evaluate
+from interventions.statistics import interval_text
 from train.kept import tuned_model
 from train.loop import WATCHING, LoopOptions, fit
 from train.meter import About
@@ -158,7 +159,7 @@ def main(args: Args) -> None:
     tuned = tuned_model(run, "model", title, processor, train, args, args)
     after = score("after", tuned)
     for name, result in (("before", before), ("after", after)):
-        print(f"{task} {name}: {result['accuracy']:.3f} ± {result['stderr']:.3f}  ({result['samples']} samples)")
+        print(f"{task} {name}: {interval_text(result, 'accuracy')}  ({result['samples']} samples)")
     easy_vqa.show_baseline(test)
     print(f"{time.perf_counter() - started:.0f} s; the tuned model is {run.folder / 'model'}")
 

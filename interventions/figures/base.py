@@ -12,7 +12,7 @@ import inspect
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +134,22 @@ def plain_data(value: Any) -> Any:
 
 
 def estimate(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a chart's row for an estimate with ``mean``, ``low``, ``high``, and the ``folders`` of the samples
-    behind it if the run has them."""
+    """The fields of a chart's row for an estimate with ``mean``, ``low``, ``high``; and the number of ``samples`` and
+    their ``folders`` if it has them."""
     behind = {"folders": found["folders"]} if "folders" in found else {}
+    behind |= {"n": found["samples"]} if "samples" in found else {}
     return {"value": found["mean"], "low": found["low"], "high": found["high"], **behind}
+
+
+def with_n(name: str, samples: int | str | None, join: str = " ") -> str:
+    """A name in a figure with the number of samples behind it; without it if data of an older version lack it."""
+    return name if samples is None else f"{name}{join}(n = {samples})"
+
+
+def one_n(estimates: Iterable[Mapping[str, Any]]) -> int | None:
+    """The number of samples that all estimates share; None if they differ or are not known."""
+    numbers = {found.get("samples") for found in estimates}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from interventions.figures.base import drawer, subplots
+from interventions.figures.base import drawer, one_n, subplots, with_n
 from vlm_jax.runs.charts import Chart
 
 
@@ -102,9 +102,11 @@ def ablated(rows: Sequence[Mapping]) -> Figure:
         label = None if questions in labelled else questions
         axis.plot(row["difference"], y, "o", color=colours[questions], ms=4, label=label)
         labelled.add(questions)
-    axis.set_yticks(
-        range(len(names)), [f"{r}: L{layer} {latent}" for r, layer, latent, _ in reversed(names)], fontsize=8
-    )
+    shown = []
+    for name in reversed(names):
+        of = [row for row in rows if (row["relation"], row["layer"], row["latent"], row["selection"]) == name]
+        shown.append(f"{name[0]}: L{name[1]} {name[2]} (n = {', '.join(str(row['samples']) for row in of)})")
+    axis.set_yticks(range(len(names)), shown, fontsize=8)
     axis.axvline(0, color="0.7", lw=0.8)
     axis.set_xlabel("change of accuracy (95 % interval over samples)", fontsize=8)
     axis.grid(axis="x", alpha=0.3)
@@ -144,7 +146,7 @@ def recalled(records: Sequence[Mapping]) -> Figure:
                 [record["layer"]] * len(record["random"]), record["random"], "_", color="C1", alpha=0.6, label=label
             )
         axis.axhline(0.5, color="0.8", lw=0.8)
-        axis.set_title(relation, fontsize=9)
+        axis.set_title(with_n(relation, one_n(of)), fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("layer", fontsize=8)
     axes[0][0].set_ylabel("AUROC", fontsize=8)

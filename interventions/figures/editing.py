@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from interventions.figures.base import drawer, estimate, subplots
+from interventions.figures.base import drawer, estimate, one_n, subplots, with_n
 from vlm_jax.runs.charts import Chart
 
 
@@ -18,7 +18,9 @@ def _times_chart(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Chart:
 
 
 @drawer(
-    "intervals", _times_chart, accuracy="task -> when (before, after ...) -> mean, low, high, folders of the samples"
+    "intervals",
+    _times_chart,
+    accuracy="task -> when (before, after ...) -> mean, low, high, samples, folders of the samples",
 )
 def before_and_after(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Scores with their intervals: a row for each task, before and after a training, or at several times."""
@@ -30,7 +32,8 @@ def before_and_after(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
             colour = f"C{len(by_time) - 1 - number}" if number else "0.5"
             axis.plot([one["low"], one["high"]], [y, y], color=colour, lw=2, solid_capstyle="round")
             axis.plot(one["mean"], y, "o", color=colour, ms=5, label=when if row == 0 else None)
-    axis.set_yticks(range(len(accuracy)), list(reversed(accuracy)))
+    names = [with_n(task, one_n(by_time.values()), "\n") for task, by_time in reversed(accuracy.items())]
+    axis.set_yticks(range(len(accuracy)), names)
     axis.set_xlabel("score (95 % interval over samples)", fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8)
@@ -50,7 +53,7 @@ def _conditions_chart(accuracy: Mapping[str, Mapping], full: str) -> Chart:
 @drawer(
     "intervals",
     _conditions_chart,
-    accuracy="section: condition -> mean, low, high, folders of the samples",
+    accuracy="section: condition -> mean, low, high, samples, folders of the samples",
     full="what others are compared with",
 )
 def conditions(accuracy: Mapping[str, Mapping], full: str) -> Figure:
@@ -66,6 +69,7 @@ def conditions(accuracy: Mapping[str, Mapping], full: str) -> Figure:
         if condition == full:
             axis.axvline(one["mean"], color=colour, lw=0.8, ls=":")
     axis.set_yticks(range(len(accuracy)), [name.partition(": ")[2] for name in reversed(accuracy)], fontsize=8)
-    axis.set_xlabel("accuracy (95 % interval over samples and seeds)", fontsize=8)
+    label = with_n("accuracy, 95 % interval over samples and seeds", one_n(accuracy.values()))
+    axis.set_xlabel(label, fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     return figure

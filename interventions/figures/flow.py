@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from interventions.figures.base import drawer, subplots
+from interventions.figures.base import drawer, subplots, with_n
 from vlm_jax.runs.charts import Chart
 
 _COLOURS = {
@@ -42,8 +42,12 @@ def _attention_chart(tasks: Mapping[str, Mapping]) -> Chart:
     for task, shares in tasks.items():
         for group, name in _NAMES.items():
             for layer, ends in enumerate(_by_layer(shares.get(f"to_{group}"))):
-                rows.append({"panel": task, "series": name, "x": layer, "value": ends.pop("y"), **ends})
+                rows.append({"panel": task, "series": name, "x": layer, "value": ends.pop("y"), **ends, **_n(shares)})
     return Chart(rows, {"x": "layer", "value": "share of the text's attention", "series": "attended tokens"})
+
+
+def _n(part: Mapping) -> dict:
+    return {"n": part["samples"]} if "samples" in part else {}
 
 
 def _by_layer(estimates: Mapping | None) -> list[dict]:
@@ -66,7 +70,11 @@ def attention(tasks: Mapping[str, Mapping]) -> Figure:
                 mean = np.array(shares[f"to_{group}"]["mean"], float)
                 left.bar(range(len(mean)), mean, bottom=bottom, width=0.85, color=_COLOURS[group], label=_NAMES[group])
                 bottom = bottom + mean
-        left.set(title=f"{task}: where the text's attention goes", ylim=(0, 1), ylabel="share, mean over heads")
+        left.set(
+            title=f"{with_n(task, shares.get('samples'))}: where the text's attention goes",
+            ylim=(0, 1),
+            ylabel="share, mean over heads",
+        )
         end = "registers" if "to_register" in shares else "end of image"
         right.set(title=f"{task}: image / (image + {end})", ylim=(0, 1.02), ylabel="share (P1, equation 2)")
         if "ratio" in shares:
@@ -84,7 +92,7 @@ def attention(tasks: Mapping[str, Mapping]) -> Figure:
 
 def _cumulative_chart(tasks: Mapping[str, Mapping]) -> Chart:
     rows = [
-        {"panel": task, "series": f"layer {layer}", "x": x, "y": y}
+        {"panel": task, "series": f"layer {layer}", "x": x, "y": y, **_n(received)}
         for task, received in tasks.items()
         for layer, curve in enumerate(received["curves"])
         for x, y in list(zip(received["grid"], curve, strict=True))[::5]
@@ -107,7 +115,10 @@ def cumulative(tasks: Mapping[str, Mapping]) -> Figure:
         for layer, (curve, colour) in enumerate(zip(curves, colours, strict=True)):
             left.plot(grid, curve, color=colour, label=f"layer {layer}" if layer in shown else None)
         left.plot([0, 1], [0, 1], color="black", ls=":", label="uniform")
-        left.set(title=f"{task}: the image's attention", xlabel="share of image tokens, most attended first")
+        left.set(
+            title=f"{with_n(task, received.get('samples'))}: the image's attention",
+            xlabel="share of image tokens, most attended first",
+        )
         left.set(ylabel="cumulative share", xlim=(0, 1), ylim=(0, 1.01))
         for (percent, needed), colour in zip(received["needed"].items(), ("#4e79a7", "#f28e2b"), strict=True):
             part = int(percent) / 100
@@ -160,7 +171,7 @@ def answers(tasks: Mapping[str, Sequence[Mapping]]) -> Figure:
             x = edges.index(c["edge"]) + (modes.index(c["mode"]) - (len(modes) - 1) / 2) * width
             (mean, low, high), first = (c["accuracy"][part] for part in ("mean", "low", "high")), c["edge"] == edges[0]
             axis.bar(x, mean, width * 0.92, color=_MODES[c["mode"]], label=c["mode"] if first else None)
-            axis.errorbar(x, mean, [[mean - low], [high - mean]], color="black", lw=0.8, capsize=2)
+            axis.errorbar(x, mean, [[max(mean - low, 0)], [max(high - mean, 0)]], color="black", lw=0.8, capsize=2)
             samples = c["samples"]
             axis.plot(
                 x,
@@ -171,7 +182,7 @@ def answers(tasks: Mapping[str, Sequence[Mapping]]) -> Figure:
                 label="not a possible answer" if c is whole[0] else None,
             )
         axis.set_xticks(range(len(edges)), [_arrow(e).replace("+", "\nand ") for e in edges], fontsize=8)
-        axis.set(title=task, ylim=(-0.03, 1.03))
+        axis.set(title=with_n(task, conditions[0].get("samples")), ylim=(-0.03, 1.03))
     axes[0, 0].set_ylabel("share of samples")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(modes) + 2)
     return figure
@@ -179,7 +190,7 @@ def answers(tasks: Mapping[str, Sequence[Mapping]]) -> Figure:
 
 def _windows_chart(tasks: Mapping[str, Mapping]) -> Chart:
     rows = [
-        {"panel": task, "series": _arrow(name), "x": layer, **ends}
+        {"panel": task, "series": _arrow(name), "x": layer, **ends, **_n(effect)}
         for task, effect in tasks.items()
         for name, change in effect["change"].items()
         for layer, ends in enumerate(_by_layer(change))
@@ -198,7 +209,7 @@ def windows(tasks: Mapping[str, Mapping]) -> Figure:
             # Each curve is thinner than the one before, so that curves on top of each other are seen.
             _band(axis, change, label=_arrow(name), lw=max(1.0, 4 - number))
         axis.set(
-            title=f"{task}: p(gold) is {effect['p_base']['mean']:.2f} with nothing cut",
+            title=f"{with_n(task, effect.get('samples'))}: p(gold) is {effect['p_base']['mean']:.2f} with nothing cut",
             xlabel="layer at the window's middle",
         )
         axis.set_xticks(_ticks(len(change["mean"])))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from interventions.figures.base import drawer, estimate, subplots
+from interventions.figures.base import drawer, estimate, one_n, subplots, with_n
 from vlm_jax.runs.charts import Chart
 
 
@@ -19,7 +19,7 @@ def _placements_chart(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Chart:
     return Chart(rows, {"row": "placement", "value": value, "series": "task family"})
 
 
-@drawer("intervals", _placements_chart, accuracy="task family -> placement -> mean, low, high, folders of the samples")
+@drawer("intervals", _placements_chart, accuracy="task family -> placement -> mean, low, high, samples, folders")
 def placements(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Accuracy with its interval: a panel for each family, a row for each placement, best at the top."""
     rows = max(map(len, accuracy.values()))
@@ -36,7 +36,7 @@ def placements(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
         if random:
             axis.axvline(by_placement[random[0]]["mean"], color="C3", lw=0.8, ls=":")
         axis.set_yticks(range(len(order)), order)
-        axis.set_title(family)
+        axis.set_title(with_n(family, one_n(by_placement.values())))
         axis.set_xlabel("accuracy (95 % interval over samples and runs)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     return figure
@@ -44,7 +44,8 @@ def placements(accuracy: Mapping[str, Mapping[str, Mapping]]) -> Figure:
 
 def _k_chart(accuracy: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> Chart:
     rows = [
-        {"panel": family, "series": name, "x": int(k), "y": one["mean"], "low": one["low"], "high": one["high"]}
+        {"panel": family, "series": name, "x": int(k), "y": one["mean"]}
+        | {key: one[name] for key, name in (("low", "low"), ("high", "high"), ("n", "samples")) if name in one}
         for family, curves in accuracy.items()
         for name, by_k in curves.items()
         for k, one in sorted(by_k.items(), key=lambda item: int(item[0]))
@@ -52,7 +53,7 @@ def _k_chart(accuracy: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> Cha
     return Chart(rows, {"x": "modules with LoRA (k)", "y": "accuracy", "series": "placement"})
 
 
-@drawer("curves", _k_chart, accuracy="task family -> placement -> k -> mean, low, high")
+@drawer("curves", _k_chart, accuracy="task family -> placement -> k -> mean, low, high, samples")
 def k_sweep(accuracy: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> Figure:
     """Accuracy against k, a panel for each family."""
     figure, axes = subplots(1, len(accuracy), size=(3.4 * len(accuracy), 2.8))
@@ -63,7 +64,7 @@ def k_sweep(accuracy: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> Figu
             axis.plot(ks, [point["mean"] for point in points.values()], "o-", color=f"C{number}", label=name)
             low, high = ([point[end] for point in points.values()] for end in ("low", "high"))
             axis.fill_between(ks, low, high, color=f"C{number}", alpha=0.15)
-        axis.set_title(family)
+        axis.set_title(with_n(family, one_n(point for by_k in curves.values() for point in by_k.values())))
         axis.set_xlabel("modules with LoRA (k)")
         axis.set_ylabel("accuracy")
         axis.grid(alpha=0.3)
@@ -71,9 +72,15 @@ def k_sweep(accuracy: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> Figu
     return figure
 
 
-def _alone_chart(rr: Mapping[str, Sequence], gains: Mapping[str, Sequence], names: Sequence[str]) -> Chart:
+def _alone_chart(
+    rr: Mapping[str, Sequence],
+    gains: Mapping[str, Sequence],
+    names: Sequence[str],
+    samples: Mapping[str, int] | None = None,
+) -> Chart:
     rows = [
         {"panel": family, "series": name.rpartition("-")[2], "x": x, "y": y, "module": name}
+        | ({"n": samples[family]} if samples else {})
         for family in rr
         for x, y, name in zip(rr[family], gains[family], names, strict=True)
     ]
@@ -87,8 +94,14 @@ def _alone_chart(rr: Mapping[str, Sequence], gains: Mapping[str, Sequence], name
     rr="task family -> RR of every module",
     gains="task family -> accuracy gained by LoRA in every module alone",
     names="names of the modules",
+    samples="task family -> the number of samples that are scored, or null",
 )
-def alone(rr: Mapping[str, Sequence], gains: Mapping[str, Sequence], names: Sequence[str]) -> Figure:
+def alone(
+    rr: Mapping[str, Sequence],
+    gains: Mapping[str, Sequence],
+    names: Sequence[str],
+    samples: Mapping[str, int] | None = None,
+) -> Figure:
     """LoRA's gain in a module alone against the module's RR, a panel for each family."""
     figure, axes = subplots(1, len(rr), size=(4.2 * len(rr), 3.4))
     for axis, family in zip(axes[0], rr, strict=True):
@@ -99,7 +112,7 @@ def alone(rr: Mapping[str, Sequence], gains: Mapping[str, Sequence], names: Sequ
             axis.annotate(name.split("-")[0], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
         axis.axhline(0, color="0.7", lw=0.8)
         axis.margins(0.1)  # room for the names of the outermost points
-        axis.set_title(family)
+        axis.set_title(with_n(family, (samples or {}).get(family)))
         axis.set_xlabel("restoration rate (RR)")
         axis.set_ylabel("accuracy gained by LoRA there alone")
     axes[0][0].legend()

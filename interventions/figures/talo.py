@@ -6,13 +6,20 @@ import matplotlib.colors
 import numpy as np
 from matplotlib.figure import Figure
 
-from interventions.figures.base import drawer, subplots
+from interventions.figures.base import drawer, subplots, with_n
 from vlm_jax.runs.charts import Chart
 
 
 def _interactions_chart(
-    names: Sequence[str], vectors: Sequence, sure: Sequence, similarity: Sequence, tree: Sequence | None, label: str
+    names: Sequence[str],
+    vectors: Sequence,
+    sure: Sequence,
+    similarity: Sequence,
+    tree: Sequence | None,
+    label: str,
+    samples: Sequence[int] | None = None,
 ) -> Chart:
+    numbers = [{} for _ in names] if samples is None else [{"n": number} for number in samples]
     rows = [
         {
             "panel": "change in accuracy when a layer is cut",
@@ -20,8 +27,9 @@ def _interactions_chart(
             "y": name,
             "value": value,
             "sure": bool(certain),
+            **number,
         }
-        for name, of_task, sure_of_task in zip(names, vectors, sure, strict=True)
+        for name, of_task, sure_of_task, number in zip(names, vectors, sure, numbers, strict=True)
         for layer, (value, certain) in enumerate(zip(of_task, sure_of_task, strict=True))
     ]
     return Chart(rows, {"x": "layer", "y": "task", "value": "change in accuracy"})
@@ -36,9 +44,16 @@ def _interactions_chart(
     similarity="(T, T)",
     tree="SciPy's linkage of the tasks (T - 1, 4); null of one task",
     label="the measure of similarity",
+    samples="(T,), the number of samples of each task, or null",
 )
 def interactions(
-    names: Sequence[str], vectors: Sequence, sure: Sequence, similarity: Sequence, tree: Sequence | None, label: str
+    names: Sequence[str],
+    vectors: Sequence,
+    sure: Sequence,
+    similarity: Sequence,
+    tree: Sequence | None,
+    label: str,
+    samples: Sequence[int] | None = None,
 ) -> Figure:
     """TaLo's tasks: their tree, interaction vectors and similarities, a row each, in the tree's order. Sure entries are
     in bold. One task has neither tree nor similarities.
@@ -47,6 +62,7 @@ def interactions(
 
     vectors, sure, similarity = np.array(vectors, float), np.array(sure), np.array(similarity, float)
     count, depth = vectors.shape
+    names = list(map(with_n, names, samples or [None] * count))
     many = tree is not None
     widths = [0.9, 0.5 * depth + 0.6, 0.5 * count + 0.6] if many else [0.5 * depth + 0.6]
     size = sum(widths) + 0.1 * max(map(len, names)) + 1.2, 0.38 * count + (1.6 + 0.06 * max(map(len, names)) * many)

@@ -1,19 +1,24 @@
 """Figures of causal traces: heat maps, intervals, stability and agreement of rankings (P0)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from interventions.figures.base import COLOURS, drawer, subplots
+from interventions.figures.base import COLOURS, drawer, subplots, with_n
 from interventions.modules import split_cell
 from vlm_jax.runs.charts import Chart
 
 
-def _heatmap_chart(panels: Mapping[str, Sequence], label: str) -> Chart:
+def _heatmap_chart(
+    panels: Mapping[str, Sequence], label: str, samples: Mapping[str, int | str | None] | None = None
+) -> Chart:
+    numbers = samples or {}
     rows = [
         {"panel": title, "x": kind, "y": layer, "value": value, "cell": f"L{layer}-{kind}"}
+        | ({"n": numbers[title]} if numbers.get(title) else {})
         for title, values in panels.items()
         for layer, row in enumerate(values)
         for kind, value in zip(("attn", "mlp"), row, strict=True)
@@ -26,8 +31,13 @@ def _heatmap_chart(panels: Mapping[str, Sequence], label: str) -> Chart:
     _heatmap_chart,
     panels="title -> values (L, 2): a row per layer, attention and MLP",
     label="what the values are",
+    samples="title -> the number of samples behind the values, or the numbers of two groups; null if not known",
 )
-def heatmap(panels: Mapping[str, Sequence], label: str = "restoration rate (RR)") -> Figure:
+def heatmap(
+    panels: Mapping[str, Sequence],
+    label: str = "restoration rate (RR)",
+    samples: Mapping[str, int | str | None] | None = None,
+) -> Figure:
     """Layer x module maps side by side on one colour scale centred at 0."""
     maps = {title: np.array(values, float) for title, values in panels.items()}
     limit = max(float(np.nanmax(np.abs(values))) for values in maps.values()) or 1.0
@@ -35,7 +45,7 @@ def heatmap(panels: Mapping[str, Sequence], label: str = "restoration rate (RR)"
     figure, axes = subplots(1, len(maps), size=(2.6 * len(maps) + 1.2, 1.4 + 0.32 * depth))
     for axis, (title, values) in zip(axes[0], maps.items(), strict=True):
         image = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
-        axis.set_title(title)
+        axis.set_title(with_n(title, (samples or {}).get(title), "\n"), fontsize=10)
         axis.set_xticks([0, 1], ["attn", "mlp"])
         axis.set_yticks(range(0, len(values), max(1, len(values) // 12)))
         axis.set_ylabel("layer")
@@ -93,7 +103,7 @@ def position_map(panels: Mapping[str, Sequence], groups: Sequence[str], label: s
 
 def _interval_chart(
     cells: Sequence[str],
-    groups: Mapping[str, Mapping[str, Sequence]],
+    groups: Mapping[str, Mapping[str, Any]],
     different: Sequence[bool] | None,
     label: str,
 ) -> Chart:
@@ -104,6 +114,8 @@ def _interval_chart(
             shared["groups differ"] = bool(different[number])
         for name, estimates in groups.items():
             ends = {part: estimates[part][number] for part in ("value", "low", "high")}
+            if "samples" in estimates:
+                ends["n"] = estimates["samples"]
             rows.append({**shared, "series": name, **ends})
     return Chart(rows, {"row": "cell", "value": label, "series": "task"})
 
@@ -112,13 +124,13 @@ def _interval_chart(
     "intervals",
     _interval_chart,
     cells="names of C cells, such as L3-attn or L3-attn@question",
-    groups="group -> value (C,), low (C,), high (C,)",
+    groups="group -> value (C,), low (C,), high (C,), and samples: the number of samples that count",
     different="per cell, whether the groups differ significantly, or null",
     label="what the values are",
 )
 def interval_plot(
     cells: Sequence[str],
-    groups: Mapping[str, Mapping[str, Sequence]],
+    groups: Mapping[str, Mapping[str, Any]],
     different: Sequence[bool] | None = None,
     label: str = "restoration rate (RR), 95 % interval",
 ) -> Figure:
@@ -148,7 +160,7 @@ def interval_plot(
                 ms=4,
                 lw=1.4,
                 color=COLOURS[index % len(COLOURS)],
-                label=name,
+                label=with_n(name, estimates.get("samples")),
             )
         axis.axhline(0, color="black", lw=0.8)
         for layer, number in of_kind if different is not None else ():
@@ -243,7 +255,8 @@ def correlation(rows: Sequence[Mapping]) -> Figure:
             colour = "white" if abs(value) > 0.66 else "black"
             text = "none" if np.isnan(value) else f"{value:.2f}"
             axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
-        axis.set_title(measure.capitalize(), fontsize=10)
+        cells = f" ({rows[0]['cells']} cells)" if "cells" in rows[0] else ""
+        axis.set_title(measure.capitalize() + cells, fontsize=10)
         axis.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(count), names, fontsize=8)
     return figure

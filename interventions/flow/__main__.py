@@ -25,6 +25,7 @@ from interventions.flow.maps import attention_maps
 from interventions.flow.shares import Reading, read_examples
 from interventions.flow.summary import summarise_answers, summarise_effect, summarise_reading, summarise_received
 from interventions.options import StateOptions
+from interventions.statistics import interval_text
 from vlm_jax.config import Config
 from vlm_jax.data import Example, source
 from vlm_jax.data.options import DataOptions
@@ -140,10 +141,9 @@ def _report(task: str, results: dict) -> None:
     for layer in range(len(attention["to_image"]["mean"])):
         print(f"  {layer:<5d}  " + "  ".join(f"{attention[name]['mean'][layer]:13.3f}" for name in names))
     for part in (part for part in results["answers"] if part["layers"] is None):
-        mean, low, high = (part["accuracy"][key] for key in ("mean", "low", "high"))
         failures = ", ".join(f"{count} {why}" for why, count in part["failures"].items() if count)
         cut = f"without {part['edge'] or 'nothing':20s}  {part['mode'] or '':12s}"
-        print(f"  {cut}  right {mean:.3f} [{low:.3f}, {high:.3f}]  {failures}".rstrip())
+        print(f"  {cut}  right {interval_text(part['accuracy'])}  {failures}".rstrip())
 
 
 @command

@@ -15,7 +15,8 @@ def summarise_reading(reading: Reading, seed: int = 0) -> dict:
     equation 2, and the share of image tokens that get 80 and 90 % of the image's attention, if it gets any."""
     named = ("before", "image", "image_end", "register", "text")
     groups = [name for name in named if reading.tokens[:, members(name)].any()]
-    summary = {f"to_{group}": mean_interval(reading.share(group).mean(2), seed) for group in groups}
+    summary: dict = {"samples": len(reading.tokens)}
+    summary |= {f"to_{group}": mean_interval(reading.share(group).mean(2), seed) for group in groups}
     if "image_end" in groups or "register" in groups:
         summary |= {"ratio": mean_interval(reading.ratio(), seed), "ratio_if_uniform": float(reading.uniform().mean())}
     if reading.of_image:
@@ -27,13 +28,15 @@ def summarise_received(reading: Reading) -> dict:
     """How the image's attention is spread over its tokens, by layer, as means over samples (figures 2 and 3).
 
     Returns:
-        ``grid (101,)``: shares of the image tokens, the most attended tokens first. ``curves (L, 101)``: the share of
-        the image's attention that these tokens get. ``needed``: the smallest share of the tokens that gets 80 and 90 %
-        of the attention, as ``mean (L,)`` and standard ``deviation (L,)`` over samples.
+        ``samples``: their number. ``grid (101,)``: shares of the image tokens, the most attended tokens first.
+        ``curves (L, 101)``: the share of the image's attention that these tokens get. ``needed``: the smallest share of
+        the tokens that gets 80 and 90 % of the attention, as ``mean (L,)`` and standard ``deviation (L,)`` over
+        samples.
     """
     grid = np.linspace(0, 1, 101)
     needed = {percent: reading.needed(percent / 100) for percent in (80, 90)}
     return {
+        "samples": len(reading.tokens),
         "grid": grid,
         "curves": np.nanmean(reading.cumulative(grid), 0),
         "needed": {
@@ -63,6 +66,7 @@ def summarise_effect(effect: Effect, edges: Sequence[str], seed: int = 0) -> dic
     """p(gold), and for each edge its change when the edge is cut in each window of layers and in all layers."""
     window, whole = effect.window - effect.base[:, None, None], effect.whole - effect.base[:, None]
     return {
+        "samples": len(effect.base),
         "p_base": mean_interval(effect.base, seed),
         "change": {name: mean_interval(window[:, number], seed) for number, name in enumerate(edges)},
         "change_all_layers": {name: mean_interval(whole[:, number], seed) for number, name in enumerate(edges)},

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
+from interventions.statistics.proportions import LEAST
+
 #: How many numbers one chunk of draws may hold; it bounds the memory.
 CHUNK_NUMBERS = 1_000_000
 
@@ -73,7 +75,8 @@ def percentiles(draws: np.ndarray) -> dict:
 
 def mean_interval(values: ArrayLike, seed: int = 0) -> dict:
     """The mean of ``values (N, ...)`` over samples and its 95 % percentile bootstrap interval, as ``mean``, ``low`` and
-    ``high`` for JSON. NaN values are left out."""
+    ``high`` for JSON. NaN values are left out. The bounds are None where fewer than six values are known
+    (:data:`.proportions.LEAST`)."""
     values = np.asarray(values, float)
     flat = values.reshape(len(values), -1)
     known = ~np.isnan(flat)
@@ -83,9 +86,11 @@ def mean_interval(values: ArrayLike, seed: int = 0) -> dict:
             times_drawn = sum_by_place(rows[..., None], np.ones(rows.shape), len(flat))
             chunks.append(times_drawn @ filled / (times_drawn @ known))
         mean = filled.sum(0) / known.sum(0)
-    interval = Interval(mean, *percentile_bounds(np.concatenate(chunks)))
+    enough = known.sum(0) >= LEAST
+    interval = Interval(mean, *(np.where(enough, end, np.nan) for end in percentile_bounds(np.concatenate(chunks))))
     return _as_json(Interval(*(part.reshape(values.shape[1:]) for part in interval)))
 
 
 def _as_json(interval: Interval) -> dict:
-    return {"mean": interval.value.tolist(), "low": interval.low.tolist(), "high": interval.high.tolist()}
+    ends = (np.where(np.isnan(end), None, end).tolist() for end in (interval.low, interval.high))
+    return {"mean": interval.value.tolist(), **dict(zip(("low", "high"), ends, strict=True))}

@@ -1,6 +1,6 @@
 """Compares two placements on the same held-out samples, and adjusts the p-values of several comparisons."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from interventions.statistics.bootstrap import bootstrap_rows, percentile_bounds, sum_by_place
+from interventions.statistics.proportions import LEAST, Bounds, exact_bound, widened, widest, wilson
 from vlm_jax.errors import UserError
 
 
@@ -28,8 +29,11 @@ def paired(
             (:func:`eval.judging.clusters_of`). Clusters are then resampled in place of samples.
 
     Returns:
-        ``difference``: the first mean minus the second. ``low``, ``high``: its percentile bootstrap interval.
+        ``difference``: the first mean minus the second. ``low``, ``high``: its percentile bootstrap interval, or a
+        wider one if few samples differ (see below).
         ``excluded``: the larger absolute value of the two bounds; the interval excludes any larger difference.
+        ``units``: how many independent samples (or clusters) there are. ``differing``: in how many of them the two
+        scores differ.
         ``p``: two-sided p-value (see below).
         ``mcnemar_p``, ``gained``, ``lost``: the results of :func:`mcnemar`, None with several seeds. McNemar's test
         ignores clusters and treats every sample as independent.
@@ -45,13 +49,59 @@ def paired(
     never below 1 / (resamples + 1), so p has a lower limit: by default .0002 with one seed each and .065 at 2 degrees
     of freedom. There the interval can exclude 0 although p is above .05.
 
-    If scores from 0 to 1 differ by the same number in all samples, the bootstrap would give an interval of no width. It
-    is then as wide as n samples without an exception allow: 1 - .05^(1/n) to both sides.
+    Few samples do not tell how rare a difference is, and resampling them does not either. So the interval of scores
+    from 0 to 1 is joined with exact bounds if fewer than six samples differ (:func:`.proportions.few_changes`). If all
+    differ by the same number, it reaches as far as n samples without an exception allow: 1 - .05^(1/n) to both sides.
+    The interval of other scores is None below six samples. p is never below 2^(1 - differing), the least p of a sign
+    test.
 
     Raises:
         UserError: if the two do not have the same samples.
     """
     first, second = _as_seeds_by_samples(first, second)
+    drawn = _resampled(first, second, clusters, resamples, seed, level)
+    changes = _Changes.of(first.mean(0) - second.mean(0), clusters)
+    bounds = _bounds(drawn.interval, first, second, changes, level)
+    beyond = min((drawn.means <= 0).sum(), (drawn.means >= 0).sum())
+    share = (1 + beyond) / (1 + resamples)
+    p = 2 * float(scipy.stats.t.sf(scipy.stats.norm.isf(share), drawn.freedom))
+    result = {
+        "samples": first.shape[1],
+        "units": changes.units,
+        "differing": changes.differing,
+        "seeds": [len(first), len(second)],
+        "first": float(first.mean()),
+        "second": float(second.mean()),
+        "difference": drawn.mean,
+        "low": bounds and bounds.low,
+        "high": bounds and bounds.high,
+        "excluded": bounds and max(abs(bounds.low), abs(bounds.high)),
+        "p": min(1.0, max(p, 2.0 ** (1 - changes.differing))),
+    }
+    one_seed_each = len(first) == len(second) == 1
+    return result | (mcnemar(first[0], second[0]) if one_seed_each else dict.fromkeys(_MCNEMAR))
+
+
+class _Resampled(NamedTuple):
+    """Bootstrap draws of the difference of two means."""
+
+    mean: float
+    means: Float[np.ndarray, "resamples"]
+    interval: Bounds
+    """The percentiles of the means, after these were widened to Student's t."""
+    freedom: float
+    """Its degrees of freedom."""
+
+
+def _resampled(
+    first: Float[np.ndarray, "_seeds samples"],
+    second: Float[np.ndarray, "_seeds samples"],
+    clusters: ArrayLike | None,
+    resamples: int,
+    seed: int,
+    level: float,
+) -> _Resampled:
+    """The draws of :func:`paired`, over samples and seeds."""
     difference = first.mean(0) - second.mean(0)  # (N,)
     mean = difference.mean()
     draws = _resampled_means(difference, clusters, resamples, seed) - mean
@@ -66,28 +116,8 @@ def paired(
     freedom_left = sum(variances) ** 2 / freedom_lost if freedom_lost else np.inf
     tail = (1 + level) / 2
     spread = draws * (scipy.stats.t.ppf(tail, freedom_left) / scipy.stats.norm.ppf(tail))
-    low, high = map(float, percentile_bounds(mean + spread, level))
-    if low == high and min(first.min(), second.min()) >= 0 and max(first.max(), second.max()) <= 1:
-        # Nothing differs between samples, so the bootstrap knows nothing. The bound: the largest share of exceptions at
-        # which none is drawn with this chance.
-        units = first.shape[1] if clusters is None else len(np.unique(clusters))
-        bound = 1 - (1 - level) ** (1 / units)
-        low, high = float(max(mean - bound, -1)), float(min(mean + bound, 1))
-    beyond = min((mean + draws <= 0).sum(), (mean + draws >= 0).sum())
-    share = (1 + beyond) / (1 + resamples)
-    result = {
-        "samples": first.shape[1],
-        "seeds": [len(first), len(second)],
-        "first": float(first.mean()),
-        "second": float(second.mean()),
-        "difference": float(mean),
-        "low": low,
-        "high": high,
-        "excluded": max(abs(low), abs(high)),
-        "p": min(1.0, 2 * float(scipy.stats.t.sf(scipy.stats.norm.isf(share), freedom_left))),
-    }
-    one_seed_each = len(first) == len(second) == 1
-    return result | (mcnemar(first[0], second[0]) if one_seed_each else dict.fromkeys(_MCNEMAR))
+    interval = Bounds(*map(float, percentile_bounds(mean + spread, level)))
+    return _Resampled(float(mean), mean + draws, interval, float(freedom_left))
 
 
 def paired_columns(
@@ -126,12 +156,61 @@ def two_sided(draws: Float[np.ndarray, "resamples *shape"]) -> Float[np.ndarray,
     return np.minimum(1.0, 2 * (1 + beyond) / (1 + known.sum(0)))
 
 
-def accuracy(scores: ArrayLike, *, clusters: ArrayLike | None = None) -> dict:
-    """The mean of scores from 0 to 1, ``(N,)`` or ``(S, N)``, with its interval over samples and seeds: ``mean``,
-    ``low`` and ``high``. See :func:`paired`."""
+class _Changes(NamedTuple):
+    """In how many of the independent samples (or clusters) two scores differ, and in which directions."""
+
+    units: int
+    differing: int
+    gained: int
+    lost: int
+
+    @classmethod
+    def of(cls, difference: Float[np.ndarray, "samples"], clusters: ArrayLike | None) -> "_Changes":
+        labels = np.arange(len(difference)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+        up, down = difference > 1e-12, difference < -1e-12  # means over seeds that are equal may differ by rounding
+        return cls(int(labels.max()) + 1, *(len(np.unique(labels[part])) for part in (up | down, up, down)))
+
+
+def _bounds(
+    resampled: Bounds,
+    first: Float[np.ndarray, "_seeds samples"],
+    second: Float[np.ndarray, "_seeds samples"],
+    changes: _Changes,
+    level: float,
+) -> Bounds | None:
+    """The interval of :func:`paired` from the bootstrap's; None if there are too few samples to have one."""
+    low, high = resampled
+    if min(first.min(), second.min()) < 0 or max(first.max(), second.max()) > 1:
+        return resampled if changes.units >= LEAST else None
+    if low == high:  # all samples differ by the same number, so the bootstrap knows nothing
+        bound = exact_bound(0, changes.units, level)
+        low, high = max(low - bound, -1), min(high + bound, 1)
+    return Bounds(*map(float, widened(low, high, changes.gained, changes.lost, changes.units, level)))
+
+
+def accuracy(scores: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 10_000) -> dict:
+    """The mean of scores from 0 to 1, ``(N,)`` or ``(S, N)``, with its 95 % interval over samples and seeds.
+
+    Returns:
+        ``mean``, ``low``, ``high``; ``samples``; ``units``: how many independent samples (or clusters) there are.
+
+    Scores of 0 and 1 of independent samples (one seed, no two samples in a cluster) have Wilson's interval. Other
+    scores, clusters and seeds have that of :func:`paired`, joined with Wilson's of as many scores of 0 and 1 as there
+    are units if these are fewer than six, or all score the same.
+    """
     scores = np.atleast_2d(np.asarray(scores, float))
-    found = paired(scores, np.zeros((1, scores.shape[1])), clusters=clusters)
-    return {"mean": found["first"], "low": max(found["low"], 0.0), "high": min(found["high"], 1.0)}
+    count = scores.shape[1]
+    units = count if clusters is None else len(np.unique(clusters))
+    mean = float(scores.mean())
+    if len(scores) == 1 and units == count and np.isin(scores, (0, 1)).all():
+        low, high = wilson(int(scores.sum()), count)
+    else:
+        low, high = _resampled(scores, np.zeros((1, count)), clusters, resamples, 0, 0.95).interval
+        low, high = max(low, 0.0), min(high, 1.0)
+        if units < LEAST or low == high:
+            wide = widest(mean, units)
+            low, high = min(low, wide.low), max(high, wide.high)
+    return {"mean": mean, "low": low, "high": high, "samples": count, "units": units}
 
 
 def _resampled_means(

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from interventions.statistics.bootstrap import Interval, bootstrap_rows, percentile_bounds
-from interventions.statistics.restoration import EPS, STATISTICS, check_effects, estimate_draws, rr
+from interventions.statistics.proportions import LEAST
+from interventions.statistics.restoration import EPS, STATISTICS, Statistic, check_effects, estimate_draws, rr
 from vlm_jax.errors import UserError
 
 Over = Literal["samples", "replicates", "both"]
@@ -37,15 +38,25 @@ def rr_interval(
             too.
         options: min_te, eps and statistic, as for :func:`rr`.
 
+    The bounds over samples are NaN if fewer than six samples count (:data:`.proportions.LEAST`).
+
     Raises:
         UserError: as :func:`rr`; also for "replicates" if there is only one.
     """
     te, ie = check_effects(te, ie)
     value = rr(te, ie, **options)
     draws = rr_resamples(te, ie, over, resamples=resamples, seed=seed, **options)
+    if over != "replicates" and counted_samples(te, **options) < LEAST:
+        return Interval(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
     if over == "replicates":
         draws = value + (draws - value) * np.sqrt(te.shape[1] / (te.shape[1] - 1))
     return Interval(value, *percentile_bounds(draws, level))
+
+
+def counted_samples(te: ArrayLike, min_te: float = 0.01, statistic: Statistic = "mean_of_ratios", **_) -> int:
+    """How many samples of ``te (N, R)`` count in RR: those with TE >= ``min_te``, or all for the ratio of means."""
+    te = np.asarray(te, float)
+    return len(te) if statistic == "ratio_of_means" else int((te.mean(1) >= min_te).sum())
 
 
 def rr_resamples(
@@ -78,11 +89,11 @@ def rr_resamples(
 def rr_summary(
     te: ArrayLike, ie: ArrayLike, cells: Sequence[str], *, resamples: int = 2000, seed: int = 0, **options
 ) -> list[dict]:
-    """A row for each cell and statistic: RR, its rank (1 is the highest) and its intervals.
+    """A row for each cell and statistic: RR, its rank (1 is the highest), how many samples count, and the intervals.
 
-    ``low`` and ``high`` are the interval over samples. With several replicates there are also ``replicates_low``,
-    ``replicates_high``, ``both_low`` and ``both_high``. The ratio of means is left out if the mean TE is not positive.
-    All numbers of a cell are None if no sample with TE >= ``min_te`` has it.
+    ``low`` and ``high`` are the interval over samples, None if fewer than six count. With several replicates there are
+    also ``replicates_low``, ``replicates_high``, ``both_low`` and ``both_high``. The ratio of means is left out if the
+    mean TE is not positive. All numbers of a cell are None if no sample with TE >= ``min_te`` has it.
 
     Args:
         options: min_te and eps, as for :func:`rr`.
@@ -105,8 +116,12 @@ def rr_summary(
             known = bool(np.isfinite(value[cell]))
             row = {"cell": name, "statistic": statistic, "rr": None, "rank": int(rank[cell]) if known else None}
             row["rr"] = float(value[cell]) if known else None
+            row["samples"] = counted_samples(te, statistic=statistic, **options)
             for over, (low, high) in columns.items():
-                bounds = (intervals[over].low[cell], intervals[over].high[cell])
-                row |= {end: float(bound) if known else None for end, bound in zip((low, high), bounds, strict=True)}
+                ends = float(intervals[over].low[cell]), float(intervals[over].high[cell])
+                row |= {
+                    name: None if np.isnan(end) or not known else end
+                    for name, end in zip((low, high), ends, strict=True)
+                }
             rows.append(row)
     return rows

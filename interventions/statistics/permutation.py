@@ -7,7 +7,8 @@ import scipy
 from jaxtyping import Float
 
 from interventions.statistics.bootstrap import chunk_sizes, percentile_bounds
-from interventions.statistics.intervals import rr_resamples
+from interventions.statistics.intervals import counted_samples, rr_resamples
+from interventions.statistics.proportions import LEAST
 from interventions.statistics.restoration import (
     EPS,
     Statistic,
@@ -27,7 +28,7 @@ class Difference(NamedTuple):
     """The first group's RR minus the second's."""
     low: Float[np.ndarray, "cells"]
     high: Float[np.ndarray, "cells"]
-    """Bounds of the 95 % bootstrap interval over samples."""
+    """Bounds of the 95 % bootstrap interval over samples; NaN if fewer than six samples of a group count."""
     p: Float[np.ndarray, "cells"]
     """p-value of the permutation test, two-sided."""
     q: Float[np.ndarray, "cells"]
@@ -93,7 +94,10 @@ def permutation_test(
         rr_resamples(*group, resamples=resamples, seed=[seed, n], **options) for n, group in enumerate(groups)
     )
     draws = normalised(one, -1) - normalised(other, -1) if normalise else one - other
-    return Difference(value, *percentile_bounds(draws), p, scipy.stats.false_discovery_control(p))
+    low, high = percentile_bounds(draws)
+    if min(counted_samples(of, **options) for of, _ in groups) < LEAST:
+        low = high = np.full_like(value, np.nan)
+    return Difference(value, low, high, p, scipy.stats.false_discovery_control(p))
 
 
 def _scaled_means(

@@ -11,6 +11,7 @@ import itertools
 import numpy as np
 import tyro
 
+from interventions.statistics import interval_text
 from interventions.store import save_interventions
 from interventions.talo.artifacts import RESULTS, SAMPLES, TABLE
 from interventions.talo.options import Args
@@ -38,7 +39,7 @@ def show(results: dict, args: Args) -> None:
     """Prints two tables: the chosen layers and their gains, and how reliable such choices are."""
 
     def span(part: dict) -> str:
-        return f"{part['mean']:+.3f} [{part['low']:+.3f}, {part['high']:+.3f}]"
+        return interval_text(part, sign="+")
 
     print(f"{f'cut: {args.cut}':18s} base  layer   on {args.shot:2d}+   on the others [95 %]")
     for label, r in results.items():

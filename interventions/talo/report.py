@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from interventions.statistics import percentiles
+from interventions.statistics import percentiles, widened
 from interventions.talo.artifacts import VECTORS
 from interventions.talo.options import Args
 from interventions.talo.selection import (
+    BASE,
     Choice,
     assess,
     gains,
@@ -30,7 +31,10 @@ def task_report(task: TaskTable, args: Args) -> tuple[dict, Choice]:
     choice = select(base, correct, strata, args, np.random.default_rng(args.seed))
     rows = outside(len(base), choice)
     gained = gains(base, correct, choice.layer)[rows]
-    spread = resampled_vectors(gained[None], args.draws, np.random.default_rng(args.seed))
+    spread = percentiles(resampled_vectors(gained[None], args.draws, np.random.default_rng(args.seed)).ravel())
+    if choice.layer != BASE:  # without a cut the gain is 0, and nothing is uncertain
+        ends = widened(spread["low"], spread["high"], (gained > 0).sum(), (gained < 0).sum(), len(rows))
+        spread |= {"low": float(ends[0]), "high": float(ends[1])}
     return {
         "samples": len(base),
         "base": float(base.mean()),
@@ -40,7 +44,7 @@ def task_report(task: TaskTable, args: Args) -> tuple[dict, Choice]:
         "rounds": choice.rounds,
         "eval_samples": len(rows),
         "eval_base": float(base[rows].mean()),
-        "eval_gain": {**percentiles(spread.ravel()), "mean": float(gained.mean())},
+        "eval_gain": {**spread, "mean": float(gained.mean())},
         "over_probe_sets": assess(base, correct, strata, args, args.draws, args.seed),
         "best_of_all": permuted(base, correct, args.layers(len(correct)), args.draws, args.seed),
     }, choice
@@ -86,6 +90,9 @@ def compare(run: Run, tasks: dict[str, TaskTable], args: Args) -> list[dict]:
     # Every task needs layer 0, so it would make all tasks similar.
     tried = args.layers(vectors.shape[1])
     low, high = np.percentile([resampled_vectors(d, args.draws, rng) for d in deltas.values()], [2.5, 97.5], axis=1)
+    for row, delta in enumerate(deltas.values()):
+        gained, lost = ((sign * delta > 0).sum(1) for sign in (1, -1))
+        low[row], high[row] = widened(low[row], high[row], gained, lost, delta.shape[1])
     alike = similarity(vectors[:, tried], args.similarity)
     halves = together([delta[tried] for delta in deltas.values()], args.similarity, args.draws, args.seed)
     arrays = {"delta": vectors, "low": low, "high": high, "similarity": alike, "together": halves}
@@ -102,6 +109,7 @@ def compare(run: Run, tasks: dict[str, TaskTable], args: Args) -> list[dict]:
         similarity=alike,
         tree=tree(alike) if len(names) > 1 else None,
         label=args.similarity,
+        samples=[delta.shape[1] for delta in deltas.values()],
     )
     first = in_two(vectors[:, tried], args.similarity)[0]
     return [

@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 from jaxtyping import Bool, Float, Int, Shaped
 
-from interventions.statistics import percentiles
+from interventions.statistics import exact_bound, percentiles
 from vlm_jax.errors import UserError
 from vlm_jax.runs.ranges import Range, check_ranges
 
@@ -176,14 +176,26 @@ def assess(
         runs.append((choice.layer, choice.gain, held, rng.choice(others), held - others.mean()))
     chosen, probe, held, random, over_random = np.array(runs).T
     values, counts = np.unique(chosen.astype(int), return_counts=True)
+    # If no run cuts a layer, the gain is 0, and nothing is uncertain.
+    evaluated = None if (chosen == BASE).all() else len(rest)
     return {
         "probe_gain": float(probe.mean()),
-        "held_out": percentiles(held),
-        "random_layer": percentiles(random),
-        "over_random": percentiles(over_random),
+        "held_out": _spread(held, evaluated),
+        "random_layer": _spread(random, evaluated),
+        "over_random": _spread(over_random, evaluated),
         "stability": float(counts.max() / draws),
         "chosen": {layer_name(v): int(c) for v, c in zip(values, counts, strict=True)},
     }
+
+
+def _spread(gains: Float[np.ndarray, "runs"], evaluated: int | None) -> dict:
+    """Mean and percentiles of the runs' gains. If all are equal, no sample of the eval set changed; the interval then
+    reaches as far as ``evaluated`` samples without a change allow."""
+    found = percentiles(gains)
+    if evaluated is not None and found["low"] == found["high"]:
+        bound = exact_bound(0, evaluated)
+        found |= {"low": max(found["low"] - bound, -1.0), "high": min(found["high"] + bound, 1.0)}
+    return found
 
 
 def layer_name(layer: int) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from interventions.options import StateOptions
+from interventions.statistics import NOT_ENOUGH, interval_text
 from interventions.trace.options import TraceOptions
 from interventions.trace.tokens import save_token_maps
 from interventions.trace.tracing import trace_task, with_gold_first
@@ -65,7 +66,9 @@ def main(args: Args) -> None:
     if absent := [cell for cell, count in summary["missing"].items() if count == summary["samples"]]:
         print(f"  no sample has the tokens of {len(absent)} cells, such as {absent[0]}")
     for name in summary["ranking"][:10]:
-        print(f"  {name:10s} RR {rows[name]['rr']:+.3f}  [{rows[name]['low']:+.3f}, {rows[name]['high']:+.3f}]")
+        print(f"  {name:10s} RR {interval_text(rows[name], 'rr', '+')}")
+    if not summary["stability"]:
+        print(f"  how stable the ranking is: {NOT_ENOUGH}")
     print(f"written to {args.out}")
 
 

@@ -33,6 +33,7 @@ SUMMARY = Schema(
         "missing": "cell -> samples without a token of its group, which do not count in its rate; cells without any "
         "are left out",
         "tasks": "task -> cell -> restoration rate, from the samples of that task only",
+        "task_samples": "task -> how many of its samples count in these rates",
         "stability": "per sample size, how similar the rankings of two disjoint sets of samples are",
         "cells": "the rows of summary.parquet",
     },
@@ -44,7 +45,8 @@ CELLS = Schema(
         "statistic": "how the rate sums up the samples",
         "rr": "restoration rate; null if no counted sample has a token of the cell's group",
         "rank": "1 is the highest rate; null without a rate",
-        "low": "lower bound of the 95 % interval over samples",
+        "samples": "how many samples count: those with TE of at least --min-te, or all for the ratio of means",
+        "low": "lower bound of the 95 % interval over samples; null if fewer than six count",
         "high": "upper bound of this interval",
         "replicates_low": "lower bound of the interval over replicates, if there are several",
         "replicates_high": "upper bound of this interval",

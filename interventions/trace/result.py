@@ -82,9 +82,16 @@ def summarise(traced: TaskTrace, options: TraceOptions) -> dict:
         "rr": {row["cell"]: row["rr"] for row in chosen},
         "missing": {cell: int(count) for cell, count in zip(traced.cells, missing, strict=True) if count},
         "tasks": {task: rates for task in dict.fromkeys(traced.tasks) if (rates := _of_task(traced, task, options))},
+        "task_samples": {task: _counted(traced, task, options) for task in dict.fromkeys(traced.tasks)},
         "stability": stability,
         "cells": rows,
     }
+
+
+def _counted(traced: TaskTrace, task: str, options: TraceOptions) -> int:
+    """How many samples of one task of a family count in RR."""
+    in_task = np.array(traced.tasks) == task
+    return statistics.counted_samples(traced.te[in_task], options.min_te, options.statistic)
 
 
 def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, float | None]:
@@ -100,9 +107,15 @@ def _of_task(traced: TaskTrace, task: str, options: TraceOptions) -> dict[str, f
 
 
 def bounds(summary: dict) -> statistics.Interval:
-    """RR of every cell by the chosen statistic, with its 95 % interval over samples. Each array is ``(C,)``."""
+    """RR of every cell by the chosen statistic, with its 95 % interval over samples. Each array is ``(C,)``; bounds
+    are NaN if too few samples count."""
     rows = [row for row in summary["cells"] if row["statistic"] == summary["statistic"]]
     return statistics.Interval(*(np.array([row[name] for row in rows], float) for name in ("rr", "low", "high")))
+
+
+def sample_count(summary: dict) -> int | None:
+    """How many samples count in RR by the chosen statistic; None if an older version wrote the summary."""
+    return next(row.get("samples") for row in summary["cells"] if row["statistic"] == summary["statistic"])
 
 
 def by_position(summary: dict, groups: Sequence[str]) -> dict[str, list[list[float | None]]]:

@@ -21,7 +21,7 @@ from interventions.statistics import write_effects, write_rows
 from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
-from interventions.trace.result import TaskTrace, bounds, by_module, by_position, summarise
+from interventions.trace.result import TaskTrace, bounds, by_module, by_position, sample_count, summarise
 from vlm_jax import Inputs, Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.config import Config
@@ -332,14 +332,15 @@ def trace_task(
             lambda path: write_rows(path, summary["cells"]),
             Artifact("table", f"{task}: restoration rate of every cell by every statistic", CELLS),
         )
+        numbers = {task: sample_count(summary)}
         if set(result.cells) == set(module_names(model.config.text.num_hidden_layers)):
             title = f"{task}: restoration rate by layer and module"
-            save_figure(run, f"{folder}heatmap", heatmap, title, panels={task: by_module(summary)})
+            save_figure(run, f"{folder}heatmap", heatmap, title, panels={task: by_module(summary)}, samples=numbers)
         if len(options.groups) > 1 and not options.heads:
             title, panels = f"{task}: restoration rate by layer and tokens", by_position(summary, options.groups)
             save_figure(run, f"{folder}positions", position_map, title, panels=panels, groups=options.groups)
         title = f"{task}: restoration rate of every cell with its 95 % interval"
-        estimates = {task: bounds(summary)._asdict()}
+        estimates = {task: bounds(summary)._asdict() | {"samples": numbers[task]}}
         save_figure(run, f"{folder}intervals", interval_plot, title, cells=result.cells, groups=estimates)
         run.timed(f"trace {folder or task}".rstrip("/"), begun)
         return summary

@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.text
 import numpy as np
 import pytest
 
@@ -151,6 +152,56 @@ def test_rows(name):
     assert len(chart.rows) == count and chart.missing(drawer.type) is None
     assert [found for found in chart.rows if row.items() <= found.items()], chart.rows
     assert drawer.draw(**data).axes
+
+
+#: Figures of samples -> where in their data the number of samples is added, beside what older data have.
+NUMBERED = {
+    "tracing.heatmap": ({"samples": {"a": 37}},),
+    "tracing.interval_plot": ("groups", "a"),
+    "diff.ablated": ("rows", 0),
+    "diff.recalled": ("records", 0),
+    "editing.before_and_after": ("accuracy", "task"),
+    "editing.conditions": ("accuracy", "editors: one: two"),
+    "flow.attention": ("tasks", "t"),
+    "flow.cumulative": ("tasks", "t"),
+    "flow.answers": ("tasks", "t"),
+    "flow.windows": ("tasks", "t"),
+    "study.placements": ("accuracy", "knowledge", "task_diff"),
+    "study.k_sweep": ("accuracy", "knowledge", "task_diff"),
+    "study.alone": ({"samples": {"knowledge": 37}},),
+    "talo.interactions": ({"samples": [37, 38]},),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_figures_say_how_many_samples_they_are_of(name):
+    """The picture, and the rows for the page. What has no samples is not here: latents, tokens and pairs of ranks."""
+    data = json.loads(json.dumps(plain_data(DATA[name][0])))
+    first, *rest = NUMBERED[name]
+    if isinstance(first, dict):
+        data |= first
+    else:
+        part = data[first]
+        for key in rest:
+            part = part[key]
+        inner = part if isinstance(part, list) else list(part.values()) if rest and _nested(part) else [part]
+        for one in inner:
+            one["samples"] = 37
+    drawer = DRAWERS[name]
+    figure = drawer.draw(**data)
+    assert "n = 37" in _said(figure), _said(figure)
+    assert all(row.get("n", row.get("samples")) in (37, 38) for row in drawer.chart(**data).rows)
+    plain = _said(drawer.draw(**plain_data(DATA[name][0])))
+    assert "n = " not in plain or name in ("diff.ablated", "diff.recalled", "flow.answers")  # these always had it
+
+
+def _nested(part: dict) -> bool:
+    """Whether it has estimates inside, each with its own number."""
+    return all(isinstance(one, dict) and isinstance(one.get("mean"), float) for one in part.values())
+
+
+def _said(figure) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
 
 
 @pytest.mark.parametrize("name", DATA)

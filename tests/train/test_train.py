@@ -195,7 +195,7 @@ def test_the_command_resumes_and_keeps_its_scores(tmp_path, capsys):
 
 def test_table1_averages_seeds_but_not_their_sampling_error():
     def scores(*values):
-        return [{"accuracy": value, "stderr": 0.02} for value in values]
+        return [{"accuracy": value, "low": value - 0.04, "high": value + 0.05} for value in values]
 
     rows = [
         {"condition": "Baseline", "parameters": None, "knowledge": scores(0.4), "perception": scores(0.5)},
@@ -207,5 +207,5 @@ def test_table1_averages_seeds_but_not_their_sampling_error():
         },
     ]
     lines = lora_command.table1(rows, ["knowledge", "perception"]).splitlines()
-    assert lines[2] == "| Baseline | 0.400 ± 0.020 | 0.500 ± 0.020 | - |"
-    assert lines[3] == "| Random-2 | 0.600 ± 0.020 | 0.600 ± 0.020 | 1,000 / 2,000 |"
+    assert lines[2] == "| Baseline | 0.400 [0.360, 0.450] | 0.500 [0.460, 0.550] | - |"
+    assert lines[3] == "| Random-2 | 0.600 [0.560, 0.650] | 0.600 [0.560, 0.650] | 1,000 / 2,000 |"

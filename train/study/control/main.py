@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from eval.tables import Table
-from interventions.statistics import accuracy
+from interventions.statistics import accuracy, interval_text
 from train.loop import WATCHING
 from train.study.artifacts import CONTROL_SUMMARY
 from train.study.control.options import Args
@@ -100,4 +100,4 @@ def _interval(values: list[float]) -> dict:
 def _span(found: dict) -> str:
     if found["mean"] is None:
         return "-"
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    return interval_text(found)

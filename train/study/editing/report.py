@@ -8,7 +8,7 @@ import numpy as np
 from eval.tables import Table
 from interventions.figures.base import save_figure
 from interventions.figures.editing import conditions as draw_conditions
-from interventions.statistics import accuracy, holm, paired
+from interventions.statistics import accuracy, change_text, holm, interval_text, paired
 from train.study.artifacts import EDITING_SUMMARY
 from train.study.editing.recipes import FULL, REPORTED, Condition
 from train.study.editing.study import Cell
@@ -83,15 +83,12 @@ def report(
 
 
 def _cells(row: dict, parts: list[str]) -> tuple[str, ...]:
-    def span(found: dict, value: str, sign: str = "") -> str:
-        return f"{found[value]:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
-
     difference = row.get("minus_full")
     return (
         row["condition"],
         f"{row['parameters']:,}",
-        *(span(row["accuracy"][part], "mean") for part in parts),
-        "-" if difference is None else span(difference, "difference", "+"),
+        *(interval_text(row["accuracy"][part]) for part in parts),
+        "-" if difference is None else change_text(difference),
         "-" if difference is None else f"{difference['p_holm']:.3f}",
         "-" if row["step_seconds"] is None else f"{row['step_seconds']:.2f}",
         "-" if row["step_memory_gib"] is None else f"{row['step_memory_gib']:.2f}",

@@ -12,11 +12,11 @@ from scipy.stats import spearmanr
 from eval.tables import Table
 from interventions import statistics
 from interventions.figures import study as figures
-from interventions.figures.base import save_figure
+from interventions.figures.base import plain_data, save_figure
 from interventions.figures.tracing import correlation, heatmap, interval_plot, stability
 from interventions.modules import folder_name, module_names
-from interventions.statistics import normalised, write_rows
-from interventions.trace.result import bounds, by_module
+from interventions.statistics import change_text, interval_text, normalised, write_rows
+from interventions.trace.result import bounds, by_module, sample_count
 from train.study.artifacts import RUNS, SUMMARY
 from train.study.placement.recipes import RECIPES
 from vlm_jax.errors import UserError
@@ -176,7 +176,7 @@ def trace_difference(run: Run, model: str, families: list[str], args) -> dict:
         except UserError:  # there is no sample, or no positive rate to normalise by
             tests[name] = None
             continue
-        tests[name] = {key: np.asarray(values).tolist() for key, values in difference._asdict().items()}
+        tests[name] = plain_data(difference._asdict())
     return tests
 
 
@@ -225,10 +225,6 @@ def predictions(outcomes: Outcomes, scores: dict) -> dict:
 # Tables.
 
 
-def _interval(accuracy: dict) -> str:
-    return f"{accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
-
-
 def paper_family(family: str) -> str:
     """The paper's name for a task family: "knowledge" for "p0-knowledge"."""
     return family.removeprefix("p0-")
@@ -251,7 +247,7 @@ def table1(outcomes: Outcomes, compared: list[dict], recipe) -> Table:
         sizes = dict.fromkeys(f"{outcomes.parameters(f, placement, k):,.0f}" for f in outcomes.families)
         row = [condition_name(placement, k), " / ".join(sizes) if placement != "baseline" else "-"]
         for family in outcomes.families:
-            row += [_interval(outcomes.accuracy(family, placement, k)), _difference(compared, placement, k, family)]
+            row += [interval_text(outcomes.accuracy(family, placement, k)), _difference(compared, placement, k, family)]
         for reported in recipe.reported.values():
             values = reported.get(placement, {})
             row.append(
@@ -266,7 +262,7 @@ def table1(outcomes: Outcomes, compared: list[dict], recipe) -> Table:
 def _difference(compared: list[dict], placement: str, k: int, family: str) -> str:
     for row in compared:
         if (row["placement"], row["k"], row["family"], row["against"]) == (placement, k, family, "random"):
-            return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            return change_text(row)
     return "-"
 
 
@@ -342,17 +338,21 @@ def draw(run: Run, model: str, outcomes: Outcomes, result: dict, summary: dict, 
     one, other = (normalised(rr[family]) for family in families)
     difference = {f"{families[0]} - {families[1]}": one - other}
     tasks = {task: by_module({"rr": rates}) for trace in traces.values() for task, rates in trace["tasks"].items()}
+    counts = {family: sample_count(trace) for family, trace in traces.items()}
+    of_tasks = {task: n for trace in traces.values() for task, n in trace.get("task_samples", {}).items()}
 
     def write(name: str, draw: Callable, title: str, **data) -> None:
         save_figure(run, f"figures/{model}/{name}", draw, f"{model}: {title}", pdf=True, **data)
 
-    write("figure2", heatmap, "restoration rate by layer and module (P0, figure 2)", panels=rr)
+    write("figure2", heatmap, "restoration rate by layer and module (P0, figure 2)", panels=rr, samples=counts)
     label_of_difference = "difference of normalised RR"
-    write("figure3", heatmap, f"{label_of_difference} (P0, figure 3)", panels=difference, label=label_of_difference)
-    write("figure4", heatmap, "restoration rate by task (P0, figure 4)", panels=tasks)
+    both = dict.fromkeys(difference, " and ".join(str(counts[family]) for family in families))
+    title = f"{label_of_difference} (P0, figure 3)"
+    write("figure3", heatmap, title, panels=difference, label=label_of_difference, samples=both)
+    write("figure4", heatmap, "restoration rate by task (P0, figure 4)", panels=tasks, samples=of_tasks)
     tested = summary["trace_difference"]["raw"]
     different = tested and [q < 0.05 for q in tested["q"]]
-    estimates = {family: bounds(trace)._asdict() for family, trace in traces.items()}
+    estimates = {family: bounds(trace)._asdict() | {"samples": counts[family]} for family, trace in traces.items()}
     title = "restoration rate of every module with its 95 % interval"
     write("intervals", interval_plot, title, cells=names, groups=estimates, different=different)
     if all(trace["stability"] for trace in traces.values()):
@@ -381,4 +381,5 @@ def draw(run: Run, model: str, outcomes: Outcomes, result: dict, summary: dict, 
     if gains:
         flat = {family: rr[family].ravel() for family in gains}
         title = "LoRA's gain in single modules against their restoration rate"
-        write("alone", figures.alone, title, rr=flat, gains=gains, names=names)
+        scored = {family: accuracy[family]["baseline"]["samples"] for family in gains}
+        write("alone", figures.alone, title, rr=flat, gains=gains, names=names, samples=scored)

@@ -8,7 +8,7 @@ import numpy as np
 from eval.tables import Table
 from interventions.figures.base import save_figure
 from interventions.figures.editing import conditions as draw_conditions
-from interventions.statistics import accuracy, holm, paired
+from interventions.statistics import accuracy, change_text, holm, interval_text, paired
 from train.study.artifacts import REGISTERING_SUMMARY
 from train.study.folders import folder_of
 from train.study.registering.options import compared_with
@@ -87,18 +87,13 @@ def report(run: Run, cells: Mapping[Condition, list[Cell]], tested: list[Example
 
 
 def _cells(row: dict, families: list[str]) -> tuple[str, ...]:
-    def span(found: dict | None, value: str = "mean", sign: str = "") -> str:
-        if found is None:
-            return "-"
-        return f"{found[value]:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
-
     difference = row.get("difference")
     return (
         row["condition"],
-        *(span(row["accuracy"][part]) for part in ("all", *families)),
+        *(interval_text(row["accuracy"][part]) for part in ("all", *families)),
         f"{row['failed']['mean']:.3f}",
-        span(row["cut"]),
+        "-" if row["cut"] is None else interval_text(row["cut"]),
         row.get("compared_with", "-"),
-        span(difference, "difference", "+"),
+        "-" if difference is None else change_text(difference),
         "-" if difference is None else f"{difference['p_holm']:.3f}",
     )
