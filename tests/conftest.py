@@ -30,7 +30,7 @@ from jaxtyping import install_import_hook
 #: `make test-slow` checks all packages.
 _CHECKED = (
     *(f"vlm_jax.{name}" for name in ("nn", "vision", "model", "inputs", "generate")),
-    *(f"interventions.{name}" for name in ("engine", "kinds", "trace", "flow", "talo", "placement")),
+    *(f"interventions.{name}" for name in ("engine", "kinds", "trace", "flow", "lens", "talo", "placement")),
     *(f"train.{name}" for name in ("objective", "step", "trunk", "edit")),
 )
 _EVERYWHERE = ("vlm_jax", "interventions", "eval", "train")

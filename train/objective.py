@@ -45,7 +45,7 @@ def answer_loss(
         target: the gold tokens.
     """
     before = jnp.maximum(index - 1, 0)[..., None]
-    logits = model.text.logits(model.text.norm(jnp.take_along_axis(x, before, 1)))
+    logits = model.unembed(jnp.take_along_axis(x, before, 1))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
     return jnp.sum(losses * valid) / jnp.sum(valid)
 

@@ -19,7 +19,7 @@ from vlm_jax.nn.decoder import Decoder, Window
 from vlm_jax.registers import Registers
 from vlm_jax.showing import shown, table_html, titled
 from vlm_jax.sites import NO_TAPS, TEXT_SITES, Context, Probe, Tap, Taps, check_sites
-from vlm_jax.typing import Array
+from vlm_jax.typing import Array, ArrayLike
 from vlm_jax.vision.blocks import Features
 
 
@@ -117,6 +117,11 @@ class Model(nnx.Module):
             remat=remat,
         )
         return x, {**outer, **tapped}
+
+    def unembed(self, x: Float[ArrayLike, "*rows width"]) -> Float[Array, "*rows vocab"]:
+        """The logits that vectors of the residual stream have if the model ends there: the final norm, the unembedding
+        and, in models that have one, the softcap. Of the last layer's output, these are the model's own logits."""
+        return self.text.logits(self.text.norm(jnp.asarray(x)))
 
     def backbone(self) -> "Model":
         """The text-only model inside: the same arrays, not copies, with the backbone's config.

@@ -312,3 +312,9 @@ class Decoder(nnx.Module):
             logits = self.lm_head(x)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def unembedding(self, tokens: Int[ArrayLike, "*rows"]) -> Float[Array, "*rows width"]:
+        """The vectors whose product with the final norm's output is the logit of each token, before the softcap."""
+        if self.lm_head is None:
+            return self.embed_tokens(tokens)
+        return jnp.moveaxis(self.lm_head.kernel[...][:, tokens], 0, -1)

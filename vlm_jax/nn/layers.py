@@ -58,6 +58,18 @@ class RMSNorm(nnx.Module):
             return ((1 + self.weight[...].astype(jnp.float32)) * y).astype(x.dtype)
         return self.weight[...] * y.astype(x.dtype)
 
+    @property
+    def gain(self) -> Float[Array, "features"]:
+        """What the norm multiplies each feature by, once the vector has a root mean square of 1, in float32."""
+        weight = self.weight[...].astype(jnp.float32)
+        return 1 + weight if self.unit_offset else weight
+
+    def factor(self, x: Float[ArrayLike, "*rows features"]) -> Float[Array, "*rows features"]:
+        """What the norm multiplies ``x`` by, in float32: its output is ``x * factor(x)``. With the factor of a sum, the
+        norm can be applied to the parts of the sum one by one, and the outputs add up to that of the sum."""
+        y = jnp.asarray(x, jnp.float32)
+        return self.gain * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+
 
 class LayerNorm(nnx.Module):
     """Layer norm with scale and shift, computed in float32."""

@@ -114,7 +114,7 @@ def test_pooling_is_the_prompt_with_means_in_it(loaded):
         image_index=None,
     )
     x, *_ = model.text.scan(embedded[None, kept], model.window(cut))
-    wanted = model.text.logits(model.text.norm(x))[0, -1]
+    wanted = model.unembed(x)[0, -1]
     np.testing.assert_allclose(logits_of(model, inputs, acting)[row], wanted, atol=1e-4)
 
 
