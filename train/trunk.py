@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from interventions.kinds.lora import LoRA, low_rank
+from interventions.kinds.lora import Adapter, LoRA
 from interventions.placement.adapters import adapter_parameters, compact, init_lora, lowest_layer, pad
 from train.loop import WATCHING, LoopOptions, fit
 from train.meter import About
@@ -166,7 +166,7 @@ class LayeredLoRA(Intervention):
     """LoRA in the form that training runs: each array has one slice for each layer, not one for each slot, so the
     backward pass writes each layer's gradient once.
 
-    weights: site -> ``(A^T (L, r, in), B (L, r, out))``. A is transposed, so that its gradient is a matmul that needs
+    weights: site -> ``(A^T (L, r, in), B (L, r, out))``. magnitude: DoRA's, ``(L, out)``. A is transposed, so that its gradient is a matmul that needs
     no transposed copy of the layer's input. With the copy it would take several times as long on a CPU.
     used: site -> whether the layer has an adapter, ``(L,)`` bool. everywhere: the sites at which nearly every layer has
     one.
@@ -174,6 +174,7 @@ class LayeredLoRA(Intervention):
 
     weights: dict[str, tuple[jax.Array, jax.Array]]
     used: dict[str, jax.Array]
+    magnitude: dict[str, jax.Array] | None
     scale: jax.Array
     key: jax.Array
     dropout: float = flax.struct.field(pytree_node=False)
@@ -181,16 +182,18 @@ class LayeredLoRA(Intervention):
 
     @classmethod
     def of(cls, lora: LoRA, depth: int, lowest: int) -> "LayeredLoRA":
-        weights, used = {}, {}
+        weights, used, magnitude = {}, {}, None if lora.magnitude is None else {}
         for site, (a, b) in lora.weights.items():
             slot = jnp.minimum(lora.slot[site], len(a) - 1)
             weights[site] = a.swapaxes(1, 2)[slot], b[slot]
+            if magnitude is not None and lora.magnitude is not None:
+                magnitude[site] = lora.magnitude[site][slot]
             used[site] = lora.slot[site] < len(a)
         # With as many slots as layers, almost every layer has an adapter: skipping the others costs more than it saves.
         everywhere = frozenset(site for site, (a, _) in lora.weights.items() if len(a) >= depth - lowest)
         assert lora.key is not None, "training needs a random key for dropout"
         key = jax.vmap(functools.partial(jax.random.fold_in, lora.key))(jnp.arange(depth))
-        return cls(weights, used, jnp.full(depth, lora.scale), key, lora.dropout, everywhere)
+        return cls(weights, used, magnitude, jnp.full(depth, lora.scale), key, lora.dropout, everywhere)
 
     @property
     def sites(self) -> frozenset[str]:
@@ -200,7 +203,8 @@ class LayeredLoRA(Intervention):
         a, b = self.weights[site]
 
         def delta(x):
-            return low_rank(x, a.T, b, self.scale, site, self.key, self.dropout).astype(value.dtype)
+            adapter = Adapter(a.T, b, self.scale, None if self.magnitude is None else self.magnitude[site])
+            return adapter.added(x, value, ctx.linear, site, self.key, self.dropout).astype(value.dtype)
 
         if site in self.everywhere:
             return value + jnp.where(self.used[site], delta(ctx.input), 0)

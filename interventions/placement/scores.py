@@ -304,9 +304,10 @@ class _Listener(Intervention):
         self.norms: dict[str, jax.Array] = {}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        added = self.lora(site, jnp.zeros_like(value), ctx)
-        self.norms[site] = jnp.sum(added.astype(jnp.float32) ** 2 * self.mask[..., None])
-        return value + added
+        changed = self.lora(site, value, ctx)
+        added = (changed - value).astype(jnp.float32)
+        self.norms[site] = jnp.sum(added**2 * self.mask[..., None])
+        return changed
 
 
 def _through(
