@@ -14,10 +14,11 @@ from eval.evaluation import AnswerOptions, Scored, answer_and_score
 from eval.judging import METRICS, MetricOptions, check_metric
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
 from interventions.options import InterventionOptions
-from interventions.placement.adapters import load_peft, merge
+from interventions.placement.adapted import merged
 from interventions.store import digest
 from vlm_jax.data import easy_vqa, source
 from vlm_jax.data.options import DataOptions
+from vlm_jax.errors import UserError
 from vlm_jax.prompts import P0_PROMPT
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
@@ -38,8 +39,13 @@ class Args(AnswerOptions, MetricOptions, InterventionOptions, DataOptions, Model
     task: str = "mini-okvqa"
     """The task to score: a task's name (docs/data.md lists them), a family of tasks (knowledge, perception,
     p0-knowledge ...), a JSONL file or a folder."""
-    adapter: Path | None = None
-    """Folder of a LoRA adapter in PEFT's format. It is merged into the model before the questions are answered."""
+    adapter: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER [FOLDER ...]")] = ()
+    """Folder of an adapter (LoRA or DoRA) in PEFT's format, with or without whole modules. It is merged into the model
+    before the questions are answered. Of several adapters, their sum."""
+    adapter_weights: Annotated[
+        tuple[float, ...], Range(least=-100, most=100), tyro.conf.arg(metavar="WEIGHT [WEIGHT ...]")
+    ] = ()
+    """By what each adapter is multiplied before they are added up. By default 1."""
     steps: Literal["all", "prefill"] = "all"
     """Where interventions act. all: on the prompt and on generated tokens; prefill: on the prompt only."""
     split: str = "test"
@@ -74,8 +80,10 @@ def metric_options(args: Args) -> dict:
 def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]]) -> dict:
     """The part of ``results.json`` that has lmms-eval's keys."""
     whole = args.limit is None or sum(map(len, samples.values())) < args.limit
-    names = ("dtype", "weights", "min_pixels", "max_pixels", "adapter", "intervention", "steps")
+    names = ("dtype", "weights", "min_pixels", "max_pixels", "intervention", "steps")
     model_args = {"pretrained": args.model} | {name: getattr(args, name) for name in names}
+    for name in ("adapter", "adapter_weights"):
+        model_args[name] = ";".join(map(str, getattr(args, name))) or None
     return lmms_eval_results(
         scores.summaries,
         samples,
@@ -99,11 +107,13 @@ def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]
 def main(args: Args) -> None:
     examples = load_examples(args.task, split=args.split, limit=args.limit, options=args)
     check_metric(examples, args)
+    if args.adapter_weights and not args.adapter:
+        raise UserError("--adapter-weights are of the adapters, but --adapter names none: name them")
     data = source(args.task, split=args.split, options=args)
     run, model, processor = start(args, examples, data, with_answer=False)
-    if args.adapter is not None:  # once merged, an adapter acts on every token; --steps does not change that
-        model = merge(model, load_peft(model, args.adapter, args.model))
-        run.pin("adapter", digests(args.adapter))
+    if args.adapter:  # once merged, an adapter acts on every token; --steps does not change that
+        model = merged(model, args.adapter, args.adapter_weights, args.model)
+        run.pin("adapter", [digests(folder) for folder in args.adapter])
     interventions = args.interventions(model)
     run.pin("interventions", digest(interventions))
     answers, scores = answer_and_score(

@@ -166,8 +166,9 @@ class LayeredLoRA(Intervention):
     """LoRA in the form that training runs: each array has one slice for each layer, not one for each slot, so the
     backward pass writes each layer's gradient once.
 
-    weights: site -> ``(A^T (L, r, in), B (L, r, out))``. magnitude: DoRA's, ``(L, out)``. A is transposed, so that its gradient is a matmul that needs
+    weights: site -> ``(A^T (L, r, in), B (L, r, out))``. A is transposed, so that its gradient is a matmul that needs
     no transposed copy of the layer's input. With the copy it would take several times as long on a CPU.
+    magnitude: DoRA's, site -> ``(L, out)``.
     used: site -> whether the layer has an adapter, ``(L,)`` bool. everywhere: the sites at which nearly every layer has
     one.
     """

@@ -377,7 +377,7 @@ def layered(site: str) -> bool:
 
 
 def stack_of(site: str) -> str:
-    """What the layers of a layered site are layers of: "text", "visual" or "deepstack" (:attr:`vlm_jax.Model.depths`)."""
+    """What a layered site's layers are layers of: "text", "visual" or "deepstack" (:attr:`vlm_jax.Model.depths`)."""
     return "deepstack" if site in LEVEL_SITES else site.partition(".")[0]
 
 
