@@ -26,6 +26,7 @@ from interventions.editing.options import EditorOptions
 from interventions.modules import module_names
 from interventions.placement.adapters import init_lora, init_lora_on
 from train import trunk
+from train.adapter import ADAPTER_LABELS, adapter_label
 from train.editors import EDITOR_LABELS, Edited, edited_tokens, editor_label, editor_loss
 from train.objective import adamw, linear_decay
 from train.step import Step, update
@@ -83,8 +84,8 @@ def lora_step(model: Model, batch: Batch, r: int) -> tuple[Callable[[], None], i
     lora = init_lora(model, names, r=r, alpha=16.0, dropout=0.0, key=jax.random.key(0))
     data = trunk.trunk(model, batch, 0)
     params = trunk.prepared(model, lora, len(names), "some")
-    labels = list(trunk.ADAPTER_LABELS)
-    step = step_of(trunk.adapter_loss, trunk.adapter_label, labels, params, data)
+    labels = list(ADAPTER_LABELS)
+    step = step_of(trunk.adapter_loss, adapter_label, labels, params, data)
     return step, editor_parameters({"lora": lora})["lora"]
 
 

@@ -126,6 +126,7 @@ class Ours:
         import vlm_jax
         from interventions.placement.adapters import load_peft
         from train import trunk
+        from train.adapter import ADAPTER_LABELS, adapter_label
         from train.objective import adamw, linear_decay
         from train.step import Step, update
         from train.subsets import partitioned, split
@@ -140,10 +141,10 @@ class Ours:
         self.batch = Batch(vlm_jax.Inputs.from_hf(model.config, input_ids=ids), {"answer": answer, "end": answer}, 0)
         self.model, self.size = model, args.batch
         params = trunk.prepared(model, lora, len(modules(args, placement)), args.remat)
-        transforms = dict.fromkeys(trunk.ADAPTER_LABELS, adamw(linear_decay(2e-4, 1000)))
-        self.program = Step(trunk.adapter_loss, partitioned(transforms, trunk.adapter_label))
+        transforms = dict.fromkeys(ADAPTER_LABELS, adamw(linear_decay(2e-4, 1000)))
+        self.program = Step(trunk.adapter_loss, partitioned(transforms, adapter_label))
         self.lowest = params.lowest
-        trained, self.rest = split(params, trunk.adapter_label)
+        trained, self.rest = split(params, adapter_label)
         self.state = self.program.begin(trained)
         self.read()
 

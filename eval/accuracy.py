@@ -71,8 +71,8 @@ def in_lmms_eval_shape(args: Args, scores: Scored, samples: dict[str, list[dict]
     whole = args.limit is None or sum(map(len, samples.values())) < args.limit
     names = ("dtype", "weights", "min_pixels", "max_pixels", "steps")
     model_args = {"pretrained": args.model} | {name: getattr(args, name) for name in names}
-    for name in ("adapter", "intervention"):
-        model_args[name] = "+".join(map(str, getattr(args, name))) or None
+    for name in ("adapter", "adapter_weights", "intervention"):
+        model_args[name] = ";".join(map(str, getattr(args, name))) or None
     return lmms_eval_results(
         scores.summaries,
         samples,

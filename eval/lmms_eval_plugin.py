@@ -8,7 +8,6 @@ it is used. The plugin was written for lmms-eval 0.7.2, but it was tested only w
 import functools
 import importlib
 from collections import defaultdict
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 
 from eval.evaluation import answer
 from interventions import Gold, Scores, bind, load_interventions
-from interventions.placement.adapters import load_peft, merge
+from interventions.placement.adapted import merged
 from vlm_jax.configure import configure
 from vlm_jax.data import Example
 from vlm_jax.data.example import IMAGE_MARK
@@ -50,7 +49,8 @@ def _plugin() -> type:
         Args (given with ``--model_args``):
             pretrained: the value of ``--model`` in our commands.
             dtype, weights, min_pixels, max_pixels: as the options of our commands.
-            adapter: PEFT folder of a LoRA adapter.
+            adapter: PEFT folder of an adapter, or several that are added up: FOLDER;FOLDER.
+            adapter_weights: by what they are multiplied: WEIGHT;WEIGHT. By default 1.
             intervention: file of saved interventions.
             steps: "all" if they also act on generated tokens, "prefill" if they act on the prompt only.
             max_new_tokens: largest number of tokens in an answer, for tasks that do not set one.
@@ -66,6 +66,7 @@ def _plugin() -> type:
             min_pixels: int | None = None,
             max_pixels: int | None = None,
             adapter: str | None = None,
+            adapter_weights: str | float | None = None,
             intervention: str | None = None,
             steps: Literal["all", "prefill"] = "all",
             max_new_tokens: int = 128,
@@ -80,7 +81,8 @@ def _plugin() -> type:
             )
             self.model, self.processor = options.load()
             if adapter is not None:
-                self.model = merge(self.model, load_peft(self.model, Path(adapter), pretrained))
+                weights = [] if adapter_weights is None else list(map(float, str(adapter_weights).split(";")))
+                self.model = merged(self.model, adapter.split(";"), weights, pretrained)
             self.interventions = () if intervention is None else load_interventions(intervention)
             self.steps, self.max_new_tokens, self.batch = steps, int(max_new_tokens), int(batch_size)
 

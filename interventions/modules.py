@@ -1,5 +1,5 @@
-"""The modules of a decoder, "L3-attn" and "L7-mlp": their names and their linears. Only this
-file writes and parses such names."""
+"""The modules of a decoder, "L3-attn" and "L7-mlp", and of a vision tower, "V3-attn": their names and their linears.
+Only this file writes and parses such names."""
 
 import hashlib
 import re
@@ -11,11 +11,22 @@ from vlm_jax.sites import TEXT_LINEARS
 #: The modules of a layer, and where their outputs are.
 MODULES = ("attn", "mlp")
 MODULE_SITES = ("text.attn_out", "text.mlp_out")
+_TEXT = tuple(f"text.{name}" for names in TEXT_LINEARS.values() for name in names)
 
 
 def module_names(depth: int) -> list[str]:
     """``L0-attn, L0-mlp, L1-attn, ...``: the modules in the order of ``rr[...].ravel()``."""
     return cell_names(depth)
+
+
+def tower_names(depth: int) -> list[str]:
+    """``V0-attn, V0-mlp, V1-attn, ...``: the modules of a vision tower with ``depth`` blocks."""
+    return in_tower(module_names(depth))
+
+
+def in_tower(names: Iterable[str]) -> list[str]:
+    """The names of the vision tower's modules in the places of the decoder's: "V3-attn" for "L3-attn"."""
+    return [f"V{name.removeprefix('L')}" for name in names]
 
 
 def cell_names(depth: int, *, heads: int | None = None, groups: Sequence[str] = ()) -> list[str]:
@@ -43,12 +54,13 @@ def split_cell(cell: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def folder_name(names: Sequence[str], depth: int) -> str:
-    """A folder's name for a set of modules. It does not depend on their order, so that placements which choose the same
-    modules share a folder."""
-    modules = module_names(depth)
-    if set(names) == set(modules):
-        return "all"
+def folder_name(names: Sequence[str], depth: int, tower: int = 0) -> str:
+    """A folder's name for a set of modules of a model with ``depth`` layers and ``tower`` vision blocks. It does not
+    depend on their order, so that placements which choose the same modules share a folder."""
+    modules = module_names(depth) + tower_names(tower)
+    for every, name in ((module_names(depth), "all"), (tower_names(tower), "tower")):
+        if set(names) == set(every):
+            return name
     joined = "+".join(sorted(names, key=modules.index))
     if len(joined) <= 64:
         return joined
@@ -75,13 +87,14 @@ def check_k(k: int, depth: int) -> int:
     return k
 
 
-def check_names(names: Iterable[str], depth: int) -> list[str]:
+def check_names(names: Iterable[str], depth: int, tower: int = 0) -> list[str]:
     """The names as a list.
 
     Raises:
-        UserError: for a name that is not a module of a model with ``depth`` layers, or that appears twice.
+        UserError: for a name that is not a module of a model with ``depth`` layers and ``tower`` vision blocks, or that
+            appears twice.
     """
-    names, known = list(names), module_names(depth)
+    names, known = list(names), module_names(depth) + tower_names(tower)
     for name in names:
         if name not in known:
             raise UserError(f"unknown module {name!r}{nearest(name, known)}")
@@ -90,10 +103,19 @@ def check_names(names: Iterable[str], depth: int) -> list[str]:
     return names
 
 
-def linears(names: Iterable[str]) -> list[tuple[int, str]]:
-    """The ``(layer, linear)`` pairs behind module names: attn = q, k, v, o; mlp = gate, up, down."""
-    pairs = []
+def linears(names: Iterable[str], sites: Iterable[str] = _TEXT) -> dict[str, list[int]]:
+    """Site of a linear -> the layers, ascending, whose linear is in one of the named modules. Of a decoder, attn = q,
+    k, v, o; mlp = gate, up, down.
+
+    Args:
+        sites: those of the model's linears; by default a decoder's.
+    """
+    sites, placed = sorted(sites), {}
     for name in names:
-        layer, module = split_cell(name)
-        pairs += [(layer, linear) for linear in TEXT_LINEARS[module]]
-    return pairs
+        tower = name.startswith("V")
+        layer, module = split_cell(f"L{name[1:]}" if tower else name)
+        for site in sites:
+            part, kind, *_ = site.split(".")
+            if part == ("visual" if tower else "text") and kind.removeprefix("self_") == module:
+                placed.setdefault(site, []).append(layer)
+    return {site: sorted(placed[site]) for site in sites if site in placed}

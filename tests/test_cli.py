@@ -195,6 +195,10 @@ def test_unknown_adapter(refused, tmp_path):
     assert "adapter_config.json" in refused(eval.accuracy, adapter=(tmp_path,))
 
 
+def test_weights_without_adapters(refused):
+    assert "--adapter names none" in refused(eval.accuracy, adapter_weights=(0.5,))
+
+
 def run_accuracy(out: Path, limit: int = 3) -> None:
     eval.accuracy.main(eval.accuracy.Args(task="mini-docvqa", limit=limit, batch=4, max_new_tokens=3, out=out))
 
@@ -278,8 +282,9 @@ EXPECTED = {
     "interventions.trace": "--task --limit --out --noise-scale --trace-batch --mesh --processes --data-root",
     "interventions.flow": "--task --limit --out --batch --max-new-tokens",
     "interventions.talo": "--task --limit --out --batch",
-    "eval.accuracy": "--task --limit --out --adapter --intervention --metric --answer-batch",
-    "train.lora": "--placement --batch --accumulation --out --train --eval --trace --lr --epochs --r --noise-scale",
+    "eval.accuracy": "--task --limit --out --adapter --adapter-weights --intervention --metric --answer-batch",
+    "train.lora": "--placement --where --use-dora --use-rslora --batch --accumulation --out --train --eval --trace "
+    "--lr --epochs --r --noise-scale",
     "train.tune": "--train --eval --eval-limit --parts --batch --lr --epochs --answer-batch --out",
     "train.edit": "--model --preset --train --eval --limit --eval-limit --epochs --kind --suffix --answer-batch --out",
     "train.register": "--model --registers --mask --train --eval --limit --eval-limit --epochs --out",

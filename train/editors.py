@@ -98,20 +98,32 @@ def edited_tokens(editors: Mapping[str, Intervention], published: bool = False) 
 def editor_loss(params: Edited, batch: Fitted, key: jax.Array) -> Float[Array, ""]:
     """P4's next-token loss: the mean cross-entropy, in nats, of the gold tokens and the token that ends their turn, in
     the model with the editors. The editors act on ``batch.where``. ``key`` is not used."""
-    model, inputs, where = params.model, batch.inputs.turned(), batch.where or {}
+    where = batch.where or {}
     editors = tuple(
         editor.replace(where=where[name]) if name in where else editor for name, editor in params.editors.items()
     )
+    return edited_loss(params.model, editors, batch, params.block, params.layer)
+
+
+def edited_loss(
+    model: Model, editors: tuple[Intervention, ...], batch: Fitted, block: int, layer: int
+) -> Float[Array, ""]:
+    """The mean cross-entropy, in nats, of the gold tokens and the token that ends their turn, under interventions.
+
+    Args:
+        block, layer: as in :class:`Edited`.
+    """
+    inputs = batch.inputs.turned()
     editors = jax.tree.map(jnp.asarray, editors)  # layers index them while being traced
-    features, _ = model.features(inputs, editors, frozen=params.block)
+    features, _ = model.features(inputs, editors, frozen=block)
     embedded, _ = model.embed(inputs, editors, features=features)
     x, window = embedded.x, model.window(inputs)
-    if params.layer:
-        x, *_ = model.text.scan(x, window, layers=(0, params.layer), deepstack=embedded.deepstack, remat=True)
+    if layer:
+        x, *_ = model.text.scan(x, window, layers=(0, layer), deepstack=embedded.deepstack, remat=True)
     x, *_ = model.text.scan(
         x,
         window,
-        layers=(params.layer, None),
+        layers=(layer, None),
         deepstack=embedded.deepstack,
         interventions=editors,
         remat=True,

@@ -10,7 +10,7 @@ import itertools
 import re
 import time
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -27,10 +27,10 @@ from interventions.placement.scores import module_sizes
 from interventions.statistics import interval_text, normalised
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import sample_count
+from train.adapter import LoRAOptions
 from train.artifacts import TABLE_1
 from train.loop import WATCHING
 from train.study.experiment import Experiment
-from train.trunk import LoRAOptions
 from vlm_jax import Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.data import Example, easy_vqa, source
@@ -60,6 +60,9 @@ class Args(LoRAOptions, DataOptions, ModelOptions):
     """The rule that chooses the modules for LoRA: all, random, shared (highest restoration rates), task_diff (largest
     excess of the rate over that of the other task family), fisher and others; docs/placement.md lists all. Or a JSON
     file with a list of module names such as ["L2-attn"]."""
+    where: Literal["text", "visual"] = "text"
+    """Which modules may get LoRA. text: those of the decoder's layers; visual: those of the vision tower's blocks, such
+    as V2-attn. For these there are no scores, so --placement must be all, random, first, middle, last or a file."""
     baselines: bool = True
     """For comparison, also train LoRA on all modules and on K random modules."""
     k: Annotated[int | None, Range(least=1)] = None
@@ -145,6 +148,11 @@ def read_examples(args: Args) -> Examples:
     if not families:
         raise UserError(f"--train has {' and '.join(trained)}, --eval has {' and '.join(tested)}: they share no family")
     needed = find_placement(args.placement).needs
+    if args.where == "visual" and needed is not None:
+        raise UserError(
+            f"placement {args.placement!r} needs the score {needed}, which modules of the vision tower lack: with "
+            "--where visual, choose all, random, first, middle, last or a file"
+        )
     to_score = list(TASK_FAMILIES) if args.placement == "task_diff" else families
     check_traces(args, needed, to_score)
     must_trace = needed is not None and not set(to_score) <= set(args.traces)
@@ -191,7 +199,7 @@ def placements_by_condition(args: Args, scoring: Scoring, families: list[str]) -
     """Condition -> a list with one placement (family -> module names) for each seed. A condition is a row of P0's Table
     1, and the conditions are in its order."""
     k = modules_to_place(args, scoring.depth)
-    labels = {"all": "LLM-all", "random": f"Random-{k}"}
+    labels = {"all": "Tower-all" if scoring.tower else "LLM-all", "random": f"Random-{k}"}
     placement_names = dict.fromkeys([*(labels if args.baselines else ()), args.placement])
     by_condition = {}
     for name in placement_names:
@@ -207,7 +215,7 @@ def modules_to_place(args: Args, depth: int) -> int:
     """The number of modules that get LoRA: ``--k``. Without it, the number of modules in the placement file or, if the
     placement is not a file, P0's share of all modules."""
     if args.k is None and args.placement.endswith(".json"):
-        return len(read_names(Path(args.placement), depth))
+        return len(read_names(Path(args.placement), depth, args.where == "visual"))
     return check_k(args.k if args.k is not None else default_k(depth), depth)
 
 
@@ -217,10 +225,12 @@ def check_options(args: Args, model: Model) -> None:
     Raises:
         UserError: if an option does not suit the model, or if two options cannot be used together.
     """
-    depth = model.config.text.num_hidden_layers
-    modules_to_place(args, depth)
+    depth, placeable = model.depths["text"], model.depths[args.where]
+    if not placeable:
+        raise UserError("--where is visual, but this model has no vision tower: choose text")
+    modules_to_place(args, placeable)
     if args.placement.endswith(".json"):
-        read_names(Path(args.placement), depth)
+        read_names(Path(args.placement), placeable, args.where == "visual")
     if not args.random_seeds or len(set(args.random_seeds)) < len(args.random_seeds):
         raise UserError("--random-seeds needs at least one seed, and none twice: correct it")
     args.check_loop()
@@ -277,7 +287,8 @@ def main(args: Args) -> None:
     run, model, processor = start(args, examples.all(), data, check=check, ignored=WATCHING, shown=examples.shown())
     options = (args.tracing, args, args.metric, args.answering)
     experiment = Experiment(run, "", model, processor, *examples[:3], *options)
-    scoring = Scoring(experiment.depth, module_sizes(model), module_scores(args, experiment, examples))
+    scores, tower = module_scores(args, experiment, examples), args.where == "visual"
+    scoring = Scoring(model.depths[args.where], module_sizes(model, tower), scores, tower)
     families = examples.families
     rows = [{"condition": "Baseline", "parameters": None, "placement": None}]
     rows[0] |= {family: [_brief(experiment.baseline(family))] for family in families}

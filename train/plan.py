@@ -35,6 +35,7 @@ from interventions.kinds.add import Add
 from interventions.modules import MODULE_SITES, module_names
 from interventions.placement.adapters import adapter_parameters, init_lora
 from train import trunk
+from train.adapter import ADAPTER_LABELS, adapter_label
 from train.dictionaries import DictionaryLoss, Members, member_label, unit_decoder
 from train.editors import EDITOR_LABELS, Edited, editor_label, editor_loss
 from train.objective import adamw, linear_decay
@@ -221,7 +222,7 @@ def lora_job(model: Model, args: Args) -> Job:
     data = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), data)
     flops = lora_step_flops(model, 0, args.batch, args.length, _ANSWER, adapter_parameters(model, names, args.r))
     params = trunk.prepared(model, adapter, k, args.remat)
-    return training_step(trunk.adapter_loss, params, trunk.adapter_label, trunk.ADAPTER_LABELS, data, flops)
+    return training_step(trunk.adapter_loss, params, adapter_label, ADAPTER_LABELS, data, flops)
 
 
 def edit_job(model: Model, args: Args) -> Job:

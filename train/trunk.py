@@ -6,14 +6,12 @@ have arrays of the same shapes. They share a few compiled steps: one for each la
 (:func:`first_layer`).
 """
 
-import dataclasses
 import functools
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -21,31 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from interventions.kinds.lora import LoRA, low_rank
-from interventions.placement.adapters import adapter_parameters, compact, init_lora, lowest_layer, pad
-from train.loop import WATCHING, LoopOptions, fit
-from train.meter import About
-from train.objective import Epochs, LabelOptions, answer_loss, linear_decay, scaled_rate
-from train.subsets import FREEZE
+from interventions.kinds.lora import Adapter, LoRA
+from interventions.placement.adapters import adapter_parameters, compact, lowest_layer, pad
+from train.adapter import Adapted, LoRAOptions, fit_adapter
+from train.objective import Epochs, answer_loss
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
-from vlm_jax.files import read_json
 from vlm_jax.inputs import Inputs
 from vlm_jax.mesh.sharding import even, own_rows, placed_rows
 from vlm_jax.nn.flops import lora_step_flops
 from vlm_jax.nn.visibility import Tokens
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, Fitted, fitted, positions, room_of
-from vlm_jax.runs.processes import fetch, first
-from vlm_jax.runs.ranges import BATCH, RATE, Range
+from vlm_jax.runs.processes import fetch
 from vlm_jax.sites import TEXT_LINEARS, Context, Intervention
 from vlm_jax.typing import Array, ArrayLike
 
-#: P0's peak learning rate, which it uses for a model of width 2560.
-_LR = 2e-4
-#: Labels of the trained arrays, A and B of every adapter. LoRA+ (Hayou et al. 2024) trains B with a larger rate than A.
-ADAPTER_LABELS = ("lora_a", "lora_b")
 #: Number of examples whose trunk is computed together.
 _CHUNK = 32
 #: The linears whose outputs the backward pass reads.
@@ -56,64 +46,6 @@ _KEPT = {
     "some": ("text.mlp.gate_proj", "text.mlp.up_proj"),
     "none": ("text.resid_mid", *(f"text.{name}" for name in _WIDE)),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAOptions(LabelOptions, LoopOptions):
-    """How LoRA is trained. The defaults are those of P0's appendix D.
-
-    LoRA adds the product of two small matrices, B A, to a frozen matrix, and trains only A and B. The labels for
-    --label-lr and --label-decay are lora_a and lora_b.
-    """
-
-    r: Annotated[int, Range(least=1)] = 64
-    """Rank of LoRA: the number of rows of A and of columns of B."""
-    alpha: Annotated[float, Range(above=0)] = 16.0
-    """LoRA's product B A is multiplied by alpha / r."""
-    dropout: Annotated[float, Range(least=0, below=1)] = 0.05
-    """Share of LoRA's inputs that are set to 0 at random during training."""
-    epochs: Annotated[int, Range(least=1)] = 3
-    """Number of passes over all training examples."""
-    batch: Annotated[int, BATCH] = 4
-    """Training examples in a micro-batch, which is what runs at once. A step has BATCH x ACCUMULATION examples."""
-    accumulation: Annotated[int, Range(least=1)] = 2
-    """Micro-batches in a step. They run one after the other, and their gradients are averaged."""
-    lr: Annotated[float | None, RATE] = None
-    """Learning rate at the first step. It falls linearly to 0. By default 2e-4 x 2560 / WIDTH, where WIDTH is the
-    model's hidden size; for P0's model, of width 2560, this is P0's rate."""
-    seed: Annotated[int, Range(least=0)] = 0
-    """Seed of the initial adapter, of the order of the training examples and of dropout."""
-    remat: Literal["full", "some", "none"] = "some"
-    """Which activations are computed again in the backward pass instead of being stored. full: all of a layer's, which
-    needs the least memory and the most time; some: all except two wide outputs of the MLP, gate and up; none: only
-    those that are cheap to compute, which needs the most memory."""
-    trunk_gib: Annotated[float, Range(least=0)] = 4.0
-    """The layers below the lowest adapter are run once for each training example, and their outputs are stored: in
-    memory if they take at most this many GiB, else in a temporary file."""
-
-    def check_loop(self) -> None:
-        super().check_loop()
-        self.check_labels(ADAPTER_LABELS)
-
-
-@flax.struct.dataclass
-class Adapted:
-    """A frozen model with the adapter that is trained.
-
-    lowest: the first layer that a step runs; no layer below it has an adapter. remat: see :class:`LoRAOptions`.
-    """
-
-    model: Model
-    lora: LoRA
-    lowest: int = flax.struct.field(pytree_node=False)
-    remat: str = flax.struct.field(pytree_node=False, default="some")
-
-
-def adapter_label(path: str) -> str:
-    """The rule for :class:`Adapted`: A and B of the adapter are trained, the model and the slots are frozen."""
-    if path.startswith("lora.weights."):
-        return ADAPTER_LABELS[int(path.rpartition(".")[2])]
-    return FREEZE
 
 
 #: The number of layers in a trunk is a multiple of this.
@@ -168,12 +100,14 @@ class LayeredLoRA(Intervention):
 
     weights: site -> ``(A^T (L, r, in), B (L, r, out))``. A is transposed, so that its gradient is a matmul that needs
     no transposed copy of the layer's input. With the copy it would take several times as long on a CPU.
+    magnitude: DoRA's, site -> ``(L, out)``.
     used: site -> whether the layer has an adapter, ``(L,)`` bool. everywhere: the sites at which nearly every layer has
     one.
     """
 
     weights: dict[str, tuple[jax.Array, jax.Array]]
     used: dict[str, jax.Array]
+    magnitude: dict[str, jax.Array] | None
     scale: jax.Array
     key: jax.Array
     dropout: float = flax.struct.field(pytree_node=False)
@@ -181,16 +115,18 @@ class LayeredLoRA(Intervention):
 
     @classmethod
     def of(cls, lora: LoRA, depth: int, lowest: int) -> "LayeredLoRA":
-        weights, used = {}, {}
+        weights, used, magnitude = {}, {}, None if lora.magnitude is None else {}
         for site, (a, b) in lora.weights.items():
             slot = jnp.minimum(lora.slot[site], len(a) - 1)
             weights[site] = a.swapaxes(1, 2)[slot], b[slot]
+            if magnitude is not None and lora.magnitude is not None:
+                magnitude[site] = lora.magnitude[site][slot]
             used[site] = lora.slot[site] < len(a)
         # With as many slots as layers, almost every layer has an adapter: skipping the others costs more than it saves.
         everywhere = frozenset(site for site, (a, _) in lora.weights.items() if len(a) >= depth - lowest)
         assert lora.key is not None, "training needs a random key for dropout"
         key = jax.vmap(functools.partial(jax.random.fold_in, lora.key))(jnp.arange(depth))
-        return cls(weights, used, jnp.full(depth, lora.scale), key, lora.dropout, everywhere)
+        return cls(weights, used, magnitude, jnp.full(depth, lora.scale), key, lora.dropout, everywhere)
 
     @property
     def sites(self) -> frozenset[str]:
@@ -200,7 +136,8 @@ class LayeredLoRA(Intervention):
         a, b = self.weights[site]
 
         def delta(x):
-            return low_rank(x, a.T, b, self.scale, site, self.key, self.dropout).astype(value.dtype)
+            adapter = Adapter(a.T, b, self.scale, None if self.magnitude is None else self.magnitude[site])
+            return adapter.added(x, value, ctx.linear, site, self.key, self.dropout).astype(value.dtype)
 
         if site in self.everywhere:
             return value + jnp.where(self.used[site], delta(ctx.input), 0)
@@ -371,9 +308,7 @@ def train_lora(
     Raises:
         UserError: if the folder holds checkpoints of another training, or if the loss stops being a number.
     """
-    key = jax.random.key(options.seed)
-    lora = init_lora(model, names, r=options.r, alpha=options.alpha, dropout=options.dropout, key=key)
-    params = prepared(model, lora, len(names), options.remat)
+    params = prepared(model, options.begin(model, names), len(names), options.remat)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     # With several processes the folder is shared and may be a bucket, so temporary files go elsewhere.
@@ -382,59 +317,12 @@ def train_lora(
     data = raised(model, data, params.lowest, **storage)
     count, length = data.x.shape[:2]
     epochs = Epochs(count, options.epochs, options.batch, options.accumulation, options.seed)
-    if folder is not None:
-        compared = [field.name for field in dataclasses.fields(LoRAOptions) if field.name not in _WITHOUT_EFFECT]
-        settings = {option: getattr(options, option) for option in compared}
-        check_same(folder / "training.json", {**settings, "modules": sorted(names), "examples": count})
-
-    def ids_of(step: int) -> list[str]:
-        rows: list[int] = epochs.rows(step).ravel().tolist()
-        return [ids[row] for row in rows] if ids else list(map(str, rows))
-
-    lr = options.lr if options.lr is not None else scaled_rate(_LR, model.config.text.hidden_size)
-    transforms, rates = options.optimisers(ADAPTER_LABELS, lr, functools.partial(linear_decay, steps=epochs.steps))
-    adapters = adapter_parameters(model, names, options.r)
+    adapters = adapter_parameters(model, names, options.r, options.use_dora)
     flops = lora_step_flops(model, params.lowest, epochs.step_size, length, data.index.shape[1], adapters)
     process_rows = own_rows(options.batch)
-    trained = fit(
-        adapter_loss,
-        params,
-        lambda step: data.take(epochs.rows(step)[:, process_rows]),
-        transforms,
-        adapter_label,
-        steps=epochs.steps,
-        rows=options.batch,
-        seed=options.seed,
-        name=name,
-        folder=folder,
-        options=options,
-        about=About(rate=rates, ids=ids_of, tokens=epochs.step_size * length, flops=flops),
-    )
-    return compact(params.lora.replace(weights=fetch(trained.params.lora.weights)))
 
+    def step_batch(step: int) -> Trunk:
+        return data.take(epochs.rows(step)[:, process_rows])
 
-#: Options that change how a training runs, but not its result. They may differ when it continues.
-_WITHOUT_EFFECT = ("remat", "trunk_gib", *WATCHING)
-
-
-def check_same(file: Path, settings: dict) -> None:
-    """Writes the settings of a training to a file. If the file exists, checks that it holds the same settings.
-
-    Raises:
-        UserError: if the file holds other settings.
-    """
-    first(lambda: _check_same(file, settings))
-
-
-def _check_same(file: Path, settings: dict) -> None:
-    settings = json.loads(json.dumps(settings))
-    if file.is_file():
-        kept = read_json(file)
-        differ = sorted(k for k in settings.keys() | kept.keys() if settings.get(k) != kept.get(k))
-        if differ:
-            shown = ", ".join(f"{k} {kept.get(k)!r} there, {settings.get(k)!r} here" for k in differ)
-            raise UserError(f"{file.parent} holds another training ({shown}): choose another folder or delete it")
-    else:
-        scratch = file.with_suffix(".partial")
-        scratch.write_text(json.dumps(settings, indent=2) + "\n")
-        scratch.replace(file)
+    about = {"tokens": epochs.step_size * length, "flops": flops}
+    return compact(fit_adapter(adapter_loss, params, step_batch, epochs, options, names, name, folder, ids, **about))

@@ -50,17 +50,17 @@ VISUAL_LINEARS = {
 }
 _BLOCK = ("resid_pre", "attn_scores", "attn_probs", "head_out", "attn_out", "mlp_out", "resid_post")
 BLOCK_SITES = frozenset(f"visual.{name}" for names in (_BLOCK, *VISUAL_LINEARS.values()) for name in names)
+#: Linear maps of the projectors of all towers.
+PROJECTOR_LINEARS = (
+    *(f"merger.{name}" for name in ("linear_1", "linear_2", "linear_fc1", "linear_fc2")),
+    *(f"deepstack_merger_list.{name}" for name in ("linear_fc1", "linear_fc2")),
+    *("mm_input_projection", "linear_1", "linear_2"),
+)
+#: Those of DeepStack's mergers. They occur once in each level of DeepStack, as a layer's sites do in each layer.
+LEVEL_SITES = frozenset(f"projector.{name}" for name in PROJECTOR_LINEARS if name.startswith("deepstack"))
 #: The sites of the projectors of all towers.
 PROJECTOR_SITES = frozenset(
-    f"projector.{name}"
-    for name in (
-        "merger",
-        "deepstack_merger_list",
-        "mm_soft_emb_norm",
-        "mm_input_projection",
-        "linear_1",
-        "linear_2",
-    )
+    f"projector.{name}" for name in ("merger", "deepstack_merger_list", "mm_soft_emb_norm", *PROJECTOR_LINEARS)
 )
 SITES = TEXT_SITES | BLOCK_SITES | PROJECTOR_SITES | {"visual.embeddings"}
 
@@ -116,8 +116,10 @@ def head_axis(site: str) -> int:
 class Context:
     """Facts about the value that an intervention gets.
 
-    ``layer``: the traced index of the layer or vision block; None at sites outside of them.
+    ``layer``: the traced index of the layer, vision block or level of DeepStack; None at sites outside of them.
     ``input``: the input of the linear map, if the site is the output of one; else None.
+    ``linear``: the linear map itself (:class:`vlm_jax.nn.layers.Linear`), in this layer, if the site is the output of
+    one; else None.
     ``read``: at ``attn_probs``, a function from the probabilities ``(B, H, S, keys)`` to the heads' outputs with these
     probabilities ``(B, S, H, d)``; else None.
     ``donors``: in a sweep with a clean run, site -> the clean run's value in this layer; else None.
@@ -127,6 +129,7 @@ class Context:
 
     layer: Any = None
     input: Any = None
+    linear: Any = None
     read: Any = None
     donors: Any = None
     start: Any = 0
@@ -262,10 +265,12 @@ class Probe:
         """A probe for values that lack the first ``count`` queries; it collects taps of its own."""
         return Probe(self.interventions, self.wanted, dataclasses.replace(self.ctx, start=self.ctx.start + count))
 
-    def __call__(self, site: str, value: jax.Array, input: jax.Array | None = None, read=None) -> jax.Array:
+    def __call__(
+        self, site: str, value: jax.Array, input: jax.Array | None = None, read=None, linear=None
+    ) -> jax.Array:
         for intervention in self.interventions:
             if site in intervention.sites:
-                ctx = dataclasses.replace(self.ctx, input=input, read=read)
+                ctx = dataclasses.replace(self.ctx, input=input, read=read, linear=linear)
                 value = intervention(site, value, ctx).astype(value.dtype)
         value = checkpoint_name(value, site)  # so that training can store it for the backward pass
         if site in self.wanted:
@@ -277,8 +282,8 @@ class Probe:
         return value
 
     def linear(self, site: str, module, x: jax.Array) -> jax.Array:
-        """Applies a linear map. Its output is a site, and interventions there can read its input."""
-        return self(site, module(x), x)
+        """Applies a linear map. Its output is a site, and interventions there can read its input and the map."""
+        return self(site, module(x), x, linear=module)
 
 
 def scan_layers(
@@ -375,15 +380,20 @@ def _check_tap(name: str, tap: Tap, present: frozenset[str], depths: Mapping[str
         raise UserError(f"tap {name!r} has add, which is for attention scores and probabilities, without reduce")
     if tap.layers is None:
         return
-    depth = depths[name.partition(".")[0]] if layered(name) else 0
+    depth = depths[stack_of(name)] if layered(name) else 0
     once = len(set(tap.layers)) == len(tap.layers) > 0
     if not once or not set(tap.layers) <= set(range(depth)):
         raise UserError(f"tap {name!r} asks for layers {list(tap.layers)}: name some of its {depth} layers, each once")
 
 
 def layered(site: str) -> bool:
-    """Whether a site occurs once in each layer of the decoder, or once in each block of the vision tower."""
-    return site in LAYER_SITES or site in BLOCK_SITES
+    """Whether a site occurs once in each layer of the decoder, block of the vision tower or level of DeepStack."""
+    return site in LAYER_SITES or site in BLOCK_SITES or site in LEVEL_SITES
+
+
+def stack_of(site: str) -> str:
+    """What a layered site's layers are layers of: "text", "visual" or "deepstack" (:attr:`vlm_jax.Model.depths`)."""
+    return "deepstack" if site in LEVEL_SITES else site.partition(".")[0]
 
 
 def _check_acts(intervention: Intervention, kind: str, depths: Mapping[str, int], shape: tuple[int, int]) -> None:
@@ -391,8 +401,8 @@ def _check_acts(intervention: Intervention, kind: str, depths: Mapping[str, int]
     batch. If the arrays' values are known, also for one that acts in no layer or on no token."""
     tables, active = [], intervention.active()
     for site in sorted(intervention.sites & active.keys()):
-        table, tower = active[site], site.partition(".")[0]
-        expected = (depths[tower],) if layered(site) else ()
+        table = active[site]
+        expected = (depths[stack_of(site)],) if layered(site) else ()
         if np.shape(table) != expected:
             has = f"{expected[0]} layers" if expected else "no layers"
             raise UserError(f"{kind} at {site!r} has a table of shape {np.shape(table)}, but the site has {has}")

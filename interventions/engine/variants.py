@@ -141,7 +141,7 @@ class PerVariant(Intervention):
 
         def one_variant(interventions, value, input, own_values):
             read = None if own_values is None else ctx.read.replace(own=own_values)
-            return Probe(interventions, NO_TAPS, ctx)(site, value, input, read)
+            return Probe(interventions, NO_TAPS, ctx)(site, value, input, read, ctx.linear)
 
         # ``own_values`` are attention values (as in keys and values). They differ between variants; past ones do not.
         input, own_values = split_rows(ctx.input), split_rows(None if ctx.read is None else ctx.read.own)

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -16,128 +16,185 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 from safetensors.numpy import save
 
-from interventions.kinds.lora import LoRA
+from interventions.kinds.lora import Adapter, LoRA
 from interventions.modules import check_names, linears
+from interventions.placement.linear_maps import LinearMap, linear_maps, site_of
 from interventions.placement.peft_config import PeftConfig, read_peft_config
-from interventions.placement.peft_tensors import read_halves
+from interventions.placement.peft_tensors import read_tensors
 from vlm_jax import Model
 from vlm_jax.checkpoints.leaves import leaf_name, named_leaves
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.families import BACKBONES, FAMILIES
-from vlm_jax.sites import TEXT_LINEARS, null_slots
+from vlm_jax.families import BACKBONES
+from vlm_jax.sites import layered, null_slots
 
 
-def init_lora(model: Model, names: Iterable[str], *, r: int, alpha: float, dropout: float, key: PRNGKeyArray) -> LoRA:
-    """A new adapter on the modules ``names`` such as "L3-attn". A is Kaiming-uniform and B zero, as in PEFT.
+def init_lora(
+    model: Model,
+    names: Iterable[str],
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    key: PRNGKeyArray,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+) -> LoRA:
+    """A new adapter on the modules ``names``: "L3-attn" of the decoder, "V3-attn" of the vision tower. A is
+    Kaiming-uniform and B zero, as in PEFT.
 
     Args:
         r: the rank.
-        alpha: the output is scaled by ``alpha / r``.
+        alpha: the output is scaled by ``alpha / r``; with ``use_rslora``, by ``alpha / sqrt(r)`` (Kalajdzievski 2023).
         key: random key for A.
+        use_dora: it is DoRA, whose magnitudes begin as the norms of the kernels' columns.
     """
-    placed = _layers_by_linear(linears(check_names(names, model.config.text.num_hidden_layers)))
-    weights = {}
-    for i, (name, layers) in enumerate(placed.items()):
-        inputs, outputs = _shape(model, name)
-        bound = 1 / math.sqrt(inputs)
-        a = jax.random.uniform(jax.random.fold_in(key, i), (len(layers), inputs, r), minval=-bound, maxval=bound)
-        weights[f"text.{name}"] = (a, jnp.zeros((len(layers), r, outputs)))
-    return LoRA(weights, _slots(model, placed), jnp.float32(alpha / r), dropout=dropout)
+    maps = linear_maps(model)
+    placed = linears(check_names(names, model.depths["text"], model.depths["visual"]), maps)
+    weights, slot = {}, {}
+    for i, (site, layers) in enumerate(placed.items()):
+        weights[site] = _begun(maps[site], len(layers), r, jax.random.fold_in(key, i))
+        slot[site] = _slots(maps[site], layers)
+    lora = LoRA(weights, slot, jnp.float32(alpha / (math.sqrt(r) if use_rslora else r)), dropout=dropout)
+    return _with_magnitudes(lora, model) if use_dora else lora
 
 
 def init_lora_on(model: Model, sites: Iterable[str], *, r: int, alpha: float, key: PRNGKeyArray) -> LoRA:
-    """A new adapter, without dropout, on linears of the decoder or of the vision tower, in all of their layers:
-    ``text.self_attn.q_proj``, ``visual.mlp.fc1`` ... A and B begin as in :func:`init_lora`.
+    """A new adapter, without dropout, on linears of the decoder, of the vision tower or of the projector, in all of
+    their layers: ``text.self_attn.q_proj``, ``visual.mlp.fc1`` ... A and B begin as in :func:`init_lora`.
 
     Raises:
-        UserError: for a site that is not a linear of this model's layers.
+        UserError: for a site that is not a linear of this model.
     """
-    shapes = {
-        f"{part}.{rest.partition('.')[2].removesuffix('.kernel')}": leaf.shape
-        for name, leaf in named_leaves(model).items()
-        for part, _, rest in [name.partition(".")]
-        if name.endswith(".kernel") and rest.startswith(("layers.", "blocks."))
-    }
-    weights, slot = {}, {}
+    maps, weights, slot = linear_maps(model), {}, {}
     for i, site in enumerate(sites):
-        if site not in shapes:
-            raise UserError(f"the model's layers have no linear {site!r}{nearest(site, shapes)}")
-        (_, inputs, outputs), depth = shapes[site], model.depths[site.partition(".")[0]]
-        bound = 1 / math.sqrt(inputs)
-        a = jax.random.uniform(jax.random.fold_in(key, i), (depth, inputs, r), minval=-bound, maxval=bound)
-        weights[site], slot[site] = (a, jnp.zeros((depth, r, outputs))), jnp.arange(depth, dtype=jnp.int32)
+        if site not in maps:
+            raise UserError(f"the model has no linear {site!r}{nearest(site, maps)}")
+        layers = range(maps[site].run or 1)
+        weights[site] = _begun(maps[site], len(layers), r, jax.random.fold_in(key, i))
+        slot[site] = _slots(maps[site], layers)
     return LoRA(weights, slot, jnp.float32(alpha / r))
 
 
-def adapter_parameters(model: Model, names: Iterable[str], r: int) -> int:
-    """The number of trainable parameters of rank-``r`` LoRA on these modules."""
-    names = check_names(names, model.config.text.num_hidden_layers)
-    return sum(r * sum(_shape(model, name)) for _, name in linears(names))
+def _begun(linear: LinearMap, count: int, r: int, key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
+    """A and B of ``count`` new adapters."""
+    bound = 1 / math.sqrt(linear.inputs)
+    a = jax.random.uniform(key, (count, linear.inputs, r), minval=-bound, maxval=bound)
+    return a, jnp.zeros((count, r, linear.outputs))
+
+
+def _with_magnitudes(lora: LoRA, model: Model) -> LoRA:
+    """The fresh LoRA as DoRA: with the norms of the kernels' columns as magnitudes."""
+    kernels = {site_of(name): leaf for name, leaf in named_leaves(model).items()}
+    magnitude = {}
+    for site in lora.weights:
+        kernel = jnp.asarray(kernels[site]).astype(jnp.float32)
+        kernel = kernel[_layers(lora, site)] if layered(site) else kernel[None]
+        magnitude[site] = jnp.linalg.norm(kernel, axis=-2)
+    return lora.replace(magnitude=magnitude)
+
+
+def adapter_parameters(model: Model, names: Iterable[str], r: int, use_dora: bool = False) -> int:
+    """The number of trainable parameters of rank-``r`` LoRA, or DoRA, on these modules."""
+    maps = linear_maps(model)
+    placed = linears(check_names(names, model.depths["text"], model.depths["visual"]), maps)
+
+    def of_one(linear: LinearMap) -> int:
+        return r * (linear.inputs + linear.outputs) + use_dora * linear.outputs
+
+    return sum(len(layers) * of_one(maps[site]) for site, layers in placed.items())
 
 
 def lowest_layer(lora: LoRA) -> int:
-    """The lowest layer that the adapter touches."""
-    return min(int(np.argmax(np.asarray(slot) < len(lora.weights[site][0]))) for site, slot in lora.slot.items())
+    """The lowest layer that an adapter of the decoder touches."""
+    return min(int(_layers(lora, site)[0]) for site in lora.slot if len(_layers(lora, site)))
 
 
 def pad(lora: LoRA, model: Model, slots: int) -> LoRA:
-    """The same adapter with ``slots`` slots at every linear of the decoder.
+    """The same adapter of the decoder with ``slots`` slots at every linear of it.
 
     All placements with at most this many slots then have arrays of the same shapes, so one program trains them all.
     Slots that no layer uses hold zeros and get no gradient.
     """
     depth, r = model.config.text.num_hidden_layers, next(iter(lora.weights.values()))[0].shape[-1]
-    weights, slot = {}, {}
-    for name in (name for names in TEXT_LINEARS.values() for name in names):
-        site, (inputs, outputs) = f"text.{name}", _shape(model, name)
-        a, b = lora.weights.get(site, (jnp.zeros((0, inputs, r)), jnp.zeros((0, r, outputs))))
+    weights, slot, magnitude = {}, {}, {}
+    for site, linear in linear_maps(model).items():
+        if not site.startswith("text."):
+            continue
+        none = jnp.zeros((0, linear.inputs, r)), jnp.zeros((0, r, linear.outputs))
+        a, b = lora.weights.get(site, none)
         weights[site] = tuple(jnp.pad(half, [(0, slots - len(a)), (0, 0), (0, 0)]) for half in (a, b))
         old = jnp.asarray(lora.slot.get(site, null_slots(depth, 0)))
         slot[site] = jnp.where(old < len(a), old, slots)
-    return lora.replace(weights=weights, slot=slot)
+        if lora.magnitude is not None:
+            sizes = lora.magnitude.get(site, jnp.zeros((0, linear.outputs)))
+            magnitude[site] = jnp.pad(sizes, [(0, slots - len(a)), (0, 0)])
+    return lora.replace(weights=weights, slot=slot, magnitude=magnitude if lora.magnitude is not None else None)
 
 
 def compact(lora: LoRA) -> LoRA:
     """The same adapter without the slots that no layer uses: the inverse of :func:`pad`."""
-    weights, slot = {}, {}
+    weights, slot, magnitude = {}, {}, {}
     for site, (a, b) in lora.weights.items():
         old = np.asarray(lora.slot[site])
         used, new = np.unique(old[old < len(a)], return_inverse=True)
-        if len(used):
-            weights[site] = a[used], b[used]
-            slot[site] = null_slots(len(old), len(used)).at[np.flatnonzero(old < len(a))].set(new)
-    return lora.replace(weights=weights, slot=slot)
+        if not len(used):
+            continue
+        weights[site] = a[used], b[used]
+        slot[site] = null_slots(len(old), len(used)).at[np.flatnonzero(old < len(a))].set(new)
+        if lora.magnitude is not None:
+            magnitude[site] = lora.magnitude[site][used]
+    return lora.replace(weights=weights, slot=slot, magnitude=magnitude if lora.magnitude is not None else None)
+
+
+def _layers(lora: LoRA, site: str) -> np.ndarray:
+    """The layers in which the adapter is on a linear of the layers."""
+    return np.flatnonzero(np.asarray(lora.slot[site]) < len(lora.weights[site][0]))
+
+
+def _adapters(lora: LoRA, site: str) -> Adapter:
+    """The adapters of a linear in :func:`_layers`, in this order; of a linear outside of the layers, the only one."""
+    at = lora.slot[site][_layers(lora, site)] if layered(site) else 0
+    a, b = lora.weights[site]
+    return Adapter(a[at], b[at], lora.scale, None if lora.magnitude is None else lora.magnitude[site][at])
 
 
 def merge(model: Model, lora: LoRA) -> Model:
-    """The model with the adapter added to its kernels. It computes the same function at the speed of the base model,
+    """The model with the adapter merged into its kernels. It computes the same function at the speed of the base model,
     and the base model's compiled program runs it. Kernels with fewer bits than the activations are widened, so that
     nothing of the adapter is lost in rounding."""
 
     def folded(path, kernel):
-        site = leaf_name(path).replace("text.layers.", "text.").removesuffix(".kernel")
+        site = site_of(leaf_name(path))
         if site not in lora.weights:
             return kernel
-        a, b = lora.weights[site]
-        layers = np.flatnonzero(np.asarray(lora.slot[site]) < len(a))
-        slots = lora.slot[site][layers]
-        kernel = kernel.astype(jnp.promote_types(kernel.dtype, model.text.dtype))
-        return kernel.at[layers].add((lora.scale * a[slots] @ b[slots]).astype(kernel.dtype))
+        kernel, adapters = kernel.astype(jnp.promote_types(kernel.dtype, model.text.dtype)), _adapters(lora, site)
+        if not layered(site):
+            return adapters.merged(kernel)
+        layers = _layers(lora, site)
+        return kernel.at[layers].set(adapters.merged(kernel[layers]))
 
     return jax.tree_util.tree_map_with_path(folded, model)
 
 
 def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
-    """Writes a PEFT folder. Its ``target_modules`` are full paths, so that only the placed modules get adapters."""
-    prefix = FAMILIES[model.config.family].layers
-    tensors, paths = {}, []
-    for site, (a, b) in lora.weights.items():
-        slots = np.asarray(lora.slot[site])
-        for layer in np.flatnonzero(slots < len(a)):
-            path = f"{prefix}.{layer}.{site.removeprefix('text.')}"
+    """Writes a PEFT folder. Its ``target_modules`` are full paths, so that only the placed modules get adapters.
+
+    Raises:
+        UserError: for an adapter of a linear that is no ``nn.Linear`` in transformers.
+    """
+    maps, tensors, paths = linear_maps(model), {}, []
+    for site in lora.weights:
+        if maps[site].hf is None:
+            raise UserError(f"PEFT has no adapter for {site}, which is no nn.Linear in transformers: leave it out")
+        adapters = jax.tree.map(np.asarray, _adapters(lora, site)._replace(scale=None))
+        for i, layer in enumerate(_layers(lora, site) if layered(site) else [0]):
+            path = maps[site].hf.format(layer)
+            parts = jax.tree.map(lambda x, i=i: x[i], adapters) if layered(site) else adapters
             paths.append(path)
-            tensors[f"base_model.model.{path}.lora_A.weight"] = np.ascontiguousarray(np.asarray(a[slots[layer]]).T)
-            tensors[f"base_model.model.{path}.lora_B.weight"] = np.ascontiguousarray(np.asarray(b[slots[layer]]).T)
+            tensors[f"base_model.model.{path}.lora_A.weight"] = np.ascontiguousarray(parts.a.T)
+            tensors[f"base_model.model.{path}.lora_B.weight"] = np.ascontiguousarray(parts.b.T)
+            if parts.magnitude is not None:
+                tensors[f"base_model.model.{path}.lora_magnitude_vector"] = parts.magnitude
     r = next(iter(lora.weights.values()))[0].shape[-1]
     config = {
         "peft_type": "LORA",
@@ -150,6 +207,7 @@ def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
+        "use_dora": lora.magnitude is not None,
         "target_modules": sorted(paths),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -165,43 +223,73 @@ def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
 
 
 def load_peft(model: Model, folder: str | os.PathLike, source: str | None = None) -> LoRA:
-    """The LoRA of a PEFT folder as an intervention.
+    """The LoRA or DoRA of a PEFT folder as an intervention.
 
-    Its ranks and scales may differ from module to module: all are filled up with zeros to the largest rank, and B is
-    multiplied by the scale. An adapter of the text-only model inside is for its modules in the whole model.
+    Its ranks and scales may differ from module to module: all are filled up with zeros to the largest rank, and A and B
+    are multiplied by the root of the scale. An adapter of the text-only model inside is for its modules in the whole
+    model. Adapters of vision blocks that the model does not run are left out.
 
     Args:
         source: what the model was loaded from, to compare with the name of the adapter's base model.
 
     Raises:
-        UserError: for a folder without an adapter, an option of PEFT that makes it more than a LoRA on the decoder's
-            linears, or tensors that do not belong to the options or the model, that are damaged or that are missing.
+        UserError: for a folder without an adapter, an option of PEFT that makes it more than LoRA or DoRA on linears of
+            the layers, the vision blocks and the projector, whole modules (for which
+            :func:`interventions.placement.adapted.load_adapted` is), or tensors that do not belong to the options or
+            the model, that are damaged or that are missing.
 
     Warns:
         UserWarning: if the adapter names another model as its base.
     """
-    folder = Path(folder)
-    peft = read_peft_config(folder)
-    shapes = {name: _shape(model, name) for names in TEXT_LINEARS.values() for name in names}
-    halves = read_halves(folder, peft, model.config, shapes)
-    _warn_of_another_base(peft, model, source)
-    modules = {half.module for half in halves.values()}
-    rank, scales = max(map(peft.rank, modules)), {peft.scale(module) for module in modules}
-    placed = _layers_by_linear({(layer, linear) for layer, linear, _ in halves})
+    lora, whole = read_peft(model, folder, source)
+    if whole or lora is None:
+        raise UserError(
+            f"{folder} has whole modules (modules_to_save), which are no adapter: load it with "
+            "interventions.placement.adapted.load_adapted, which changes the model too"
+        )
+    return lora
 
-    def matrix(layer: int, linear: str, letter: str) -> np.ndarray:
-        module, value = halves[layer, linear, letter]
-        if letter == "B" and len(scales) > 1:
-            value = value * np.float32(peft.scale(module))
+
+def read_peft(
+    model: Model, folder: str | os.PathLike, source: str | None = None
+) -> tuple[LoRA | None, dict[str, np.ndarray]]:
+    """The adapter of a PEFT folder as :func:`load_peft` returns it (None if it has only whole modules), and the tensors
+    of its whole modules by their names in the key table."""
+    folder, maps = Path(folder), linear_maps(model)
+    peft = read_peft_config(folder)
+    parts, whole = read_tensors(folder, peft, model.config, maps)
+    _warn_of_another_base(peft, model, source)
+    if not parts:
+        return None, whole
+    modules = {part.module for part in parts.values()}
+    rank, scales = max(map(peft.rank, modules)), {peft.scale(module) for module in modules}
+    placed = defaultdict(list)
+    for layer, site, part in sorted(parts):
+        if part == "A" and layer < (maps[site].run or 1):
+            placed[site].append(layer)
+    if not placed:
+        raise UserError(f"{folder} adapts only vision blocks that the model does not run: name another adapter")
+
+    def matrix(layer: int, site: str, letter: str) -> np.ndarray:
+        module, value = parts[layer, site, letter]
+        if len(scales) > 1:
+            # By its root each, the sign to A, so that a linear combination of adapters is PEFT's too.
+            scale = peft.scale(module)
+            value = value * np.float32(math.copysign(math.sqrt(abs(scale)), scale if letter == "A" else 1))
         ranks = "AB".index(letter)  # the axis
         return np.pad(value, [(0, rank - size if axis == ranks else 0) for axis, size in enumerate(value.shape)]).T
 
-    def stacked(linear: str, letter: str) -> jax.Array:
-        return jnp.asarray(np.stack([matrix(layer, linear, letter) for layer in placed[linear]]))
+    def stacked(site: str, letter: str) -> jax.Array:
+        return jnp.asarray(np.stack([matrix(layer, site, letter) for layer in placed[site]]))
 
-    weights = {f"text.{name}": (stacked(name, "A"), stacked(name, "B")) for name in placed}
+    weights = {site: (stacked(site, "A"), stacked(site, "B")) for site in placed}
+    magnitude = None
+    if peft.dora:
+        values = {site: [parts[layer, site, "magnitude"].value for layer in placed[site]] for site in placed}
+        magnitude = {site: jnp.asarray(np.stack(each)) for site, each in values.items()}
     scale = min(scales) if len(scales) == 1 else 1.0
-    return LoRA(weights, _slots(model, placed), jnp.float32(scale), dropout=peft.dropout)
+    slot = {site: _slots(maps[site], layers) for site, layers in placed.items()}
+    return LoRA(weights, slot, jnp.float32(scale), magnitude=magnitude, dropout=peft.dropout), whole
 
 
 def _warn_of_another_base(peft: PeftConfig, model: Model, source: str | None) -> None:
@@ -228,25 +316,8 @@ def _warn_of_another_base(peft: PeftConfig, model: Model, source: str | None) ->
         )
 
 
-def _layers_by_linear(pairs: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
-    """Linear -> the numbers of its layers, ascending."""
-    grouped = defaultdict(list)
-    for layer, name in sorted(pairs):
-        grouped[name].append(layer)
-    return dict(sorted(grouped.items()))
-
-
-def _slots(model: Model, placed: dict[str, list[int]]) -> dict[str, jax.Array]:
-    depth = model.config.text.num_hidden_layers
-    return {
-        f"text.{name}": null_slots(depth, len(layers)).at[jnp.array(layers)].set(jnp.arange(len(layers)))
-        for name, layers in placed.items()
-    }
-
-
-def _shape(model: Model, linear: str) -> tuple[int, int]:
-    """The numbers of inputs and outputs of a linear in the decoder's layers."""
-    module = model.text.layers
-    for part in linear.split("."):
-        module = getattr(module, part)
-    return module.kernel.shape[1:]
+def _slots(linear: LinearMap, layers: Sequence[int]) -> jax.Array:
+    """The slot table of an adapter on a linear in these layers."""
+    if linear.run is None:
+        return jnp.int32(0)
+    return null_slots(linear.run, len(layers)).at[jnp.array(layers)].set(jnp.arange(len(layers), dtype=jnp.int32))

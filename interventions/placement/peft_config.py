@@ -1,4 +1,5 @@
-"""What the ``adapter_config.json`` of a PEFT folder says about a LoRA: which modules have it, their ranks and scales.
+"""What the ``adapter_config.json`` of a PEFT folder says about a LoRA: which modules have it, their ranks and scales,
+and which modules are saved whole.
 
 PEFT has many options that change what an adapter computes. So the options that are read are listed here, with the
 values that they may have, and everything else is refused.
@@ -16,7 +17,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.files import read_json
 from vlm_jax.time_limit import time_limit
 
-#: Option -> the values with which PEFT computes plain LoRA. Other initialisations, such as "pissa", change the base
+#: Option -> the values with which PEFT computes LoRA or DoRA. Other initialisations, such as "pissa", change the base
 #: weights each time that the adapter is loaded.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -24,14 +25,15 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
     "bias": ("none",),
     "use_rslora": (False, True),
+    "use_dora": (False, True),
 }
 #: The values of all other options that are not in ``_FREE``: PEFT's words for "not used".
 _OFF = (None, False, "", [], {})
-#: Options that change nothing of what plain LoRA computes.
+#: Options that change nothing of what LoRA computes.
 _FREE = {
     *("auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config", "megatron_core"),
     *("eva_config", "loftq_config", "corda_config", "lora_ga_config", "qalora_group_size"),
-    *("fan_in_fan_out", "ensure_weight_tying"),
+    "fan_in_fan_out",
 }
 MERGE = "merge it with PEFT's merge_and_unload and load the merged model"
 #: Option -> what to do where merging does not help or is not needed.
@@ -44,6 +46,10 @@ _ADVICE = {
 
 def _text(value: Any) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _name(value: Any) -> bool:
+    return _regex(value) and value != ""
 
 
 def _number(value: Any) -> bool:
@@ -90,6 +96,8 @@ _READ: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "exclude_modules": ([], lambda v: v is None or _names(v), "a regular expression or a list of module names"),
     "layers_to_transform": (None, lambda v: v is None or _whole(v) or _all(v, _whole), "numbers of layers"),
     "layers_pattern": (None, lambda v: v is None or _regex(v) or _all(v, _regex), "names of stacks of layers"),
+    "modules_to_save": (None, lambda v: v is None or _all(v, _name), "a list of module names"),
+    "ensure_weight_tying": (False, lambda v: isinstance(v, bool), "True or False"),
     "base_model_name_or_path": (None, _text, "a name"),
 }
 
@@ -138,6 +146,9 @@ class PeftConfig:
     ranks, alphas: pattern -> rank or alpha, instead of ``r`` and ``alpha``, of the modules whose name ends with a match
     of it. The first pattern that fits decides.
     layers, stacks: only modules in the layers with these numbers, of the stacks with these names; () for all.
+    dora: whether it is DoRA (:class:`interventions.kinds.lora.LoRA`).
+    whole: the ends of the names of modules that are saved whole, instead of a change of them. tied: a module that
+    shares its tensor with one of these gets the saved tensor too.
     base, base_class: name and class of the model on which it was trained; None if the file does not tell.
     """
 
@@ -146,12 +157,15 @@ class PeftConfig:
     alpha: float
     dropout: float
     rank_stabilised: bool
+    dora: bool
     ranks: dict[str, int]
     alphas: dict[str, float]
     targets: Names
     excluded: Names
     layers: tuple[int, ...]
     stacks: tuple[str, ...]
+    whole: tuple[str, ...]
+    tied: bool
     base: str | None
     base_class: str | None
 
@@ -165,9 +179,17 @@ class PeftConfig:
         rank = self.rank(module)
         return _first(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
+    def saves(self, module: str) -> bool:
+        """Whether this module, or one around it, is saved whole. PEFT compares ends of names, not whole parts."""
+        parts = module.split(".")
+        around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        return any(name.endswith(self.whole) for name in around)
+
     @_bounded
     def adapts(self, module: str) -> bool:
         """Whether PEFT gives this linear an adapter."""
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.whole):
+            return False
         if self.excluded.have(module) or not self.targets.have(module):
             return False
         if not self.layers or module in self.targets.ends:  # a whole name is not a matter of layers
@@ -186,7 +208,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """Reads the ``adapter_config.json`` of a folder.
 
     Raises:
-        UserError: for an option with which PEFT does not compute plain LoRA, or a value that cannot be used.
+        UserError: for an option with which PEFT does not compute LoRA or DoRA, or a value that cannot be used.
     """
     where = folder / "adapter_config.json"
     if not where.is_file():
@@ -207,12 +229,15 @@ def read_peft_config(folder: Path) -> PeftConfig:
         alpha=options["lora_alpha"],
         dropout=options["lora_dropout"],
         rank_stabilised=bool(options.get("use_rslora")),
+        dora=bool(options.get("use_dora")),
         ranks=options["rank_pattern"] or {},
         alphas=options["alpha_pattern"] or {},
         targets=Names.read(options["target_modules"]),
         excluded=Names.read(options["exclude_modules"]),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
         stacks=(stacks,) if isinstance(stacks, str) else tuple(stacks or ()),
+        whole=tuple(options["modules_to_save"] or ()),
+        tied=options["ensure_weight_tying"],
         base=options["base_model_name_or_path"],
         base_class=base_class if isinstance(base_class, str) else None,
     )

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-from interventions.modules import MODULES, check_k, check_names, module_names
+from interventions.modules import MODULES, check_k, check_names, module_names, tower_names
 from interventions.statistics import normalised
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files import parse_json, read_json, read_text
@@ -29,11 +29,18 @@ class Scoring:
     parameters: LoRA parameters of every module, attention and MLP, at rank 1 (:func:`.scores.module_sizes`).
     scores: score -> task family -> the score of every module; higher is more important. ``scores["rr"]`` are
     restoration rates (``RR_mean``).
+    tower: the modules are those of the vision tower with ``depth`` blocks, of which there are no scores.
     """
 
     depth: int
     parameters: Int[np.ndarray, "layers 2"]
     scores: Mapping[str, Mapping[str, Float[np.ndarray, "layers 2"]]] = dataclasses.field(default_factory=dict)
+    tower: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """All modules."""
+        return tower_names(self.depth) if self.tower else module_names(self.depth)
 
     def of(self, score: str, family: str) -> Float[np.ndarray, "layers 2"]:
         """One score of one family.
@@ -55,7 +62,7 @@ class Scoring:
 
     def size(self, names: Iterable[str]) -> int:
         """LoRA parameters of these modules at rank 1."""
-        sizes = dict(zip(module_names(self.depth), self.parameters.ravel().tolist(), strict=True))
+        sizes = dict(zip(self.names, self.parameters.ravel().tolist(), strict=True))
         return sum(sizes[name] for name in names)
 
 
@@ -122,12 +129,12 @@ def _drawn(rng: np.random.Generator, names: list[str], k: int) -> list[str]:
 
 @placement("all", "every module (LLM-all)", "P0")
 def _all(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
-    return module_names(scoring.depth)
+    return scoring.names
 
 
 @placement("random", "k modules at random", "P0", seeded=True)
 def _random(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
-    return random_k(scoring.depth, k, seed)
+    return _drawn(np.random.default_rng(seed), scoring.names, k)
 
 
 @placement(
@@ -211,18 +218,18 @@ for _name, _description, _reference in (
 
 @placement("first", "the k lowest modules", "control")
 def _first(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
-    return module_names(scoring.depth)[:k]
+    return scoring.names[:k]
 
 
 @placement("middle", "the k modules in the middle", "control")
 def _middle(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
     begin = (2 * scoring.depth - k) // 2
-    return module_names(scoring.depth)[begin : begin + k]
+    return scoring.names[begin : begin + k]
 
 
 @placement("last", "the k highest modules", "control")
 def _last(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
-    return module_names(scoring.depth)[-k:]
+    return scoring.names[-k:]
 
 
 #: Controls that imitate another placement: "random_matched:fisher" imitates fisher.
@@ -246,7 +253,11 @@ def find_placement(name: str) -> Placement:
         return PLACEMENTS[name]
     if not name.endswith(".json"):
         raise UserError(f"unknown placement {name!r}{nearest(name, PLACEMENTS)} (or give a .json file)")
-    return Placement(lambda scoring, family, k, seed: read_names(Path(name), scoring.depth), f"the modules in {name}")
+
+    def choose(scoring: Scoring, family: str, k: int, seed: int) -> list[str]:
+        return read_names(Path(name), scoring.depth, scoring.tower)
+
+    return Placement(choose, f"the modules in {name}")
 
 
 def choose_modules(name: str, scoring: Scoring, family: str, k: int, seed: int = 0) -> list[str]:
@@ -270,8 +281,8 @@ def placement_table() -> str:
     return "\n".join(["| placement | chooses | needs the score | seeded | source |", "|---|---|---|---|---|", *rows])
 
 
-def read_names(path: Path, depth: int) -> list[str]:
-    """Module names from a JSON file: a list such as ``["L2-attn", "L7-mlp"]``."""
+def read_names(path: Path, depth: int, tower: bool = False) -> list[str]:
+    """Module names from a JSON file: a list such as ``["L2-attn", "L7-mlp"]``; of a vision tower, ``["V2-attn"]``."""
     text = read_text(path)
     try:
         names = parse_json(text)
@@ -281,7 +292,7 @@ def read_names(path: Path, depth: int) -> list[str]:
         ) from None
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise UserError(f'placement file {path} must hold a list of module names such as ["L2-attn", "L7-mlp"]')
-    return check_names(names, depth)
+    return check_names(names, 0, depth) if tower else check_names(names, depth)
 
 
 def read_trace(folder: Path, fingerprint: str, depth: int) -> Num[np.ndarray, "layers 2"]:

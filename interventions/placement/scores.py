@@ -23,7 +23,7 @@ from interventions.engine.grids import cut_grid
 from interventions.engine.read import Gold, Scores
 from interventions.engine.sweep import sweep_runs
 from interventions.kinds.lora import LoRA
-from interventions.modules import MODULES, module_names
+from interventions.modules import MODULES, module_names, tower_names
 from interventions.placement.adapters import adapter_parameters
 from interventions.trace.corruption import Corrupter, survey
 from interventions.trace.options import TraceOptions
@@ -79,9 +79,10 @@ _OUTPUTS = {module: f"text.{module}_out" for module in MODULES}
 _LINEARS = {module: [f"text.{name}" for name in TEXT_LINEARS[module]] for module in MODULES}
 
 
-def module_sizes(model: Model) -> Int[np.ndarray, "layers 2"]:
-    """LoRA parameters of every module at rank 1: inputs plus outputs of its linears."""
-    names = module_names(model.config.text.num_hidden_layers)
+def module_sizes(model: Model, tower: bool = False) -> Int[np.ndarray, "layers 2"]:
+    """LoRA parameters of every module, of the decoder or of the vision tower, at rank 1: inputs plus outputs of its
+    linears."""
+    names = tower_names(model.depths["visual"]) if tower else module_names(model.depths["text"])
     return np.array([adapter_parameters(model, [name], 1) for name in names]).reshape(-1, 2)
 
 
@@ -304,9 +305,10 @@ class _Listener(Intervention):
         self.norms: dict[str, jax.Array] = {}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
-        added = self.lora(site, jnp.zeros_like(value), ctx)
-        self.norms[site] = jnp.sum(added.astype(jnp.float32) ** 2 * self.mask[..., None])
-        return value + added
+        changed = self.lora(site, value, ctx)
+        added = (changed - value).astype(jnp.float32)
+        self.norms[site] = jnp.sum(added**2 * self.mask[..., None])
+        return changed
 
 
 def _through(

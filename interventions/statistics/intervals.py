@@ -119,9 +119,7 @@ def rr_summary(
             row["samples"] = counted_samples(te, statistic=statistic, **options)
             for over, (low, high) in columns.items():
                 ends = float(intervals[over].low[cell]), float(intervals[over].high[cell])
-                row |= {
-                    name: None if np.isnan(end) or not known else end
-                    for name, end in zip((low, high), ends, strict=True)
-                }
+                ends = (None if np.isnan(end) or not known else end for end in ends)
+                row |= dict(zip((low, high), ends, strict=True))
             rows.append(row)
     return rows

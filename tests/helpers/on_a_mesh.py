@@ -17,6 +17,7 @@ from interventions.trace.causal import causal_trace
 from tests.helpers.gradients import value_and_grad
 from train import dictionaries as training
 from train import editors, trunk
+from train.adapter import adapter_label
 from train.objective import model_loss
 from train.subsets import ByPart, split
 from vlm_jax.data import load_task
@@ -42,7 +43,7 @@ def lora(model, batch, seed=0):
     adapter = init_lora(model, ["L1-attn", "L3-mlp"], r=4, alpha=16.0, dropout=0.0, key=jax.random.key(seed))
     adapter = adapter.replace(weights={site: (a, 0.1 + b) for site, (a, b) in adapter.weights.items()})
     adapter = pad(adapter, model, 2)
-    trained, rest = split(trunk.Adapted(model, adapter, lowest_layer(adapter)), trunk.adapter_label)
+    trained, rest = split(trunk.Adapted(model, adapter, lowest_layer(adapter)), adapter_label)
     data = trunk.trunk(model, batch, lowest_layer(adapter))
     value, grads = jax.jit(value_and_grad(trunk.adapter_loss))(trained, rest, data, jax.random.key(0))
     return [value, *jax.tree.leaves(grads)]

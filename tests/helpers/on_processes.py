@@ -21,11 +21,12 @@ from interventions.placement.adapters import init_lora
 from interventions.trace.options import TraceOptions
 from interventions.trace.tracing import trace_examples
 from train import tune
+from train.adapter import LoRAOptions
 from train.dictionary_stage import Stage, StageOptions
 from train.editors import TrainingOptions, train_editors
 from train.kept import trained_interventions
 from train.loop import LoopOptions, fit
-from train.trunk import LoRAOptions, embedded_examples, train_lora
+from train.trunk import embedded_examples, train_lora
 from vlm_jax import UserError, prompts
 from vlm_jax.data import load_task
 from vlm_jax.mesh.sharding import placed

@@ -2,7 +2,7 @@
 
 import pytest
 
-from interventions.modules import cell_names, folder_name, linears, module_names, split_cell
+from interventions.modules import cell_names, folder_name, linears, module_names, split_cell, tower_names
 from vlm_jax import UserError
 
 
@@ -27,10 +27,17 @@ def test_a_string_that_is_not_a_cell_is_refused(name):
 
 
 def test_linears_of_modules():
-    assert linears(["L3-mlp"]) == [(3, "mlp.gate_proj"), (3, "mlp.up_proj"), (3, "mlp.down_proj")]
-    assert [layer for layer, _ in linears(["L10-attn"])] == [10] * 4
+    assert linears(["L3-mlp"]) == {f"text.mlp.{name}_proj": [3] for name in ("down", "gate", "up")}
+    assert linears(["L10-attn", "L2-attn"]) == {f"text.self_attn.{name}_proj": [2, 10] for name in "koqv"}
+    sites = ["visual.attn.qkv", "visual.attn.proj", "visual.mlp.fc1", "text.mlp.up_proj", "projector.linear_1"]
+    assert linears(["V1-attn", "V3-mlp", "V0-attn"], sites) == {
+        "visual.attn.proj": [0, 1],
+        "visual.attn.qkv": [0, 1],
+        "visual.mlp.fc1": [3],
+    }
 
 
 def test_a_folders_name_does_not_depend_on_the_order():
     assert folder_name(["L1-mlp", "L0-attn"], 2) == folder_name(["L0-attn", "L1-mlp"], 2) == "L0-attn+L1-mlp"
-    assert folder_name(module_names(2), 2) == "all"
+    assert folder_name(module_names(2), 2, 3) == "all" and folder_name(tower_names(3), 2, 3) == "tower"
+    assert folder_name(["V1-mlp", "L1-mlp", "V0-mlp"], 2, 3) == "L1-mlp+V0-mlp+V1-mlp"

@@ -107,6 +107,7 @@ SAVED = {
         {"text.self_attn.q_proj": (normal(2, WIDTH, 3), normal(2, 3, HEADS * HEAD_DIM))},
         {"text.self_attn.q_proj": SLOT},
         np.float32(2),
+        magnitude={"text.self_attn.q_proj": normal(2, HEADS * HEAD_DIM)},
         dropout=0.1,
     ),
 }

@@ -17,6 +17,7 @@ import train.lora as lora_command
 from interventions.modules import folder_name
 from interventions.placement.adapters import init_lora, lowest_layer
 from train import trunk
+from train.adapter import adapter_label
 from train.loop import LoopOptions, fit
 from train.subsets import split
 from vlm_jax import UserError, load
@@ -86,7 +87,7 @@ def test_gradients_reach_no_lower_than_the_lowest_adapter(mini):
     program = jax.jit(value_and_grad(trunk.adapter_loss))
 
     def run(model):
-        return program(*split(params.replace(model=model), trunk.adapter_label), data, jax.random.key(0))
+        return program(*split(params.replace(model=model), adapter_label), data, jax.random.key(0))
 
     expected = run(params.model)
     chex.assert_trees_all_equal(run(poisoned(params.model, 5)), expected)

@@ -18,8 +18,9 @@ from interventions.kinds.lora import LoRA
 from interventions.placement.adapters import compact, init_lora, lowest_layer, pad
 from interventions.placement.rules import random_k
 from train import loop, meter, trunk
+from train.adapter import LoRAOptions, adapter_label
 from train.subsets import split
-from train.trunk import LoRAOptions, train_lora
+from train.trunk import train_lora
 from vlm_jax import UserError, load
 from vlm_jax.data import load_task
 from vlm_jax.prompts import encode
@@ -55,7 +56,7 @@ def test_frozen_kernels_get_no_gradient(mini, remat, passes):
     lora = fresh(model, ["L0-attn", "L0-mlp"])
     params = trunk.Adapted(model, lora, 0, remat)
     data, key = trunk.trunk(model, batch, 0), jax.random.key(0)
-    jaxpr = jax.make_jaxpr(value_and_grad(trunk.adapter_loss))(*split(params, trunk.adapter_label), data, key).jaxpr
+    jaxpr = jax.make_jaxpr(value_and_grad(trunk.adapter_loss))(*split(params, adapter_label), data, key).jaxpr
     adapters = jax.make_jaxpr(trunk.adapter_loss)(params, data, key).jaxpr
     one, whole = kernel_flops(model, data.x[..., 0].size), matmul_flops(jaxpr)
     rest = matmul_flops(adapters) - one  # attention, head and adapters, at most four times in a gradient
@@ -71,7 +72,7 @@ def test_what_is_kept_changes_no_number(mini):
 
     def run(remat):
         params = trunk.Adapted(model, lora.replace(dropout=0.25), 1, remat)
-        return jax.jit(value_and_grad(trunk.adapter_loss))(*split(params, trunk.adapter_label), data, jax.random.key(3))
+        return jax.jit(value_and_grad(trunk.adapter_loss))(*split(params, adapter_label), data, jax.random.key(3))
 
     full = run("full")
     for remat in ("some", "none"):

@@ -17,17 +17,19 @@ from eval.evaluation import AnswerOptions, evaluate
 from eval.judging import MetricOptions
 from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.kinds.lora import LoRA
-from interventions.modules import folder_name, module_names
+from interventions.modules import folder_name, module_names, tower_names
 from interventions.placement.adapters import adapter_parameters, init_lora, load_peft, merge, save_peft
 from interventions.placement.rules import Scoring
 from interventions.placement.scores import SCORES, corrupter, module_sizes
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import by_module
 from interventions.trace.tracing import trace_task
+from train.adapter import LoRAOptions
 from train.artifacts import training_log
 from train.loop import forget
 from train.study.artifacts import MODULE_SCORES
-from train.trunk import LoRAOptions, Trunk, embedded_examples, train_lora
+from train.tower import train_tower_lora
+from train.trunk import Trunk, embedded_examples, train_lora
 from vlm_jax import Model
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
@@ -96,7 +98,7 @@ class Experiment:
 
     def adapter_parameters(self, names: Sequence[str]) -> int:
         """The number of trainable parameters of LoRA on these modules."""
-        return adapter_parameters(self.model, names, self.training.r)
+        return adapter_parameters(self.model, names, self.training.r, self.training.use_dora)
 
     def baseline(self, family: str) -> dict:
         """The held-out result of the model without LoRA; its fields are those of :meth:`cell`."""
@@ -110,15 +112,20 @@ class Experiment:
             each sample its entry in ``scores`` and ``clusters``.
         """
         folder = self._cell_folder(family, names, seed)
-        label = f"{family} {folder_name(names, self.depth)}"
+        tower = self.model.depths["visual"]
+        label = f"{family} {folder_name(names, self.depth, tower)}"
 
         def make() -> LoRA:
             begun = time.perf_counter()
-            placed = sorted(names, key=module_names(self.depth).index)
+            placed = sorted(names, key=[*module_names(self.depth), *tower_names(tower)].index)
             self.run.save_json(f"{folder}/placement.json", placed, Artifact("placement", f"{label}: modules with LoRA"))
             options, checkpoints = dataclasses.replace(self.training, seed=seed), self.run.path(f"{folder}/training")
-            ids = [example.id for example in self.trained[family]]
-            lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints, ids)
+            examples = self.trained[family]
+            if set(names) & set(tower_names(tower)):
+                lora = train_tower_lora(self.model, self.processor, examples, names, options, label, checkpoints)
+            else:
+                ids = [example.id for example in examples]
+                lora = train_lora(self.model, names, self._embedded(family), options, label, checkpoints, ids)
             self.run.add(f"{folder}/training/metrics.jsonl", training_log(f"LoRA, {label}, seed {seed}"))
             self.run.timed(f"train {folder}", begun)
             return lora
@@ -134,7 +141,7 @@ class Experiment:
         return self._evaluate(merge(self.model, lora), f"{folder}/", family)
 
     def _cell_folder(self, family: str, names: Sequence[str], seed: int) -> str:
-        return f"{self.folder}cells/{family}/{folder_name(names, self.depth)}/seed-{seed}"
+        return f"{self.folder}cells/{family}/{folder_name(names, self.depth, self.model.depths['visual'])}/seed-{seed}"
 
     def _evaluate(self, model: Model, folder: str, family: str) -> dict:
         title = f"Held-out answers of {folder.removeprefix(f'{self.folder}cells/')}".rstrip("/")

@@ -98,14 +98,17 @@ class PatchMerger(nnx.Module):
         self.linear_1 = Linear(first, width, width, bias=True)
         self.linear_2 = Linear(second, width, config.out_hidden_size, bias=True)
 
-    def __call__(self, x: Float[ArrayLike, "images patches width"]) -> Float[Array, "images tokens out_width"]:
+    def __call__(
+        self, x: Float[ArrayLike, "images patches width"], probe: Probe
+    ) -> Float[Array, "images tokens out_width"]:
         images, patches, width = x.shape
         x = self.ln_q(x).reshape(images, patches // self.merge, self.merge * width)
-        return self.linear_2(ACTIVATIONS["gelu"](self.linear_1(x)))
+        hidden = ACTIVATIONS["gelu"](probe.linear("projector.merger.linear_1", self.linear_1, x))
+        return probe.linear("projector.merger.linear_2", self.linear_2, hidden)
 
 
 class VisionTower(nnx.Module):
-    SITES = tower_sites("qwen2_5", "merger")
+    SITES = tower_sites("qwen2_5", "merger", "merger.linear_1", "merger.linear_2")
 
     def __init__(self, key: PRNGKeyArray, config: Qwen25Vision):
         patch, blocks, merger = jax.random.split(key, 3)
@@ -156,5 +159,5 @@ class VisionTower(nnx.Module):
             taps=taps,
             frozen=frozen,
         )
-        merged = outer("projector.merger", self.merger(x))
+        merged = outer("projector.merger", self.merger(x, outer))
         return Features(merged), {**outer.taps, **block_taps}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Float32, Int32, PRNGKeyArray
@@ -112,18 +113,29 @@ class PatchMerger(nnx.Module):
         self.linear_fc1 = Linear(fc1, width, width, bias=True)
         self.linear_fc2 = Linear(fc2, width, config.out_hidden_size, bias=True)
 
-    def __call__(self, x: Float[ArrayLike, "images patches width"]) -> Float[Array, "images tokens out_width"]:
+    def __call__(
+        self, x: Float[ArrayLike, "images patches width"], probe: Probe, site: str
+    ) -> Float[Array, "images tokens out_width"]:
+        """The visual tokens. ``site`` is the beginning of the linears' sites."""
         images, patches, width = x.shape
         if not self.use_postshuffle_norm:
             x = self.norm(x)
         x = x.reshape(images, patches // self.merge, self.merge * width)
         if self.use_postshuffle_norm:
             x = self.norm(x)
-        return self.linear_fc2(ACTIVATIONS["gelu"](self.linear_fc1(x)))
+        hidden = ACTIVATIONS["gelu"](probe.linear(f"{site}.linear_fc1", self.linear_fc1, x))
+        return probe.linear(f"{site}.linear_fc2", self.linear_fc2, hidden)
 
 
 class VisionTower(nnx.Module):
-    SITES = tower_sites("qwen3", "merger", "deepstack_merger_list")
+    SITES = tower_sites(
+        "qwen3",
+        *(
+            f"{merger}{linear}"
+            for merger in ("merger", "deepstack_merger_list")
+            for linear in ("", ".linear_fc1", ".linear_fc2")
+        ),
+    )
 
     def __init__(self, key: PRNGKeyArray, config: Qwen3Vision):
         patch, position, blocks, merger, deepstack = jax.random.split(key, 5)
@@ -166,7 +178,15 @@ class VisionTower(nnx.Module):
             taps=taps,
             frozen=frozen,
         )
-        merged = outer("projector.merger", self.merger(x))
-        deepstack = jax.vmap(lambda merger, h: merger(h))(self.deepstack_merger_list, kept)
+        merged = outer("projector.merger", self.merger(x, outer, "projector.merger"))
+
+        def level(merger: PatchMerger, h: jax.Array, index: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+            probe = Probe(interventions, taps, Context(index))
+            return merger(h, probe, "projector.deepstack_merger_list"), probe.taps
+
+        deepstack, level_taps = jax.vmap(level)(self.deepstack_merger_list, kept, jnp.arange(len(kept)))
+        for site, value in level_taps.items():
+            layers = taps[site].layers
+            level_taps[site] = value if layers is None else jax.tree.map(lambda a, at=layers: a[jnp.array(at)], value)
         deepstack = outer("projector.deepstack_merger_list", deepstack)
-        return Features(merged, deepstack), {**outer.taps, **block_taps}
+        return Features(merged, deepstack), {**outer.taps, **level_taps, **block_taps}

@@ -21,8 +21,10 @@ class QwenTower:
     def record(self, recorder):
         record_blocks(recorder, self.visual.blocks, "attn", "attn.proj", self.linears)
         recorder.output("projector.merger", self.visual, "pooler_output")
+        record_merger(recorder, "projector.merger", self.visual.merger)
         for merger in getattr(self.visual, "deepstack_merger_list", ()):
             recorder.output("projector.deepstack_merger_list", merger)
+            record_merger(recorder, "projector.deepstack_merger_list", merger)
 
     def sites(self, recorder, calls):
         patches = self.grids.prod(-1).tolist()
@@ -36,8 +38,9 @@ class QwenTower:
         sites["visual.embeddings"] = sites["visual.resid_pre"][0]
         sites["visual.head_out"] = sites["visual.head_out"].unflatten(-1, (self.attentions[0].num_heads, -1))
         sites["projector.merger"] = per_image(recorder.one("projector.merger"), merged)
-        if "projector.deepstack_merger_list" in recorder.seen:
-            name = "projector.deepstack_merger_list"
+        for name in filter(lambda name: name.startswith("projector.merger."), recorder.seen):
+            sites[name] = per_image(recorder.one(name)[self.merged_order()], merged)
+        for name in filter(lambda name: "deepstack" in name, recorder.seen):
             sites[name] = per_image(recorder.stack(name), merged)
         for item, name in enumerate(("visual.attn_scores", "visual.attn_probs")):
             maps = torch.stack([whole([call[item] for call in calls[m]]) for m in self.attentions])
@@ -47,12 +50,15 @@ class QwenTower:
 
     def processor_order(self):
         """Where each patch of the processor's order stands in the order of the blocks."""
+        return torch.arange(self.grids.prod(-1).sum()).unflatten(0, (-1, MERGE**2))[self.merged_order()].flatten()
+
+    def merged_order(self):
+        """The same for visual tokens, of which each is made of several patches."""
         config = self.visual.config
-        count = self.grids.prod(-1).sum()
         if not hasattr(config, "window_size"):
-            return torch.arange(count)
+            return torch.arange(self.grids.prod(-1).sum() // MERGE**2)
         index, _ = get_vision_window_index(torch.from_numpy(self.grids), MERGE, config.window_size, config.patch_size)
-        return torch.arange(count).unflatten(0, (-1, MERGE**2))[index.argsort()].flatten()
+        return index.argsort()
 
 
 class ViTTower:
@@ -80,6 +86,13 @@ class ViTTower:
         for item, name in enumerate(("visual.attn_scores", "visual.attn_probs")):
             sites[name] = torch.stack([calls[m][0][item] for m in self.attentions])
         return sites
+
+
+def record_merger(recorder, site, merger):
+    """The linears of a merger, which Qwen2.5-VL calls by numbers."""
+    names = {"linear_1": "mlp.0", "linear_2": "mlp.2"} if hasattr(merger, "mlp") else {}
+    for name in names or ("linear_fc1", "linear_fc2"):
+        recorder.output(f"{site}.{name}", merger.get_submodule(names.get(name, name)))
 
 
 def record_blocks(recorder, blocks, attention, writer, linears):

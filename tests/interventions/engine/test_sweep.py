@@ -112,6 +112,13 @@ def lora(runs, i):
     return LoRA(weights, dict.fromkeys(sites, table_of(i)), np.float32(0.5 + i))
 
 
+def dora(runs, i):
+    adapter = lora(runs, i)
+    return adapter.replace(
+        magnitude={site: 1 + abs(runs.normal(*b.shape[::2])) for site, (_, b) in adapter.weights.items()}
+    )
+
+
 def noise(runs, i):
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(i), len(runs.real))))
     return Noise(keys, np.full(len(runs.real), 0.2 * (i + 1), np.float32), where=runs.some())
@@ -166,6 +173,7 @@ LAYER_KINDS = {
         where=r.some(),
     ),
     "lora": lora,
+    "dora": dora,
 }
 ENTRY_KINDS = {
     "noise": noise,
@@ -257,7 +265,7 @@ GROUPED = {
     "vectors": ("add", "replace", "project out", "loreft"),
     "embeddings": tuple(ENTRY_KINDS),
     "norm": tuple(NORM_KINDS),
-    "every token": ("gate of every token", "lora"),
+    "every token": ("gate of every token", "lora", "dora"),
 }
 KINDS = LAYER_KINDS | ENTRY_KINDS | NORM_KINDS
 

@@ -75,7 +75,7 @@ def everywhere(qwen):
     clean = jax.jit(lambda m, x: m(x, taps=m.sites(x)))(qwen.model, inputs)
     noise = np.random.default_rng(3).standard_normal((*real.shape, WIDTH), np.float32)
     depths = qwen.model.depths
-    layered = {site: depths[site.split(".")[0]] for site, v in clean.taps.items() if vlm_jax.sites.layered(site)}
+    layered = {site: depths[vlm_jax.sites.stack_of(site)] for site in clean.taps if vlm_jax.sites.layered(site)}
     donors = {site: value if site in layered else value[None] for site, value in clean.taps.items()}
     off = {site: nothing(layered[site]) if site in layered else np.int32(99) for site in donors}
     run = jax.jit(lambda m, x, i: m(x, i).logits)
@@ -94,7 +94,8 @@ SITES = sorted(
     for site in vlm_jax.SITES
     if site.startswith("text.")
     or site in {f"visual.{n}" for n in ("embeddings", *vlm_jax.sites._BLOCK, *vlm_jax.sites.VISUAL_LINEARS["qwen3"])}
-    or site in ("projector.merger", "projector.deepstack_merger_list")
+    or site.removesuffix(".linear_fc1").removesuffix(".linear_fc2")
+    in ("projector.merger", "projector.deepstack_merger_list")
 )
 
 

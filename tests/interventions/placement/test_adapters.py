@@ -406,14 +406,6 @@ def test_adapter_of_another_model(base, adapters, change, message):
         load_peft(other, adapters["scattered"][1])
 
 
-def test_adapter_for_other_modules(oracle, base, tmp_path):
-    """One for the vision tower, whose linears are no sites of the decoder."""
-    config = LoraConfig(r=2, target_modules=["qkv"])
-    get_peft_model(copy.deepcopy(oracle), config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"adapts model\.visual.*, but only the linears of the decoder's layers"):
-        load_peft(base, tmp_path)
-
-
 # spoiling -> (what it does to adapter_config.json and to the tensors, what the error must say)
 SPOILT = {
     "not LoRA": (lambda config, tensors: config.update(peft_type="IA3"), "LoRA"),

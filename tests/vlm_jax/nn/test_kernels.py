@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import vlm_jax
 from interventions.placement.adapters import init_lora, lowest_layer
 from train import trunk
+from train.adapter import adapter_label
 from train.plan import topology
 from train.subsets import split
 from vlm_jax import UserError
@@ -84,7 +85,7 @@ def test_lora_has_the_same_loss_and_gradients(models):
     adapter = adapter.replace(weights={site: (a, 0.1 + b) for site, (a, b) in adapter.weights.items()})
     found = []
     for model in (plain, kernel):
-        trained, rest = split(trunk.Adapted(model, adapter, lowest_layer(adapter)), trunk.adapter_label)
+        trained, rest = split(trunk.Adapted(model, adapter, lowest_layer(adapter)), adapter_label)
         data = trunk.trunk(plain, batch, lowest_layer(adapter))
         run = value_and_grad(trunk.adapter_loss)
         found.append(jax.jit(run)(trained, rest, data, jax.random.key(0)))

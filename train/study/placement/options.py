@@ -13,8 +13,8 @@ from interventions.modules import check_k, default_k
 from interventions.placement.rules import find_placement
 from interventions.trace.corruption import CORRUPTIONS
 from interventions.trace.options import TraceOptions
+from train.adapter import LoRAOptions
 from train.study.placement.recipes import RECIPES
-from train.trunk import LoRAOptions
 from vlm_jax.data.options import DataOptions
 from vlm_jax.errors import UserError
 from vlm_jax.runs.options import LoadOptions
