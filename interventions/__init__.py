@@ -1,11 +1,13 @@
 """Interventions on a forward pass, the sweep engine, and one room per analysis."""
 
+from interventions.ablations import reference_means, resampled
 from interventions.compare.runs import compare
 from interventions.dictionary import Dictionary
 from interventions.engine.generation import generate_variants
 from interventions.engine.read import Gold, Logits, Scores
 from interventions.engine.sweep import sweep, sweep_runs
 from interventions.engine.variants import Variants, stack
+from interventions.kinds.ablation import Ablation
 from interventions.kinds.add import Add, Noise
 from interventions.kinds.attention import AttentionKnockout, UniformAttention
 from interventions.kinds.gates import Gate, HeadGate
@@ -24,6 +26,7 @@ from interventions.trace.causal import Trace, causal_trace
 
 __all__ = [
     "GROUPS",
+    "Ablation",
     "Add",
     "AttentionKnockout",
     "ConsReFT",
@@ -58,6 +61,8 @@ __all__ = [
     "hook",
     "label",
     "load_interventions",
+    "reference_means",
+    "resampled",
     "save_interventions",
     "stack",
     "sweep",

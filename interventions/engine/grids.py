@@ -1,17 +1,19 @@
 """Grids of variants: a patch or a cut in every layer, head, window of layers or token group, as one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 
 from interventions.engine.variants import Variants
+from interventions.kinds.ablation import Ablation
 from interventions.kinds.gates import Gate, HeadGate
 from interventions.kinds.patch import Patch
 from vlm_jax import UserError
-from vlm_jax.typing import ArrayLike
+from vlm_jax.typing import Array, ArrayLike
 
 
 def layer_windows(depth: int, width: int = 1) -> Bool[np.ndarray, "layers layers"]:
@@ -36,28 +38,82 @@ def patch_grid(
     window: int = 1,
     heads: int | None = None,
     tokens: Sequence[Bool[ArrayLike, "batch tokens"]] | None = None,
+    donor: Mapping[str, Float[ArrayLike, "layers batch tokens ..."]] | None = None,
 ) -> tuple[Variants, tuple[int, ...]]:
-    """A patch of the clean run's values for every site, layer, head and token group.
+    """A patch of the clean run's values, or a donor's, for every site, layer, head and token group.
 
     Args:
         window: how many layers around each layer a variant patches.
         heads: patch each of this many heads by itself (sites that have heads); None: all at once.
         tokens: masks, each patched by itself (:func:`each_token` for every token); None: all tokens at once.
+        donor: site -> the values to patch in every layer; None: those of the clean run, which the sweep computes.
 
     Returns:
         The variants, and the shape of their grid: ``(sites, L)``, then heads, then token groups where given.
     """
+    cells = _cells(sites, depth, window, heads, tokens, own_slots=donor is not None)
+    values = dict.fromkeys(sites) if donor is None else {site: jnp.asarray(donor[site]) for site in sites}
+    patch = Patch(values, cells.slot, cells.where, cells.heads)
+    varied = patch.replace(donor=dict.fromkeys(sites))
+    return Variants((patch,), _mapped(patch, varied)), cells.shape
+
+
+def ablation_grid(
+    ablation: Ablation,
+    sites: Sequence[str],
+    depth: int,
+    *,
+    window: int = 1,
+    heads: int | None = None,
+    tokens: Sequence[Bool[ArrayLike, "batch tokens"]] | None = None,
+) -> tuple[Variants, tuple[int, ...]]:
+    """An :class:`Ablation` of every site, layer, head and token group; arguments and results as for :func:`patch_grid`.
+
+    Args:
+        ablation: zeros, or means of all layers (slot l for layer l), bound to the batch.
+    """
+    by_mean = ablation.known is not None
+    cells = _cells(sites, depth, window, heads, tokens, own_slots=by_mean)
+    one = ablation.replace(slot=cells.slot, where=cells.where, heads=cells.heads)
+    varied = one.replace(mean=dict.fromkeys(sites), known=None, labels=None)
+    return Variants((one,), _mapped(one, varied)), cells.shape
+
+
+class _Cells(NamedTuple):
+    """Where each of N variants of a grid acts."""
+
+    shape: tuple[int, ...]
+    slot: dict[str, Int[Array, "variants layers"]]
+    where: Bool[Array, "variants batch tokens"] | None
+    heads: Bool[Array, "variants heads"] | None
+
+
+def _mapped(one: Any, varied: Any) -> tuple[bool, ...]:
+    """For each leaf of an intervention whether it is one of ``varied``, the same intervention without shared arrays."""
+    own = {id(leaf) for leaf in jax.tree.leaves(varied)}
+    return tuple(id(leaf) in own for leaf in jax.tree.leaves(one))
+
+
+def _cells(
+    sites: Sequence[str],
+    depth: int,
+    window: int,
+    heads: int | None,
+    tokens: Sequence[Bool[ArrayLike, "batch tokens"]] | None,
+    own_slots: bool,
+) -> _Cells:
+    """The cells of a grid. ``own_slots``: layer l uses slot l, instead of slot 0."""
     shape = (len(sites), depth, *(() if heads is None else (heads,)), *(() if tokens is None else (len(tokens),)))
     cells = np.indices(shape).reshape(len(shape), -1)  # (axes of the grid, N)
     in_window = layer_windows(depth, window)[cells[1]]  # (N, L)
-    # Slot 0 is the clean run's value. 1 is the number of slots, so it means no slot.
+    used, none = (np.arange(depth), depth) if own_slots else (0, 1)  # the number of slots means no slot
     slot = {
-        site: jnp.asarray(~(in_window & (cells[0] == number)[:, None]), jnp.int32) for number, site in enumerate(sites)
+        site: jnp.asarray(np.where(in_window & (cells[0] == number)[:, None], used, none), jnp.int32)
+        for number, site in enumerate(sites)
     }
     one_hot = None if heads is None else jnp.arange(heads) == cells[2][:, None]
     where = None if tokens is None else jnp.stack([jnp.asarray(mask) for mask in tokens])[cells[-1]]
-    patch = Patch(dict.fromkeys(sites), slot, where, one_hot)
-    return Variants((patch,), (True,) * len(jax.tree.leaves(patch))), shape
+    return _Cells(shape, slot, where, one_hot)
 
 
 def cut_grid(depth: int, modules: Sequence[str] = ("attn", "mlp"), window: int = 1, scale: float = 0.0) -> Variants:

@@ -1,5 +1,6 @@
 """The kinds of intervention, one file per subject. :mod:`interventions.kinds.base` has what they share."""
 
+from interventions.kinds.ablation import Ablation, Means
 from interventions.kinds.add import Add, Noise
 from interventions.kinds.attention import AttentionKnockout, UniformAttention
 from interventions.kinds.base import KINDS
@@ -14,6 +15,7 @@ from interventions.kinds.reft import ConsReFT, DiReFT, LobiReFT, LoReFT, NodiReF
 
 __all__ = [
     "KINDS",
+    "Ablation",
     "Add",
     "AttentionKnockout",
     "ConsReFT",
@@ -26,6 +28,7 @@ __all__ = [
     "LoRA",
     "LoReFT",
     "LobiReFT",
+    "Means",
     "NoReFT",
     "NodiReFT",
     "Noise",

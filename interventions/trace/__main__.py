@@ -5,7 +5,7 @@ python -m interventions.trace --task mini-okvqa --limit 64 --out runs/trace
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -34,6 +34,9 @@ class Args(TraceOptions, StateOptions, DataOptions, ModelOptions):
     """Which split of a named task to use: trace, train, eval or test."""
     limit: Annotated[int, Range(least=1)] = 96
     """How many samples to trace."""
+    reference: str | None = None
+    """With --patch mean: the task whose samples (of --split, at most --limit) give the means; by default the traced
+    samples themselves."""
     maps: Annotated[int | None, Range(least=1)] = None
     """With --positions each: of how many samples every token is restored by itself; 2 by default."""
     out: Path = Path("runs/trace")
@@ -45,17 +48,24 @@ class Args(TraceOptions, StateOptions, DataOptions, ModelOptions):
 def main(args: Args) -> None:
     loaded = load_examples(args.task, split=args.split, limit=args.limit, options=args)
     examples = [with_gold_first(example, args.gold) for example in loaded]
-    data = source(args.task, split=args.split, options=args)
+    data: Any = source(args.task, split=args.split, options=args)
+    others = None
+    if args.reference is not None:
+        if args.patch != "mean":
+            raise UserError("--reference gives the means of --patch mean: give both, or drop it")
+        others = load_examples(args.reference, split=args.split, limit=args.limit, options=args)
+        data = {"task": data, "reference": source(args.reference, split=args.split, options=args)}
 
     def check(model: Model) -> None:
         args.check(model.config.text.num_hidden_layers)
 
     if args.maps is not None and args.positions != ("each",):
         raise UserError("--maps belongs to --positions each: give both, or drop it")
-    run, model, processor = start(args, examples, data, check=check, ignored=("maps",))
+    read = [*examples, *(others or ())]
+    run, model, processor = start(args, read, data, check=check, ignored=("maps",), shown=examples)
     model, acting = args.applied(run, model, args.model)
     task = task_label(args.task)
-    summary = trace_task(run, "", model, processor, task, examples, args, interventions=acting)
+    summary = trace_task(run, "", model, processor, task, examples, args, interventions=acting, reference=others)
     if args.positions == ("each",):
         save_token_maps(run, model, processor, examples, args, args.maps or 2, acting)
     print(

@@ -37,6 +37,13 @@ class TraceOptions:
     """How many neighbouring layers a patch restores at once (P0: 1; ROME: 10)."""
     heads: bool = False
     """Patch every attention head separately, instead of the outputs of attention and MLP."""
+    patch: Literal["run", "zero", "mean", "resample"] = "run"
+    """What a patch puts in place of a cell's values. run: those of the other run (P0); zero: zeros; mean: the mean over
+    the samples, or those of --reference, at tokens of the same group; resample: those of another sample, chosen by
+    --trace-seed, at tokens of the same group."""
+    direction: Literal["restore", "break"] = "restore"
+    """Into which run patches are put. restore: the corrupted one, and IE is how much the metric rises (P0); break: the
+    clean one, and IE is how much it falls. TE is the same in both, so RR is the share of TE."""
     metric: Annotated[
         Literal["probability", "log_probability", "logit_difference"], tyro.conf.arg(name="trace-metric")
     ] = "probability"
@@ -74,6 +81,10 @@ class TraceOptions:
             raise UserError(f"--positions is {named}: give at least one token group, such as all, each once")
         if "each" in self.positions and (len(self.positions) > 1 or self.heads or self.metric != "probability"):
             raise UserError("--positions each goes with no other group, --heads or --trace-metric: drop them")
+        if "each" in self.positions and (self.patch != "run" or self.direction != "restore"):
+            raise UserError("--positions each restores values of the clean run: drop --patch and --direction")
+        if self.patch != "run" and self.direction == "restore":
+            raise UserError(f"--patch {self.patch} restores nothing: give --direction break to ablate the clean run")
         for group in self.groups:
             check_positions(group)
         layer_windows(depth, self.window)
@@ -97,6 +108,8 @@ class TraceOptions:
             raise UserError(
                 "placing LoRA needs one RR for each module: --positions each belongs to interventions.trace"
             )
+        if self.direction != "restore":
+            raise UserError("placing LoRA needs how much modules restore: drop --patch and --direction break")
         if self.heads or len(self.positions) > 1:
             raise UserError("placing LoRA needs one RR for each module: drop --heads, give one group of --positions")
 

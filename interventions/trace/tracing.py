@@ -2,25 +2,24 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from interventions.engine.grids import patch_grid
 from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import Gold, LogitDifference
 from interventions.engine.sweep import sweep_runs
-from interventions.engine.variants import Variants
-from interventions.kinds.groups import ROLES, bind, positions_of
+from interventions.kinds.groups import bind
 from interventions.kinds.packed import digest
-from interventions.modules import MODULE_SITES, cell_names, module_names
+from interventions.modules import cell_names, module_names
 from interventions.statistics import write_effects, write_rows
 from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
+from interventions.trace.patches import Patches, Present
 from interventions.trace.result import TaskTrace, bounds, by_module, by_position, sample_count, summarise
 from vlm_jax import Inputs, Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
@@ -33,7 +32,7 @@ from vlm_jax.prompts import Batch, batches, encode
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.folder import Run
 from vlm_jax.runs.log import Log
-from vlm_jax.runs.processes import apart, fetch, gathered, progress
+from vlm_jax.runs.processes import apart, fetch, progress
 from vlm_jax.sites import Intervention, Stage, stage
 
 
@@ -46,12 +45,14 @@ def trace_examples(
     log: Log | None = None,
     *,
     interventions: Sequence[Intervention] = (),
+    reference: Sequence[Example] | None = None,
 ) -> TaskTrace:
     """Traces every example.
 
     Args:
         log: the file of the samples' records. New ones are appended; those of an earlier session are read from it.
         interventions: those that act in every run, clean or corrupted; token groups are bound to every batch.
+        reference: the samples whose means ``--patch mean`` takes; None: the traced ones.
 
     Raises:
         UserError: for options that the model or these samples do not allow, or if the corruption changes pictures and
@@ -77,11 +78,12 @@ def trace_examples(
                 f"--corruption {options.corruption} needs images, and no sample has one: corrupt the question"
             )
         corrupt = Corrupter(model, processor, examples, task_survey, options)
+        patches = Patches(model, processor, examples, options, reference, interventions)
         part = log.part(team, ids)
         with progress(total=len(team_rows), desc=f"trace {label}", unit="sample") as bar:
             for rows, batch in part.missing(groups(), ids):
                 bar.update(len(part.records) - bar.n)
-                part.append(trace_batch(corrupt, rows, batch, interventions))
+                part.append(trace_batch(corrupt, rows, batch, interventions, patches))
                 bar.update(len(rows))
     log.join(part, ids, team)
     by_id = {record["id"]: record for record in log.records}
@@ -121,7 +123,11 @@ def check_corruption(options: TraceOptions, interventions: Sequence[Intervention
 
 
 def trace_batch(
-    corrupt: Corrupter, rows: Sequence[int], batch: Batch, interventions: Sequence[Intervention] = ()
+    corrupt: Corrupter,
+    rows: Sequence[int],
+    batch: Batch,
+    interventions: Sequence[Intervention] = (),
+    patches: Patches | None = None,
 ) -> list[dict]:
     """The records of a batch, one per sample, ready for JSON: ``id``, ``task``, ``correct``, ``p_clean``,
     ``p_corrupt (R,)`` and ``ie (R, C)``.
@@ -129,6 +135,7 @@ def trace_batch(
     Args:
         rows: the numbers of the batch's examples.
         interventions: see :func:`trace_examples`.
+        patches: makes the batch's patches; None: as for a trace of these examples alone.
     """
     acting = bind(interventions, batch)
     model, options = corrupt.model, corrupt.options
@@ -136,17 +143,23 @@ def trace_batch(
     read = gold = Gold.of(batch.inputs, batch.spans["answer"])
     if options.metric == "logit_difference":
         read = _difference(corrupt, rows, batch)
-    variants, shape, present = grid(model.config, options, batch)
+    if patches is None:
+        patches = Patches(model, corrupt.processor, corrupt.examples, options, interventions=interventions)
+    variants, shape, present = patches(rows, batch)
+    breaks = options.direction == "break"
     features = _features(model, batch.inputs)
     p_corrupt, ie = [], []
     for replicate in range(options.replicates):
-        base = *corrupt(rows, batch, replicate), *acting
-        runs = sweep_runs(model, batch.inputs, variants, read, base=base, clean=acting, features=features)
-        clean, corrupted, patched = (measured(r, options.metric) for r in (runs.clean, runs.base, runs.variants))
+        corruption = *corrupt(rows, batch, replicate), *acting
+        # Patches are put into the base run; values of the other run come from the one that the sweep calls clean.
+        base, other = (acting, corruption) if breaks else (corruption, acting)
+        runs = sweep_runs(model, batch.inputs, variants, read, base=base, clean=other, features=features)
+        clean_run, corrupted_run = (runs.base, runs.clean) if breaks else (runs.clean, runs.base)
+        clean, corrupted, patched = (measured(r, options.metric) for r in (clean_run, corrupted_run, runs.variants))
         patched = patched.reshape(*shape, -1).swapaxes(0, 1).reshape(len(variants), -1)  # layer by layer
         p_corrupt.append(corrupted)
-        ie.append((patched - corrupted).T)
-    scores = runs.clean if read is gold else _scores(model, batch.inputs, gold.replace(first=0), acting)
+        ie.append((clean - patched if breaks else patched - corrupted).T)
+    scores = clean_run if read is gold else _scores(model, batch.inputs, gold.replace(first=0), acting)
     correct = fetch(scores.correct)
     known = np.tile(present, (1, len(variants) // present.shape[1]))  # groups are the last axis of the grid
     for i, example in enumerate(examples):
@@ -240,54 +253,6 @@ def answered(
     return kept
 
 
-class Grid(NamedTuple):
-    """The patches of a batch; the shape of their grid: sites, layers, then heads and token groups if there are any; and
-    which rows have a token of each group."""
-
-    variants: Variants
-    shape: tuple[int, ...]
-    present: Bool[np.ndarray, "batch groups"]
-
-
-def grid(config: Config, options: TraceOptions, batch: Batch) -> Grid:
-    """The patches of a batch (:class:`Grid`)."""
-    tokens, present = None, np.ones((len(batch.inputs.input_ids), 1), bool)
-    if options.groups != ("all",):
-        tokens = [positions_of(group, batch) for group in options.groups]
-        present = np.stack([mask.any(1) for mask in tokens], 1)
-        # A patch must act somewhere. Of a group that no row has, nothing is recorded, so any token will do.
-        last = positions_of("last", batch)
-        tokens = [mask if mask.any() else last for mask in tokens]
-    depth, window = config.text.num_hidden_layers, options.window
-    if options.heads:
-        heads = config.text.num_attention_heads
-        return Grid(*patch_grid(("text.head_out",), depth, window=window, heads=heads, tokens=tokens), present)
-    return Grid(*patch_grid(MODULE_SITES, depth, window=window, tokens=tokens), present)
-
-
-class Present:
-    """Notes which token groups some row of some batch has."""
-
-    def __init__(self, groups: Sequence[str]):
-        self.groups = groups
-        self.seen = np.array([group == "all" for group in groups])
-
-    def noted(self, batches: Iterable[tuple[list[int], Batch]]) -> Iterator[tuple[list[int], Batch]]:
-        """The same batches."""
-        for rows, batch in batches:
-            for i in np.flatnonzero(~self.seen):
-                self.seen[i] = positions_of(self.groups[i], batch).any()
-            yield rows, batch
-
-    def check(self) -> None:
-        """Raises a UserError, in all processes, if no sample has a token of a group. A role may be missing everywhere,
-        as subjects of one token have no middle, unless it is the only group."""
-        seen = np.any(gathered(self.seen.tolist()), 0)
-        for group, has in zip(self.groups, seen, strict=True):
-            if not has and (group not in ROLES or len(self.groups) == 1):
-                raise UserError(f"--positions {group}: no sample has such a token, choose other groups")
-
-
 def cells_of(config: Config, options: TraceOptions) -> list[str]:
     """The names of the cells that a trace with these options has, in the order of ``ie``'s last axis."""
     heads = config.text.num_attention_heads if options.heads else None
@@ -304,6 +269,7 @@ def trace_task(
     options: TraceOptions,
     *,
     interventions: Sequence[Intervention] = (),
+    reference: Sequence[Example] | None = None,
 ) -> dict:
     """Traces a task into ``folder`` of a run and returns its summary. If an earlier session finished the trace, it only
     reads the summary.
@@ -318,7 +284,8 @@ def trace_task(
     def make() -> dict:
         begun = time.perf_counter()
         log = run.log(f"{folder}samples.jsonl", Artifact("samples", f"{task}: effects of every sample", SAMPLES))
-        result = trace_examples(model, processor, examples, options, task, log, interventions=interventions)
+        how: dict[str, Any] = {"interventions": interventions, "reference": reference}
+        result = trace_examples(model, processor, examples, options, task, log, **how)
         # A trace under interventions says nothing about the model alone, so placements refuse its fingerprint.
         names = [fingerprint(model), *([digest(interventions)] if interventions else [])]
         summary = {"task": task, "fingerprint": "+".join(names), **summarise(result, options)}

@@ -24,6 +24,7 @@ from hf_oracle import (
 import vlm_jax
 from interventions import (
     GROUPS,
+    Ablation,
     Add,
     AttentionKnockout,
     Dictionary,
@@ -113,6 +114,13 @@ class Case:
             "heads": Patch(
                 {"text.head_out": self.head_donor}, {"text.head_out": null}, everywhere, np.ones(HEADS, bool)
             ),
+            "ablation": Ablation(
+                {site: np.zeros((1, len(GROUPS), WIDTH), np.float32) for site in self.donor},
+                dict.fromkeys(self.donor, null),
+                np.ones(len(GROUPS), bool),
+                np.zeros((batch, length), np.int32),
+                where=everywhere,
+            ),
             "gate": Gate(dict.fromkeys(self.donor, ones), where=everywhere),
             "head_gate": HeadGate(np.ones((layers, HEADS), np.float32)),
             "uniform": UniformAttention(np.zeros(layers, np.float32)),
@@ -146,6 +154,8 @@ class Case:
         changes = {}
         if getattr(intervention, "where", None) is not None:
             changes["where"] = self.to_right(intervention.where)
+        if isinstance(intervention, Ablation):
+            changes["labels"] = self.to_right(intervention.labels)
         if isinstance(intervention, AttentionKnockout):
             changes["groups"] = self.bound(intervention, "right").groups
         if isinstance(intervention, Patch):

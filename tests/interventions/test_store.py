@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import vlm_jax
 from interventions import (
     GROUPS,
+    Ablation,
     Add,
     AttentionKnockout,
     Dictionary,
@@ -74,6 +75,14 @@ SAVED = {
     "Patch outside of the layers": Patch(
         {"text.embeddings": normal(1, 2, LENGTH, WIDTH)}, {"text.embeddings": np.int32(0)}, WHERE
     ),
+    "Ablation": Ablation(
+        {"text.attn_out": normal(2, len(GROUPS), WIDTH)},
+        {"text.attn_out": SLOT},
+        np.ones(len(GROUPS), bool),
+        np.ones((2, LENGTH), np.int32),
+        where=WHERE,
+    ),
+    "Ablation of heads": Ablation.zero("text.head_out", [0]).replace(heads=np.array([True, False, True, False])),
     "Noise": Noise(np.array([[1, 2], [3, 4]], np.uint32), np.array([0.5, 1], np.float32), where=WHERE),
     "Gate": Gate({"text.attn_out": np.array([1, 0], np.float32), "text.mlp_out": np.array([0.5, 1], np.float32)}),
     "Gate outside of the layers": Gate({"text.norm": np.float32(0.5)}, where=WHERE, new=True),

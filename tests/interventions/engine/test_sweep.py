@@ -20,6 +20,7 @@ from kind_cases import FAMILIES, HEADS, LAYERS, WIDTH, Case, error, nothing, onl
 
 import vlm_jax
 from interventions import (
+    Ablation,
     Add,
     AttentionKnockout,
     Gate,
@@ -154,6 +155,13 @@ LAYER_KINDS = {
     "gate": lambda r, i: Gate(
         {"text.attn_out": only(i % LAYERS, 0.2 * i, 1), "text.mlp_out": only(LAYERS - 1, 0.5, 1)}, where=r.some()
     ),
+    "ablation": lambda r, i: Ablation(
+        {"text.mlp_out": r.normal(2, len(GROUPS), WIDTH)},
+        {"text.mlp_out": table_of(i)},
+        np.ones(len(GROUPS), bool),
+        r.rng.integers(0, len(GROUPS), r.real.shape).astype(np.int32),
+        where=r.some(),
+    ),
     "gate of a group": question_gate,
     "gate of every token": lambda r, i: Gate.cut(LAYERS, [i % LAYERS], scale=0.1 * i),
     "head gate": head_gate,
@@ -259,7 +267,7 @@ def agree(runs, variants, bound=EXACT, **how):
 # Kinds that are swept together, on the tokens behind a shared prefix but for the last group.
 GROUPED = {
     "patches": ("patch", "patch of heads", "gate of a group"),
-    "gates": ("gate", "head gate", "uniform"),
+    "gates": ("gate", "head gate", "uniform", "ablation"),
     "knock-outs": ("post_softmax", "pre_softmax"),
     "controls": ("value_norm", "random_mass"),
     "vectors": ("add", "replace", "project out", "loreft"),
