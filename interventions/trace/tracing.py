@@ -22,6 +22,7 @@ from interventions.trace.artifacts import CELLS, EFFECTS, SAMPLES, SUMMARY
 from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, bounds, by_module, sample_count, summarise
+from interventions.trace.samples import check_lines, effects, line, predictions
 from vlm_jax import Inputs, Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.config import Config
@@ -61,6 +62,7 @@ def trace_examples(
     options.check(model.config.text.num_hidden_layers)
     examples = traced(model, processor, examples, options, interventions)
     log, ids = Log() if log is None else log, [example.id for example in examples]
+    cells = cells_of(model.config, options)
     with apart(model, tuple(interventions)) as (team, model, interventions):
         team_rows = team.rows(len(examples))
 
@@ -76,19 +78,26 @@ def trace_examples(
             )
         corrupt = Corrupter(model, processor, examples, task_survey, options)
         part = log.part(team, ids)
+        check_lines(part.records, "samples.jsonl" if part.run is None else part.run.folder / part.name)
         with progress(total=len(team_rows), desc=f"trace {label}", unit="sample") as bar:
             for rows, batch in part.missing(groups(), ids):
                 bar.update(len(part.records) - bar.n)
-                part.append(trace_batch(corrupt, rows, batch, interventions))
+                of_batch = [examples[row] for row in rows]
+                records = trace_batch(corrupt, rows, batch, interventions)
+                written: list[str | None] = [None] * len(rows)
+                if log.run is not None:  # only readers of the file ask for it
+                    written = predictions(model, processor, of_batch, options.batch, interventions)
+                part.append([line(*of, cells, text) for *of, text in zip(records, of_batch, written, strict=True)])
                 bar.update(len(rows))
     log.join(part, ids, team)
     by_id = {record["id"]: record for record in log.records}
     kept = [by_id[example.id] for example in examples]
-    columns = {name: np.array([record[name] for record in kept]) for name in ("p_clean", "p_corrupt", "ie", "correct")}
+    columns = {name: np.array([record[name] for record in kept]) for name in ("p_clean", "p_corrupt", "correct")}
     return TaskTrace(
         [example.id for example in examples],
         [example.task for example in examples],
-        cells_of(model.config, options),
+        cells,
+        ie=effects(kept, cells),
         sigma=task_survey.sigma[options.sigma],
         **columns,
     )
