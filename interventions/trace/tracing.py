@@ -87,7 +87,8 @@ def trace_examples(
                 written: list[str | None] = [None] * len(rows)
                 if log.run is not None:  # only readers of the file ask for it
                     written = predictions(model, processor, of_batch, options.batch, interventions)
-                part.append([line(*of, cells, text) for *of, text in zip(records, of_batch, written, strict=True)])
+                together = zip(records, of_batch, written, strict=True)
+                part.append([line(record, example, cells, text) for record, example, text in together])
                 bar.update(len(rows))
     log.join(part, ids, team)
     by_id = {record["id"]: record for record in log.records}
