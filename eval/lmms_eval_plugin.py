@@ -2,7 +2,7 @@
 
 In an environment that has both packages, ``lmms-eval --model vlm_jax --model_args pretrained=FOLDER,intervention=FILE``
 finds this file through the entry point ``lmms_eval.models``. lmms-eval needs torch, so this file imports it only when
-it is used. The plugin was written for lmms-eval 0.7.2, but it was tested only with a stand-in for lmms-eval.
+it is used. ``make test-peers`` runs it inside lmms-eval 0.7.3.
 """
 
 import functools
@@ -114,8 +114,13 @@ def _plugin() -> type:
                     self.cache_hook.add_partial("generate_until", requests[row].args[:2], answers[row])
             return answers
 
-        def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
-            """The log-probability of every continuation, and whether greedy decoding would write it."""
+        def loglikelihood(self, requests: list) -> list:
+            """The loss of every continuation, its mean negative log-probability per token, and whether greedy decoding
+            would write it.
+
+            Despite the method's name, lmms-eval chooses the answer with the *lowest* number, because the models that it
+            comes with return their loss (lmms-eval's issue 370).
+            """
             examples = []
             for row, request in enumerate(requests):
                 text, gold, doc_to_visual, doc_id, task, split = request.args
@@ -126,14 +131,21 @@ def _plugin() -> type:
             for rows, batch in batches(examples, self.processor, config, self.batch, prompt=PLAIN_PROMPT):
                 read = Gold.of(batch.inputs, batch.spans["answer"])
                 scores = _read(self.model, batch.inputs, bind(self.interventions, batch), read)
-                logp, greedy = np.asarray(scores.logp.sum(-1)), np.asarray(scores.correct)
-                results |= {row: (float(logp[i]), bool(greedy[i])) for i, row in enumerate(rows)}
-            return [results[row] for row in range(len(requests))]
+                loss, greedy = -np.asarray(scores.log_probability), np.asarray(scores.correct)
+                results |= {row: (float(loss[i]), bool(greedy[i])) for i, row in enumerate(rows)}
+            return [_kept(results[row]) for row in range(len(requests))]
 
         def generate_until_multi_round(self, requests: list) -> list[str]:
             raise NotImplementedError("vlm_jax answers one question at a time: choose a task of one round")
 
     return VLMJax
+
+
+def _kept(pair: tuple[float, bool]) -> Any:
+    """A result of ``loglikelihood`` that lmms-eval does not turn into text. 0.7.3 does that to every pair that is not
+    in a ``GenerationResult``; earlier versions take the pair itself."""
+    instance = importlib.import_module("lmms_eval.api.instance")
+    return instance.GenerationResult(pair) if hasattr(instance, "unwrap_generation_output") else pair
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from interventions.modules import split_cell
 from interventions.statistics import holm, paired, paired_columns
 from interventions.statistics.bootstrap import percentile_bounds
 from interventions.statistics.comparison import two_sided
+from interventions.trace.samples import check_lines, effects
 from vlm_jax.errors import UserError
 
 
@@ -61,17 +62,18 @@ def traces(first: State, second: State, seed: int) -> Changes:
     RR is computed in both runs from the same resampled samples; each run leaves out its own samples with a small TE.
     """
     lines = [state.lines("samples.jsonl") for state in (first, second)]
+    for state, of_run in zip((first, second), lines, strict=True):
+        check_lines(of_run, state.folder / "samples.jsonl")
     both = shared(*([line["id"] for line in of_run] for of_run in lines), where="the trace")
     kept = [[of_run[row] for row in rows] for of_run, rows in zip(lines, both[:2], strict=True)]
-    clean, corrupt, ie, correct = (
-        [np.array([line[name] for line in of_run], float) for of_run in kept]
-        for name in ("p_clean", "p_corrupt", "ie", "correct")
+    clean, te, correct = (
+        [np.array([line[name] for line in of_run], float) for of_run in kept] for name in ("p_clean", "te", "correct")
     )
-    te = [one[:, None] - other for one, other in zip(clean, corrupt, strict=True)]
     summary, task, count = first.read("summary.json"), first.read("summary.json")["task"], len(kept[0])
     cells = list(summary["rr"])
     if cells != list(second.read("summary.json")["rr"]):
         raise UserError(f"{first.folder} and {second.folder} have other cells: compare models of the same depth")
+    ie = [effects(of_run, cells) for of_run in kept]
     options = {"min_te": first.config["min_te"], "eps": first.config["eps"], "statistic": first.config["statistic"]}
     rates, draws = [], []
     for state, one_te, one_ie in zip((first, second), te, ie, strict=True):

@@ -1,7 +1,7 @@
 """The bootstrap: rows drawn with replacement, percentile intervals, and the interval of a mean."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -92,5 +92,12 @@ def mean_interval(values: ArrayLike, seed: int = 0) -> dict:
 
 
 def _as_json(interval: Interval) -> dict:
-    ends = (np.where(np.isnan(end), None, end).tolist() for end in (interval.low, interval.high))
+    ends = (_nested(end.tolist()) for end in (interval.low, interval.high))
     return {"mean": interval.value.tolist(), **dict(zip(("low", "high"), ends, strict=True))}
+
+
+def _nested(value: Any) -> Any:
+    """Nested lists with None in place of NaN, which JSON lacks."""
+    if isinstance(value, list):
+        return [_nested(part) for part in value]
+    return None if np.isnan(value) else value

@@ -30,7 +30,7 @@ class Traced(Protocol):
 
 
 _EFFECTS = pa.schema(
-    [("task", pa.string()), ("sample", pa.string()), ("replicate", pa.int32()), ("cell", pa.string())]
+    [("task", pa.string()), ("id", pa.string()), ("replicate", pa.int32()), ("cell", pa.string())]
     + [(name, pa.float64()) for name in ("p_clean", "p_corrupt", "te", "ie", "rr")]
 )
 
@@ -51,7 +51,7 @@ def write_effects(path: Path, tasks: Mapping[str, Traced], eps: float = EPS) -> 
             }
             names = {
                 "task": _named([task], np.zeros(traced.ie.size, np.int32)),
-                "sample": _named(traced.ids, np.repeat(np.arange(count, dtype=np.int32), replicates * cells)),
+                "id": _named(traced.ids, np.repeat(np.arange(count, dtype=np.int32), replicates * cells)),
                 "replicate": np.tile(np.repeat(np.arange(replicates, dtype=np.int32), cells), count),
                 "cell": _named(traced.cells, np.tile(np.arange(cells, dtype=np.int32), count * replicates)),
             }
@@ -64,5 +64,8 @@ def _named(names: Sequence[str], which: np.ndarray) -> pa.Array:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a Parquet file of rows, such as those of :func:`interventions.statistics.rr_summary`: a column per key."""
-    pq.write_table(pa.Table.from_pylist(list(rows)), path, compression="zstd")
+    """Writes a Parquet file of rows, such as those of :func:`interventions.statistics.rr_summary`: a column per key.
+    A column without any value is one of numbers."""
+    table = pa.Table.from_pylist(list(rows))
+    schema = pa.schema([f.with_type(pa.float64()) if pa.types.is_null(f.type) else f for f in table.schema])
+    pq.write_table(table.cast(schema), path, compression="zstd")

@@ -3,15 +3,19 @@
 from vlm_jax.runs.artifacts import Schema
 
 SAMPLES = Schema(
-    "trace_samples",
+    "traced_samples",
     {
         "id": "the sample",
         "task": "the task it belongs to",
+        "question": "the question",
+        "answer": "the gold answer that is scored",
+        "prediction": "what greedy decoding of the clean prompt writes",
         "correct": "whether greedy decoding of the clean prompt writes the gold answer",
         "p_clean": "the metric of the clean run, such as the probability of the gold answer",
         "p_corrupt": "(R,), the metric of every replicate's corrupted run",
-        "ie": "(R, C), indirect effects: metric with a cell restored, minus p_corrupt; cells as in the summary's rr; "
-        "null where the sample has no token of the cell's group",
+        "te": "(R,), total effect of every replicate: p_clean - p_corrupt",
+        "ie": "cell -> (R,), indirect effect: the metric with this cell restored, minus p_corrupt (with --direction "
+        "break: p_clean minus the metric with it broken); null where the sample has no token of the cell's group",
     },
 )
 SUMMARY = Schema(
@@ -55,10 +59,10 @@ CELLS = Schema(
     },
 )
 EFFECTS = Schema(
-    "trace_effects",
+    "trace_replicates",
     {
         "task": "the task",
-        "sample": "the sample's id",
+        "id": "the sample",
         "replicate": "number of the corruption, from 0",
         "cell": "layer and module, head or token group",
         "p_clean": "the metric of the clean run",

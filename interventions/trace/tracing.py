@@ -21,6 +21,7 @@ from interventions.trace.corruption import CORRUPTIONS, Corrupter, counterpart, 
 from interventions.trace.options import TraceOptions
 from interventions.trace.patches import Patches, Present
 from interventions.trace.result import TaskTrace, bounds, by_module, by_position, sample_count, summarise
+from interventions.trace.samples import check_lines, effects, line, predictions
 from vlm_jax import Inputs, Model
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.config import Config
@@ -62,6 +63,7 @@ def trace_examples(
     options.check(model.config.text.num_hidden_layers)
     examples = traced(model, processor, examples, options, interventions)
     log, ids = Log() if log is None else log, [example.id for example in examples]
+    cells = cells_of(model.config, options)
     with apart(model, tuple(interventions)) as (team, model, interventions):
         team_rows = team.rows(len(examples))
 
@@ -80,20 +82,28 @@ def trace_examples(
         corrupt = Corrupter(model, processor, examples, task_survey, options)
         patches = Patches(model, processor, examples, options, reference, interventions)
         part = log.part(team, ids)
+        check_lines(part.records, "samples.jsonl" if part.run is None else part.run.folder / part.name)
         with progress(total=len(team_rows), desc=f"trace {label}", unit="sample") as bar:
             for rows, batch in part.missing(groups(), ids):
                 bar.update(len(part.records) - bar.n)
-                part.append(trace_batch(corrupt, rows, batch, interventions, patches))
+                of_batch = [examples[row] for row in rows]
+                records = trace_batch(corrupt, rows, batch, interventions, patches)
+                written: list[str | None] = [None] * len(rows)
+                if log.run is not None:  # only readers of the file ask for it
+                    written = predictions(model, processor, of_batch, options.batch, interventions)
+                together = zip(records, of_batch, written, strict=True)
+                part.append([line(record, example, cells, text) for record, example, text in together])
                 bar.update(len(rows))
     log.join(part, ids, team)
     by_id = {record["id"]: record for record in log.records}
     kept = [by_id[example.id] for example in examples]
-    columns = {name: np.array([record[name] for record in kept], float) for name in ("p_clean", "p_corrupt", "ie")}
+    columns = {name: np.array([record[name] for record in kept], float) for name in ("p_clean", "p_corrupt")}
     columns["correct"] = np.array([record["correct"] for record in kept])
     return TaskTrace(
         [example.id for example in examples],
         [example.task for example in examples],
-        cells_of(model.config, options),
+        cells,
+        ie=effects(kept, cells),
         sigma=task_survey.sigma[options.sigma],
         **columns,
     )

@@ -1,4 +1,4 @@
-"""The lmms-eval plugin against a stand-in for lmms-eval, which cannot be installed here."""
+"""The lmms-eval plugin against a stand-in for lmms-eval. tests/peers/test_lmms_eval.py runs it inside lmms-eval."""
 
 import abc
 import dataclasses
@@ -50,6 +50,7 @@ def plugin():
         for name, content in {
             "lmms_eval": {},
             "lmms_eval.api": {},
+            "lmms_eval.api.instance": {},
             "lmms_eval.api.model": {"lmms": Base},
             "lmms_eval.models": {},
             "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest},
@@ -129,7 +130,7 @@ def test_places_of_images(base, docs, text, question):
 
 
 def test_loglikelihood(base, docs):
-    """The sum of the continuation's log-probabilities in the whole model's logits."""
+    """The loss: minus the mean of the continuation's log-probabilities in the whole model's logits."""
     golds = [docs[0].answers[0], "harbor forest", "7"]
     requests = [request(i, docs[i].question, f" {gold}") for i, gold in enumerate(golds)]
     requests.append(request(3, docs[3].question, lambda doc: doc.answers[0]))
@@ -137,12 +138,12 @@ def test_loglikelihood(base, docs):
     docs = [dataclasses.replace(d, answers=(g,)) for d, g in zip(docs, [*golds, docs[3].answers[0]], strict=False)]
     batch = encode(docs, base.processor, base.model.config, prompt=PLAIN_PROMPT)
     logits = np.asarray(jax.jit(lambda m, x: m(x).logits)(base.model, batch.inputs), np.float64)
-    for row, (logp, greedy) in enumerate(found):
+    for row, (loss, greedy) in enumerate(found):
         places = np.flatnonzero(batch.spans["answer"][row])
         tokens = np.asarray(batch.inputs.input_ids)[row, places]
         before = logits[row, places - 1]
         each = before - np.log(np.exp(before).sum(-1, keepdims=True))
-        np.testing.assert_allclose(logp, each[np.arange(len(tokens)), tokens].sum(), atol=1e-4)
+        np.testing.assert_allclose(loss, -each[np.arange(len(tokens)), tokens].mean(), atol=1e-4)
         assert greedy == (each.argmax(-1) == tokens).all()
     assert {greedy for _, greedy in found} == {True, False}
 

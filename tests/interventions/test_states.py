@@ -18,6 +18,7 @@ from interventions.options import StateOptions
 from interventions.placement.adapters import init_lora, merge, save_peft
 from interventions.talo.tables import tabulate
 from interventions.trace.options import TraceOptions
+from interventions.trace.samples import effects
 from interventions.trace.tracing import trace_examples
 from vlm_jax.data import load_task
 
@@ -96,7 +97,7 @@ def test_trace(adapters, cut, tmp_path, split):
     want = trace_examples(model, processor, examples, tracing, TASK, interventions=(Gate.cut(8, [2]),))
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [example.id for example in examples]
-    np.testing.assert_allclose([line["ie"] for line in lines], want.ie, atol=1e-5)
+    np.testing.assert_allclose(effects(lines, want.cells), want.ie, atol=1e-5)
     base = trace_examples(*vlm_jax.load("mini-qwen3-vl"), examples, tracing, TASK)
     assert np.abs(base.ie - want.ie).max() > 1e-2
 
@@ -135,5 +136,5 @@ def test_effects_are_of_the_changed_model(adapters, cut, tmp_path):
     args = trace.Args(task=TASK, intervention=(cut,), limit=LIMIT, batch=4, min_te=-1.0, eps=1.0, out=tmp_path / "run")
     trace.main(args)
     rows = pq.read_table(tmp_path / "run" / "trace.parquet").to_pylist()
-    effects = {row["cell"]: abs(row["ie"]) for row in rows}
-    assert effects["L2-attn"] < 1e-6 < max(effects.values())
+    found = {row["cell"]: abs(row["ie"]) for row in rows}
+    assert found["L2-attn"] < 1e-6 < max(found.values())

@@ -619,7 +619,7 @@ def test_tidy_rows_are_the_arrays(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     rows = pq.read_table(tmp_path / "a").to_pylist()
     assert len(rows) == 2 * 3 * 2 * 4
-    keys = [(r["task"], r["sample"], r["replicate"], r["cell"]) for r in rows]
+    keys = [(r["task"], r["id"], r["replicate"], r["cell"]) for r in rows]
     assert len(set(keys)) == len(keys)
     for row, (task, sample, replicate, cell) in zip(rows, keys, strict=True):
         t = tasks[task]
@@ -627,7 +627,7 @@ def test_tidy_rows_are_the_arrays(tmp_path):
         assert row["p_clean"] == t.p_clean[n] and row["p_corrupt"] == t.p_corrupt[n, replicate]
         assert row["te"] == t.te[n, replicate] and row["ie"] == t.ie[n, replicate, c]
         assert row["rr"] == pytest.approx(row["ie"] / (row["te"] + 0.01), rel=1e-12)
-    assert [r["sample"] for r in rows] == [r["sample"] for r in sorted(rows, key=lambda r: (r["task"], r["sample"]))]
+    assert [r["id"] for r in rows] == [r["id"] for r in sorted(rows, key=lambda r: (r["task"], r["id"]))]
 
 
 def test_a_summary_can_be_read_back(tmp_path):

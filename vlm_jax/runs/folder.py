@@ -26,6 +26,7 @@ from vlm_jax.errors import UserError, unwritten
 from vlm_jax.files import check_folder, parse_json, read_json
 from vlm_jax.processor import Processor
 from vlm_jax.runs.artifacts import ARTIFACTS, Artifact, is_internal, is_listing, with_artifact
+from vlm_jax.runs.code import code
 from vlm_jax.runs.configuration import differences, file_digest, named_files, plain, without
 from vlm_jax.runs.lock import LOCK, Lock
 from vlm_jax.runs.log import Log, records_of
@@ -390,8 +391,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def run_manifest(config: Config | None, processor: Processor | None) -> dict:
-    """The facts, besides the command's options, on which results depend: the model's configuration, the versions of
-    packages, and the machine."""
+    """The facts, besides the command's options, on which results depend: the model's configuration, the library's code,
+    the versions of packages, and the machine."""
 
     def version(package: str) -> str | None:
         try:
@@ -404,6 +405,7 @@ def run_manifest(config: Config | None, processor: Processor | None) -> dict:
         "family": config and config.family,
         "model_config": config and json.loads(config.hf),
         "image_processor": images and type(images).__name__,
+        "code": code(),
         "versions": {package: version(package) for package in _PACKAGES},
         "python": platform.python_version(),
         "machine": {"devices": [str(d) for d in jax.devices()], "cores": os.cpu_count(), "arch": platform.machine()},

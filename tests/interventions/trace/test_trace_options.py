@@ -16,7 +16,8 @@ from tracing_oracle import forward, probability
 import interventions.trace.__main__
 import interventions.trace.tracing
 import vlm_jax
-from interventions import Patch
+from eval.evaluation import answer
+from interventions import Patch, ProjectOut
 from interventions.engine.prefix import PREFIX_BUCKET
 from interventions.engine.read import LogitDifference
 from interventions.kinds.groups import label, members
@@ -24,6 +25,7 @@ from interventions.kinds.layers import slots
 from interventions.trace.corruption import Corrupter, Survey, survey
 from interventions.trace.options import TraceOptions
 from interventions.trace.result import TaskTrace, summarise
+from interventions.trace.samples import predictions, read_effects
 from interventions.trace.tracing import cells_of, foil, trace_batch, trace_examples, with_gold_first
 from vlm_jax.data import Example, load_task
 from vlm_jax.errors import UserError
@@ -393,12 +395,13 @@ def test_files_of_a_run(run, tmp_path):
     assert fields <= config.keys() and config["positions"] == ["all"] and config["corruption"] == "question_noise"
     assert json.loads((out / "manifest.json").read_text())["data"]["dataset"] == "miniworld"
     records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    p_corrupt, ie = (np.array([r[name] for r in records]) for name in ("p_corrupt", "ie"))
-    te = np.array([r["p_clean"] for r in records])[:, None] - p_corrupt
+    ie = np.array([list(r["ie"].values()) for r in records]).swapaxes(1, 2)
+    te = np.array([r["p_clean"] for r in records])[:, None] - np.array([r["p_corrupt"] for r in records])
+    np.testing.assert_array_equal([r["te"] for r in records], te)
     assert ie.shape == (5, 2, 16) and summary["samples"] == 5 and summary["replicates"] == 2
     names = [f"L{layer}-{module}" for layer in range(8) for module in ("attn", "mlp")]
     rates = (ie.mean(1) / (te.mean(1) + 1e-8)[:, None]).mean(0)
-    assert list(summary["rr"]) == names
+    assert list(summary["rr"]) == names and all(list(r["ie"]) == names for r in records)
     np.testing.assert_allclose(list(summary["rr"].values()), rates, rtol=1e-6)
     assert summary["ranking"] == [names[i] for i in np.argsort(-rates, kind="stable")]
     assert {row["statistic"] for row in summary["cells"]} >= {"mean_of_ratios", "median"}
@@ -408,11 +411,43 @@ def test_files_of_a_run(run, tmp_path):
     assert len(table["ie"]) == 5 * 2 * 16 and set(table["cell"]) == set(names)
     by_id = {r["id"]: r for r in records}
     for at in (0, 100, 159):
-        record, cell = by_id[table["sample"][at]], names.index(table["cell"][at])
-        assert table["ie"][at] == record["ie"][table["replicate"][at]][cell]
+        record, replicate = by_id[table["id"][at]], table["replicate"][at]
+        assert table["ie"][at] == record["ie"][table["cell"][at]][replicate]
+        assert table["te"][at] == record["te"][replicate]
     assert len(pq.read_table(out / "summary.parquet")) == len(summary["cells"])
     assert all((out / name).stat().st_size > 1000 for name in ("heatmap.png", "intervals.png"))
     check_run_folder(out, tmp_path)
+
+
+def test_lines_have_question_answer_and_prediction(run, task):
+    """The prediction is that of an evaluation. If it begins with other tokens than the answer, it is not correct."""
+    records = [json.loads(line) for line in (run[0] / "samples.jsonl").read_text().splitlines()]
+    examples = {example.id: example for example in load_task("mini-docvqa", split="trace", limit=5)}
+    shown = [examples[record["id"]] for record in records]
+    assert [(r["question"], r["answer"]) for r in records] == [(e.question, e.answers[0]) for e in shown]
+    predicted = [record["prediction"] for record in records]
+    assert predicted == answer(task.model, task.processor, shown, batch=4).texts
+    for record in records:
+        assert record["prediction"].startswith(record["answer"]) or not record["correct"]
+    assert len({record["correct"] for record in records}) == 2
+
+
+def test_predictions_where_an_intervention_needs_the_answer(task):
+    """It has no prompt without an answer to act on."""
+    width = task.model.config.text.hidden_size
+    cut = ProjectOut.of(np.eye(width)[:1, None], {"text.resid_post": slots(DEPTH, [3])}, group="answer")
+    assert predictions(task.model, task.processor, task.examples[:1], 4, (cut,)) == [None]
+
+
+def test_lines_of_an_older_version_are_refused(tmp_path):
+    old = {"id": "a", "p_clean": 0.5, "p_corrupt": [0.25], "ie": [[0.1]]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(old) + "\n")
+    with pytest.raises(UserError, match="was written by an older version"):
+        read_effects(tmp_path / "samples.jsonl")
+    new = old | {"te": [0.25], "ie": {"L0-attn": [0.1], "L0-mlp": [0.2]}}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(new) + "\n")
+    te, ie = read_effects(tmp_path / "samples.jsonl")
+    assert te.tolist() == [[0.25]] and ie.tolist() == [[[0.1, 0.2]]]
 
 
 def test_the_documented_list_of_artifacts(run):

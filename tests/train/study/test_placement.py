@@ -225,7 +225,7 @@ def written(tmp_path):
         traced = TaskTrace(ids, ["one", "two"] * 10, NAMES, clean, clean[:, None] - te, ie, clean > 0, 0.5)
         run.save_json(f"mini/trace/{family}/summary.json", summarise(traced, options), Artifact("metrics", family))
         records = [
-            {"id": i, "p_clean": 0.7, "p_corrupt": (0.7 - te[n]).tolist(), "ie": ie[n].tolist()}
+            {"id": i, "te": te[n].tolist(), "ie": dict(zip(NAMES, ie[n].T.tolist(), strict=True))}
             for n, i in enumerate(ids)
         ]
         run.save_lines(f"mini/trace/{family}/samples.jsonl", records, Artifact("samples", family))

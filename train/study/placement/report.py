@@ -17,6 +17,7 @@ from interventions.figures.tracing import correlation, heatmap, interval_plot, s
 from interventions.modules import folder_name, module_names
 from interventions.statistics import change_text, interval_text, normalised, write_rows
 from interventions.trace.result import bounds, by_module, sample_count
+from interventions.trace.samples import read_effects
 from train.study.artifacts import RUNS, SUMMARY
 from train.study.placement.recipes import RECIPES
 from vlm_jax.errors import UserError
@@ -162,12 +163,7 @@ def comparisons(outcomes: Outcomes) -> list[dict]:
 def trace_difference(run: Run, model: str, families: list[str], args) -> dict:
     """Whether the two families' restoration rates differ, for each module: raw, and normalised (P0, equation 7). The
     test is a permutation test with a controlled false discovery rate."""
-    traced = []
-    for family in families:
-        lines = (run.folder / f"{model}/trace/{family}/samples.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        te = np.array([r["p_clean"] - np.array(r["p_corrupt"]) for r in records])
-        traced.append((te, np.array([r["ie"] for r in records], float)))
+    traced = [read_effects(run.folder / f"{model}/trace/{family}/samples.jsonl") for family in families]
     tests: dict[str, dict | None] = {}
     for name, normalise in (("raw", False), ("normalised", True)):
         options = {"min_te": args.tracing.min_te, "eps": args.tracing.eps, "statistic": args.tracing.statistic}
