@@ -160,6 +160,10 @@ def _flow(out):
     flow.main(flow.Args(limit=8, out=out))
 
 
+def _lens(out):
+    lens.main(lens.Args(limit=8, out=out))
+
+
 def _talo(out):
     talo.main(talo.Args(limit=30, out=out))
 
@@ -210,6 +214,7 @@ def _diff(out):
     ("make", "estimate"),
     [
         (_flow, ""),
+        (_lens, ""),
         (_talo, ""),
         (_accuracy, ""),
         (_lora, ""),
