@@ -1,10 +1,16 @@
-"""Figures of what the residual stream says: the logit lens by layer, and attributions by module and head."""
+"""Figures of what the residual stream says: the logit lens by layer and over a picture, and attributions by module and
+head."""
 
-from collections.abc import Mapping
+import base64
+import functools
+import io
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import font_manager, patheffects
 from matplotlib.figure import Figure
+from PIL import Image
 
 from interventions.figures.base import COLOURS, drawer, estimate, subplots
 from vlm_jax.runs.charts import Chart
@@ -103,3 +109,62 @@ def _tables(parts: Mapping[str, Any]) -> tuple[tuple[list[str], np.ndarray], tup
 def _step(count: int) -> int:
     """Of many ticks, every so many are labelled."""
     return max(1, count // 12)
+
+
+def _words_chart(samples: Sequence[Mapping[str, Any]]) -> Chart:
+    rows = []
+    for sample in samples:
+        for point in sample["points"]:
+            panel, shown = f"{sample['id']}, {point['name']}", point["probability"]
+            for y, x in np.ndindex(len(shown), len(shown[0])):  # rows are texts, because those stay in their order
+                rows.append({"panel": panel, "x": x, "y": str(y), "value": shown[y][x], "word": point["words"][y][x]})
+    return Chart(rows, {"x": "column", "y": "row", "value": "probability of the likeliest word"})
+
+
+@drawer(
+    "heat_map",
+    _words_chart,
+    dpi=110,
+    samples="id; picture, a PNG in base64; points: for each shown point of the stream its name, the words of the "
+    "picture's tokens (rows, columns) and their probability",
+)
+def words(samples: Sequence[Mapping[str, Any]]) -> Figure:
+    """A line per sample: its picture, as the model saw it, and at some points of the stream the likeliest word of each
+    of its tokens, on the token's place. The darker the place, the likelier the word."""
+    count = max(len(sample["points"]) for sample in samples)
+    figure, axes = subplots(len(samples), count + 1, size=(3.1 * (count + 1), 3.4 * len(samples)))
+    readable = _readable()
+    for line, sample in zip(axes, samples, strict=True):
+        picture = Image.open(io.BytesIO(base64.b64decode(sample["picture"])))
+        line[0].imshow(picture, interpolation="nearest")
+        line[0].set_title(sample["id"], fontsize=8)
+        for axis in line:
+            axis.set_axis_off()
+        for axis, point in zip(line[1:], sample["points"], strict=False):
+            rows, columns = len(point["words"]), len(point["words"][0])
+            axis.imshow(picture, extent=(0, columns, rows, 0), aspect="auto", interpolation="nearest", alpha=0.55)
+            shade = np.zeros((rows, columns, 4))
+            shade[..., 3] = 0.75 * np.array(point["probability"], float)
+            axis.imshow(shade, extent=(0, columns, rows, 0), aspect="auto", interpolation="nearest")
+            axis.set_box_aspect(picture.height / picture.width)
+            size = min(9.0, max(2.0, 3.1 * 72 / columns / 4.5))  # points; a cell has room for about eight letters
+            for y, x in np.ndindex(rows, columns):
+                said = axis.text(x + 0.5, y + 0.5, readable(point["words"][y][x]), fontsize=size, color="white")
+                said.set(ha="center", va="center", parse_math=False)
+                said.set_path_effects([patheffects.withStroke(linewidth=size / 5, foreground="black")])
+            axis.set_title(point["name"], fontsize=8)
+    return figure
+
+
+def _readable() -> Callable[[str], str]:
+    """A function that makes a word's spaces and ends of lines visible, cuts it to eight letters, and puts a box in
+    place of each letter that the figure's font lacks."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+
+    @functools.cache
+    def readable(word: str) -> str:
+        shown = word.strip(" ").replace("\n", "\u21b5").replace("\t", "\u21e5") or "\u2423"
+        shown = shown if len(shown) <= 8 else f"{shown[:7]}\u2026"
+        return "".join(letter if font.get_char_index(ord(letter)) else "\u25a1" for letter in shown)
+
+    return readable

@@ -10,11 +10,12 @@ import tyro
 
 from interventions.lens.artifacts import LENS, RESULTS, SAMPLES
 from interventions.lens.lens import check_words
-from interventions.lens.maps import word_maps
+from interventions.lens.maps import first_picture, shown_layers, word_maps
 from interventions.lens.options import Args
 from interventions.lens.reading import Reading, read_examples
 from interventions.lens.summary import records, summarise
 from interventions.store import digest
+from vlm_jax import Model
 from vlm_jax.data import source
 from vlm_jax.runs.artifacts import Artifact
 from vlm_jax.runs.command import command
@@ -41,6 +42,11 @@ def _report(task: str, results: dict[str, Any], first: dict[str, Any]) -> None:
         print(f"  {name:10s}  {numbers}  {lens['median_rank'][point]:11.0f}  {written}  {' '.join(map(repr, words))}")
 
 
+def _check(args: Args, model: Model) -> None:
+    check_words(model, max(args.top, 2))
+    shown_layers(args.layers, model.config.text.num_hidden_layers)
+
+
 @command
 def main(args: Args) -> None:
     from interventions.figures import lens as figures
@@ -52,12 +58,13 @@ def main(args: Args) -> None:
         args,
         list(itertools.chain(*tasks.values())),
         data,
-        check=lambda model: check_words(model, max(args.top, 2)),
-        ignored=("maps",),
+        check=lambda model: _check(args, model),
+        ignored=("maps", "layers"),
     )
     acting = args.interventions(model)
     run.pin("interventions", digest(acting))
-    results = {}
+    layers = shown_layers(args.layers, model.config.text.num_hidden_layers)
+    results, pictures = {}, []
     for task, examples in tasks.items():
         on = (model, processor, examples)
         options: dict[str, Any] = {"size": args.batch, "top": args.top, "against": args.against}
@@ -76,19 +83,22 @@ def main(args: Args) -> None:
             Artifact("samples", f"{task}: which words the stream stands for after every layer", SAMPLES),
         )
         if args.maps:
-            run.once(
+            picture = run.once(
                 f"{task}/token_maps",
                 lambda on=on: word_maps(*on[:2], on[2][: args.maps], acting)._asdict(),
                 Artifact("token_maps", f"{task}: which word every token stands for", TOKEN_MAPS),
                 write=lambda path, made: write_token_maps(path, value="probability", **made),
-                read=lambda path: None,
+                read=lambda path: first_picture(path, layers),
             )
+            pictures += [picture] if picture is not None else []
         results[task] = summarise(reading, args.seed)
         _report(task, results[task], lines[0])
     shown = {part: {task: result[part] for task, result in results.items()} for part in ("lens", "attribution")}
     save_figure(run, "lens", figures.by_layer, "The gold word after every layer (logit lens)", tasks=shown["lens"])
     title = "What every module and head writes towards the gold word"
     save_figure(run, "attribution", figures.attribution, title, tasks=shown["attribution"])
+    if pictures:
+        save_figure(run, "words", figures.words, "Which words the tokens of a picture stand for", samples=pictures)
     run.save_json("results.json", results, Artifact("metrics", "Lens and attributions of every task", RESULTS))
     print(f"written to {args.out}")
 

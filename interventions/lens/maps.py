@@ -1,9 +1,14 @@
 """Which words single tokens stand for, those of the picture above all, for the result page to lay over the picture."""
 
+import base64
+import io
+import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from interventions.kinds.groups import bind
 from interventions.lens.lens import logit_lens
@@ -16,12 +21,14 @@ from vlm_jax.inputs import bucket
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import encode
 from vlm_jax.runs.processes import fetch
-from vlm_jax.runs.token_maps import TokenMap
+from vlm_jax.runs.token_maps import ARRAYS, INDEX, TokenMap
 from vlm_jax.seen import read_prompt
 from vlm_jax.sites import Intervention
 
 #: Numbers of tokens are rounded up to a multiple of this, so that few programs are compiled.
 _STEP = 32
+#: The longest side of a picture in the figure, in pixels.
+_SIDE = 384
 
 
 class WordMaps(NamedTuple):
@@ -78,9 +85,56 @@ def grid_of(one: TokenMap, point: int, picture: int = 0) -> list[list[str]]:
             f"{one.id!r} has {len(words)} points and {len(one.prompt.grids)} pictures, so not point {point} of picture "
             f"{picture}: count both from 0"
         )
-    rows, columns = one.prompt.grids[picture]
-    grid = [[""] * columns for _ in range(rows)]
-    for word, (number, row, column) in zip(words[point], one.prompt.places.tolist(), strict=True):
-        if number == picture:
-            grid[row][column] = word
-    return grid
+    return _laid_out(words[point], one.prompt.places.tolist(), one.prompt.grids[picture], picture, "")
+
+
+def _laid_out(
+    values: Sequence[Any], places: Sequence[Sequence[int] | None], grid: Sequence[int], picture: int, empty: Any
+) -> list[list[Any]]:
+    """Values of tokens on the places that they have in a picture."""
+    rows, columns = grid
+    laid = [[empty] * columns for _ in range(rows)]
+    for value, place in zip(values, places, strict=True):
+        if place is not None and place[0] == picture:
+            laid[place[1]][place[2]] = value
+    return laid
+
+
+def shown_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
+    """The layers that the figure of a picture's words shows: by default four, or all of fewer, of which the last is the
+    model's last layer.
+
+    Raises:
+        UserError: for a layer that the model lacks.
+    """
+    if layers is None:
+        return sorted({depth * part // 4 - 1 for part in range(1, 5)} - {-1})
+    for layer in layers:
+        if layer >= depth:
+            raise UserError(f"--layers names layer {layer}, but the model has {depth}: name some from 0 to {depth - 1}")
+    return list(layers)
+
+
+def first_picture(folder: Path, layers: Sequence[int]) -> dict[str, Any] | None:
+    """What the figure of a picture's words needs, from a folder of token maps: the first picture of the first sample
+    that has one, and the words of its tokens after these layers. None if there is no picture."""
+    samples = json.loads((folder / INDEX).read_text(encoding="utf-8"))["samples"]
+    sample = next((sample for sample in samples if sample["pictures"]), None)
+    if sample is None:
+        return None
+    with np.load(folder / ARRAYS) as arrays:
+        probability = arrays[sample["array"]][:, 0].astype(float)
+    on = sample["places"], sample["grids"][0], 0
+    points = [
+        {
+            "name": f"after layer {layer}",
+            "words": _laid_out(sample["words"][layer + 1], *on, ""),
+            "probability": _laid_out(probability[layer + 1].round(4).tolist(), *on, 0.0),
+        }
+        for layer in layers
+    ]
+    with Image.open(folder / sample["pictures"][0]) as picture:
+        picture.thumbnail((_SIDE, _SIDE))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="png")
+    return {"id": sample["id"], "picture": base64.b64encode(buffer.getvalue()).decode(), "points": points}

@@ -33,7 +33,10 @@ class Args(InterventionOptions, DataOptions, ModelOptions):
     """Samples that are run at once. Larger batches are faster and need more memory."""
     maps: Annotated[int, Range(least=0)] = 2
     """Of how many samples of each task to keep which word every token stands for, for the result page (eval.page)."""
+    layers: Annotated[tuple[int, ...] | None, Range(least=0)] = None
+    """After which layers a figure shows the words of the first of these pictures; by default after four, the last one
+    among them. The page shows all."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of the bootstrap intervals."""
     out: Path = Path("runs/lens")
-    """Run folder: results.json, two figures, and per task samples.jsonl, lens.npz and token_maps/."""
+    """Run folder: results.json, three figures, and per task samples.jsonl, lens.npz and token_maps/."""

@@ -12,6 +12,7 @@ from interventions.lens.attribution import Attribution, attribute
 from interventions.lens.lens import logit_lens
 from vlm_jax import Model
 from vlm_jax.data import Example
+from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import Batch, batches
 from vlm_jax.runs.processes import fetch, progress
@@ -41,7 +42,14 @@ class Reading(NamedTuple):
 
 def writer_and_gold(batch: Batch) -> tuple[Int[np.ndarray, "batch"], Int[np.ndarray, "batch"]]:
     """The position of each prompt's last token, and the id of the first token of its answer, which that token
-    writes."""
+    writes.
+
+    Raises:
+        UserError: if a row has no answer.
+    """
+    answer = batch.spans["answer"]
+    if not answer.any(1).all():
+        raise UserError(f"row {int(np.argmin(answer.any(1)))} has no token of a gold answer to look for: leave it out")
     at = (label(batch) == GROUPS.index("last")).argmax(1)
     return at, np.asarray(batch.inputs.input_ids)[np.arange(len(at)), at + 1]
 
@@ -68,7 +76,7 @@ def read_examples(
         interventions: those that act on the model. Those that name token groups are bound to every batch.
 
     Raises:
-        UserError: as :func:`interventions.lens.lens.logit_lens`.
+        UserError: as :func:`interventions.lens.lens.logit_lens`, or if an example has an empty answer.
     """
     found: dict[int, Any] = {}
     with progress(total=len(examples), desc=f"lens {name}".strip(), unit="sample", leave=False) as bar:

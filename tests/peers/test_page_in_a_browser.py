@@ -11,6 +11,7 @@ from environments import environment, run
 from eval import accuracy
 from interventions.diff import __main__ as diff
 from interventions.flow import __main__ as flow
+from interventions.lens import __main__ as lens
 from interventions.statistics import paired
 from interventions.talo import __main__ as talo
 from interventions.trace import __main__ as trace
