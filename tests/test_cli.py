@@ -14,6 +14,7 @@ from PIL import Image
 import eval.accuracy
 import interventions.diff.options
 import interventions.flow.__main__
+import interventions.lens.options
 import interventions.talo.options
 import interventions.trace.__main__
 import train.edit
@@ -261,6 +262,7 @@ NAMES = {
 ARGS = {
     "interventions.trace": interventions.trace.__main__.Args,
     "interventions.flow": interventions.flow.__main__.Args,
+    "interventions.lens": interventions.lens.options.Args,
     "interventions.talo": interventions.talo.options.Args,
     "eval.accuracy": eval.accuracy.Args,
     "train.lora": train.lora.Args,
@@ -281,6 +283,7 @@ ARGS = {
 EXPECTED = {
     "interventions.trace": "--task --limit --out --noise-scale --trace-batch --mesh --processes --data-root",
     "interventions.flow": "--task --limit --out --batch --max-new-tokens",
+    "interventions.lens": "--task --limit --split --top --against --maps --out --batch --intervention",
     "interventions.talo": "--task --limit --out --batch",
     "eval.accuracy": "--task --limit --out --adapter --adapter-weights --intervention --metric --answer-batch",
     "train.lora": "--placement --where --use-dora --use-rslora --batch --accumulation --out --train --eval --trace "

@@ -55,11 +55,16 @@ def logit_lens(
     Raises:
         UserError: if there are fewer than k words, or if an intervention acts on the final norm.
     """
+    check_words(model, k)
+    check_unembeds(interventions)
+    return _read(model, inputs, jnp.asarray(at), jnp.asarray(gold), tuple(interventions), k=k)
+
+
+def check_words(model: Model, k: int) -> None:
+    """Raises a UserError unless the model has k words."""
     words = model.config.text.vocab_size
     if not 1 <= k <= words:
         raise UserError(f"the lens is to keep {k} words of {words}: give a number from 1 to that")
-    check_unembeds(interventions)
-    return _read(model, inputs, jnp.asarray(at), jnp.asarray(gold), tuple(interventions), k=k)
 
 
 def check_unembeds(interventions: Sequence[Intervention]) -> None:

@@ -11,6 +11,7 @@ from environments import environment, run
 from eval import accuracy
 from interventions.diff import __main__ as diff
 from interventions.flow import __main__ as flow
+from interventions.lens import __main__ as lens
 from interventions.statistics import paired
 from interventions.talo import __main__ as talo
 from interventions.trace import __main__ as trace
@@ -160,6 +161,10 @@ def _flow(out):
     flow.main(flow.Args(limit=8, out=out))
 
 
+def _lens(out):
+    lens.main(lens.Args(limit=8, out=out))
+
+
 def _talo(out):
     talo.main(talo.Args(limit=30, out=out))
 
@@ -210,6 +215,7 @@ def _diff(out):
     ("make", "estimate"),
     [
         (_flow, ""),
+        (_lens, ""),
         (_talo, ""),
         (_accuracy, ""),
         (_lora, ""),

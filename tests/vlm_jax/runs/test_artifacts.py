@@ -13,6 +13,7 @@ from run_folders import check_run_folder, unlisted
 
 import eval.artifacts
 import interventions.flow.artifacts
+import interventions.lens.artifacts
 import interventions.talo.artifacts
 import interventions.trace.artifacts
 import train.artifacts
@@ -158,6 +159,7 @@ def test_types_and_schemas_are_documented():
     modules = (
         eval.artifacts,
         interventions.flow.artifacts,
+        interventions.lens.artifacts,
         interventions.talo.artifacts,
         interventions.trace.artifacts,
         train.artifacts,

@@ -355,6 +355,28 @@ def test_values_of_tokens(run, queries):
     assert "token_maps/arrays.npz cannot be read" in " ".join(read(write_page(run.folder)).texts)
 
 
+def test_words_of_tokens(run):
+    """What every token stands for in every layer, and the layers' own names; a folder of an older version has none."""
+    words = [["w", "x", "y", EVIL], ["a", "b", "c", "d"]]
+    one = token_map()._replace(words=words)
+    write = functools.partial(write_token_maps, maps=[one], value="p", series=["all"], layers=["embeddings", "0"])
+    run.write("token_maps", write, Artifact("token_maps", "Words", TOKEN_MAPS))
+    (shown,) = [script for script in read(write_page(run.folder)).scripts if "series" in script]
+    assert shown["samples"][0]["words"] == words and shown["layers"] == ["embeddings", "0"]
+    whole = (run.folder / "token_maps/index.json").read_text()
+    damages = [{"words": words[:1]}, {"words": [["a"], ["b"]]}, {"words": [[1, 2, 3, 4], words[1]]}, {"words": [3, 4]}]
+    for damage, layers in [*((damage, ["a", "b"]) for damage in damages), ({}, ["a"]), ({}, 3), ({}, [1, 2])]:
+        index = json.loads(whole) | {"layers": layers}
+        index["samples"][0] |= damage
+        (run.folder / "token_maps/index.json").write_text(json.dumps(index))
+        assert "token_maps holds something else" in " ".join(read(write_page(run.folder)).texts), (damage, layers)
+    index = json.loads(whole)
+    del index["layers"], index["samples"][0]["words"]
+    (run.folder / "token_maps/index.json").write_text(json.dumps(index))
+    (shown,) = [script for script in read(write_page(run.folder)).scripts if "series" in script]
+    assert shown["layers"] is None and shown["samples"][0]["words"] is None
+
+
 def test_many_values_of_tokens_are_cut(run, monkeypatch):
     """At a number of bytes, which the page tells."""
     monkeypatch.setattr(views, "MAP_BYTES", 20)

@@ -15,7 +15,7 @@ const overlay = (holder) => {
     };
   };
 
-  const { value, series, samples } = JSON.parse(holder.querySelector("script").textContent);
+  const { value, series, layers, samples } = JSON.parse(holder.querySelector("script").textContent);
   const controls = make(holder, "div", { className: "controls" });
   const sampleList = make(labelled(controls, "sample"), "select");
   samples.forEach(({ id }, index) => sampleList.add(new Option(id, index)));
@@ -31,6 +31,10 @@ const overlay = (holder) => {
 
   let sample, number, chosen, pinned, marks;
   const isVisual = (token) => sample.places[token] !== null;
+  // The word that a token stands for in the chosen layer, if the values are about words.
+  const wordOf = (token) => (sample.words ? visible(sample.words[layer.value][token]) : "");
+  // Cells of a finer grid are too small for words; the pointer tells them there.
+  const fitsWords = (token) => sample.words && sample.grids[sample.places[token][0]][1] <= 12;
   // The value in the chosen layer and series; of a pair of tokens if the values are attention.
   const at = (token, query = 0) => {
     const map = Number(layer.value) * series.length + Number(seriesList.value);
@@ -53,13 +57,16 @@ const overlay = (holder) => {
       const [most, share] = isVisual(token) ? [onPicture, Number(opacity.value) / 100] : [inText, 0.75];
       mark.style.backgroundColor = found[token] === null || !most ? "transparent" : colour((found[token] / most) * share);
       mark.setAttribute("aria-pressed", String(token === chosen));
-      mark.title = found[token] === null ? "" : `${value} ${digits(found[token])}`;
+      const told = sample.words ? `\u201c${wordOf(token)}\u201d, ${value}` : value;
+      mark.title = found[token] === null ? "" : `${told} ${digits(found[token])}`;
+      if (isVisual(token) && fitsWords(token)) mark.textContent = wordOf(token);
     });
-    layerText.textContent = layer.value;
+    layerText.textContent = layers?.[layer.value] ?? layer.value;
     const place = sample.places[chosen];
     const name = place ? `row ${place[1]}, column ${place[2]}` : `\u201c${visible(sample.tokens[chosen])}\u201d`;
     const attends = sample.queries?.includes(chosen);
-    const what = !sample.queries ? "" : attends ? ` from ${name}` : ` to ${name}, from the text`;
+    const stands = sample.words ? `: ${name} stands for \u201c${wordOf(chosen)}\u201d` : "";
+    const what = !sample.queries ? stands : attends ? ` from ${name}` : ` to ${name}, from the text`;
     const scales = [`${digits(inText)} in the text`];
     if (sample.places.some((one) => one !== null)) scales.unshift(`${digits(onPicture)} on the picture`);
     said.textContent = `${value}${what}; full colour is ${scales.join(" and ")}`;

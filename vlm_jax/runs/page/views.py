@@ -135,7 +135,7 @@ def _token_maps(folder: RunFolder, entry: Entry, options: Options) -> Part | Non
     arrays = folder.attempt(f"{entry.file}/{ARRAYS}", _arrays)
     if content is None or arrays is None:
         return None
-    samples, size = [], 0
+    samples, size, layers = [], 0, content.get("layers")  # an older version has none, and no words
     for sample in content["samples"][: options.samples]:
         values = arrays[sample["array"]].astype("<f2")
         count, queries = len(sample["tokens"]), sample["queries"]
@@ -144,20 +144,29 @@ def _token_maps(folder: RunFolder, entry: Entry, options: Options) -> Part | Non
             raise ValueError(f"the values of {sample['id']} have shape {values.shape} or are not finite")
         if len(sample["places"]) != count or not all(isinstance(token, str) for token in sample["tokens"]):
             raise ValueError(f"the tokens of {sample['id']} are no texts with a place each")
-        size += values.nbytes
+        if layers is not None and not _are_texts(layers, len(values)):
+            raise ValueError(f"its {len(values)} layers have other names")
+        words = sample.get("words")
+        if words is not None and not (len(words) == len(values) and all(_are_texts(one, count) for one in words)):
+            raise ValueError(f"the words of {sample['id']} are not one for each layer and token")
+        size += values.nbytes + sum(len(word) for one in words or () for word in one)
         if samples and size > MAP_BYTES:
             break
         kept = {name: sample[name] for name in ("id", "task", "tokens", "grids", "places", "queries")}
         kept["pictures"] = [folder.embedded(f"{entry.file}/{file}") for file in sample["pictures"]]
-        kept |= {"layers": len(values), "values": base64.b64encode(values.tobytes()).decode()}
+        kept |= {"words": words, "layers": len(values), "values": base64.b64encode(values.tobytes()).decode()}
         samples.append(kept)
     if not samples:
         return None
     note = ""
     if len(samples) < len(content["samples"]):
         note = f"<p>The first {len(samples)} of {len(content['samples'])} samples.</p>"
-    shown = {"value": content["value"], "series": content["series"], "samples": samples}
+    shown = {"value": content["value"], "series": content["series"], "layers": layers, "samples": samples}
     return Part(f'{note}<div class="tokens">{_data(shown)}</div>', 0)
+
+
+def _are_texts(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(isinstance(value, str) for value in values)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
