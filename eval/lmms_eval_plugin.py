@@ -81,8 +81,8 @@ def _plugin() -> type:
             )
             self.model, self.processor = options.load()
             if adapter is not None:
-                weights = [] if adapter_weights is None else list(map(float, str(adapter_weights).split(";")))
-                self.model = merged(self.model, adapter.split(";"), weights, pretrained)
+                factors = [] if adapter_weights is None else list(map(float, str(adapter_weights).split(";")))
+                self.model = merged(self.model, adapter.split(";"), factors, pretrained)
             self.interventions = () if intervention is None else load_interventions(intervention)
             self.steps, self.max_new_tokens, self.batch = steps, int(max_new_tokens), int(batch_size)
 

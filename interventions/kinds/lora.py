@@ -81,8 +81,9 @@ class Adapter(NamedTuple):
             key: the layer's key, from which the key of the dropout at this ``site`` is derived; None: no dropout.
             rate: the probability that dropout sets a number of x to 0. As in PEFT, of DoRA's ``x W`` too.
         """
-        dropping = key is not None and rate > 0
-        if dropping:
+        dropping = False
+        if key is not None and rate > 0:
+            dropping = True
             x = _drop(x, rate, jax.random.fold_in(key, _LINEARS.index(site)))
         flat = x.reshape(-1, x.shape[-1])
         low = ((flat @ self.a) @ self.b * self.scale).reshape(*x.shape[:-1], -1)

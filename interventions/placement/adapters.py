@@ -184,11 +184,11 @@ def save_peft(lora: LoRA, model: Model, folder: Path) -> None:
     """
     maps, tensors, paths = linear_maps(model), {}, []
     for site in lora.weights:
-        if maps[site].hf is None:
+        if (hf := maps[site].hf) is None:
             raise UserError(f"PEFT has no adapter for {site}, which is no nn.Linear in transformers: leave it out")
         adapters = jax.tree.map(np.asarray, _adapters(lora, site)._replace(scale=None))
         for i, layer in enumerate(_layers(lora, site) if layered(site) else [0]):
-            path = maps[site].hf.format(layer)
+            path = hf.format(layer)
             parts = jax.tree.map(lambda x, i=i: x[i], adapters) if layered(site) else adapters
             paths.append(path)
             tensors[f"base_model.model.{path}.lora_A.weight"] = np.ascontiguousarray(parts.a.T)

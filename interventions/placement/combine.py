@@ -1,5 +1,6 @@
 """Several adapters with weights, as one."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -61,7 +62,7 @@ def _together(
 ) -> tuple[jax.Array, jax.Array]:
     """A ``(K, in, rank)`` and B ``(K, rank, out)`` of one linear."""
     if how == "linear":
-        return sum(a for a, _ in halves), sum(b for _, b in halves)
+        return functools.reduce(jnp.add, [a for a, _ in halves]), functools.reduce(jnp.add, [b for _, b in halves])
     a, b = jnp.concatenate([a for a, _ in halves], -1), jnp.concatenate([b for _, b in halves], -2)
     missing = rank - a.shape[-1]
     return jnp.pad(a, [(0, 0), (0, 0), (0, missing)]), jnp.pad(b, [(0, 0), (0, missing), (0, 0)])

@@ -5,11 +5,14 @@ import json
 import jax
 import pytest
 
+import eval.accuracy
 import vlm_jax
 from eval import evaluation
 from eval.evaluation import AnswerOptions, answer, answer_and_score, evaluate, score_answers
 from eval.judging import MetricOptions, clusters_of
 from interventions import Gate
+from interventions.placement.adapters import init_lora, merge, save_peft
+from interventions.placement.combine import combine
 from vlm_jax.data import load_task
 from vlm_jax.runs.folder import Run
 
@@ -63,3 +66,31 @@ def test_interventions_change_the_answers(task, tmp_path):
     assert plain.answers.texts != under.answers.texts
     assert under.answers.texts == answer(*task, cut, batch=4, max_new_tokens=3).texts
     assert jax.tree.leaves(plain.scored.results) != jax.tree.leaves(under.scored.results)
+
+
+def test_the_command_adds_up_adapters(task, tmp_path, capsys):
+    """Of the decoder and of the vision tower; their weights matter, and DoRA is merged alone."""
+    model, processor, examples = task
+    make = {"r": 2, "alpha": 64.0, "dropout": 0.0}
+    loras = [
+        init_lora(model, [name], **make, key=jax.random.key(i), use_dora=dora)
+        for i, (name, dora) in enumerate([("L2-mlp", False), ("V1-attn", False), ("L5-attn", True)])
+    ]
+    loras = [lora.replace(weights=jax.tree.map(lambda w: w + 0.3, lora.weights)) for lora in loras]
+    for i, lora in enumerate(loras):
+        save_peft(lora, model, tmp_path / f"adapter{i}")
+    folders = [tmp_path / f"adapter{i}" for i in range(3)]
+
+    def answers(folders, weights=()):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        options = {"task": "mini-docvqa", "limit": 4, "max_new_tokens": 3, "batch": 4, "out": out}
+        eval.accuracy.main(eval.accuracy.Args(**options, adapter=tuple(folders), adapter_weights=weights))
+        capsys.readouterr()
+        return [json.loads(line)["answer"] for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+    def by_hand(lora):
+        return answer(merge(model, lora), processor, examples, batch=4, max_new_tokens=3).texts
+
+    got = answers(folders[:2], (0.5, -1.5))
+    assert got == by_hand(combine(loras[:2], (0.5, -1.5))) != by_hand(combine(loras[:2], (1, 1)))
+    assert answers(folders[2:]) == by_hand(loras[2]) != answers([])
