@@ -59,8 +59,8 @@ def draw(run: Run, compared: Compared) -> None:
             interval_plot,
             title,
             cells=cells,
-            groups={"change": estimates},
-            different=[row["p_holm"] < 0.05 for row in rates],
+            groups={"change": estimates | {"samples": compared.samples}},
+            different=[row["p_holm"] is not None and row["p_holm"] < 0.05 for row in rates],
             label="change of RR, 95 % interval",
         )
         depth = 1 + max(row["layer"] for row in rates)
@@ -71,7 +71,7 @@ def draw(run: Run, compared: Compared) -> None:
                 for side in ("first", "second", "change")
             }
             title = f"RR of {compared.names[0]}, of {compared.names[1]}, and the change"
-            save_figure(run, "heatmap", heatmap, title, panels=panels)
+            save_figure(run, "heatmap", heatmap, title, panels=panels, samples=dict.fromkeys(panels, compared.samples))
     layered = [row for row in compared.changes if row["layer"] is not None and row["measure"] != "RR"]
     if layered:
         title = f"What changed by layer from {compared.names[0]} to {compared.names[1]}"

@@ -13,9 +13,9 @@ CHANGES = Schema(
         "first": "value in the first run",
         "second": "value in the second run",
         "change": "second minus first",
-        "low": "lower bound of the 95 % interval of the change, over samples",
+        "low": "lower bound of the 95 % interval of the change, over samples; null if fewer than six count",
         "high": "upper bound of this interval",
-        "p": "two-sided p-value of no change",
+        "p": "two-sided p-value of no change; null without an interval",
         "p_holm": "the same, adjusted by Holm for all rows of the task and measure",
     },
 )

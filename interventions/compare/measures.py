@@ -10,7 +10,7 @@ from interventions.compare.states import Shared, State, shared
 from interventions.flow.shares import Reading
 from interventions.kinds.groups import members
 from interventions.modules import split_cell
-from interventions.statistics import holm, paired, paired_columns
+from interventions.statistics import LEAST, holm, paired, paired_columns
 from interventions.statistics.bootstrap import percentile_bounds
 from interventions.statistics.comparison import two_sided
 from interventions.trace.samples import check_lines, effects
@@ -39,12 +39,16 @@ def _rows(task: str, measure: str, samples: int, names: Iterable[str], layers: I
             "of": name,
             "layer": layer,
             "samples": samples,
-            **{key: float(found[key][row]) for key in _KEYS},
-            "p_holm": float(adjusted[row]),
+            **{key: _number(found[key][row]) for key in _KEYS},
+            "p_holm": _number(adjusted[row]),
         }
         for row, (name, layer) in enumerate(zip(names, layers, strict=True))
-        if known[row]
+        if not np.isnan(found["change"][row])
     ]
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 _KEYS = ("first", "second", "change", "low", "high", "p")
@@ -75,6 +79,7 @@ def traces(first: State, second: State, seed: int) -> Changes:
         raise UserError(f"{first.folder} and {second.folder} have other cells: compare models of the same depth")
     ie = [effects(of_run, cells) for of_run in kept]
     options = {"min_te": first.config["min_te"], "eps": first.config["eps"], "statistic": first.config["statistic"]}
+    counting = {name: options[name] for name in ("min_te", "statistic")}
     rates, draws = [], []
     for state, one_te, one_ie in zip((first, second), te, ie, strict=True):
         try:
@@ -83,9 +88,11 @@ def traces(first: State, second: State, seed: int) -> Changes:
             raise UserError(f"{state.folder}: {error}") from None
         draws.append(statistics.rr_resamples(one_te, one_ie, seed=seed, **options))
     moved = draws[1] - draws[0]
-    low, high = percentile_bounds(moved)
-    found = {"first": rates[0], "second": rates[1], "change": rates[1] - rates[0], "low": low, "high": high}
-    rows = _rows(task, "RR", count, cells, [split_cell(c)[0] for c in cells], found | {"p": two_sided(moved)})
+    ends = dict(zip(("low", "high"), percentile_bounds(moved), strict=True)) | {"p": two_sided(moved)}
+    if min(statistics.counted_samples(one, **counting) for one in te) < LEAST:
+        ends = dict.fromkeys(ends, np.full(len(cells), np.nan))
+    found = {"first": rates[0], "second": rates[1], "change": rates[1] - rates[0], **ends}
+    rows = _rows(task, "RR", count, cells, [split_cell(c)[0] for c in cells], found)
     means = {"p_clean": clean, "TE": [values.mean(1) for values in te], "correct": correct}
     for measure, (one, other) in means.items():
         rows += _rows(task, measure, count, ["all samples"], [None], _paired(one, other, seed=seed))

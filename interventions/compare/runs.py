@@ -1,12 +1,12 @@
 """Compares the run folders of one command on two states of a model."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from interventions.compare.measures import MEASURES
 from interventions.compare.states import State, check_same
+from interventions.statistics import interval_text
 from vlm_jax.errors import UserError
 
 #: How many rows of a measure are printed.
@@ -48,17 +48,11 @@ class Compared(NamedTuple):
             hidden = f", the {_SHOWN} largest of {len(rows)} changes" if len(rows) > _SHOWN else ""
             yield f"\n{task}, {measure}{hidden}"
             width = max(len(row["of"]) for row in largest)
-            yield f"  {'':{width}s}    first   second   change [95 % interval]       p (Holm)"
+            yield f"  {'':{width}s}    first   second   change [95 % interval]; p (Holm)"
             for row in largest:
-                interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
-                yield (
-                    f"  {row['of']:{width}s}  {row['first']:7.3f}  {row['second']:7.3f}  {row['change']:+.3f} "
-                    f"{interval}  {_p(row['p_holm'])}"
-                )
-
-
-def _p(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4f}"
+                p = "" if row["p_holm"] is None else f"; {row['p_holm']:.4f}"
+                change = interval_text(row, "change", "+")
+                yield f"  {row['of']:{width}s}  {row['first']:7.3f}  {row['second']:7.3f}   {change}{p}"
 
 
 def compare(first: str | Path, second: str | Path, *, seed: int = 0) -> Compared:

@@ -15,13 +15,13 @@ def _chart(rows: Sequence[Mapping]) -> Chart:
             "panel": row["task"],
             "series": row["measure"],
             "x": row["layer"],
-            "value": row["change"],
+            "y": row["change"],
             "low": row["low"],
             "high": row["high"],
         }
         for row in rows
     ]
-    return Chart(shown, {"x": "layer", "value": "change, 95 % interval", "series": "measure"})
+    return Chart(shown, {"x": "layer", "y": "change, 95 % interval", "series": "measure"})
 
 
 @drawer("curves", _chart, rows="rows of changes.parquet that have a layer")

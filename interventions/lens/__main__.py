@@ -14,7 +14,7 @@ from interventions.lens.maps import first_picture, shown_layers, word_maps
 from interventions.lens.options import Args
 from interventions.lens.reading import Reading, read_examples
 from interventions.lens.summary import records, summarise
-from interventions.store import digest
+from interventions.statistics import interval_text
 from vlm_jax import Model
 from vlm_jax.data import source
 from vlm_jax.runs.artifacts import Artifact
@@ -27,8 +27,7 @@ def _report(task: str, results: dict[str, Any], first: dict[str, Any]) -> None:
     """Prints a line for each layer, with the words of the first sample."""
     lens, parts = results["lens"], results["attribution"]
     what = "logit(gold)" if first["foil"] is None else "logit(gold) - logit(foil)"
-    logit, low, high = (parts["logit"][end] for end in ("mean", "low", "high"))
-    print(f"{task}: {results['samples']} samples, {what} {logit:.2f} [{low:.2f}, {high:.2f}]")
+    print(f"{task}: {results['samples']} samples, {what} {interval_text(parts['logit'])}")
     foil = "" if first["foil"] is None else f", foil {first['foil']!r}"
     print(
         f"  layer       p(gold)  likeliest  median rank    attn     mlp  {first['id']} (gold {first['gold']!r}{foil})"
@@ -61,8 +60,7 @@ def main(args: Args) -> None:
         check=lambda model: _check(args, model),
         ignored=("maps", "layers"),
     )
-    acting = args.interventions(model)
-    run.pin("interventions", digest(acting))
+    model, acting = args.applied(run, model, args.model)
     layers = shown_layers(args.layers, model.config.text.num_hidden_layers)
     results, pictures = {}, []
     for task, examples in tasks.items():

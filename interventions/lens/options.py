@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from interventions.options import InterventionOptions
+from interventions.options import StateOptions
 from vlm_jax.data.options import DataOptions
 from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.ranges import BATCH, Range
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(InterventionOptions, DataOptions, ModelOptions):
+class Args(StateOptions, DataOptions, ModelOptions):
     """Read the residual stream at the token that writes the answer: which words it stands for after every layer (the
     logit lens), and what every layer, module and head writes towards the answer (direct logit attribution). For some
     samples also which words the picture's tokens stand for."""

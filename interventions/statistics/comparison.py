@@ -132,7 +132,8 @@ def paired_columns(
 
     Returns:
         ``first``, ``second``: the means. ``change``: second minus first. ``low``, ``high``: its percentile bootstrap
-        interval over samples. ``p``: its two-sided p-value (:func:`two_sided`). NaN in a column without a sample.
+        interval over samples. ``p``: its two-sided p-value (:func:`two_sided`). These three are NaN in a column with
+        fewer than six samples.
     """
     known = ~np.isnan(first) & ~np.isnan(second)
     change = np.where(known, second - first, 0)
@@ -144,8 +145,8 @@ def paired_columns(
         means = [np.where(known, values, 0).sum(0) / known.sum(0) for values in (first, second, change)]
     draws = np.concatenate(chunks)
     low, high = percentile_bounds(draws)
-    p = np.where(known.any(0), two_sided(draws), np.nan)
-    return dict(zip(("first", "second", "change", "low", "high", "p"), (*means, low, high, p), strict=True))
+    ends = (np.where(known.sum(0) >= LEAST, end, np.nan) for end in (low, high, two_sided(draws)))
+    return dict(zip(("first", "second", "change", "low", "high", "p"), (*means, *ends), strict=True))
 
 
 def two_sided(draws: Float[np.ndarray, "resamples *shape"]) -> Float[np.ndarray, "*shape"]:
