@@ -1,6 +1,7 @@
 """Interventions on a forward pass, the sweep engine, and one room per analysis."""
 
 from interventions.ablations import reference_means, resampled
+from interventions.asking import ask, tokens_of
 from interventions.compare.runs import compare
 from interventions.dictionary import Dictionary
 from interventions.engine.generation import generate_variants
@@ -50,6 +51,7 @@ __all__ = [
     "Trace",
     "UniformAttention",
     "Variants",
+    "ask",
     "at",
     "bind",
     "causal_trace",
@@ -67,4 +69,5 @@ __all__ = [
     "stack",
     "sweep",
     "sweep_runs",
+    "tokens_of",
 ]

@@ -62,9 +62,10 @@ def generate(
         The new tokens, the end token included.
 
     Raises:
-        UserError: for options that are not possible, an intervention that touches nothing, or a model whose scores of
-            the next token are not finite.
+        UserError: for prompts with their answers, options that are not possible, an intervention that touches nothing,
+            or a model whose scores of the next token are not finite.
     """
+    check_unanswered(inputs)
     interventions = acting(interventions, model.depths)
     check_sites(interventions, (), model.sites(inputs), model.depths, inputs.input_ids.shape)
     held = held_tokens(model, inputs, interventions if steps == "all" else ()) if drop_images else None
@@ -77,6 +78,12 @@ def generate(
     tokens = generation_program(model, inputs, interventions, options, sampling)
     check_finite(tokens, names)
     return tokens
+
+
+def check_unanswered(inputs: Inputs) -> None:
+    """Raises a UserError for prompts that gold answers follow."""
+    if inputs.answered:
+        raise UserError("the prompts hold their gold answers already: encode them with with_answer=False to generate")
 
 
 def check_finite(tokens: Int32[Array, "*variants batch count"], names: Sequence[str] = ()) -> None:

@@ -56,6 +56,7 @@ class Inputs:
         images of the batch, padding included. None for text.
     register_index: the number of each register within its image, -1 for other tokens. None for text, and for a model
         without registers.
+    answered: whether the gold answers stand behind the prompts, so that nothing can be generated there.
     """
 
     input_ids: Int[ArrayLike, "batch tokens"]
@@ -64,6 +65,7 @@ class Inputs:
     images: Images | None = None
     image_index: Int[ArrayLike, "batch tokens"] | None = None
     register_index: Int[ArrayLike, "batch tokens"] | None = None
+    answered: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def from_hf(

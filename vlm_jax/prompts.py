@@ -108,7 +108,7 @@ def encode(
             pixel_values=pixels.get("pixel_values"),
             image_grid_thw=pixels.get("image_grid_thw"),
             register_index=number if config.text.registers is not None else None,
-        ),
+        ).replace(answered=with_answer),
         spans,
         max(len(example.images) for example in examples),
     )

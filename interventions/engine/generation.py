@@ -15,7 +15,7 @@ from interventions.engine.prefix import possible_prefix
 from interventions.engine.variants import Variants, check_acts, first_token, sized_variants
 from vlm_jax import Inputs, Model
 from vlm_jax.acting import acting
-from vlm_jax.generate import Decoding, check_finite, continued, decoding
+from vlm_jax.generate import Decoding, check_finite, check_unanswered, continued, decoding
 from vlm_jax.sites import check_sites
 from vlm_jax.typing import Array
 
@@ -38,6 +38,7 @@ def generate_variants(
         steps: as in :func:`vlm_jax.generate`.
         chunk: how many variants generate together.
     """
+    check_unanswered(inputs)
     variants = sized_variants(variants, model.depths)
     base = acting(base, model.depths)
     check_sites((*base, *variants.take(0).interventions), (), model.sites(inputs), model.depths, inputs.input_ids.shape)
