@@ -69,9 +69,10 @@ class Words:
     """The text of tokens, each decoded once."""
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer, self._known = tokenizer, {}
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
 
-    def __call__(self, token: int | np.integer) -> str:
+    def __call__(self, token: Any) -> str:
         token = int(token)
         if token not in self._known:
             self._known[token] = self._tokenizer.decode([token])
