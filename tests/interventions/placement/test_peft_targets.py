@@ -214,7 +214,7 @@ def test_fresh_dora(cases):
 
 
 def test_dora_gradient_equals_pefts(cases, tmp_path):
-    """The norm is a constant for the gradient; a control differentiates it too."""
+    """Of A, B and magnitudes; the norm is a constant for the gradient."""
     case = cases("qwen3_vl")
     trained(case.oracle, tmp_path, target_modules=["q_proj", "fc1", "linear_fc2", "down_proj"], use_dora=True)
     lora = load_peft(case.model, tmp_path)
