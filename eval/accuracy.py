@@ -13,6 +13,7 @@ from eval.artifacts import LMMS_EVAL_SAMPLES, RESULTS
 from eval.evaluation import AnswerOptions, Scored, answer_and_score
 from eval.judging import METRICS, MetricOptions, check_metric
 from eval.results import file_name, lmms_eval_results, lmms_eval_samples
+from interventions.kinds.packed import digest
 from interventions.options import StateOptions
 from interventions.statistics import interval_text
 from vlm_jax.data import easy_vqa, source

@@ -1,7 +1,7 @@
 """Text in, text out: one question to a model, and the tokens of a prompt as a reader sees them."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ def ask(
     *,
     prompt: str = P0_PROMPT,
     max_new_tokens: int = 32,
-    steps: str = "all",
+    steps: Literal["all", "prefill"] = "all",
 ) -> str:
     """The model's greedy answer to a question.
 
@@ -72,6 +72,10 @@ class Token(NamedTuple):
 
 class Tokens(list[Token]):
     """The tokens of a prompt in their order. As text, each is shown behind its position and its group."""
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        return Tokens(found) if isinstance(place, slice) else found
 
     def __repr__(self) -> str:
         places = [f"{one.start}" if one.count == 1 else f"{one.start}-{one.start + one.count - 1}" for one in self]

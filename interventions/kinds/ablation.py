@@ -1,7 +1,7 @@
 """Ablation: values become zeros, or the mean of other prompts."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class Ablation(OnTokens):
     def sites(self) -> frozenset[str]:
         return frozenset(self.slot)
 
-    def active(self) -> dict[str, jax.Array]:
+    def active(self) -> dict[str, Any]:
         any_head = True if self.heads is None else self.heads.any()
         return {site: (slot < self._count(site)) & any_head for site, slot in self.slot.items()}
 

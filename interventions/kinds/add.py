@@ -1,6 +1,7 @@
 """Adds something to values: a vector (steering), an array, Gaussian noise."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ class Noise(OnTokens):
     def sites(self) -> frozenset[str]:
         return frozenset({self.site})
 
-    def active(self) -> dict[str, jax.Array]:
+    def active(self) -> dict[str, Any]:
         return {self.site: (self.scale != 0).any()}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
@@ -87,7 +88,7 @@ class Add(OnTokens):
     def sites(self) -> frozenset[str]:
         return frozenset({self.site})
 
-    def active(self) -> dict[str, jax.Array]:
+    def active(self) -> dict[str, Any]:
         return {self.site: jnp.asarray(True) if self.slot is None else self.slot < len(self.value)}
 
     def tokens(self) -> jax.Array | None:

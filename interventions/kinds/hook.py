@@ -29,7 +29,7 @@ class Hook(OnTokens):
     def sites(self) -> frozenset[str]:
         return frozenset({self.site})
 
-    def active(self) -> dict[str, jax.Array]:
+    def active(self) -> dict[str, Any]:
         return {self.site: jnp.asarray(True) if self.slot is None else self.slot < 1}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
@@ -43,7 +43,8 @@ class Hook(OnTokens):
         used = True if self.slot is None else slot_at(self.slot, 1, ctx)[1]
         return self.only(site, jnp.where(used, changed, value), value, ctx)
 
-    __repr__ = short
+    def __repr__(self) -> str:
+        return short(self)
 
 
 def hook(

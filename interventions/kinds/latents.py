@@ -116,7 +116,7 @@ class Latents(OnTokens):
     def sites(self) -> frozenset[str]:
         return frozenset(self.slot)
 
-    def active(self) -> dict[str, jax.Array]:
+    def active(self) -> dict[str, Any]:
         return {site: slot < len(self.scale) for site, slot in self.slot.items()}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:

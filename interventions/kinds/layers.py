@@ -124,7 +124,7 @@ def sized_slots(intervention: Any, depths: Mapping[str, int]) -> Any:
     return intervention
 
 
-def slot_at(slot: jax.Array, count: int, ctx: Context) -> tuple[jax.Array, jax.Array]:
+def slot_at(slot: Any, count: int, ctx: Context) -> tuple[jax.Array, jax.Array]:
     """The slot that this layer uses, and whether it uses one. If not, the slot is ``count - 1``, so that it is still a
     valid index."""
     slot = slot if ctx.layer is None else slot[ctx.layer]

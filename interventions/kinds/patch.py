@@ -1,6 +1,7 @@
 """Replaces values by those of another run (patching) or by a fixed vector."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class Patch(Intervention):
         slot = {site: jnp.where(self.slot[site] == 0, jnp.arange(n), n) for site, n in depths.items()}
         return self.replace(donor=self.donor | {site: values[site] for site in depths}, slot=self.slot | slot)
 
-    def active(self) -> dict[str, jax.Array]:
+    def active(self) -> dict[str, Any]:
         any_head = True if self.heads is None else self.heads.any()
         return {site: (slot < self._count(site)) & any_head for site, slot in self.slot.items()}
 
@@ -107,7 +108,7 @@ class Replace(OnTokens):
     def sites(self) -> frozenset[str]:
         return frozenset({self.site})
 
-    def active(self) -> dict[str, jax.Array]:
+    def active(self) -> dict[str, Any]:
         return {self.site: jnp.asarray(True) if self.slot is None else self.slot < len(self.value)}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:

@@ -34,7 +34,7 @@ class ProjectOut(OnTokens):
     def sites(self) -> frozenset[str]:
         return frozenset(self.slot)
 
-    def active(self) -> dict[str, jax.Array]:
+    def active(self) -> dict[str, Any]:
         return {site: slot < len(self.directions) for site, slot in self.slot.items()}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:

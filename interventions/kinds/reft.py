@@ -5,7 +5,7 @@ orthonormal. The names and formulas are those of Wu et al. 2024 and of its relea
 """
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -46,7 +46,7 @@ class Editor(OnTokens):
     def sites(self) -> frozenset[str]:
         return frozenset(self.weights)
 
-    def active(self) -> dict[str, jax.Array]:
+    def active(self) -> dict[str, Any]:
         return {site: slot < len(self.weights[site][0]) for site, slot in self.slot.items()}
 
     @abc.abstractmethod

@@ -89,6 +89,7 @@ class Patches:
             case _:
                 ablation = Ablation.zero(self.sites) if self.means is None else Ablation.by_mean(self.means)
                 bound = ablation.bound(label(batch))
+                assert isinstance(bound, Ablation)
                 return Grid(*ablation_grid(bound, self.sites, depth, **how, tokens=tokens), present)
 
     def donors(self, rows: Sequence[int], size: int) -> Batch:
@@ -112,7 +113,7 @@ class Present:
     def noted(self, batches: Iterable[tuple[list[int], Batch]]) -> Iterator[tuple[list[int], Batch]]:
         """The same batches."""
         for rows, batch in batches:
-            for i in np.flatnonzero(~self.seen):
+            for i in np.flatnonzero(~self.seen).tolist():
                 self.seen[i] = positions_of(self.groups[i], batch).any()
             yield rows, batch
 

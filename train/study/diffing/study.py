@@ -119,7 +119,8 @@ class Study(NamedTuple):
         options = CompareOptions(**{name: getattr(args, name) for name in names}, seed=args.seeds[0])
         own, text = self.models[args.model], self.models[args.text_model]
         compared.check(own.model)
-        return Comparison(self.run, folder, options, *own, text, compared, *self.test)
+        spatial, neutral = self.test
+        return Comparison(self.run, folder, options, *own, text, compared, spatial, neutral)
 
     def of_seed(self, found: Mapping[Place, Stored], seed: int | None = None) -> dict[Place, Stored]:
         """The dictionaries of a seed, by default the first, without the seed in their names."""
