@@ -276,7 +276,7 @@ class Present:
         """The same batches."""
         for rows, batch in batches:
             for i in np.flatnonzero(~self.seen):
-                self.seen[i] = positions_of(self.groups[i], batch).any()
+                self.seen[i] = positions_of(self.groups[int(i)], batch).any()
             yield rows, batch
 
     def check(self) -> None:
