@@ -191,6 +191,7 @@ def lora(args: Args, folder: Path) -> None:
     rows, steps, rate = examples("facts.jsonl", 8), 10, 2e-4
     model, processor = vlm_jax.load(folder)
     batch = fitted(rows, room_of(rows, processor, model.config), processor, model.config)
+    turned = batch._replace(inputs=batch.inputs.turned())  # the rows first, as a training splits them
     adapter = init_lora(
         model, module_names(model.config.text.num_hidden_layers), r=8, alpha=16.0, dropout=0.0, key=jax.random.key(0)
     )
@@ -201,7 +202,7 @@ def lora(args: Args, folder: Path) -> None:
     @jax.jit
     def step(weights, state):
         def loss(weights):
-            return prompt_loss(model, batch, (adapter.replace(weights=weights),))
+            return prompt_loss(model, turned, (adapter.replace(weights=weights),))
 
         value, gradient = jax.value_and_grad(loss)(weights)
         update, state = tx.update(gradient, state, weights)

@@ -67,8 +67,8 @@ def check_effects(
     te, ie = np.asarray(te, float), np.asarray(ie, float)
     if te.ndim != 2 or ie.ndim != 3 or ie.shape[:2] != te.shape or not ie.size:
         raise ValueError(f"te is {te.shape} and ie {ie.shape}: they must be (N, R) and (N, R, C)")
-    whole_cells = np.isfinite(ie).all(axis=1) | np.isnan(ie).all(axis=1)  # (N, C)
-    bad = ~(np.isfinite(te).all(axis=1) & np.all(whole_cells, axis=1))
+    usable = np.isfinite(ie).all(1) | np.isnan(ie).all(1)  # (N, C)
+    bad = ~(np.isfinite(te).all(1) & np.all(usable, 1))
     if bad.any():
         raise UserError(
             f"TE or IE of sample {int(bad.argmax())} is not a finite number: leave out {bad.sum()} such samples"
