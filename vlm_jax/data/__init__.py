@@ -7,7 +7,7 @@ import pathlib
 from vlm_jax.data import catalogue, digits, easy_vqa, loading
 from vlm_jax.data.example import TASK_FAMILIES, Example
 from vlm_jax.data.folder import open_folder
-from vlm_jax.data.jsonl import read_jsonl
+from vlm_jax.data.jsonl import file_in, read_jsonl
 from vlm_jax.data.miniworld import SPLIT_SIZES, TASKS, make_example
 from vlm_jax.data.options import DataOptions
 from vlm_jax.data.world import WORLD_SEED
@@ -55,7 +55,7 @@ def load_task(
     """
     if limit is not None and limit <= 0:
         raise UserError(f"limit is {limit}: ask for at least one example")
-    name, path = str(name_or_path), pathlib.Path(name_or_path)
+    name, path = _named(name_or_path)
     if not name.strip():
         raise UserError("the task's name is empty: give a task, a .jsonl file or a folder")
     if is_url(name):
@@ -92,6 +92,15 @@ def _load(
     return [make_example(tasks[i % len(tasks)], split, i // len(tasks)) for i in range(count)]
 
 
+def _named(name_or_path: str | pathlib.Path) -> tuple[str, pathlib.Path]:
+    """The name of a task, or of the file or folder with it, twice: as text and as a path. A folder of pictures with one
+    JSON Lines file beside them stands for the file."""
+    name, path = str(name_or_path), pathlib.Path(name_or_path)
+    if name.strip() and name not in task_names() and path.is_dir() and (file := file_in(path)) is not None:
+        return str(file), file
+    return name, path
+
+
 def _in_family(examples: list[Example], family: str | None) -> list[Example]:
     """The examples, those without a family in the given one."""
     return [e if e.family else dataclasses.replace(e, family=family) for e in examples]
@@ -100,7 +109,7 @@ def _in_family(examples: list[Example], family: str | None) -> list[Example]:
 def source(name_or_path: str | pathlib.Path, *, split: str = "eval", options: DataOptions = DataOptions()) -> dict:  # noqa: B008
     """Where :func:`load_task`'s examples come from, for a run's manifest: the dataset that the name resolved to, and
     where they exist its revision, its number of rows and a digest of the rows."""
-    name, path = str(name_or_path), pathlib.Path(name_or_path)
+    name, path = _named(name_or_path)
     if name.endswith(".jsonl"):
         return {"dataset": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     if name in catalogue.names():

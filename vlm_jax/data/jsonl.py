@@ -15,6 +15,27 @@ from vlm_jax.errors import UserError, nearest
 from vlm_jax.files import parse_json, read_text
 
 _REQUIRED = ("id", "image", "question", "answers")
+#: Files that make a folder a dataset of another kind (:mod:`vlm_jax.data.folder`).
+_DATASET = (".parquet", ".arrow", ".json", ".csv", ".yaml", ".yml")
+
+
+def file_in(folder: pathlib.Path) -> pathlib.Path | None:
+    """The ``.jsonl`` file of a folder that holds just one, whose first line has the fields of :func:`read_jsonl`, with
+    pictures beside it or below; None for another folder."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    lines = [path for path in files if path.suffix == ".jsonl"]
+    if len(lines) != 1 or any(path.suffix in _DATASET for path in files):
+        return None
+    try:
+        with open(lines[0], encoding="utf-8") as file:
+            first = parse_json(file.readline())
+    except ValueError:
+        return None
+    if not isinstance(first, dict) or not first.keys() >= set(_REQUIRED):
+        return None
+    pictures = Image.registered_extensions()
+    beside = (path for path in folder.rglob("*") if path.suffix.lower() in pictures)
+    return lines[0] if next(beside, None) is not None else None
 
 
 def read_jsonl(path: str | pathlib.Path, bad: dict[str, str] | None = None) -> list[Example]:
