@@ -33,6 +33,7 @@ from eval.evaluation import AnswerOptions
 from interventions import Gate, digest, save_interventions
 from interventions.trace.options import TraceOptions
 from vlm_jax.data.miniworld import make_example
+from vlm_jax.runs.options import ModelOptions
 from vlm_jax.runs.ranges import Range, flag
 
 LINE = {"id": "1", "image": "a.png", "question": "What is it?", "answers": ["sun"]}
@@ -190,6 +191,13 @@ def test_folder_of_something_else(refused, tmp_path, command):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("dear reader")
     assert "not a run folder" in refused(command, out=tmp_path / "thesis")
+
+
+def test_occupied_folder_is_refused_before_the_model_is_loaded(refused, tmp_path, monkeypatch):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("dear reader")
+    monkeypatch.setattr(ModelOptions, "load", lambda self: pytest.fail("the model was loaded"))
+    assert "not a run folder" in refused(eval.accuracy, out=tmp_path / "thesis")
 
 
 def test_unknown_adapter(refused, tmp_path):

@@ -99,14 +99,21 @@ class Run:
         return run
 
     @classmethod
-    def _open(
-        cls, folder: Path, args: Any, model: Config | None, processor: Processor | None, ignored: tuple[str, ...]
-    ) -> "Run":
+    def check(cls, folder: Path, args: Any, ignored: tuple[str, ...] = ()) -> None:
+        """Checks, before a model is loaded, that :meth:`open` may use the folder.
+
+        Raises:
+            UserError: if the folder holds another run or other files, or cannot be written to.
+        """
+        first(lambda: cls._configured(folder, args, ignored))
+
+    @staticmethod
+    def _configured(folder: Path, args: Any, ignored: tuple[str, ...]) -> tuple[dict, bool]:
+        """The run's configuration, and whether the folder holds this run already."""
         check_folder(folder, "--out")
         for path in (folder, *folder.parents):
             if path.is_symlink() and not path.exists():
                 raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: make that folder")
-        lock = Lock.take(folder) if (folder / LOCK).is_file() else None
         left_out = {"out", "processes", "page", "figures", *ignored}
         options = without(plain(args), left_out)
         # The content of input files is part of the configuration: with an edited file it is another run.
@@ -120,10 +127,19 @@ class Run:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"cannot write to {existing}: choose another --out")
-        if earlier is not None and lock is None:
+        return config, earlier is not None
+
+    @classmethod
+    def _open(
+        cls, folder: Path, args: Any, model: Config | None, processor: Processor | None, ignored: tuple[str, ...]
+    ) -> "Run":
+        check_folder(folder, "--out")
+        lock = Lock.take(folder) if (folder / LOCK).is_file() else None
+        config, earlier = cls._configured(folder, args, ignored)
+        if earlier and lock is None:
             lock = Lock.take(folder)
         saved = _read_json(folder / "manifest.json")
-        if saved is None and earlier is not None and {path.name for path in folder.iterdir()} - _WITHOUT_MANIFEST:
+        if saved is None and earlier and {path.name for path in folder.iterdir()} - _WITHOUT_MANIFEST:
             raise UserError(
                 f"{folder} lacks manifest.json, which says from which model and data its results come: choose another "
                 "--out or delete it"

@@ -102,6 +102,7 @@ def start(
     Raises:
         UserError: from any of these steps, such as an example that does not fit the model.
     """
+    Run.check(args.out, args, ignored)
     model, processor = args.load()
     check(model)
     examples = list(examples)
