@@ -34,15 +34,12 @@ def reference_means(
     Raises:
         UserError: for a site without a value for each token in every layer.
     """
-    for site in sites:
-        if stage(site) is not Stage.LAYERS or token_axis(site) != 1:
-            raise UserError(f"{site!r} has no value for each token in every layer: use a site such as text.attn_out")
+    _check(sites)
     sums: dict[str, np.ndarray] = {}
     counts = np.zeros(len(GROUPS))
     for rows, batch in batches:
         labels = label(batch)
         labels[len(rows) :] = _PADDING  # rows that only fill the batch
-        labels = np.where(np.asarray(batch.inputs.attention_mask), labels, _PADDING)
         bound = acting(bind(interventions, batch), model.depths)
         found = fetch(_sums(model, batch.inputs, labels, bound, sites=tuple(sites)))
         sums = {site: sums.get(site, 0) + np.asarray(value, np.float64) for site, value in found.items()}
@@ -53,6 +50,12 @@ def reference_means(
         site: (total / divisor.reshape(-1, *[1] * (total.ndim - 2))).astype(np.float32) for site, total in sums.items()
     }
     return Means(values, known)
+
+
+def _check(sites: Sequence[str]) -> None:
+    for site in sites:
+        if stage(site) is not Stage.LAYERS or token_axis(site) != 1:
+            raise UserError(f"{site!r} has no value for each token in every layer: use a site such as text.attn_out")
 
 
 @functools.partial(jax.jit, static_argnames="sites")
@@ -77,7 +80,11 @@ def resampled(
     Args:
         batch, donors: encoded samples; row ``i`` of ``donors`` is the donor of row ``i`` of ``batch``.
         interventions: those that act on the model.
+
+    Raises:
+        UserError: for a site without a value for each token in every layer.
     """
+    _check(sites)
     bound = acting(bind(interventions, donors), model.depths)
     values = _values(model, donors.inputs, bound, sites=tuple(sites))
     index = _aligned(label(batch), label(donors))

@@ -93,15 +93,25 @@ def tokens_of(batch: Batch, row: int, processor: Processor) -> Tokens:
     ids, labels = np.asarray(batch.inputs.input_ids), label(batch)
     if not 0 <= row < len(ids):
         raise UserError(f"the batch has no row {row}: name one of 0 to {len(ids) - 1}")
-    found = Tokens()
+    owner, found = _pictures(batch)[row], Tokens()
     for position in np.flatnonzero(np.asarray(batch.inputs.attention_mask)[row]).tolist():
         group, text = GROUPS[labels[row, position]], processor.tokenizer.decode([int(ids[row, position])])
-        if group in ("image", "register") and found and _continues(found[-1], position, text, group):
+        same = bool(found) and found[-1].group == group and found[-1].start + found[-1].count == position
+        if same and owner[position] >= 0 and owner[position] == owner[position - 1]:
             found[-1] = found[-1]._replace(count=found[-1].count + 1)
         else:
             found.append(Token(position, 1, text, group))
     return found
 
 
-def _continues(last: Token, position: int, text: str, group: str) -> bool:
-    return (last.group, last.text) == (group, text) and last.start + last.count == position
+def _pictures(batch: Batch) -> np.ndarray:
+    """The number of the picture to which each visual token or register belongs, ``(B, T)``; -1 for other tokens."""
+    inputs = batch.inputs
+    owner = np.full(np.shape(inputs.input_ids), -1)
+    if inputs.images is not None and inputs.image_index is not None:
+        index = np.asarray(inputs.image_index)
+        owner = np.where(index >= 0, index // inputs.images.stride, -1)
+    if inputs.register_index is not None:
+        number = np.asarray(inputs.register_index)
+        owner = np.where(number >= 0, np.cumsum(number == 0, 1), owner)
+    return owner

@@ -9,6 +9,7 @@ import tyro
 from interventions.kinds.packed import describe, digest
 from interventions.placement.adapted import merged
 from interventions.store import load_interventions
+from vlm_jax.acting import acting
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
@@ -45,11 +46,12 @@ class StateOptions:
         if self.adapter_weights and not self.adapter:
             raise UserError("--adapter-weights are of the adapters, but --adapter names none: name them")
         own = fingerprint(model)
-        acting = tuple(one for file in self.intervention for one in load_interventions(file, own))
-        for intervention in acting:
+        loaded = (one for file in self.intervention for one in load_interventions(file, own))
+        applied = acting(tuple(loaded), model.depths)
+        for intervention in applied:
             print(describe(intervention))
         if self.adapter:
             model = merged(model, self.adapter, self.adapter_weights, source)
             run.pin("adapter", [digests(folder) for folder in self.adapter])
-        run.pin("interventions", digest(acting))
-        return model, acting
+        run.pin("interventions", digest(applied))
+        return model, applied

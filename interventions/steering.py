@@ -1,6 +1,7 @@
 """Steering vectors: the direction in which activations of one set of prompts differ from those of another."""
 
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from interventions.kinds.groups import bind, label, tokens_of
+from interventions.kinds.layers import numbered
 from vlm_jax import Inputs, Model, Tap
 from vlm_jax.acting import acting
 from vlm_jax.errors import UserError
 from vlm_jax.prompts import Batch
 from vlm_jax.runs.processes import fetch
-from vlm_jax.sites import Stage, layered, stage, token_axis
+from vlm_jax.sites import Stage, stage, token_axis
 from vlm_jax.typing import Array, ArrayLike
 
 
@@ -22,7 +24,7 @@ def difference_of_means(
     batch_a: Batch,
     batch_b: Batch,
     site: str = "text.resid_post",
-    layers: tuple[int, ...] | None = None,
+    layers: int | Iterable[int] | None = None,
     *,
     tokens: str = "last",
     interventions=(),
@@ -33,7 +35,7 @@ def difference_of_means(
     Args:
         batch_a, batch_b: encoded prompts (:func:`vlm_jax.prompts.encode`).
         site: a site of the decoder's layers with one vector for each token.
-        layers: which of the layers; None: all.
+        layers: which of the layers, counted from the end if negative; None: all.
         tokens: the token group whose activations are compared.
         interventions: those that act on the model; token groups are bound to each batch.
 
@@ -42,8 +44,7 @@ def difference_of_means(
     """
     if stage(site) is not Stage.LAYERS or token_axis(site) != 1 or site == "text.deepstack":
         raise UserError(f"{site!r} has no vector for each token in every layer: use a site such as text.resid_post")
-    assert layered(site)
-    chosen = tuple(range(model.depths["text"])) if layers is None else tuple(layers)
+    chosen = tuple(numbered(layers, model.depths["text"]))
     means = []
     for name, batch in (("first", batch_a), ("second", batch_b)):
         where = tokens_of(tokens, label(batch))

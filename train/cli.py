@@ -60,11 +60,11 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def usage() -> str:
-    """The commands, each with the first sentence of its documentation."""
+    """The commands, each with the first paragraph of its documentation."""
     width = max(map(len, COMMANDS))
     lines = ["usage: vlm-jax COMMAND [OPTIONS]", "       vlm-jax --version", ""]
     for name, module in COMMANDS.items():
-        lines.append(f"  {name:{width}s}  {_first_sentence(_file(name))} ({module})")
+        lines.append(f"  {name:{width}s}  {_first_paragraph(_file(name))} ({module})")
     return "\n".join([*lines, "", "vlm-jax COMMAND --help explains the options of a command."])
 
 
@@ -78,6 +78,6 @@ def _module(name: str) -> str:
     return f"{COMMANDS[name]}.__main__" if _file(name).name == "__main__.py" else COMMANDS[name]
 
 
-def _first_sentence(file: Path) -> str:
+def _first_paragraph(file: Path) -> str:
     text = " ".join((ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")[0].split())
     return text.removesuffix(".")

@@ -21,7 +21,16 @@ def acting(interventions: Any, depths: Mapping[str, int]) -> tuple[Any, ...]:
     Raises:
         UserError: for something that is no intervention, or whose class lacks something that every kind needs.
     """
-    return tuple(_checked(one).sized(depths) for one in several(interventions))
+    return tuple(one.sized(depths) for one in checked(interventions))
+
+
+def checked(interventions: Any) -> tuple[Intervention, ...]:
+    """The interventions as a tuple.
+
+    Raises:
+        UserError: as :func:`acting`, but for a model of any depth.
+    """
+    return tuple(map(_checked, several(interventions)))
 
 
 def several(interventions: Any) -> Sequence[Any]:

@@ -154,7 +154,9 @@ class Inputs:
             images: pads the images to at least this many.
         """
         rows = np.asarray(rows)
-        text = Inputs(self.input_ids[rows], self.attention_mask[rows], self.position_ids[:, rows])
+        text = Inputs(
+            self.input_ids[rows], self.attention_mask[rows], self.position_ids[:, rows], answered=self.answered
+        )
         if self.images is None or self.image_index is None:
             return text
         index, stride = self.image_index[rows].copy(), self.images.stride

@@ -193,7 +193,7 @@ class Intervention(abc.ABC):
 
     def sized(self, depths: Mapping[str, int]) -> "Intervention":
         """The intervention for a model with these depths: tower -> number of layers. A kind whose tables of layers wait
-        for the depth (:class:`interventions.kinds.base.Layers`) makes them here."""
+        for the depth (:class:`interventions.kinds.layers.Layers`) makes them here."""
         return self
 
     @property

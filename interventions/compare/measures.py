@@ -1,9 +1,10 @@
 """What two runs of each command have in common to compare, as rows of changes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from interventions import statistics
 from interventions.compare.states import Shared, State, shared
@@ -26,8 +27,11 @@ class Changes(NamedTuple):
     left_out: int
 
 
-def _rows(task: str, measure: str, samples: int, names: Iterable[str], layers: Iterable, found: Mapping) -> list[dict]:
+def _rows(
+    task: str, measure: str, samples: int | Sequence[int], names: Sequence[str], layers: Iterable, found: Mapping
+) -> list[dict]:
     """A row for each of some things of which one measure was taken, with p-values adjusted for their number."""
+    counts = [samples] * len(names) if isinstance(samples, int) else samples
     found = {key: np.atleast_1d(np.asarray(found[key], float)) for key in _KEYS}
     known = ~np.isnan(found["p"])
     adjusted = np.full(len(known), np.nan)
@@ -38,7 +42,7 @@ def _rows(task: str, measure: str, samples: int, names: Iterable[str], layers: I
             "measure": measure,
             "of": name,
             "layer": layer,
-            "samples": samples,
+            "samples": int(counts[row]),
             **{key: _number(found[key][row]) for key in _KEYS},
             "p_holm": _number(adjusted[row]),
         }
@@ -57,7 +61,8 @@ _KEYS = ("first", "second", "change", "low", "high", "p")
 def _paired(first: Any, second: Any, **options: Any) -> dict:
     """The change of a mean score; see :func:`interventions.statistics.paired`, which subtracts the other way round."""
     found = paired(second, first, **options)
-    return {**found, "first": found["second"], "second": found["first"], "change": found["difference"]}
+    p = None if found["low"] is None else found["p"]
+    return {**found, "first": found["second"], "second": found["first"], "change": found["difference"], "p": p}
 
 
 def traces(first: State, second: State, seed: int) -> Changes:
@@ -79,39 +84,48 @@ def traces(first: State, second: State, seed: int) -> Changes:
         raise UserError(f"{first.folder} and {second.folder} have other cells: compare models of the same depth")
     ie = [effects(of_run, cells) for of_run in kept]
     options = {"min_te": first.config["min_te"], "eps": first.config["eps"], "statistic": first.config["statistic"]}
-    counting = {name: options[name] for name in ("min_te", "statistic")}
+    # So many that Holm's adjustment for all cells can still give a small p-value.
+    resamples = max(10_000, 200 * len(cells))
     rates, draws = [], []
     for state, one_te, one_ie in zip((first, second), te, ie, strict=True):
         try:
             rates.append(statistics.rr(one_te, one_ie, **options))
         except UserError as error:
             raise UserError(f"{state.folder}: {error}") from None
-        draws.append(statistics.rr_resamples(one_te, one_ie, seed=seed, **options))
+        draws.append(statistics.rr_resamples(one_te, one_ie, seed=seed, resamples=resamples, **options))
     moved = draws[1] - draws[0]
     ends = dict(zip(("low", "high"), percentile_bounds(moved), strict=True)) | {"p": two_sided(moved)}
-    if min(statistics.counted_samples(one, **counting) for one in te) < LEAST:
-        ends = dict.fromkeys(ends, np.full(len(cells), np.nan))
+    counted = np.min([_counted(*effects, **options) for effects in zip(te, ie, strict=True)], 0)
+    ends = {name: np.where(counted >= LEAST, end, np.nan) for name, end in ends.items()}
     found = {"first": rates[0], "second": rates[1], "change": rates[1] - rates[0], **ends}
-    rows = _rows(task, "RR", count, cells, [split_cell(c)[0] for c in cells], found)
+    rows = _rows(task, "RR", counted.tolist(), cells, [split_cell(c)[0] for c in cells], found)
     means = {"p_clean": clean, "TE": [values.mean(1) for values in te], "correct": correct}
     for measure, (one, other) in means.items():
         rows += _rows(task, measure, count, ["all samples"], [None], _paired(one, other, seed=seed))
     return Changes(rows, count, both.left_out)
 
 
+def _counted(te: np.ndarray, ie: np.ndarray, min_te: float, statistic: str, **_: Any) -> Int[np.ndarray, "cells"]:
+    """How many samples count in each cell's RR."""
+    counts = np.ones(len(te), bool) if statistic == "ratio_of_means" else te.mean(1) >= min_te
+    return (counts[:, None] & ~np.isnan(ie).any(1)).sum(0)
+
+
 def flows(first: State, second: State, seed: int) -> Changes:
     """Of every task: the shares of attention by layer, equation 2 of P1, accuracy under each cut, and the change of
     p(gold) by each cut."""
     rows, count, left_out = [], 0, 0
-    results = first.read("results.json")
+    results, others = first.read("results.json"), second.read("results.json")
     for task in results:
+        edges = list(results[task]["windows"]["change"])
+        if edges != list(others[task]["windows"]["change"]):
+            raise UserError(f"{first.folder} and {second.folder} cut other edges in windows: give both the same")
         lines = [state.lines(f"{task}/samples.jsonl") for state in (first, second)]
         both = shared(*(list(dict.fromkeys(line["id"] for line in of_run)) for of_run in lines), where=task)
         count, left_out = count + len(both.first), left_out + both.left_out
         rows += _attention(task, first, second, both, seed)
         rows += _answers(task, lines, both, seed)
-        edges = results[task]["windows"]["change"]
-        rows += _windows(task, list(edges), first, second, both, seed)
+        rows += _windows(task, edges, first, second, both, seed)
     return Changes(rows, count, left_out)
 
 
@@ -120,6 +134,10 @@ def _attention(task: str, first: State, second: State, both: Shared, seed: int) 
     for state, kept in zip((first, second), both[:2], strict=True):
         reading = Reading(**state.arrays(f"{task}/attention.npz"))
         readings.append(Reading(*(part[kept] for part in reading)))
+    if readings[0].mass.shape[1:3] != readings[1].mass.shape[1:3]:
+        raise UserError(
+            f"{first.folder} and {second.folder} are of models of other depths: compare models of one shape"
+        )
     present = [
         group
         for group in ("before", "image", "image_end", "register", "text")
@@ -148,11 +166,13 @@ def _answers(task: str, lines: list[list[dict]], both: Shared, seed: int) -> lis
         tables.append(table)
     ids = [list(dict.fromkeys(line["id"] for line in of_run)) for of_run in lines]
     kept = [ids[0][row] for row in both.first]
-    rows = []
-    for condition in [name for name in tables[0] if name in tables[1]]:
+    conditions = [name for name in tables[0] if name in tables[1]]
+    found = []
+    for condition in conditions:
         one, other = ([float(table[condition][name]) for name in kept] for table in tables)
-        rows += _rows(task, "accuracy", len(kept), [condition], [None], _paired(one, other, seed=seed))
-    return rows
+        found.append(_paired(one, other, seed=seed))
+    joined = {key: [one[key] for one in found] for key in _KEYS}
+    return _rows(task, "accuracy", len(kept), conditions, [None] * len(conditions), joined)
 
 
 def _windows(task: str, edges: list[str], first: State, second: State, both: Shared, seed: int) -> list[dict]:

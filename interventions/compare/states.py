@@ -13,11 +13,13 @@ from interventions.options import StateOptions
 from vlm_jax.errors import UserError
 from vlm_jax.files import check_regular, parse_json, read_json
 from vlm_jax.runs.configuration import differences, without
+from vlm_jax.runs.log import records_of
 
-#: Options that may differ: they choose the model's state, the number of samples, or how the work is divided.
+#: Options that may differ: they choose the model's state, or how the work is divided. The number of samples may differ
+#: too where what is measured of one does not depend on the others. (A trace's noise has the samples' standard deviation.)
 _FREE = {
     *(field.name for field in dataclasses.fields(StateOptions)),
-    *("model", "dtype", "weights", "attention", "mesh", "files", "limit", "batch", "maps", "steps"),
+    *("model", "dtype", "weights", "attention", "mesh", "files", "batch", "maps", "steps"),
     *("skip_bad", "stream", "data_root"),
 }
 
@@ -54,7 +56,8 @@ class State(NamedTuple):
 
     def lines(self, name: str) -> list[dict]:
         """The records of a JSON Lines file of the run."""
-        return [parse_json(line) for line in self._file(name).read_text().splitlines()]
+        path = self._file(name)
+        return records_of(path, path.read_bytes())
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """The arrays of an ``.npz`` file of the run."""
@@ -74,12 +77,13 @@ def check_same(first: State, second: State) -> None:
     commands = [state.config.get("command") for state in (first, second)]
     if commands[0] != commands[1]:
         raise UserError(f"{first.folder} is of {commands[0]} and {second.folder} of {commands[1]}: name two alike")
-    if changed := differences(without(first.config, _FREE), without(second.config, _FREE)):
+    free = _FREE if commands[0] == "interventions.trace" else _FREE | {"limit"}
+    if changed := differences(without(first.config, free), without(second.config, free)):
         raise UserError(
             f"{second.folder} (here) was made with other options than {first.folder} (there): {changed}: run one of "
             "them again"
         )
-    data = [{"data": state.manifest.get("data")} for state in (first, second)]
+    data = [{name: state.manifest.get(name) for name in ("data", "prompt")} for state in (first, second)]
     if changed := differences(*data):
         raise UserError(f"{first.folder} and {second.folder} read other samples ({changed}): run one of them again")
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Int32
 
 from interventions.kinds.groups import GROUPS, bind, check_group, label, tokens_of
 from vlm_jax import Inputs, Model
+from vlm_jax.acting import acting
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
@@ -165,8 +166,8 @@ class Computed:
 
     def read(self, block: int) -> dict[str, Float[np.ndarray, "layers rows width"]]:
         found, batch = self._found(block)
-        acting = bind(self.interventions, batch)
-        values = fetch(tapped(self.model, batch.inputs, self.options.sites, self.layers, acting))
+        always = acting(bind(self.interventions, batch), self.model.depths)
+        values = fetch(tapped(self.model, batch.inputs, self.options.sites, self.layers, always))
         return {site: value[:, found.marked] for site, value in values.items()}
 
     def token_ids(self, block: int) -> Int32[np.ndarray, " rows"]:

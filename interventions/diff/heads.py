@@ -72,7 +72,7 @@ def mean_image_embedding(
     for rows, encoded in batches(examples, processor, model.config, batch, with_answer=False):
         image = _of_group(encoded, "image")
         image[len(rows) :] = False
-        embeddings = np.asarray(_embeddings(model, encoded.inputs, bind(base, encoded)))
+        embeddings = np.asarray(_embeddings(model, encoded.inputs, acting(bind(base, encoded), model.depths)))
         total, count = total + embeddings[image].sum(0, dtype=np.float64), count + image.sum()
     if not count:
         raise UserError("no example has an image, so there is no mean image embedding: give examples with images")

@@ -10,6 +10,7 @@ from interventions.diff.place import Place
 from interventions.diff.selection import Feature
 from interventions.kinds.groups import bind
 from vlm_jax import Model
+from vlm_jax.acting import acting
 from vlm_jax.data import Example
 from vlm_jax.processor import Processor
 from vlm_jax.prompts import encode
@@ -42,7 +43,7 @@ def feature_maps(
     for example in examples[:SEARCHED]:
         batch = encode([example], processor, model.config, with_answer=False)
         real = np.asarray(batch.inputs.attention_mask)[0]
-        values = tapped(model, batch.inputs, sites, layers, bind(interventions, batch))
+        values = tapped(model, batch.inputs, sites, layers, acting(bind(interventions, batch), model.depths))
         codes = {}  # place -> (tokens, latents)
         for place in places:
             x = values[place.site][0 if place.layer is None else layers.index(place.layer), 0]

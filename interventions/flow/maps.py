@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from interventions.kinds.groups import bind
 from vlm_jax import Inputs, Model, Tap
+from vlm_jax.acting import acting
 from vlm_jax.data import Example
 from vlm_jax.inputs import bucket
 from vlm_jax.processor import Processor
@@ -48,7 +49,8 @@ def attention_maps(
     found = []
     for example, batch, rows in zip(examples, encoded, queries, strict=True):
         padded = np.pad(rows, (0, bucket(len(rows), _STEP) - len(rows)))
-        values = fetch(_attention(model, batch.inputs, padded, bind(interventions, batch), with_heads=with_heads))
+        always = acting(bind(interventions, batch), model.depths)
+        values = fetch(_attention(model, batch.inputs, padded, always, with_heads=with_heads))
         real = np.asarray(batch.inputs.attention_mask)[0]
         prompt = read_prompt(batch.inputs, real, model.config, processor)
         numbers = (np.cumsum(real) - 1)[rows]  # of the queries, among the tokens that are kept

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from interventions.kinds.groups import GROUPS, bind, label, members
 from vlm_jax import Inputs, Model, Tap
+from vlm_jax.acting import acting
 from vlm_jax.data import Example
 from vlm_jax.errors import UserError
 from vlm_jax.processor import Processor
@@ -94,7 +95,7 @@ def text_attention(model: Model, batch: Batch, interventions: Sequence[Intervent
     text, image = np.isin(labels, members("text")), labels == _IMAGE
     if not image.any(1).all():
         raise UserError(f"row {int(np.argmin(image.any(1)))} has no image for its text to read: leave it out")
-    summed = fetch(_summed(model, batch.inputs, text, tuple(interventions))).transpose(1, 0, 2, 3)
+    summed = fetch(_summed(model, batch.inputs, text, acting(interventions, model.depths))).transpose(1, 0, 2, 3)
     groups = labels[:, None] == np.arange(len(GROUPS))[:, None]  # (B, G, T)
     index, valid = positions(image)
     received = np.take_along_axis(summed.mean(2), index[:, None], 2)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from interventions.kinds.base import OnTokens, beside_heads, kind
+from interventions.kinds.base import OnTokens, beside_heads, beside_tokens, kind
 from interventions.kinds.groups import GROUPS
-from interventions.kinds.layers import Layers, slot_at
+from interventions.kinds.layers import Layers, numbered, slot_at
 from vlm_jax.errors import UserError
-from vlm_jax.sites import Context, Intervention, token_axis
+from vlm_jax.sites import Context, Intervention, layered, stack_of, token_axis
 from vlm_jax.typing import ArrayLike
 
 
@@ -32,7 +32,7 @@ class Ablation(OnTokens):
     ``mean[site] (K, G, ..., D)`` holds K slots of a vector for each of the G token groups; None stands for zeros.
     ``known (G,)`` says of which groups there is a mean. ``labels (B, T)`` is the group of each token, which
     :func:`interventions.bind` looks up. ``heads (H,)`` bool restricts it to some heads. Generated tokens count as
-    "answer".
+    "answer"; if there is no mean of answers, they keep their values.
     """
 
     mean: dict[str, Float[ArrayLike, "slots groups ..."] | None]
@@ -45,21 +45,18 @@ class Ablation(OnTokens):
     def zero(cls, sites: str | Iterable[str], layers: int | Iterable[int] | None = None, **tokens) -> "Ablation":
         """Zeros at some sites in some layers (None: all). ``tokens``: where, group, new."""
         names = [sites] if isinstance(sites, str) else list(sites)
-        chosen = layers if layers is None or isinstance(layers, int) else list(layers)
-        slot = {name: Layers.of(chosen) for name in names}
+        shared = Layers.of(layers)
+        slot = dict.fromkeys(names, shared)
         return cls(dict.fromkeys(names), slot, **tokens)
 
     @classmethod
     def by_mean(cls, means: Means, layers: int | Iterable[int] | None = None, **tokens) -> "Ablation":
         """The means of reference prompts (:func:`interventions.ablations.reference_means`) in some layers (None: all).
         ``tokens``: where, group, new."""
+        if not means.values:
+            raise UserError("the means are of no site: give reference_means at least one")
         depth = len(next(iter(means.values.values())))
-        chosen = range(depth) if layers is None else [layers] if isinstance(layers, int) else layers
-        numbers = np.array(list(chosen), np.int32)
-        Layers.of(numbers.tolist())  # refuses no layer, and one that is named twice
-        if not np.isin(numbers, np.arange(-depth, depth)).all():
-            raise UserError(f"layers {numbers.tolist()} are not possible: name some of 0 to {depth - 1}")
-        slots = (numbers % depth).astype(np.int32)
+        slots = np.array(numbered(layers, depth), np.int32)
         slot = {site: Layers(slots, slots) for site in means.values}
         return cls(dict(means.values), slot, means.known, **tokens)
 
@@ -74,6 +71,18 @@ class Ablation(OnTokens):
     def _count(self, site: str) -> int:
         mean = self.mean[site]
         return 1 if mean is None else len(mean)
+
+    def sized(self, depths: Mapping[str, int]) -> Intervention:
+        for site, slot in self.slot.items():
+            mean, depth = self.mean[site], depths[stack_of(site)] if layered(site) else None
+            if isinstance(slot, Layers) and mean is not None and len(mean) != depth:
+                raise UserError(f"the means are of {len(mean)} layers, but the model has {depth}: take its own means")
+        return super().sized(depths)
+
+    def tokens(self) -> jax.Array | None:
+        if self.where is not None or self.labels is None:
+            return self.where
+        return self.labels != GROUPS.index("padding")
 
     def bound(self, labels: Int[ArrayLike, "batch tokens"]) -> Intervention:
         bound = super().bound(labels)
@@ -97,6 +106,8 @@ class Ablation(OnTokens):
         else:
             labels = ctx.tokens(self.labels, value.shape[token_axis(site)], GROUPS.index("answer"))
             new = mean[slot][labels].astype(value.dtype)
+            if self.known is not None:  # generated tokens keep their values where the reference has no answers
+                used = used & beside_tokens(self.known[labels], site, value.ndim)
         if self.heads is not None:
             used = used & beside_heads(self.heads, site, value.ndim)
         return self.only(site, jnp.where(used, new, value), value, ctx)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from vlm_jax.acting import several
+from vlm_jax.acting import checked
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.prompts import Batch
 from vlm_jax.sites import Intervention
@@ -135,7 +135,7 @@ def bind(interventions: Intervention | Sequence[Intervention], batch: Batch) -> 
         UserError: if the batch has no token of a group.
     """
     labels = label(batch)
-    return tuple(intervention.bound(labels) for intervention in several(interventions))
+    return tuple(intervention.bound(labels) for intervention in checked(interventions))
 
 
 def roles(batch: Batch) -> dict[str, Bool[np.ndarray, "batch tokens"]]:

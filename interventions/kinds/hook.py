@@ -23,14 +23,14 @@ class Hook(OnTokens):
 
     fn: Callable[[jax.Array, Context], jax.Array] = option()
     site: str = option(default="text.resid_post")
-    slot: Int[ArrayLike, "layers"] | Layers | None = None
+    slot: Int[ArrayLike, "*layers"] | Layers = flax.struct.field(default_factory=lambda: Layers.of(None))
 
     @property
     def sites(self) -> frozenset[str]:
         return frozenset({self.site})
 
     def active(self) -> dict[str, Any]:
-        return {self.site: jnp.asarray(True) if self.slot is None else self.slot < 1}
+        return {self.site: self.slot < 1}
 
     def __call__(self, site: str, value: jax.Array, ctx: Context) -> jax.Array:
         changed = self.fn(value, ctx)
@@ -40,7 +40,7 @@ class Hook(OnTokens):
                 f"{name} returns the shape {np.shape(changed)} at {site!r}, where the value has {value.shape}: return "
                 "a new value of that shape"
             )
-        used = True if self.slot is None else slot_at(self.slot, 1, ctx)[1]
+        _, used = slot_at(self.slot, 1, ctx)
         return self.only(site, jnp.where(used, changed, value), value, ctx)
 
     def __repr__(self) -> str:
@@ -58,8 +58,8 @@ def hook(
 
     Args:
         fn: a function of the value and its :class:`vlm_jax.sites.Context` that JAX can trace; it returns the new value,
-            of the same shape. A program is compiled for every function, so define it once, not in a loop; arrays that
-            change belong in a kind of your own.
+            of the same shape. A program is compiled for every function and keeps what the function read from outside:
+            a new value there needs a new function, and arrays that change belong in a kind of your own.
         layers: in which layers, counted from the end if negative; None: in all.
         tokens: on which tokens: a token group such as "question", or a mask ``(B, T)``; None: on all, generated ones
             included. A token's new value may depend on that token alone.
@@ -73,6 +73,6 @@ def hook(
         raise UserError(f"hook got a {type(fn).__name__} in place of a function: pass fn(value, ctx)")
     if layers is not None and not layered(site):
         raise UserError(f"{site!r} is outside of the layers: drop layers={layers}")
-    slot = Layers.of(layers) if layered(site) else None
+    slot = Layers.of(layers) if layered(site) else np.int32(0)
     where = {"group": tokens} if isinstance(tokens, str) else {"where": tokens}
     return Hook(fn=fn, site=site, slot=slot, **where, **options)

@@ -5,6 +5,7 @@ layer uses none. So a layer without a slot needs no array. :class:`Layers` names
 known.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vlm_jax.errors import UserError
-from vlm_jax.sites import Context
+from vlm_jax.sites import Context, layered, stack_of
 from vlm_jax.typing import Array, ArrayLike
 
 
@@ -65,9 +66,7 @@ class Layers:
             if count > 1:
                 raise UserError(f"{count} slots are given, but not for which layers: name {count} layers")
             return cls(None, np.zeros(1, np.int32))
-        numbers = np.atleast_1d(np.asarray(layers if isinstance(layers, int) else list(layers), np.int32))
-        if not len(numbers) or len(set(numbers.tolist())) < len(numbers):
-            raise UserError(f"layers {numbers.tolist()} are not possible: name at least one, and none twice")
+        numbers = np.array(_listed(layers), np.int32)
         if count not in (1, len(numbers)):
             raise UserError(f"{count} slots are given for {len(numbers)} layers: give one for all, or one for each")
         return cls(numbers, np.arange(count, dtype=np.int32).repeat(len(numbers) if count == 1 else 1))
@@ -81,9 +80,8 @@ class Layers:
         if self.numbers is None:
             return jnp.zeros((*np.shape(self.slots)[:-1], depth), jnp.int32)
         if not isinstance(self.numbers, jax.core.Tracer):
-            lacking = [number for number in np.ravel(self.numbers).tolist() if not -depth <= number < depth]
-            if lacking:
-                raise UserError(f"the model has no layer {lacking[0]}: name some of 0 to {depth - 1}")
+            for row in np.reshape(self.numbers, (-1, np.shape(self.numbers)[-1])).tolist():
+                numbered(row, depth)
         numbers = jnp.where(self.numbers < 0, self.numbers + depth, self.numbers)
         chosen = numbers[..., None, :] == jnp.arange(depth)[:, None]
         slots = (chosen * jnp.asarray(self.slots)[..., None, :]).sum(-1)
@@ -93,12 +91,36 @@ class Layers:
         return "" if self.numbers is None else f"L{','.join(map(str, np.ravel(self.numbers)))}"
 
     def __lt__(self, count: int) -> Bool[np.ndarray, "layers"]:
-        """The layers that use a slot, up to the last one named: what an intervention says of its layers before it meets
-        a model (:meth:`vlm_jax.Intervention.active`)."""
+        """Which layers use a slot, as far as they are counted from the start: for descriptions."""
         if self.numbers is None:
             return np.ones(1, bool)
         numbers = np.asarray(self.numbers)
         return np.isin(np.arange(max(numbers.max(), 0) + 1), numbers)
+
+
+def _listed(layers: int | Iterable[int]) -> list[int]:
+    """Layers as a list of whole numbers; one number may stand alone."""
+    alone = isinstance(layers, int | np.integer) or (isinstance(layers, np.ndarray) and layers.ndim == 0)
+    named: Any = [layers] if alone else layers
+    numbers = [operator.index(layer) for layer in named]
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise UserError(f"layers {numbers} are not possible: name at least one, and none twice")
+    return numbers
+
+
+def numbered(layers: int | Iterable[int] | None, depth: int) -> list[int]:
+    """The numbers of some layers (None: all) of a model with ``depth`` layers, where negative ones count from the end.
+
+    Raises:
+        UserError: for no layer, one that the model lacks, or one that is named twice.
+    """
+    numbers = list(range(depth)) if layers is None else _listed(layers)
+    if lacking := [number for number in numbers if not -depth <= number < depth]:
+        raise UserError(f"the model has no layer {lacking[0]}: name some of 0 to {depth - 1}")
+    found = [number % depth for number in numbers]
+    if len(set(found)) < len(found):
+        raise UserError(f"layers {numbers} name a layer twice in a model of {depth}: name each once")
+    return found
 
 
 def at(site: str, layers: int | Iterable[int] | None = None, count: int = 1) -> dict[str, Layers]:
@@ -114,7 +136,13 @@ def sized_slots(intervention: Any, depths: Mapping[str, int]) -> Any:
     """An intervention with tables in place of the :class:`Layers` of its field ``slot``."""
 
     def table(site: str, slot: Any) -> Any:
-        return slot.table(depths[site.partition(".")[0]]) if isinstance(slot, Layers) else slot
+        if not isinstance(slot, Layers):
+            return slot
+        if layered(site):
+            return slot.table(depths[stack_of(site)])
+        if slot.numbers is not None:
+            raise UserError(f"{site!r} is outside of the layers: drop the layers {np.ravel(slot.numbers).tolist()}")
+        return jnp.int32(0)
 
     slot = intervention.slot
     if isinstance(slot, Layers):

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from interventions.kinds.layers import Layers
+from vlm_jax.errors import UserError
 from vlm_jax.showing import fields_in_words
 from vlm_jax.sites import Intervention
 
@@ -21,8 +22,16 @@ _HASHED = 10_000_000
 
 
 def digest(interventions: Sequence[Intervention]) -> str:
-    """A hash of the kinds, options and arrays of the interventions."""
-    return hash_of(*packed(interventions))
+    """A hash of the kinds, options and arrays of the interventions.
+
+    Raises:
+        UserError: for an intervention with an option that a file cannot hold, such as a function.
+    """
+    try:
+        return hash_of(*packed(interventions))
+    except TypeError:
+        names = ", ".join(type(one).__name__ for one in interventions)
+        raise UserError(f"a function cannot be written to a file ({names}): make it a kind of its own") from None
 
 
 def hash_of(entries: list[dict], tensors: dict[str, np.ndarray]) -> str:
@@ -80,8 +89,11 @@ def _pack(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
 
 
 def describe(intervention: Intervention) -> str:
-    """One line: the kind, where it acts, its options, how many numbers it holds, and their hash."""
-    return f"{_words(intervention)} #{digest((intervention,))}"
+    """One line: the kind, where it acts, its options, how many numbers it holds, and their hash, if it has one."""
+    try:
+        return f"{_words(intervention)} #{digest((intervention,))}"
+    except UserError:
+        return _words(intervention)
 
 
 def short(intervention: Intervention) -> str:
@@ -92,10 +104,7 @@ def short(intervention: Intervention) -> str:
     whole = all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for leaf in leaves)
     if not whole or sum(np.size(leaf) for leaf in leaves) > _HASHED:
         return _words(intervention)
-    try:
-        return describe(intervention)
-    except (TypeError, ValueError):  # an option that JSON lacks, such as a function
-        return _words(intervention)
+    return describe(intervention)
 
 
 def _words(intervention: Intervention) -> str:

@@ -314,6 +314,8 @@ def read_trace(folder: Path, fingerprint: str, depth: int) -> Num[np.ndarray, "l
             f"{folder} is the trace of another model (fingerprint {summary['fingerprint']}, this one's is "
             f"{fingerprint}): trace this model, or load the one that was traced"
         )
+    if summary.get("direction", "restore") != "restore":
+        raise UserError(f"{folder} traced how much modules break, not how much they restore: drop --direction break")
     rates, names = summary["rr"], module_names(depth)
     if not isinstance(rates, dict) or sorted(rates) != sorted(names):
         raise UserError(

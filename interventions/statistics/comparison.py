@@ -151,10 +151,11 @@ def paired_columns(
 
 def two_sided(draws: Float[np.ndarray, "resamples *shape"]) -> Float[np.ndarray, "*shape"]:
     """The two-sided p-value of 0 from bootstrap draws of a difference: twice the smaller share of the draws on either
-    side of 0, at least 2 / (resamples + 1)."""
+    side of 0, at least 2 / (resamples + 1). NaN where no draw is known."""
     known = ~np.isnan(draws)
     beyond = np.minimum((known & (draws <= 0)).sum(0), (known & (draws >= 0)).sum(0))
-    return np.minimum(1.0, 2 * (1 + beyond) / (1 + known.sum(0)))
+    p = np.minimum(1.0, 2 * (1 + beyond) / (1 + known.sum(0)))
+    return np.where(known.any(0), p, np.nan)
 
 
 class _Changes(NamedTuple):

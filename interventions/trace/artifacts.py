@@ -9,7 +9,8 @@ SAMPLES = Schema(
         "task": "the task it belongs to",
         "question": "the question",
         "answer": "the gold answer that is scored",
-        "prediction": "what greedy decoding of the clean prompt writes",
+        "prediction": "what greedy decoding of the clean prompt writes; null if an intervention acts on tokens that a "
+        "prompt without its answer lacks",
         "correct": "whether greedy decoding of the clean prompt writes the gold answer",
         "p_clean": "the metric of the clean run, such as the probability of the gold answer",
         "p_corrupt": "(R,), the metric of every replicate's corrupted run",
@@ -23,6 +24,8 @@ SUMMARY = Schema(
     {
         "task": "what was traced",
         "fingerprint": "the model",
+        "patch": "what cells' values became, as --patch",
+        "direction": "restore, or break: RR is then the share of TE that breaking a cell loses",
         "samples": "the number of samples",
         "replicates": "corruptions of every sample",
         "te_not_positive": "samples with a total effect (TE = p_clean - p_corrupt) of at most 0",

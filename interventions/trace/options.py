@@ -94,6 +94,11 @@ class TraceOptions:
             )
 
     @property
+    def rate(self) -> str:
+        """What RR is called in titles."""
+        return "restoration rate" if self.direction == "restore" else "share of TE lost"
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """The token groups that cells restore."""
         return ("all",) if self.positions == ("each",) else self.positions

@@ -67,39 +67,43 @@ class Patches:
     def __call__(self, rows: Sequence[int], batch: Batch) -> Grid:
         """The patches of a batch. ``rows`` are the numbers of its examples."""
         options, config = self.options, self.model.config.text
-        tokens, present = None, np.ones((len(batch.inputs.input_ids), 1), bool)
+        tokens, present, values = None, np.ones((len(batch.inputs.input_ids), 1), bool), None
         if options.groups != ("all",):
             tokens = [positions_of(group, batch) for group in options.groups]
+        if options.patch == "resample":
+            donors = self.donors(rows, len(batch.inputs.input_ids))
+            values = resampled(self.model, batch, donors, self.sites, self.interventions)
+            known = has_donor(batch, donors)
+            tokens = [known] if tokens is None else [known & mask for mask in tokens]
+        if tokens is not None:
             present = np.stack([mask.any(1) for mask in tokens], 1)
             # A patch must act somewhere. Of a group that no row has, nothing is recorded, so any token will do.
             last = positions_of("last", batch)
             tokens = [mask if mask.any() else last for mask in tokens]
         how: dict[str, Any] = {"window": options.window, "heads": config.num_attention_heads if options.heads else None}
         depth = config.num_hidden_layers
-        match options.patch:
-            case "run":
-                return Grid(*patch_grid(self.sites, depth, **how, tokens=tokens), present)
-            case "resample":
-                donors = self.donors(rows, len(batch.inputs.input_ids))
-                values = resampled(self.model, batch, donors, self.sites, self.interventions)
-                known = has_donor(batch, donors)
-                masks = [known] if tokens is None else [known & mask for mask in tokens]
-                variants, shape = patch_grid(self.sites, depth, **how, tokens=masks, donor=values)
-                return Grid(variants, shape if tokens is not None else shape[:-1], present)
-            case _:
-                ablation = Ablation.zero(self.sites) if self.means is None else Ablation.by_mean(self.means)
-                bound = ablation.bound(label(batch))
-                assert isinstance(bound, Ablation)
-                return Grid(*ablation_grid(bound, self.sites, depth, **how, tokens=tokens), present)
+        if options.patch in ("run", "resample"):
+            variants, shape = patch_grid(self.sites, depth, **how, tokens=tokens, donor=values)
+        else:
+            ablation = Ablation.zero(self.sites) if self.means is None else Ablation.by_mean(self.means)
+            where = None if tokens is None else np.logical_or.reduce(tokens)
+            bound = ablation.replace(where=where).bound(label(batch))
+            assert isinstance(bound, Ablation)
+            variants, shape = ablation_grid(bound, self.sites, depth, **how, tokens=tokens)
+        grouped = options.groups != ("all",)
+        return Grid(variants, shape if grouped or tokens is None else shape[:-1], present)
 
     def donors(self, rows: Sequence[int], size: int) -> Batch:
-        """The donors of some examples, filled up to ``size`` rows as their batch is. A sample's donor depends on the
-        seed and the sample's id, not on its batch."""
+        """The donors of some examples, filled up to ``size`` rows as their batch is. A sample's donor is another one of
+        the examples; which one depends on the seed and their ids, not on their order or batch."""
         chosen = []
         for row in rows:
-            text = f"{self.options.seed} {self.examples[row].id}".encode()
-            number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") % (len(self.examples) - 1)
-            chosen.append(self.examples[number + (number >= row)])
+            own = self.examples[row].id
+
+            def digest(other: Example, own=own) -> bytes:
+                return hashlib.sha256(f"{self.options.seed}\0{own}\0{other.id}".encode()).digest()
+
+            chosen.append(min((other for other in self.examples if other.id != own), key=digest))
         return encode(chosen + chosen[-1:] * (size - len(chosen)), self.processor, self.model.config)
 
 

@@ -43,7 +43,7 @@ def predictions(
         try:
             acting = bind(interventions, batch)
         except UserError:
-            return texts
+            return [None] * len(examples)
         names = [examples[row].id for row in rows]
         tokens = fetch(vlm_jax.generate(model, batch.inputs, _NEW_TOKENS, acting, names=names))
         for row, text in zip(rows, processor.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=False):

@@ -23,6 +23,7 @@ from interventions.trace.patches import Patches, Present
 from interventions.trace.result import TaskTrace, bounds, by_module, by_position, sample_count, summarise
 from interventions.trace.samples import check_lines, effects, line, predictions
 from vlm_jax import Inputs, Model
+from vlm_jax.acting import acting
 from vlm_jax.checkpoints.fingerprint import fingerprint
 from vlm_jax.config import Config
 from vlm_jax.data import Example
@@ -59,6 +60,7 @@ def trace_examples(
         UserError: for options that the model or these samples do not allow, or if the corruption changes pictures and
             an intervention acts in the vision tower.
     """
+    interventions = acting(interventions, model.depths)
     check_corruption(options, interventions)
     options.check(model.config.text.num_hidden_layers)
     examples = traced(model, processor, examples, options, interventions)
@@ -147,8 +149,8 @@ def trace_batch(
         interventions: see :func:`trace_examples`.
         patches: makes the batch's patches; None: as for a trace of these examples alone.
     """
-    acting = bind(interventions, batch)
     model, options = corrupt.model, corrupt.options
+    always = acting(bind(interventions, batch), model.depths)
     examples = [corrupt.examples[row] for row in rows]
     read = gold = Gold.of(batch.inputs, batch.spans["answer"])
     if options.metric == "logit_difference":
@@ -160,16 +162,16 @@ def trace_batch(
     features = _features(model, batch.inputs)
     p_corrupt, ie = [], []
     for replicate in range(options.replicates):
-        corruption = *corrupt(rows, batch, replicate), *acting
+        corruption = *corrupt(rows, batch, replicate), *always
         # Patches are put into the base run; values of the other run come from the one that the sweep calls clean.
-        base, other = (acting, corruption) if breaks else (corruption, acting)
+        base, other = (always, corruption) if breaks else (corruption, always)
         runs = sweep_runs(model, batch.inputs, variants, read, base=base, clean=other, features=features)
         clean_run, corrupted_run = (runs.base, runs.clean) if breaks else (runs.clean, runs.base)
         clean, corrupted, patched = (measured(r, options.metric) for r in (clean_run, corrupted_run, runs.variants))
         patched = patched.reshape(*shape, -1).swapaxes(0, 1).reshape(len(variants), -1)  # layer by layer
         p_corrupt.append(corrupted)
         ie.append((clean - patched if breaks else patched - corrupted).T)
-    scores = clean_run if read is gold else _scores(model, batch.inputs, gold.replace(first=0), acting)
+    scores = clean_run if read is gold else _scores(model, batch.inputs, gold.replace(first=0), always)
     correct = fetch(scores.correct)
     known = np.tile(present, (1, len(variants) // present.shape[1]))  # groups are the last axis of the grid
     for i, example in enumerate(examples):
@@ -294,11 +296,13 @@ def trace_task(
     def make() -> dict:
         begun = time.perf_counter()
         log = run.log(f"{folder}samples.jsonl", Artifact("samples", f"{task}: effects of every sample", SAMPLES))
-        how: dict[str, Any] = {"interventions": interventions, "reference": reference}
-        result = trace_examples(model, processor, examples, options, task, log, **how)
         # A trace under interventions says nothing about the model alone, so placements refuse its fingerprint.
         names = [fingerprint(model), *([digest(interventions)] if interventions else [])]
-        summary = {"task": task, "fingerprint": "+".join(names), **summarise(result, options)}
+        result = trace_examples(
+            model, processor, examples, options, task, log, interventions=interventions, reference=reference
+        )
+        how = {"patch": options.patch, "direction": options.direction}
+        summary = {"task": task, "fingerprint": "+".join(names), **how, **summarise(result, options)}
         run.write(
             f"{folder}trace.parquet",
             lambda path: write_effects(path, {task: result}, options.eps),
@@ -311,12 +315,14 @@ def trace_task(
         )
         numbers = {task: sample_count(summary)}
         if set(result.cells) == set(module_names(model.config.text.num_hidden_layers)):
-            title = f"{task}: restoration rate by layer and module"
-            save_figure(run, f"{folder}heatmap", heatmap, title, panels={task: by_module(summary)}, samples=numbers)
+            title, panels = f"{task}: {options.rate} by layer and module", {task: by_module(summary)}
+            save_figure(
+                run, f"{folder}heatmap", heatmap, title, panels=panels, samples=numbers, label=f"{options.rate} (RR)"
+            )
         if len(options.groups) > 1 and not options.heads:
-            title, panels = f"{task}: restoration rate by layer and tokens", by_position(summary, options.groups)
+            title, panels = f"{task}: {options.rate} by layer and tokens", by_position(summary, options.groups)
             save_figure(run, f"{folder}positions", position_map, title, panels=panels, groups=options.groups)
-        title = f"{task}: restoration rate of every cell with its 95 % interval"
+        title = f"{task}: {options.rate} of every cell with its 95 % interval"
         estimates = {task: bounds(summary)._asdict() | {"samples": numbers[task]}}
         save_figure(run, f"{folder}intervals", interval_plot, title, cells=result.cells, groups=estimates)
         run.timed(f"trace {folder or task}".rstrip("/"), begun)

@@ -159,7 +159,8 @@ def test_donors_are_of_the_same_group(cases):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda means: Ablation.by_mean(means, [LAYERS]), "layers [4] are not possible"),
+        (lambda means: Ablation.by_mean(means, [LAYERS]), "the model has no layer 4"),
+        (lambda means: Ablation.by_mean(means, [1, -3]), "name a layer twice"),
         (lambda means: Ablation.by_mean(means, []), "name at least one"),
         (lambda means: Ablation.by_mean(means), "bind it to a batch first"),
     ],
@@ -169,6 +170,41 @@ def test_refused(cases, make, says):
     with pytest.raises(UserError) as refusal:
         logits(case, make(means_of(case)))
     assert says in str(refusal.value) and one_sentence(refusal.value)
+
+
+def test_means_of_another_depth_are_refused(cases):
+    case = cases("qwen3_vl")
+    means = means_of(case)
+    shallow = means._replace(values={site: mean[:2] for site, mean in means.values.items()})
+    with pytest.raises(UserError, match="the means are of 2 layers, but the model has 4"):
+        logits(case, *bind(Ablation.by_mean(shallow), batch_of(case)))
+
+
+def test_another_batch_is_refused(cases):
+    """The groups that were looked up are those of one batch."""
+    case = cases("qwen3_vl")
+    (bound,) = bind(Ablation.by_mean(means_of(case)), batch_of(case))
+    other = case.inputs["left"].cut(case.inputs["left"].input_ids.shape[1] - 4)
+    with pytest.raises(UserError, match="batch"):
+        case.model(other, bound)
+
+
+def test_generated_tokens_without_a_mean_are_left_alone(mini, examples):
+    """Means of prompts without answers say nothing of generated tokens, which then keep their values."""
+    model, processor = mini
+    asked = encode(examples, processor, model.config, with_answer=False)
+    means = reference_means(model, [([0, 1, 2, 3], asked)], ["text.mlp_out"])
+    (ablation,) = bind(Ablation.by_mean(means, [0, 1]), asked)
+    found = vlm_jax.generate(model, asked.inputs, 4, ablation)
+    np.testing.assert_array_equal(found, vlm_jax.generate(model, asked.inputs, 4, ablation, steps="prefill"))
+    assert not means.known[GROUPS.index("answer")]
+
+
+def test_donors_are_values_of_the_layers(cases):
+    case = cases("qwen3_vl")
+    for site in ("text.embeddings", "text.attn_probs"):
+        with pytest.raises(UserError, match="no value for each token in every layer"):
+            resampled(case.model, batch_of(case), batch_of(case), [site])
 
 
 def test_groups_without_a_mean_are_refused(cases):
@@ -253,6 +289,15 @@ def test_resampled_values_do_not_depend_on_the_batch(mini, examples):
     patch = Patch({SITES[0]: values[SITES[0]][1:2]}, {SITES[0]: slots(8, [1])}, has_donor(encoded, donors))
     want = probability(mini, encoded) - probability(mini, encoded, patch)
     np.testing.assert_allclose(found[:1, 1, 0, 0], want, atol=1e-5)
+
+
+def test_samples_without_a_donor_are_missing(mini):
+    """A picture's tokens have no donor among questions without one: null, and not an effect of 0."""
+    pictures = load_task("mini-okvqa", split="trace", limit=1)
+    blind = [dataclasses.replace(one.without_images(), id=f"blind {one.id}") for one in pictures]
+    options = TraceOptions(direction="break", patch="resample", positions=("image", "last"), batch=2)
+    ie = trace_examples(*mini, [*pictures, *blind], options, "t").ie[:, 0].reshape(2, 8, 2, 2)
+    assert np.isnan(ie[..., 0]).all() and np.isfinite(ie[..., 1]).all()
 
 
 def test_breaking_by_the_corrupted_run(mini, examples):

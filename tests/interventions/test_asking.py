@@ -1,5 +1,7 @@
 """Text in, text out: answers, the tokens of a prompt, and prompts that hold their answers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from kind_cases import one_sentence
@@ -9,7 +11,7 @@ from eval.evaluation import answer
 from interventions import Add, AttentionKnockout, ask, generate_variants, tokens_of
 from vlm_jax.data import load_task
 from vlm_jax.errors import UserError
-from vlm_jax.prompts import encode
+from vlm_jax.prompts import batches, encode
 
 
 @pytest.fixture(scope="module", params=["mini-qwen3-vl", "mini-gemma3", "mini-llava"])
@@ -85,3 +87,13 @@ def test_answered_prompts_generate_nothing(mini, examples):
             generate()
         assert one_sentence(refusal.value)
     assert not encode(examples, processor, model.config, with_answer=False).inputs.answered
+    for _, batch in batches(examples, processor, model.config, 2):
+        assert batch.inputs.answered
+
+
+def test_two_pictures_are_two_entries(mini, examples):
+    model, processor = mini
+    both = dataclasses.replace(examples[0], images=[examples[0].images[0], examples[1].images[0]])
+    batch = encode([both], processor, model.config)
+    images = [token for token in tokens_of(batch, 0, processor) if token.group == "image"]
+    assert len(images) == 2 and sum(token.count for token in images) == batch.spans["image"].sum()

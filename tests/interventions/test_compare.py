@@ -11,6 +11,7 @@ from run_folders import check_run_folder
 
 from interventions import compare
 from interventions.kinds.groups import GROUPS
+from interventions.statistics import holm
 from vlm_jax.errors import UserError
 
 command = importlib.import_module("interventions.compare.__main__")  # the attribute of that name is the function
@@ -29,9 +30,9 @@ def write(folder, name, *, lines=None, value=None, arrays=None):
         np.savez(path, **arrays)
 
 
-def begun(folder, of, options=OPTIONS, data="samples", **changes):
+def begun(folder, of, options=OPTIONS, data="samples", prompt_text="P0", **changes):
     write(folder, "config.json", value={"command": of, "model": "mini", "adapter": [], **options, **changes})
-    write(folder, "manifest.json", value={"data": data, "model": "fingerprint"})
+    write(folder, "manifest.json", value={"data": data, "prompt": prompt_text, "model": "fingerprint"})
     return folder
 
 
@@ -80,7 +81,7 @@ def test_restoration_rates(traces):
         return change[rows].mean()
 
     rng = np.random.default_rng(0)
-    draws = np.array([mean(rng.integers(0, n, n)) for _ in range(2000)])
+    draws = np.array([mean(rng.integers(0, n, n)) for _ in range(10_000)])
     row = rates["L1-attn"]
     assert list(rates) == CELLS and row["layer"] == 1 and row["samples"] == n
     assert row["change"] == pytest.approx(0.2, abs=1e-6)
@@ -100,7 +101,7 @@ def test_samples_are_paired_by_their_ids(traces, tmp_path):
     moved[..., 2] += 0.2 * te
     order = np.random.default_rng(1).permutation(30)
     parts = [np.concatenate([part[order], part[:1]]) for part in (clean, te, moved)]
-    shuffled = traced(tmp_path / "c", *parts, ids=[*map(str, order), "more"], limit=31)
+    shuffled = traced(tmp_path / "c", *parts, ids=[*map(str, order), "more"])
     found, want = compare(traces[0], shuffled), compare(*traces)
     assert found.left_out == 1 and found.samples == 30
     for one, other in zip(found.changes, want.changes, strict=True):
@@ -115,6 +116,34 @@ def test_too_few_samples_have_no_interval(tmp_path):
     row = found.changes[0]
     assert row["measure"] == "RR" and row["change"] < 0
     assert row["low"] is None and row["p"] is None and "not enough samples" in repr(found)
+
+
+def test_cells_that_samples_lack(tmp_path):
+    """A cell that few samples have has no interval and its own number of samples; one that none has is left out, and
+    does not count in Holm's adjustment."""
+    clean, te, ie = numbers(0)
+    moved = ie + 0.2 * te[..., None]
+    for part in (ie, moved):
+        part[2:, :, 1], part[:, :, 3] = np.nan, np.nan
+    folders = traced(tmp_path / "a", clean, te, ie), traced(tmp_path / "b", clean, te, moved)
+    rates = {row["of"]: row for row in compare(*folders).changes if row["measure"] == "RR"}
+    assert list(rates) == ["L0-attn", "L0-mlp", "L1-attn"]
+    assert [row["samples"] for row in rates.values()] == [30, 2, 30]
+    assert rates["L0-mlp"]["low"] is rates["L0-mlp"]["p"] is None and rates["L0-mlp"]["change"] == pytest.approx(0.2)
+    assert rates["L0-attn"]["p_holm"] == pytest.approx(2 * rates["L0-attn"]["p"])
+
+
+def test_many_cells_can_differ(tmp_path, monkeypatch):
+    """With 80 cells a clear change is still significant after Holm's adjustment."""
+    cells = [f"L{layer}-{kind}" for layer in range(40) for kind in ("attn", "mlp")]
+    monkeypatch.setitem(globals(), "CELLS", cells)
+    rng = np.random.default_rng(0)
+    clean, te = rng.uniform(0.5, 0.9, 20), rng.uniform(0.1, 0.5, (20, 1))
+    ie = te[..., None] * rng.uniform(0, 1, (20, 1, 80))
+    moved = ie.copy()
+    moved[..., 7] += 0.5 * te
+    rows = compare(traced(tmp_path / "a", clean, te, ie), traced(tmp_path / "b", clean, te, moved)).changes
+    assert [row["of"] for row in rows if row["measure"] == "RR" and row["p_holm"] < 0.05] == ["L3-mlp"]
 
 
 def scored(folder, scores, clusters, **changes):
@@ -176,8 +205,9 @@ def test_attention(tmp_path):
     assert shares[0]["change"] == shares[2]["change"] == 0
     measures = list(dict.fromkeys(row["measure"] for row in found.changes))
     assert measures[-4:] == ["ratio", "accuracy", "p(gold)", "change of p(gold) without text:image"]
-    conditions = [row["of"] for row in found.changes if row["measure"] == "accuracy"]
-    assert conditions == ["nothing cut", "without text:image (post_softmax)"]
+    accuracies = [row for row in found.changes if row["measure"] == "accuracy"]
+    assert [row["of"] for row in accuracies] == ["nothing cut", "without text:image (post_softmax)"]
+    assert [row["p_holm"] for row in accuracies] == holm([row["p"] for row in accuracies]).tolist()
 
 
 @pytest.mark.parametrize("kind", ["trace", "flow", "accuracy"])
@@ -207,12 +237,18 @@ def test_refused(tmp_path, traces):
         "command": (scored(tmp_path / "s", [1.0, 0.0], [0, 1]), "is of interventions.trace and"),
         "ids": (traced(tmp_path / "i", clean, te, ie, ids=[f"x{n}" for n in range(30)]), "have 0 samples"),
         "talo": (begun(tmp_path / "t", "interventions.talo"), None),
+        "prompt": (traced(tmp_path / "p", clean, te, ie, prompt_text="other"), "read other samples"),
+        "limit": (traced(tmp_path / "l", clean, te, ie, limit=31), "made with other options"),
         "te": (traced(tmp_path / "z", clean, 0 * te, 0 * ie), "no sample has TE"),
     }
     for folder, says in other.values():
         if says is not None:
             with pytest.raises(UserError, match=says):
                 compare(traces[0], folder)
+    edges = flowing(tmp_path / "ea", 0), flowing(tmp_path / "eb", 1)
+    write(edges[1], "results.json", value={"t": {"windows": {"change": {"text:register": {}}}}})
+    with pytest.raises(UserError, match="cut other edges in windows"):
+        compare(*edges)
     with pytest.raises(UserError, match=r"runs of interventions.talo cannot be compared"):
         compare(other["talo"][0], other["talo"][0])
     (traces[1] / "samples.jsonl").unlink()

@@ -120,6 +120,8 @@ def test_one_program_for_all_layers(case):
         (lambda v: Add.steer(np.stack([v, v])), "not for which layers"),
         (lambda v: Add.steer(v, layers=[]), "name at least one"),
         (lambda v: Add.steer(v[None, None], layer=0), "give (D,) or (K, D)"),
+        (lambda v: Add.steer(np.stack([v, v, v]), layers=[1, 3, -1]), "name a layer twice"),
+        (lambda v: ProjectOut.of(v[None, None], at("text.norm", 1)), "outside of the layers: drop the layers [1]"),
         (lambda v: hook("text.norm", np.sin, layers=[1]), "outside of the layers"),
         (lambda v: hook("text.resid_pots", np.sin), "did you mean"),
         (lambda v: hook("text.resid_post", v), "in place of a function"),
@@ -164,6 +166,10 @@ def test_hooks_elsewhere(case):
     np.testing.assert_array_equal(*tokens)
     zero = hook("text.norm", lambda value, ctx: 0 * value)
     assert np.abs(logits(case, zero)).max() < 1e-6
+    entry = [hook("text.embeddings", doubled), hook("text.norm", doubled)]
+    for one in entry:
+        want = np.asarray(case.model(inputs, one).logits)[np.arange(len(read.index)), read.index]
+        np.testing.assert_allclose(sweep(case.model, inputs, [one], read)[0], want, atol=1e-4)
 
 
 def test_one_intervention_needs_no_tuple(case, tmp_path):
@@ -258,6 +264,8 @@ def test_difference_of_means(case):
     images = Batch(case.inputs["left"], spans_of(case.masks["left"]), 2)
     text = difference_of_means(case.model, images, images, tokens="question")
     assert text.shape == (LAYERS, WIDTH) and not text.any()
+    last = difference_of_means(case.model, *sides, layers=-1, tokens="question", interventions=cut)
+    np.testing.assert_allclose(last[0], found[1], atol=1e-5)
     with pytest.raises(UserError, match="no token of the group 'image'"):
         difference_of_means(case.model, images, images, tokens="image")
     with pytest.raises(UserError, match="no vector for each token"):

@@ -9,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import interventions.flow.__main__ as flow
+import interventions.lens.__main__ as lens
 import interventions.talo.__main__ as talo
 import interventions.trace.__main__ as trace
 import vlm_jax
-from interventions import Gate, save_interventions
+from interventions import Add, Gate, save_interventions
 from interventions.flow.shares import read_examples
+from interventions.kinds.layers import slots
 from interventions.options import StateOptions
 from interventions.placement.adapters import init_lora, merge, save_peft
 from interventions.talo.tables import tabulate
@@ -119,6 +121,35 @@ def test_talo(adapters, tmp_path):
     with np.load(tmp_path / "run" / TASK / "table.npz") as found:
         np.testing.assert_array_equal(found["base"], want)
         np.testing.assert_array_equal(found["correct"], correct)
+
+
+@pytest.mark.parametrize("options", [{"correct_only": True}, {"metric": "logit_difference"}, {}])
+def test_named_layers_in_a_trace(tmp_path, options):
+    """A steering vector that names its layer acts in every pass of a trace, as a table made by hand does."""
+    vector = np.random.default_rng(0).standard_normal(128).astype(np.float32)
+    save_interventions(tmp_path / "steer", Add.steer(vector, layer=-2))
+    chosen = {"limit": LIMIT, "batch": 4, "out": tmp_path / "run", **how(options)}
+    trace.main(trace.Args(task=TASK, intervention=(tmp_path / "steer",), **chosen))
+    tracing = TraceOptions(batch=4, **how(options))
+    examples = load_task(TASK, split="trace", limit=LIMIT)
+    table = Add(vector[None], "text.resid_post", slots(8, [6]))
+    want = trace_examples(*vlm_jax.load("mini-qwen3-vl"), examples, tracing, TASK, interventions=(table,))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(effects(lines, want.cells), want.ie, atol=1e-4)
+
+
+def how(options):
+    return {"min_te": -1.0, "eps": 1.0, **options}
+
+
+def test_a_layer_that_the_model_lacks_is_refused(tmp_path, capsys):
+    """Before anything runs, in every command."""
+    save_interventions(tmp_path / "steer", Add.steer(np.ones(128, np.float32), layer=31))
+    for command, task in ((trace, TASK), (flow, (TASK,)), (lens, (TASK,)), (talo, (TASK,))):
+        with pytest.raises(SystemExit):
+            command.main(command.Args(task=task, intervention=(tmp_path / "steer",), limit=12, out=tmp_path / "run"))
+        assert "the model has no layer 31" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_merge_is_the_oracle(adapters):
