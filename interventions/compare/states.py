@@ -16,7 +16,7 @@ from vlm_jax.runs.configuration import differences, without
 from vlm_jax.runs.log import records_of
 
 #: Options that may differ: they choose the model's state, or how the work is divided. The number of samples may differ
-#: too where what is measured of one does not depend on the others. (A trace's noise has the samples' standard deviation.)
+#: too where what is measured of one does not depend on others. (A trace's noise has the samples' standard deviation.)
 _FREE = {
     *(field.name for field in dataclasses.fields(StateOptions)),
     *("model", "dtype", "weights", "attention", "mesh", "files", "batch", "maps", "steps"),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 # Drawers register themselves when their modules are imported.
-from interventions.figures import diff, editing, flow, lens, study, talo, tracing  # noqa: F401
+from interventions.figures import compare, diff, editing, flow, lens, study, talo, tracing  # noqa: F401
 from interventions.figures.base import DRAWERS
 from vlm_jax.errors import UserError, nearest, unwritten
 from vlm_jax.files import read_json

@@ -27,6 +27,7 @@ from interventions.kinds.groups import tokens_of
 from interventions.kinds.layers import sized_slots
 from interventions.kinds.packed import short
 from vlm_jax.errors import UserError
+from vlm_jax.showing import shown
 from vlm_jax.sites import Context, Intervention, Stage, head_axis, stage, token_axis
 from vlm_jax.typing import ArrayLike
 
@@ -59,8 +60,8 @@ def kind(cls: Kind) -> Kind:
     other = KINDS.get(cls.__name__)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise UserError(f"the kind {cls.__name__!r} exists in {other.__module__} already: choose another name")
-    registered = flax.struct.dataclass(cls)
-    registered.__repr__ = short
+    registered = shown(flax.struct.dataclass(cls))
+    registered.__repr__ = short  # a table in a notebook, one line elsewhere
     KINDS[cls.__name__] = registered
     return registered
 

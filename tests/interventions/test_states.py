@@ -147,7 +147,7 @@ def test_a_layer_that_the_model_lacks_is_refused(tmp_path, capsys):
     save_interventions(tmp_path / "steer", Add.steer(np.ones(128, np.float32), layer=31))
     for command, task in ((trace, TASK), (flow, (TASK,)), (lens, (TASK,)), (talo, (TASK,))):
         with pytest.raises(SystemExit):
-            command.main(command.Args(task=task, intervention=(tmp_path / "steer",), limit=12, out=tmp_path / "run"))
+            command.main(command.Args(task=task, intervention=(tmp_path / "steer",), limit=30, out=tmp_path / "run"))
         assert "the model has no layer 31" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -250,7 +250,8 @@ def test_text_only_backbone(tmp_path):
     assert processor.tokenizer.convert_ids_to_tokens(ids[batch.spans["answer"][0]]) == ["\u2581red"]
     assert ids[batch.spans["end"][0]].tolist() == [processor.tokenizer.eos_token_id]
     assert ids[0] == processor.tokenizer.bos_token_id and (ids == ids[0]).sum() == 1
-    assert np.isfinite(np.asarray(vlm_jax.generate(model, batch.inputs, 3))).all()
+    asked = encode([Example("a", (), "Where?", ("red",))], processor, model.config, with_answer=False)
+    assert np.isfinite(np.asarray(vlm_jax.generate(model, asked.inputs, 3))).all()
     with pytest.raises(UserError, match="text-only"):
         encode(load_task("mini-okvqa", split="trace", limit=1), processor, model.config)
 

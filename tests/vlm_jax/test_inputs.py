@@ -420,7 +420,7 @@ def test_cut_rows_keep_their_logits(tiny):
     np.testing.assert_allclose(run(part)[part.attention_mask], whole[[0, 3], :16][part.attention_mask], atol=1e-5)
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
-        assert field.name in ("images", "register_index") or value.shape[-1] == 16
+        assert field.name in ("images", "register_index", "answered") or value.shape[-1] == 16
 
 
 # Rows of one shape, each with its images

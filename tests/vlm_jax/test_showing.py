@@ -75,9 +75,9 @@ def test_batches_and_outputs(batch):
 
 def test_interventions():
     cut = AttentionKnockout.between(8, "text", "image", mode="pre_softmax")
-    assert repr(cut).startswith("AttentionKnockout(keep=float32[8,") and len(repr(cut)) < 400
-    assert "{text.attn_out: float32[2] [1., 0.]}" in repr(Gate.cut(2, [1]))
-    Balanced(cut._repr_html_())
+    assert repr(cut).startswith("AttentionKnockout(text.attn_scores; mode=pre_softmax") and len(repr(cut)) < 200
+    assert "float32[8," in Balanced(cut._repr_html_()).said
+    assert "text.attn_out L1" in repr(Gate.cut(2, [1]))
 
 
 def test_a_trace_shows_its_map(loaded, batch):

@@ -174,7 +174,10 @@ def test_under_an_intervention_and_without_a_foil(tmp_path, mini, capsys):
     """With the text cut off from the picture in all layers, the gold word is less likely."""
     cut = AttentionKnockout.between(8, "text", "image+image_end", range(8), mode="pre_softmax")
     save_interventions(tmp_path / "cut.safetensors", [cut])
-    for name, options in (("plain", {}), ("cut", {"intervention": tmp_path / "cut.safetensors", "against": "nothing"})):
+    for name, options in (
+        ("plain", {}),
+        ("cut", {"intervention": (tmp_path / "cut.safetensors",), "against": "nothing"}),
+    ):
         command.main(args(tmp_path / name, limit=8, batch=8, maps=0, **options))
     assert "8 samples, logit(gold) " in capsys.readouterr().out
     ends = [json.loads((tmp_path / name / "results.json").read_text())["mini-docvqa"] for name in ("plain", "cut")]

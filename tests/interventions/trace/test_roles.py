@@ -98,4 +98,5 @@ def test_the_command_writes_what_is_missing(tmp_path):
     assert panels["mlp"][1] == [None] * 8 and panels["attn"][2][3] == summary["rr"]["L3-attn@last_subject"]
     assert json.loads((tmp_path / "run/manifest.json").read_text())["prompt"] == ["{QUESTION}"]
     records = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    assert all(record["ie"][0][1] is None and record["ie"][0][0] is not None for record in records)
+    for record in records:
+        assert record["ie"]["L0-attn@middle_subject"] == [None] and record["ie"]["L0-attn@first_subject"] != [None]
