@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from interventions.figures.base import COLOURS, drawer, subplots
+from interventions.figures.base import COLOURS, drawer, one_n, subplots, with_n
 from vlm_jax.runs.charts import Chart
 
 
@@ -18,6 +18,7 @@ def _chart(rows: Sequence[Mapping]) -> Chart:
             "y": row["change"],
             "low": row["low"],
             "high": row["high"],
+            **({"n": row["samples"]} if "samples" in row else {}),
         }
         for row in rows
     ]
@@ -42,7 +43,7 @@ def changes(rows: Sequence[Mapping]) -> Figure:
             axis.fill_between(layer, low, high, alpha=0.2, color=COLOURS[0], lw=0)
             axis.plot(layer, change, "o-", ms=4, color=COLOURS[0], markerfacecolor="white")
             axis.plot(layer[p < 0.05], change[p < 0.05], "o", ms=4, color=COLOURS[0])
-            axis.set_title(f"{task}: {measure}", fontsize=8)
+            axis.set_title(with_n(f"{task}: {measure}", one_n(found)), fontsize=8)
             axis.set_xlabel("layer")
             axis.tick_params(labelsize=8)
     figure.supylabel("change (filled: p < .05 after Holm)", fontsize=9)

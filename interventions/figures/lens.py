@@ -12,24 +12,37 @@ from matplotlib import font_manager, patheffects
 from matplotlib.figure import Figure
 from PIL import Image
 
-from interventions.figures.base import COLOURS, drawer, estimate, subplots
+from interventions.figures.base import COLOURS, drawer, estimate, subplots, with_n
 from vlm_jax.runs.charts import Chart
 
 _LINES = {"p_gold": "probability of the gold word", "is_likeliest": "share of samples in which it is the likeliest"}
 
 
-def _by_layer_chart(tasks: Mapping[str, Mapping]) -> Chart:
+def _by_layer_chart(tasks: Mapping[str, Mapping], samples: Mapping[str, int] | None = None) -> Chart:
     rows = []
     for task, lens in tasks.items():
         for name, title in _LINES.items():
             for point, rank in enumerate(lens["median_rank"]):
                 ends = {end: lens[name][part][point] for end, part in (("y", "mean"), ("low", "low"), ("high", "high"))}
-                rows.append({"panel": task, "series": title, "x": point - 1, **ends, "median rank": rank})
+                rows.append(
+                    {"panel": task, "series": title, "x": point - 1, **ends, "median rank": rank} | _n(samples, task)
+                )
     return Chart(rows, {"x": "layer (-1: the embeddings)", "y": "probability or share", "series": "the gold word's"})
 
 
-@drawer("curves", _by_layer_chart, dpi=110, tasks="task -> the lens of interventions.lens.summary.summarise")
-def by_layer(tasks: Mapping[str, Mapping]) -> Figure:
+def _n(samples: Mapping[str, int] | None, task: str) -> dict[str, int]:
+    """The field of a chart's row that says how many samples are behind it, if it is known."""
+    return {} if samples is None else {"n": samples[task]}
+
+
+@drawer(
+    "curves",
+    _by_layer_chart,
+    dpi=110,
+    tasks="task -> the lens of interventions.lens.summary.summarise",
+    samples="task -> its number of samples; null if not known",
+)
+def by_layer(tasks: Mapping[str, Mapping], samples: Mapping[str, int] | None = None) -> Figure:
     """Per task: the probability of the gold word after every layer and how often it is the likeliest, with 95 %
     intervals, above its median rank."""
     figure, axes = subplots(2, len(tasks), size=(4.6 * len(tasks), 5.2), sharex="col", height_ratios=[2, 1])
@@ -40,7 +53,7 @@ def by_layer(tasks: Mapping[str, Mapping]) -> Figure:
             top.plot(points, mean, "o-", markersize=3.5, color=colour, label=title)
             top.fill_between(points, low, high, alpha=0.2, color=colour, lw=0)
         bottom.plot(points, lens["median_rank"], "o-", markersize=3.5, color=COLOURS[2])
-        top.set(title=task, ylim=(-0.03, 1.03))
+        top.set(title=with_n(task, (samples or {}).get(task)), ylim=(-0.03, 1.03))
         bottom.set(yscale="log", xlabel="layer (emb.: the embeddings)")
         bottom.set_xticks(points[:: _step(len(points))], ["emb.", *map(str, points[1:])][:: _step(len(points))])
         bottom.invert_yaxis()  # the likeliest word on top
@@ -62,20 +75,24 @@ def _columns(parts: Mapping[str, Any]) -> dict[str, dict[str, list]]:
     return found
 
 
-def _attribution_chart(tasks: Mapping[str, Mapping]) -> Chart:
+def _attribution_chart(tasks: Mapping[str, Mapping], samples: Mapping[str, int] | None = None) -> Chart:
     rows = []
     for task, parts in tasks.items():
         for name, estimates in _columns(parts).items():
             for layer in range(len(estimates["mean"])):
                 of_layer = {part: estimates[part][layer] for part in ("mean", "low", "high")}
-                rows.append({"panel": task, "x": name, "y": layer, **estimate(of_layer)})
+                rows.append({"panel": task, "x": name, "y": layer, **estimate(of_layer)} | _n(samples, task))
     return Chart(rows, {"x": "module or head", "y": "layer", "value": "contribution to the logit"})
 
 
 @drawer(
-    "heat_map", _attribution_chart, dpi=110, tasks="task -> the attribution of interventions.lens.summary.summarise"
+    "heat_map",
+    _attribution_chart,
+    dpi=110,
+    tasks="task -> the attribution of interventions.lens.summary.summarise",
+    samples="task -> its number of samples; null if not known",
 )
-def attribution(tasks: Mapping[str, Mapping]) -> Figure:
+def attribution(tasks: Mapping[str, Mapping], samples: Mapping[str, int] | None = None) -> Figure:
     """Per task: the mean contribution of every module to the logit by layer, and beside it that of every head, whose
     sum over heads is that of the attention. Both have colours of their own, because heads contribute less."""
     tables = [(task, *_tables(parts)) for task, parts in tasks.items()]
@@ -90,7 +107,7 @@ def attribution(tasks: Mapping[str, Mapping]) -> Figure:
             every = _step(len(names))
             axis.set_xticks(range(0, len(names), every), names[::every], fontsize=8)
             axis.set_yticks(range(0, len(values), _step(len(values))))
-            axis.set_title(f"{task}\n{what}", fontsize=9)
+            axis.set_title(f"{with_n(task, (samples or {}).get(task))}\n{what}", fontsize=9)
             figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
         axes[0, 2 * index].set_ylabel("layer")
     figure.supxlabel("mean contribution to the logit", fontsize=9)

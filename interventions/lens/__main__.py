@@ -92,9 +92,11 @@ def main(args: Args) -> None:
         results[task] = summarise(reading, args.seed)
         _report(task, results[task], lines[0])
     shown = {part: {task: result[part] for task, result in results.items()} for part in ("lens", "attribution")}
-    save_figure(run, "lens", figures.by_layer, "The gold word after every layer (logit lens)", tasks=shown["lens"])
+    counts = {task: result["samples"] for task, result in results.items()}
+    title = "The gold word after every layer (logit lens)"
+    save_figure(run, "lens", figures.by_layer, title, tasks=shown["lens"], samples=counts)
     title = "What every module and head writes towards the gold word"
-    save_figure(run, "attribution", figures.attribution, title, tasks=shown["attribution"])
+    save_figure(run, "attribution", figures.attribution, title, tasks=shown["attribution"], samples=counts)
     if pictures:
         save_figure(run, "words", figures.words, "Which words the tokens of a picture stand for", samples=pictures)
     run.save_json("results.json", results, Artifact("metrics", "Lens and attributions of every task", RESULTS))

@@ -185,7 +185,7 @@ def test_another_batch_is_refused(cases):
     case = cases("qwen3_vl")
     (bound,) = bind(Ablation.by_mean(means_of(case)), batch_of(case))
     other = case.inputs["left"].cut(case.inputs["left"].input_ids.shape[1] - 4)
-    with pytest.raises(UserError, match="batch"):
+    with pytest.raises(UserError, match="bind it anew"):
         case.model(other, bound)
 
 
