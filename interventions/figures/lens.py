@@ -18,15 +18,18 @@ from vlm_jax.runs.charts import Chart
 _LINES = {"p_gold": "probability of the gold word", "is_likeliest": "share of samples in which it is the likeliest"}
 
 
+#: A chart's field -> the part of an estimate.
+_ENDS = {"y": "mean", "low": "low", "high": "high"}
+
+
 def _by_layer_chart(tasks: Mapping[str, Mapping], samples: Mapping[str, int] | None = None) -> Chart:
     rows = []
     for task, lens in tasks.items():
         for name, title in _LINES.items():
             for point, rank in enumerate(lens["median_rank"]):
-                ends = {end: lens[name][part][point] for end, part in (("y", "mean"), ("low", "low"), ("high", "high"))}
-                rows.append(
-                    {"panel": task, "series": title, "x": point - 1, **ends, "median rank": rank} | _n(samples, task)
-                )
+                ends = {end: lens[name][part][point] for end, part in _ENDS.items()}
+                row = {"panel": task, "series": title, "x": point - 1, **ends, "median rank": rank}
+                rows.append(row | _n(samples, task))
     return Chart(rows, {"x": "layer (-1: the embeddings)", "y": "probability or share", "series": "the gold word's"})
 
 
