@@ -1,6 +1,7 @@
 """The console script: ``vlm-jax trace --task ...`` is ``python -m interventions.trace --task ...``."""
 
 import ast
+import contextlib
 import importlib
 import importlib.metadata
 import sys
@@ -46,7 +47,8 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"vlm-jax {importlib.metadata.version('vlm-jax')}")
         return
     if not words or words[0] in ("--help", "-h"):
-        print(usage())
+        with contextlib.suppress(BrokenPipeError):  # of a reader that has enough, such as head
+            print(usage(), flush=True)
         return
     name, *options = words
     if name not in COMMANDS:
