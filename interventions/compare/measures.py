@@ -78,8 +78,8 @@ def traces(first: State, second: State, seed: int) -> Changes:
     clean, te, correct = (
         [np.array([line[name] for line in of_run], float) for of_run in kept] for name in ("p_clean", "te", "correct")
     )
-    summary, task, count = first.read("summary.json"), first.read("summary.json")["task"], len(kept[0])
-    cells = list(summary["rr"])
+    summary, count = first.read("summary.json"), len(kept[0])
+    task, cells = summary["task"], list(summary["rr"])
     if cells != list(second.read("summary.json")["rr"]):
         raise UserError(f"{first.folder} and {second.folder} have other cells: compare models of the same depth")
     ie = [effects(of_run, cells) for of_run in kept]
@@ -95,7 +95,7 @@ def traces(first: State, second: State, seed: int) -> Changes:
         draws.append(statistics.rr_resamples(one_te, one_ie, seed=seed, resamples=resamples, **options))
     moved = draws[1] - draws[0]
     ends = dict(zip(("low", "high"), percentile_bounds(moved), strict=True)) | {"p": two_sided(moved)}
-    counted = np.min([_counted(*effects, **options) for effects in zip(te, ie, strict=True)], 0)
+    counted = np.min([_counted(*of_run, **options) for of_run in zip(te, ie, strict=True)], 0)
     ends = {name: np.where(counted >= LEAST, end, np.nan) for name, end in ends.items()}
     found = {"first": rates[0], "second": rates[1], "change": rates[1] - rates[0], **ends}
     rows = _rows(task, "RR", counted.tolist(), cells, [split_cell(c)[0] for c in cells], found)

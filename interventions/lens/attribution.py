@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from interventions.lens.lens import check_unembeds
 from vlm_jax import Inputs, Model, Tap
+from vlm_jax.acting import acting
 from vlm_jax.nn.products import product
 from vlm_jax.nn.stacks import layer_at
 from vlm_jax.sites import Intervention
@@ -71,9 +72,10 @@ def attribute(
     Raises:
         UserError: if an intervention acts on the final norm.
     """
+    interventions = acting(interventions, model.depths)
     check_unembeds(interventions)
     foil = None if foil is None else jnp.asarray(foil)
-    return _attribute(model, inputs, jnp.asarray(at), jnp.asarray(word), foil, tuple(interventions))
+    return _attribute(model, inputs, jnp.asarray(at), jnp.asarray(word), foil, interventions)
 
 
 @jax.jit

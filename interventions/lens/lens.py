@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from vlm_jax import Inputs, Model, Tap
+from vlm_jax.acting import acting
 from vlm_jax.errors import UserError
 from vlm_jax.sites import Intervention
 from vlm_jax.typing import Array, ArrayLike
@@ -56,8 +57,9 @@ def logit_lens(
         UserError: if there are fewer than k words, or if an intervention acts on the final norm.
     """
     check_words(model, k)
+    interventions = acting(interventions, model.depths)
     check_unembeds(interventions)
-    return _read(model, inputs, jnp.asarray(at), jnp.asarray(gold), tuple(interventions), k=k)
+    return _read(model, inputs, jnp.asarray(at), jnp.asarray(gold), interventions, k=k)
 
 
 def check_words(model: Model, k: int) -> None:

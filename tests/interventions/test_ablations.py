@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hf_oracle import writer
-from kind_cases import CAUGHT, FAMILIES, HEADS, LAYERS, TOLERANCE, WIDTH, Case, error, mixed, one_sentence, spans_of
+from kind_cases import CAUGHT, FAMILIES, HEADS, LAYERS, TOLERANCE, WIDTH, error, mixed, one_sentence, spans_of
 
 import vlm_jax
 from interventions import (
@@ -35,18 +35,6 @@ from vlm_jax.errors import UserError
 from vlm_jax.prompts import Batch, batches, encode
 
 SITES = ("text.attn_out", "text.mlp_out")
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    made = {}
-
-    def case(family):
-        if family not in made:
-            made[family] = Case(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return case
 
 
 def batch_of(case, side="left"):

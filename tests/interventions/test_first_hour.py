@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hf_oracle import reader
-from kind_cases import FAMILIES, LAYERS, TOLERANCE, WIDTH, Case, error, one_sentence, spans_of
+from kind_cases import FAMILIES, LAYERS, TOLERANCE, WIDTH, error, one_sentence, spans_of
 
 from interventions import (
     Add,
@@ -28,22 +28,11 @@ from interventions import (
 )
 from interventions.kinds.base import kind
 from interventions.kinds.layers import slots
+from interventions.lens.lens import logit_lens
 from vlm_jax import Intervention, UserError, generate
 from vlm_jax.prompts import Batch
 
 CAUGHT = 1e-3
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    made = {}
-
-    def case(family):
-        if family not in made:
-            made[family] = Case(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return case
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +259,15 @@ def test_difference_of_means(case):
         difference_of_means(case.model, images, images, tokens="image")
     with pytest.raises(UserError, match="no vector for each token"):
         difference_of_means(case.model, images, images, "text.attn_probs")
+
+
+def test_the_lens_checks_layers(case):
+    """Its programs are compiled, so layers are looked up before. One intervention needs no tuple."""
+    at, gold = np.zeros((len(case.rows), 1), np.int32), np.zeros(len(case.rows), np.int32)
+    steer = Add.steer(case.vectors[0], layer=1)
+    found, plain = (logit_lens(case.model, case.inputs["right"], at, gold, k=2, interventions=i) for i in (steer, ()))
+    assert np.abs(np.asarray(found.gold - plain.gold)).max() > 1e-6
+    with pytest.raises(UserError, match="the model has no layer 4"):
+        logit_lens(
+            case.model, case.inputs["right"], at, gold, k=2, interventions=Add.steer(case.vectors[0], layer=LAYERS)
+        )

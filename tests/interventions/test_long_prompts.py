@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_oracle import make_batch
-from kind_cases import LAYERS, Case, error, only, spans_of
+from kind_cases import LAYERS, error, only, spans_of
 
 from interventions import AttentionKnockout, Gate, Logits, UniformAttention, bind, stack, sweep
 from interventions.engine.program import sweep_program
@@ -19,18 +19,6 @@ from vlm_jax.prompts import Batch
 from vlm_jax.sites import Context, Probe, splits_queries
 
 EXACT, CAUGHT = 2e-5, 1e-3  # logits reach 10, and blocks sum in another order
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    made = {}
-
-    def case(family):
-        if family not in made:
-            made[family] = Case(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return case
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def python(tmp_path_factory):
     python = environment(folder / "environment", *packages)
     install_library(python, folder / "source")
     if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
-        # The index has it for another build of torch. These tasks do not need it, but whoever finds it imports it.
+        # Its build does not fit this torch. No task here needs it, but packages import it if it is installed.
         run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision")
     return python
 

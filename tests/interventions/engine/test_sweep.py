@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from hf_oracle import PAD, attention_edited, edited, make_batch, part_masks, tensors, writer
-from kind_cases import FAMILIES, HEADS, LAYERS, WIDTH, Case, error, nothing, only, slot, spans_of
+from kind_cases import FAMILIES, HEADS, LAYERS, WIDTH, error, nothing, only, slot, spans_of
 
 import vlm_jax
 from interventions import (
@@ -226,18 +226,6 @@ VISUAL = {
         for name in FAMILIES[1:]
     },
 }
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    made = {}
-
-    def case(family):
-        if family not in made:
-            made[family] = Case(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return case
 
 
 @pytest.fixture
