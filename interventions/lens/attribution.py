@@ -10,7 +10,7 @@ something is counted for the other one.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def attribute(
     word: Int[ArrayLike, "batch"],
     foil: Int[ArrayLike, "batch"] | None = None,
     *,
-    interventions: Sequence[Intervention] = (),
+    interventions: Any = (),
 ) -> Attribution:
     """Divides the logit of one word at one token of each row among the parts of the model.
 

@@ -42,7 +42,7 @@ def logit_lens(
     gold: Int[ArrayLike, "batch"],
     *,
     k: int = 5,
-    interventions: Sequence[Intervention] = (),
+    interventions: Any = (),
 ) -> Lens:
     """Reads the residual stream of some tokens after every layer. Memory does not grow with layers x tokens x words:
     each layer's stream is unembedded a few tokens at a time, and only the result is kept.
